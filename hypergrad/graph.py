@@ -1,0 +1,139 @@
+"""The gradient of a loss with the graph kept, and products of its Hessian with vectors, by double backward.
+
+Double backward is the one primitive of second order in this package. It has the widest coverage and the least cost in
+eager mode, but a few things in torch cannot be differentiated twice and say so late, or not at all; they are found here
+by looking at the graph and end in an error that names the layer and the way out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# what torch says when a second derivative is missing -> what to do
+_WAYS_OUT = {
+    "scaled_dot_product": "wrap the forward pass in `torch.nn.attention.sdpa_kernel(SDPBackend.MATH)`",
+    "aot_autograd": "give hypergrad the uncompiled module (`model._orig_mod`)",
+    "_embedding_bag": "replace nn.EmbeddingBag by nn.Embedding followed by a sum or mean",
+    "cudnn_rnn": "run the forward pass under `torch.backends.cudnn.flags(enabled=False)`",
+    "is not implemented": "replace that operation by one whose derivative torch can differentiate again",
+}
+
+
+def nodes_of(*roots: Any) -> Iterator[Any]:
+    """Every autograd node below the given ones, each once."""
+    seen, stack = set(), [root for root in roots if root is not None]
+    while stack:
+        node = stack.pop()
+        if node not in seen:
+            seen.add(node)
+            yield node
+            stack.extend(nxt for nxt, _ in node.next_functions if nxt is not None)
+
+
+def survey(loss: Tensor, model: torch.nn.Module | None = None) -> list[Tensor]:
+    """The leaves of a loss's graph. Raise where the graph holds something that cannot be differentiated twice."""
+    leaves = []
+    for node in nodes_of(loss.grad_fn):
+        variable = getattr(node, "variable", None)
+        if variable is not None:
+            leaves.append(variable)
+        elif node.name() == "WeightNormInterfaceBackward0":
+            raise NotImplementedError(
+                f"{_weight_norm_layers(model)}: torch._weight_norm has a wrong second derivative in torch. Remove it "
+                "(torch.nn.utils.parametrize.remove_parametrizations, or torch.nn.utils.remove_weight_norm) and register "
+                "a parametrization whose forward(g, v) returns v * (g / v.norm(dim=1, keepdim=True)) instead."
+            )
+        elif isinstance(node, torch.autograd.function.BackwardCFunction):
+            _check_twice_differentiable(node)
+    return leaves
+
+
+def _check_twice_differentiable(node: Any) -> None:
+    cls = getattr(type(node), "_forward_cls", None)
+    backward = getattr(cls, "backward", None)
+    code = getattr(backward, "__code__", None)
+    if code is not None and "once_differentiable" in code.co_qualname:
+        raise NotImplementedError(
+            f"the autograd Function {getattr(cls, '__qualname__', cls)} is marked @once_differentiable, so its second "
+            "derivative would silently be 0: write its backward in differentiable torch operations, without that mark."
+        )
+
+
+def _weight_norm_layers(model: torch.nn.Module | None) -> str:
+    names = []
+    for name, module in model.named_modules() if model is not None else ():
+        parametrized = getattr(module, "parametrizations", {})
+        new = any("WeightNorm" in type(p).__name__ for plist in parametrized.values() for p in plist)
+        old = any("WeightNorm" in type(h).__name__ for h in module._forward_pre_hooks.values())
+        if new or old:
+            names.append(name or type(module).__name__)
+    return "weight_norm on " + (", ".join(names) if names else "a layer of this model")
+
+
+class Linearization:
+    """A loss at one point: its value, its gradient, and products of its Hessian.
+
+    Args:
+        loss: a scalar with its graph.
+        params: leaves; the rows and columns of the Hessian.
+        extra: more leaves that count as columns (hyperparameters in the loss), or whose gradient is wanted.
+        products: False where no product will be asked for; the graph is then freed at once.
+    """
+
+    def __init__(self, loss: Tensor, params: Sequence[Tensor], extra: Sequence[Tensor] = (), products: bool = True):
+        self.params, self.extra = list(params), list(extra)
+        check_scalar(loss, "the loss")
+        inputs = [*self.params, *self.extra]
+        grads = torch.autograd.grad(loss, inputs, create_graph=products, allow_unused=True)
+        self.loss = loss.detach()
+        self.grads: list[Tensor | None] = list(grads[: len(self.params)])
+        self.extra_grads: list[Tensor | None] = list(grads[len(self.params) :])
+        self.active = tuple(g is not None for g in self.grads)
+        if not any(self.active):
+            raise ValueError("the loss does not depend on any parameter that the optimizer holds.")
+        if any(g is not None and g.is_sparse for g in self.grads):
+            raise NotImplementedError("sparse gradients: build the embedding with sparse=False.")
+
+    def product(
+        self,
+        vectors: Sequence[Tensor | None],
+        extra: Sequence[Tensor | None] | None = None,
+        into_extra: bool = False,
+        retain: bool = True,
+    ) -> list[Tensor | None]:
+        """Rows of the joint Hessian of (params, extra) times a vector.
+
+        Args:
+            vectors: one tensor a parameter; None is zero.
+            extra: one tensor an extra leaf; None is zero.
+            into_extra: also return the rows of the extra leaves, behind those of the parameters.
+            retain: False on the last product, to free the graph.
+        """
+        pairs = list(zip(self.grads, vectors, strict=True))
+        if extra is not None:
+            pairs += list(zip(self.extra_grads, extra, strict=True))
+        used = [(g, v) for g, v in pairs if g is not None and g.requires_grad and v is not None]
+        inputs = [*self.params, *(self.extra if into_extra else ())]
+        if not used:
+            return [None] * len(inputs)
+        outputs, cotangents = zip(*used, strict=True)
+        try:
+            return list(torch.autograd.grad(outputs, inputs, cotangents, retain_graph=retain, allow_unused=True))
+        except (RuntimeError, NotImplementedError) as error:
+            for symptom, remedy in _WAYS_OUT.items():
+                if symptom in str(error):
+                    raise NotImplementedError(f"{error} (torch has no second derivative here): {remedy}.") from error
+            raise
+
+
+def check_scalar(loss: Any, what: str) -> None:
+    if not isinstance(loss, Tensor):
+        raise TypeError(f"{what} must be a scalar tensor, got {type(loss).__name__}.")
+    if loss.numel() != 1:
+        raise ValueError(f"{what} must be a scalar, got shape {tuple(loss.shape)}: reduce it, for example with .mean().")
+    if not loss.requires_grad:
+        raise ValueError(f"{what} does not depend on the parameters: it was made without a graph (no_grad, detach, .item()).")

@@ -1,0 +1,139 @@
+"""The gradient stage: the user's losses at given parameters, with batches, random numbers and buffers in hand.
+
+Everything runs on the user's own module with parameters written in place, so that closures over the model, tied
+weights, hooks and checkpointing mean what they mean in the user's loop. `Problem.untouched` puts all of it back.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hypergrad.graph import Linearization, check_scalar, survey
+
+
+class Rng:
+    """The state of torch's random number generators, on CPU and on the parameters' device."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.cpu = torch.get_rng_state()
+        self.cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+
+    def restore(self) -> None:
+        torch.set_rng_state(self.cpu)
+        if self.cuda is not None:
+            torch.cuda.set_rng_state(self.cuda, self.device)
+
+
+def takes_step(val_loss: Callable[..., Tensor]) -> bool:
+    """Whether a validation loss wants the step number: one required positional argument, or one named t."""
+    try:
+        parameters = inspect.signature(val_loss).parameters.values()
+    except (TypeError, ValueError):
+        return False
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    positional = [p for p in parameters if p.kind in kinds]
+    return any(p.default is inspect.Parameter.empty or p.name == "t" for p in positional)
+
+
+class Problem:
+    """A model with its training loss, as a function of the parameters that the optimizer holds.
+
+    Args:
+        model: the user's module.
+        params: the tensors the optimizer holds.
+        loss: `loss(model, batch)`, or `loss(model, batch, hypers)` where `hypers` is not empty.
+        hypers: name -> leaf tensor that the loss reads.
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        params: Sequence[Tensor],
+        loss: Callable[..., Tensor] | None,
+        hypers: dict[str, Tensor] | None = None,
+    ):
+        self.model, self.params, self.loss = model, list(params), loss
+        self.hypers = hypers or {}
+        self.buffers = [b for b in model.buffers() if b is not None]
+        self.device = self.params[0].device
+        self._surveyed = False
+
+    # ---- state that is neither θ nor the optimizer's
+
+    def rng(self) -> Rng:
+        return Rng(self.device)
+
+    def read_buffers(self) -> list[Tensor]:
+        return [b.detach().clone() for b in self.buffers]
+
+    def write_buffers(self, saved: Sequence[Tensor]) -> None:
+        with torch.no_grad():
+            for b, s in zip(self.buffers, saved, strict=True):
+                b.copy_(s)
+
+    @contextmanager
+    def untouched(self) -> Iterator[None]:
+        """Put parameters, buffers and random numbers back on the way out, whatever happens inside."""
+        theta = [p.detach().clone() for p in self.params]
+        buffers, rng = self.read_buffers(), self.rng()
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for p, x in zip(self.params, theta, strict=True):
+                    p.copy_(x)
+            self.write_buffers(buffers)
+            rng.restore()
+
+    # ---- losses
+
+    def training_loss(self, batch: Any) -> Tensor:
+        if self.loss is None:
+            raise ValueError("a training loss is needed here: pass loss=..., a function loss(model, batch).")
+        with torch.enable_grad():
+            try:
+                loss = self.loss(self.model, batch, self.hypers) if self.hypers else self.loss(self.model, batch)
+            except (TypeError, ValueError, RuntimeError, IndexError, KeyError, AttributeError) as error:
+                raise ValueError(
+                    f"loss(model, batch{', hypers' if self.hypers else ''}) failed on a batch of type "
+                    f"{type(batch).__name__}: {type(error).__name__}: {error}. Check what the loss takes apart."
+                ) from error
+            check_scalar(loss, "the training loss")
+            return loss
+
+    def linearize(self, batch: Any, products: bool = True) -> Linearization:
+        """The training loss at the present parameters, with its gradient in them and in `hypers`."""
+        loss = self.training_loss(batch)
+        if products and not self._surveyed:
+            survey(loss, self.model)
+            self._surveyed = True
+        return Linearization(loss, self.params, list(self.hypers.values()), products)
+
+    def validate(self, val_loss: Callable[..., Tensor], t: int) -> tuple[Tensor, list[Tensor | None], list[Tensor | None]]:
+        """The validation loss at the present parameters and its gradient in parameters and in `hypers`.
+
+        Random numbers and buffers are as before afterwards.
+        """
+        buffers, rng = self.read_buffers(), self.rng()
+        try:
+            with torch.enable_grad():
+                loss = val_loss(t) if takes_step(val_loss) else val_loss()
+                check_scalar(loss, "val_loss()")
+                inputs = [*self.params, *self.hypers.values()]
+                grads = torch.autograd.grad(loss, inputs, allow_unused=True)
+        finally:
+            self.write_buffers(buffers)
+            rng.restore()
+        of_params, of_hypers = list(grads[: len(self.params)]), list(grads[len(self.params) :])
+        if all(g is None for g in of_params):
+            raise ValueError(
+                "val_loss shares no parameter with the optimizer: compute it with the model that the optimizer trains."
+            )
+        return loss.detach(), of_params, of_hypers

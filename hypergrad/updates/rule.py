@@ -1,0 +1,55 @@
+"""What an update rule is: the algebra of one optimizer, with its two derivatives.
+
+Legend, used in every rule file:
+
+    p  parameters            p' the same after the step        g  gradient of the loss at p
+    s  optimizer tensors     s' the same after the step        h  hyperparameters of the group, plus t
+    dx tangent of x          λx adjoint of x (`lx` in code)    t  number of this step, from 1
+
+A rule is a pure function of tensors of one shape. `step` computes in the order of operations of `torch.optim`, so that
+it reproduces it bit for bit; `jvp` and `vjp` are derived by hand above the lines that implement them. No derivative
+ever branches on the value of a hyperparameter, so a derivative at 0 (torch's default weight decay) is right.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Protocol, Self
+
+from torch import Tensor
+
+Tensors = dict[str, Tensor]
+Scalars = Mapping[str, float]
+
+
+class UpdateRule(Protocol):
+    """The update rule of one param group. Implementations are frozen dataclasses of flags."""
+
+    hyperparameters: tuple[str, ...]  # the names in `h` it can be differentiated in
+    elementwise: bool  # True: tensors of a group may be joined into one flat vector
+
+    @property
+    def slots(self) -> tuple[str, ...]:
+        """Names of the optimizer's tensors, as in `optimizer.state[p]`, each with the shape of p."""
+        ...
+
+    @classmethod
+    def from_group(cls, group: Mapping[str, Any], wrt: frozenset[str]) -> Self:
+        """Read the flags of a live param group. Raise where a flag or a derivative in `wrt` is not supported."""
+        ...
+
+    def step(self, p: Tensor, g: Tensor, s: Tensors, h: Scalars) -> tuple[Tensor, Tensors]:
+        """(p', s') of one step. Arguments are left unchanged."""
+        ...
+
+    def jvp(
+        self, p: Tensor, g: Tensor, s: Tensors, h: Scalars, dp: Tensor, dg: Tensor, ds: Tensors, dh: Tensors
+    ) -> tuple[Tensor, Tensors]:
+        """(dp', ds'). Tangents have shape [k, *p.shape] for k directions; dh maps a name to [k, 1]; absent means 0."""
+        ...
+
+    def vjp(
+        self, p: Tensor, g: Tensor, s: Tensors, h: Scalars, lp: Tensor, ls: Tensors
+    ) -> tuple[Tensor, Tensor, Tensors, Tensors]:
+        """(λp, λg, λs, λh). λh holds elementwise contributions: their sum is the derivative in a shared scalar."""
+        ...
