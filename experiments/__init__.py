@@ -1,0 +1,1 @@
+"""Experiments: one file each, one command each, results as JSON."""

@@ -1,0 +1,163 @@
+"""Make README's tables, docs/figures and the state of the goals from experiments/results alone.
+
+python scripts/tables.py            write them
+python scripts/tables.py --check    say what differs, and exit 1 if anything does
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import statistics
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+from experiments import figures, results  # noqa: E402
+
+README, FIGURES, GOALS = ROOT / "README.md", ROOT / "docs/figures", results.FOLDER / "goals.json"
+Result = dict[str, Any]
+
+
+def quickstart(result: Result) -> str:
+    head = ("run", "lr at the end", "weight decay at the end", "test accuracy", "gradient evaluations")
+    body = [
+        (
+            row["method"],
+            f"{row['lr']:.2g}",
+            f"{row['weight_decay']:.2g}",
+            f"{row['test_accuracy']:.1%}",
+            f"{row['gradient_evaluations']:,}",
+        )
+        for row in result["rows"]
+    ]
+    return _table(head, body)
+
+
+def fashion_mnist(result: Result) -> str:
+    names = {
+        "untuned": "untuned",
+        "untuned_decay": "untuned, lr decays linearly to zero",
+        "tuned": "hypergrad, lr and weight decay",
+        "tuned_lr": "hypergrad, lr",
+        "tuned_momentum": "hypergrad, lr, weight decay and momentum",
+    }
+    head = ("method", "starts", "mean", "median", "best", "worst", "NaN", "FLOPs", "seconds a run")
+    body = []
+    for method, name in names.items():
+        rows = results.select(result["rows"], {"method": method, "steps": 10_000})
+        if rows:
+            losses = sorted(row["test_loss"] for row in rows if not row["diverged"])
+            numbers = (statistics.fmean(losses), statistics.median(losses), losses[0], losses[-1])
+            cost = statistics.fmean(row["flops_ratio"] for row in rows)
+            seconds = statistics.fmean(row["seconds"] for row in rows)
+            shown = [f"{number:.4f}" for number in numbers]
+            nan = len(rows) - len(losses)
+            body.append((name, str(len(rows)), *shown, str(nan), f"{cost:.2f}×", f"{seconds:.1f}"))
+    return _table(head, body) + "\n\n" + _source(result)
+
+
+def goals(rows: list[Result]) -> str:
+    head = ("goal", "target", "reached", "met", "command")
+    body = []
+    for row in rows:
+        reached = "not measured" if row["reached"] is None else f"{row['reached']:.4g}"
+        target = f"{row['op']} {row['target']:g} {row['unit']}".rstrip()
+        body.append((row["goal"], target, reached, "yes" if row["met"] else "no", f"`{row['command']}`"))
+    return _table(head, body)
+
+
+TABLES: dict[str, Callable[[Result], str]] = {"quickstart": quickstart, "fashion_mnist": fashion_mnist}
+PLOTS: dict[str, tuple[str, Callable[[list[Result]], Any]]] = {
+    "quickstart": ("quickstart_curves.json", figures.quickstart),
+    "fashion_mnist": ("fashion_mnist.json", figures.fashion_mnist),
+}
+
+
+def fill(text: str, goal_rows: list[Result], folder: Path = results.FOLDER) -> str:
+    """``text`` with every block between ``<!-- table:NAME -->`` and ``<!-- /table -->`` made anew."""
+
+    def block(match: re.Match[str]) -> str:
+        name = match[1]
+        if name != "goals" and name not in TABLES:
+            raise SystemExit(f"README has a table {name!r}, which scripts/tables.py does not know: {sorted(TABLES)}")
+        if name == "goals":
+            content = goals(goal_rows)
+        else:
+            result = results.load(f"{name}.json", folder)
+            content = TABLES[name](result) if result else "*Not measured yet.*"
+        return f"<!-- table:{name} -->\n{content}\n<!-- /table -->"
+
+    return re.sub(r"<!-- table:(\w+) -->.*?<!-- /table -->", block, text, flags=re.DOTALL)
+
+
+def differences(write: bool) -> list[str]:
+    """What is not as the result files have it; with ``write``, it is made so."""
+    found = []
+    old_goals = json.loads(GOALS.read_text(encoding="utf-8"))
+    new_goals = [results.recompute(goal) for goal in old_goals]
+    if new_goals != old_goals:
+        found.append("experiments/results/goals.json")
+        if write:
+            results.save(GOALS, new_goals)
+    old = README.read_text(encoding="utf-8")
+    new = fill(old, new_goals)
+    if new != old:
+        found.append("README.md")
+        if write:
+            README.write_text(new, encoding="utf-8")
+    for name, (file, plot) in PLOTS.items():
+        result, path = results.load(file), FIGURES / f"{name}.png"
+        if result and _fingerprint(path) != (made_from := _digest(result["rows"])):
+            found.append(f"docs/figures/{name}.png")
+            if write:
+                FIGURES.mkdir(parents=True, exist_ok=True)
+                plot(result["rows"]).savefig(path, dpi=130, metadata={"Source": made_from})
+    return found
+
+
+def _digest(rows: list[Result]) -> str:
+    return hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()
+
+
+def _fingerprint(path: Path) -> str | None:
+    """The digest of the rows that a figure was made from, kept inside the PNG."""
+    if not path.is_file():
+        return None
+    from PIL import Image
+
+    with Image.open(path) as image:
+        return image.info.get("Source")
+
+
+def _table(head: tuple[str, ...], body: list[tuple[str, ...]]) -> str:
+    lines = [head, ("---", *("---:" if _numeric(column) else "---" for column in list(zip(*body))[1:])), *body]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _numeric(column: tuple[str, ...]) -> bool:
+    return all(re.match(r"^[\d.,eE+-]+[%×]?$", cell) for cell in column)
+
+
+def _source(result: Result) -> str:
+    environment = result["environment"]
+    return (
+        f"<sub>`{result['command']}` · Python {environment['python']}, torch {environment['torch']}, "
+        f"{environment['platform']}, {environment['cpus']} CPUs, {environment['device']}</sub>"
+    )
+
+
+if __name__ == "__main__":
+    if set(sys.argv[1:]) - {"--check"}:
+        raise SystemExit(__doc__)
+    checking = "--check" in sys.argv[1:]
+    changed = differences(write=not checking)
+    for name in changed:
+        print(("differs from the results: " if checking else "written: ") + name)
+    if checking and changed:
+        raise SystemExit("run: python scripts/tables.py")

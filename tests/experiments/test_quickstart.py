@@ -1,0 +1,43 @@
+import json
+from itertools import islice
+from pathlib import Path
+
+import pytest
+import torch
+
+import hypergrad
+from experiments import quickstart
+from experiments.arguments import parse
+
+
+def test_the_quick_run_ends_with_a_table_curves_and_the_line_to_browse_them(tmp_path, capsys):
+    threads = torch.get_num_threads()
+    rows = quickstart.main(parse(quickstart.Args, ["--quick", "--out", str(tmp_path)]))
+    torch.set_num_threads(threads)
+    out = capsys.readouterr()
+    assert [row["method"] for row in rows][:2] == ["tuned by hypergrad", "untuned"]
+    tuned, untuned, default, search = rows
+    assert tuned["lr"] != untuned["lr"] == 1e-4
+    assert default["lr"] == 1e-3
+    assert untuned["gradient_evaluations"] == 200 < tuned["gradient_evaluations"]
+    assert search["gradient_evaluations"] == 2 * 200
+    assert all(0 <= row["test_accuracy"] <= 1 for row in rows)
+
+    last = out.out.strip().splitlines()[-1]
+    logdir = Path(last.partition("tensorboard --logdir ")[2])
+    assert list(logdir.glob("events.out.tfevents.*"))
+    assert (logdir / "metrics.jsonl").read_text()
+    assert (logdir / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert json.loads((tmp_path / "quickstart.json").read_text())["rows"] == rows
+    assert "\r" not in out.err  # no bar where the output is no terminal
+
+
+def test_the_tuned_loop_passes_hypergrad_check():
+    model, optimizer, loss, batches, val_loss, _ = quickstart.job(quickstart.Args(), lr=0.05, weight_decay=1e-3)
+    hypergrad.check(model, optimizer, loss, list(islice(batches, 5)), val_loss, wrt=("lr", "weight_decay"))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_cuda_without_a_gpu_is_refused():
+    with pytest.raises(SystemExit, match="no GPU"):
+        quickstart.main(quickstart.Args(device="cuda"))
