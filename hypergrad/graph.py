@@ -88,7 +88,7 @@ class Linearization:
         self.params, self.extra = list(params), list(extra)
         check_scalar(loss, "the loss")
         inputs = [*self.params, *self.extra]
-        grads = torch.autograd.grad(loss, inputs, create_graph=products, allow_unused=True)
+        grads = grad_or_none([loss], inputs, create_graph=products)
         self.loss = loss.detach()
         self.grads: list[Tensor | None] = list(grads[: len(self.params)])
         self.extra_grads: list[Tensor | None] = list(grads[len(self.params) :])
@@ -122,12 +122,19 @@ class Linearization:
             return [None] * len(inputs)
         outputs, cotangents = zip(*used, strict=True)
         try:
-            return list(torch.autograd.grad(outputs, inputs, cotangents, retain_graph=retain, allow_unused=True))
+            return grad_or_none(outputs, inputs, cotangents, retain_graph=retain)
         except (RuntimeError, NotImplementedError) as error:
             for symptom, remedy in _WAYS_OUT.items():
                 if symptom in str(error):
                     raise NotImplementedError(f"{error} (torch has no second derivative here): {remedy}.") from error
             raise
+
+
+def grad_or_none(outputs: Sequence[Tensor], inputs: Sequence[Tensor], *args: Any, **kw: Any) -> list[Tensor | None]:
+    """torch.autograd.grad with None for inputs that are frozen or not used."""
+    live = [x for x in inputs if x.requires_grad]
+    grads = iter(torch.autograd.grad(outputs, live, *args, allow_unused=True, **kw) if live else ())
+    return [next(grads) if x.requires_grad else None for x in inputs]
 
 
 def check_scalar(loss: Any, what: str) -> None:

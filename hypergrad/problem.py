@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hypergrad.graph import Linearization, check_scalar, survey
+from hypergrad.graph import Linearization, check_scalar, grad_or_none, survey
 
 
 class Rng:
@@ -127,11 +127,11 @@ class Problem:
                 loss = val_loss(t) if takes_step(val_loss) else val_loss()
                 check_scalar(loss, "val_loss()")
                 inputs = [*self.params, *self.hypers.values()]
-                grads = torch.autograd.grad(loss, inputs, allow_unused=True)
+                grads = grad_or_none([loss], inputs)
         finally:
             self.write_buffers(buffers)
             rng.restore()
-        of_params, of_hypers = list(grads[: len(self.params)]), list(grads[len(self.params) :])
+        of_params, of_hypers = grads[: len(self.params)], grads[len(self.params) :]
         if all(g is None for g in of_params):
             raise ValueError(
                 "val_loss shares no parameter with the optimizer: compute it with the model that the optimizer trains."

@@ -48,6 +48,10 @@ class Adam:
     def slots(self) -> tuple[str, ...]:
         return ("exp_avg", "exp_avg_sq") + (("max_exp_avg_sq",) if self.amsgrad else ())
 
+    @property
+    def second_moment_of_decay(self) -> str | None:
+        return None if self.decoupled else "exp_avg_sq"
+
     @classmethod
     def from_group(cls, group: Mapping[str, Any], wrt: frozenset[str]) -> Self:
         return cls(bool(group["decoupled_weight_decay"]), bool(group["amsgrad"]), bool(group["maximize"]))

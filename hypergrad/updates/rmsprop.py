@@ -42,6 +42,10 @@ class RMSprop:
         extra = (("grad_avg",) if self.centered else ()) + (("momentum_buffer",) if self.buffered else ())
         return ("square_avg", *extra)
 
+    @property
+    def second_moment_of_decay(self) -> str | None:
+        return "square_avg"
+
     @classmethod
     def from_group(cls, group: Mapping[str, Any], wrt: frozenset[str]) -> Self:
         buffered = float(group["momentum"]) > 0 or "momentum" in wrt

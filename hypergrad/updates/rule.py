@@ -33,6 +33,11 @@ class UpdateRule(Protocol):
         """Names of the optimizer's tensors, as in `optimizer.state[p]`, each with the shape of p."""
         ...
 
+    @property
+    def second_moment_of_decay(self) -> str | None:
+        """The slot v if weight decay is added to a gradient that is divided by √v, else None."""
+        ...
+
     @classmethod
     def from_group(cls, group: Mapping[str, Any], wrt: frozenset[str]) -> Self:
         """Read the flags of a live param group. Raise where a flag or a derivative in `wrt` is not supported."""

@@ -31,6 +31,10 @@ class SGD:
     def slots(self) -> tuple[str, ...]:
         return ("momentum_buffer",) if self.buffered else ()
 
+    @property
+    def second_moment_of_decay(self) -> str | None:
+        return None
+
     @classmethod
     def from_group(cls, group: Mapping[str, Any], wrt: frozenset[str]) -> Self:
         momentum, dampening = float(group["momentum"]), float(group["dampening"])

@@ -22,6 +22,8 @@ from hypergrad.updates.rule import Tensors, UpdateRule
 PARTS = {"betas": ("beta1", "beta2")}
 CLIPS: dict[str, type[Clip]] = {"clip_norm": ClipNorm, "clip_value": ClipValue}
 
+WELL_CONDITIONED_EPS = 1e-3  # from here on d/d(weight decay) through g/(√v + eps) at g = v = 0 is of ordinary size
+
 # values[name][group] is a number, a tuple of numbers (betas) or None (the group has no such name); a clip's
 # threshold is values["clip_norm"][0].
 Values = dict[str, list[Any]]
@@ -282,6 +284,19 @@ class Transition:
         if self.clip is not None:
             lg, lam_clip = self.clip.vjp(raw, self.sizes, values[self.clip.name][0], lg)
         return out, lg, lam_h, lam_clip
+
+
+    def ill_conditioned_decay(self, state: State, g: Tensor, values: Values) -> list[int]:
+        """Groups in which d/d(weight decay) passes through g/√v at g = v = 0 with a small eps."""
+        out = []
+        for i, rule in enumerate(self.rules):
+            slot = rule.second_moment_of_decay
+            if slot is None or values["weight_decay"][i] != 0 or values["eps"][i] >= WELL_CONDITIONED_EPS:
+                continue
+            mine = [r for r, group in zip(self.ranges, self.group_of, strict=True) if group == i]
+            if any(bool(((g[a:b] == 0) & (state.slots[slot][a:b] == 0)).any()) for a, b in mine):
+                out.append(i)
+        return out
 
 
 def _number(value: Any) -> Any:

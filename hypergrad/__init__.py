@@ -1,0 +1,9 @@
+"""Hyperparameters of a PyTorch training loop, tuned by gradient descent while the model trains."""
+
+from hypergrad import solvers
+from hypergrad.exact import hypergradient
+from hypergrad.hyperparameters import Hyperparameter
+from hypergrad.modes import Result
+
+__version__ = "0.1.0"
+__all__ = ["Hyperparameter", "Result", "hypergradient", "solvers"]

@@ -1,0 +1,138 @@
+"""Implicit mode: differentiate the point that training has come to, not the way there.
+
+At a minimum θ* of F(θ, h) = ℓ(θ, h) + Σ_groups w/2 ‖θ‖² the implicit function theorem gives
+
+    dL/dh = ∂L/∂h − (∂L/∂θ) (∂²F/∂θ²)⁻¹ ∂²F/∂θ∂h          ∂²F/∂θ∂w = θ, in its group
+
+for hyperparameters in the loss and for coupled weight decay. lr, momentum, betas and decoupled decay do not move a
+minimum: for them this mode raises, unless `look_back` is given. (Bengio 2000; Lorraine et al. 2019, arXiv 1911.02590.)
+
+With `look_back=i` the fixed point is that of the update map s' = Φ(s, h) itself, at the present state and the last batch,
+with the inverse cut off after i terms (Clarke et al. 2022, arXiv 2110.10461, eq. 6), momentum and all:
+
+    dL/dh ≈ ∂L/∂h + Σ_{j<i} (∂Φ/∂h)ᵀ ((∂Φ/∂s)ᵀ)ʲ ∂L/∂s
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hypergrad.modes.stretch import Meter, Result, Stretch, evaluation
+from hypergrad.modes.unrolled import Total, pull, train
+from hypergrad.solvers import Solve, cg
+from hypergrad.updates.transition import State, Tangent
+
+
+def implicit(stretch: Stretch, solver: Solve | None = None, look_back: int | None = None) -> Result:
+    """Train through the stretch, then differentiate the point reached as a fixed point."""
+    if look_back is None:
+        _check_minimum_depends_on(stretch)
+    with evaluation(stretch) as meter:
+        state = stretch.transition.read()
+        last = len(stretch.batches) - 1
+        for t in range(last + 1 if look_back is None else last):
+            state = train(stretch, state, t, meter)
+        if look_back is not None:
+            return _look_back(stretch, state, look_back, meter)
+        return _at_minimum(stretch, state, solver or cg, meter)
+
+
+def _check_minimum_depends_on(stretch: Stretch) -> None:
+    for name in stretch.directions.wrt:
+        if name in stretch.problem.hypers:
+            continue
+        if name != "weight_decay":
+            raise NotImplementedError(
+                f"mode='implicit' cannot differentiate in {name!r}: the minimum that training converges to does not depend "
+                "on it. Use mode='unrolled' or 'forward', or look_back=5 for the update map's truncated series."
+            )
+    decays = stretch.values[-1].get("weight_decay", [])
+    for rule, wd in zip(stretch.transition.rules, decays, strict=False):
+        if getattr(rule, "decoupled", False) and (wd or "weight_decay" in stretch.directions.wrt):
+            raise NotImplementedError(
+                "mode='implicit' cannot handle decoupled weight decay (AdamW): its fixed point is not a minimum of the loss "
+                "plus a penalty. Use torch.optim.Adam (coupled decay), mode='unrolled', or look_back=5."
+            )
+
+
+def _distinct(batches: Any) -> list[Any]:
+    """Each batch object once: a full-batch run repeats one."""
+    return list({id(b): b for b in batches}.values())
+
+
+class _Objective:
+    """F: the mean training loss over the distinct batches, plus coupled weight decay. Random numbers as of now."""
+
+    def __init__(self, stretch: Stretch, state: State, meter: Meter):
+        self.stretch, self.meter = stretch, meter
+        self.transition, problem = stretch.transition, stretch.problem
+        buffers, rng = problem.read_buffers(), problem.rng()
+        self.lins = []
+        for batch in _distinct(stretch.batches):
+            rng.restore()
+            self.lins.append(problem.linearize(batch))
+            problem.write_buffers(buffers)
+            meter.gradients += 1
+        self.decay = torch.zeros_like(state.theta)
+        for (a, b), group in zip(self.transition.ranges, self.transition.group_of, strict=True):
+            self.decay[a:b] = stretch.values[-1]["weight_decay"][group] or 0.0
+        self.theta = state.theta
+        sign = [-1.0 if getattr(rule, "maximize", False) else 1.0 for rule in self.transition.rules]
+        self.sign = torch.cat([self.theta.new_full((b - a,), sign[g]) for (a, b), g in self._ranges()])
+
+    def _ranges(self) -> Any:
+        return zip(self.transition.ranges, self.transition.group_of, strict=True)
+
+    def gradient(self) -> Tensor:
+        mean = torch.stack([self.stretch.gradient(lin) for lin in self.lins]).mean(0)
+        return self.sign * mean + self.decay * self.theta
+
+    def hessian(self, v: Tensor) -> Tensor:
+        views = self.transition.split(v)
+        rows = [self.transition.flatten(lin.product(views)) for lin in self.lins]
+        self.meter.products += len(rows)
+        return self.sign * torch.stack(rows).mean(0) + self.decay * v
+
+    def into_hypers(self, v: Tensor) -> list[Tensor | None]:
+        """(∂²F/∂θ∂h)ᵀ v for the tensors in the loss."""
+        views, n = self.transition.split(self.sign * v), len(self.transition.params)
+        total: list[Tensor | None] = [None] * len(self.stretch.problem.hypers)
+        for lin in self.lins:
+            for i, g in enumerate(lin.product(views, into_extra=True)[n:]):
+                if g is not None:
+                    total[i] = g / len(self.lins) + (0 if total[i] is None else total[i])  # type: ignore[operator]
+        return total
+
+
+def _at_minimum(stretch: Stretch, state: State, solver: Solve, meter: Meter) -> Result:
+    steps, total = len(stretch.batches), Total(stretch)
+    v = total.validate(steps, Tangent.zeros(state)).theta
+    objective = _Objective(stretch, state, meter)
+    x = solver(objective.hessian, v)
+    residual = torch.linalg.vector_norm(objective.hessian(x) - v) / torch.linalg.vector_norm(v).clamp_min(1e-300)
+    meter.extra |= {
+        "solver_residual": float(residual),
+        "gradient_norm": float(torch.linalg.vector_norm(objective.gradient())),
+    }
+    decay = [{"weight_decay": state.theta.new_zeros(())} for _ in stretch.transition.groups]
+    for (a, b), group in zip(stretch.transition.ranges, stretch.transition.group_of, strict=True):
+        decay[group]["weight_decay"] = decay[group]["weight_decay"] - x[a:b] @ state.theta[a:b]
+    total.add(0, decay, None, [None if g is None else -g for g in objective.into_hypers(x)])
+    return Result(total.value, total.gradients, meter.stats(steps))
+
+
+def _look_back(stretch: Stretch, state: State, terms: int, meter: Meter) -> Result:
+    """The series on the update map of the last batch, at the state before it; the loss is taken after it."""
+    steps, total, problem = len(stretch.batches), Total(stretch), stretch.problem
+    buffers, rng = problem.read_buffers(), problem.rng()
+    train(stretch, state, steps - 1, meter)
+    lam = total.validate(steps, Tangent.zeros(state))
+    stretch.transition.load(state.theta)
+    for _ in range(terms):
+        problem.write_buffers(buffers)
+        rng.restore()
+        lam = pull(stretch, state, steps - 1, lam, total, meter)
+    return Result(total.value, total.gradients, meter.stats(steps))

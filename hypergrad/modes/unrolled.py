@@ -1,0 +1,157 @@
+"""Unrolled mode: the adjoint of the recorded steps, backwards, every hyperparameter at once.
+
+With λ = dL/ds after a step, the same before it and the hypergradient's share of that step are
+
+    λ_s, λ_g, λ_h = Uᵀ λ             analytically, from the state before the step and its gradient
+    λ_θ += H λ_g     λ_h += (∂g/∂h)ᵀ λ_g        one Hessian product for all of them
+
+A state is kept every c steps (default √K), and the steps between are replayed with the same code, random numbers and
+buffers, so that memory is about 2√K states. (Maclaurin et al. 2015, arXiv 1502.03492; Griewank & Walther 2000.)
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hypergrad.modes.stretch import Meter, Result, Stretch, evaluation
+from hypergrad.problem import Rng
+from hypergrad.updates.rule import Tensors
+from hypergrad.updates.transition import CLIPS, State, Tangent, parts
+
+
+@dataclass
+class Snapshot:
+    state: State
+    buffers: list[Tensor]
+
+
+@dataclass
+class Tape:
+    """What a replay needs: states every c steps, and every step's random numbers.
+
+    Snapshot i was taken before step i·c; the last one is the state after the last step.
+    """
+
+    every: int
+    snapshots: list[Snapshot] = field(default_factory=list)
+    rng: list[Rng] = field(default_factory=list)
+
+
+def default_every(steps: int) -> int:
+    return max(1, math.isqrt(steps))
+
+
+def unrolled(stretch: Stretch, every: int | None = None) -> Result:
+    """Hypergradient of a stretch of training by the adjoint. `every`: steps between snapshots, default √K."""
+    with evaluation(stretch) as meter:
+        tape = record(stretch, every or default_every(len(stretch.batches)), meter)
+        return adjoint(stretch, tape, meter)
+
+
+def record(stretch: Stretch, every: int, meter: Meter) -> Tape:
+    """Train through the stretch on the user's model, in place, and keep what a replay needs."""
+    tape, state = Tape(every), stretch.transition.read()
+    for t in range(len(stretch.batches)):
+        if t % every == 0:
+            tape.snapshots.append(Snapshot(state, stretch.problem.read_buffers()))
+        tape.rng.append(stretch.problem.rng())
+        state = train(stretch, state, t, meter)
+    tape.snapshots.append(Snapshot(state, stretch.problem.read_buffers()))
+    return tape
+
+
+def train(stretch: Stretch, state: State, t: int, meter: Meter) -> State:
+    """One training step from a state whose parameters and buffers are in the model."""
+    lin = stretch.problem.linearize(stretch.batches[t], products=False)
+    g = stretch.gradient(lin)
+    meter.look_for_ill_conditioning(stretch, state, g, t)
+    state = stretch.transition.step(state, g, lin.active, stretch.values[t])
+    stretch.transition.load(state.theta)
+    meter.gradients += 1
+    return state
+
+
+def replay(stretch: Stretch, tape: Tape, segment: int, meter: Meter) -> list[Snapshot]:
+    """The states before each step of a segment, from its snapshot."""
+    first, last = segment * tape.every, min((segment + 1) * tape.every, len(stretch.batches))
+    states = [tape.snapshots[segment]]
+    restore(stretch, states[0])
+    for t in range(first, last - 1):
+        tape.rng[t].restore()
+        state = train(stretch, states[-1].state, t, meter)
+        states.append(Snapshot(state, stretch.problem.read_buffers()))
+    return states
+
+
+def restore(stretch: Stretch, at: Snapshot) -> None:
+    stretch.transition.load(at.state.theta)
+    stretch.problem.write_buffers(at.buffers)
+
+
+def adjoint(stretch: Stretch, tape: Tape, meter: Meter) -> Result:
+    """Run the adjoint over a recorded stretch. The model's state on return is unspecified."""
+    total = Total(stretch)
+    restore(stretch, tape.snapshots[-1])
+    lam = Tangent.zeros(tape.snapshots[-1].state)
+    lam = total.validate(len(stretch.batches), lam)
+    for segment in reversed(range(len(tape.snapshots) - 1)):
+        states = replay(stretch, tape, segment, meter)
+        while states:
+            at, t = states.pop(), segment * tape.every + len(states)
+            restore(stretch, at)
+            tape.rng[t].restore()
+            lam = pull(stretch, at.state, t, lam, total, meter)
+            meter.norm(lam.theta)
+            if t in stretch.val_steps:
+                restore(stretch, at)
+                lam = total.validate(t, lam)
+        tape.snapshots[segment + 1 :] = []
+    return Result(total.value, total.gradients, meter.stats(len(stretch.batches)))
+
+
+def pull(stretch: Stretch, state: State, t: int, lam: Tangent, total: Total, meter: Meter) -> Tangent:
+    """The adjoint before step t from that after it."""
+    lin, transition = stretch.problem.linearize(stretch.batches[t]), stretch.transition
+    g = stretch.gradient(lin)
+    lam, lam_g, lam_h, lam_clip = transition.vjp(state, g, lin.active, stretch.values[t], lam)
+    rows = lin.product(transition.split(lam_g), into_extra=True, retain=False)
+    meter.gradients, meter.products = meter.gradients + 1, meter.products + 1
+    n = len(transition.params)
+    total.add(t, lam_h, lam_clip, rows[n:])
+    return Tangent(lam.theta + transition.flatten(rows[:n]), lam.slots)
+
+
+class Total:
+    """The objective and its gradient arrays, summed over steps."""
+
+    def __init__(self, stretch: Stretch):
+        self.stretch = stretch
+        self.value = stretch.transition.params[0].new_zeros(()).detach()
+        self.gradients = stretch.directions.zeros()
+
+    def validate(self, t: int, lam: Tangent) -> Tangent:
+        if t not in self.stretch.val_steps:
+            return lam
+        value, gradient, direct = self.stretch.validate(t)
+        self.value = self.value + value
+        self.stretch.add_direct(self.gradients, direct)
+        return Tangent(lam.theta + gradient, lam.slots)
+
+    def add(self, t: int, lam_h: list[Tensors], lam_clip: Tensor | None, of_hypers: list[Any]) -> None:
+        for name, array in self.gradients.items():
+            target = array if self.stretch.directions.steps is None else array[t]
+            if name in self.stretch.problem.hypers:
+                g = of_hypers[list(self.stretch.problem.hypers).index(name)]
+                if g is not None:
+                    target += g
+            elif name in CLIPS:
+                target += 0 if lam_clip is None else lam_clip
+            else:
+                for group, lam in enumerate(lam_h):
+                    shares = [lam.get(part, 0) for part in parts(name)]
+                    target[group] += torch.stack([torch.as_tensor(x).to(target) for x in shares]).view(target[group].shape)
