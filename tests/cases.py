@@ -1,0 +1,297 @@
+"""Cases as data: training problems and optimizers. A new optimizer or problem is one row.
+
+A problem is a function that builds a fresh `Setup`, always the same one; an optimizer row makes a fresh `torch.optim`
+instance of two param groups whose hyperparameters differ. Everything is in float64 and smooth enough for finite
+differences (`tests/oracle.py` refuses to answer otherwise).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, mse_loss
+
+DEVICE = os.environ.get("HYPERGRAD_DEVICE", "cpu")
+STEPS = 6
+
+
+@dataclass
+class Setup:
+    """What a user has in hand before a stretch of training."""
+
+    model: nn.Module
+    groups: list[list[Tensor]]
+    loss: Callable[..., Tensor]
+    batches: list[Any]
+    val_loss: Callable[..., Tensor]
+    hypers: dict[str, Tensor] | None = None
+    warm_up: int = 0  # steps of the stock loop done before the stretch begins
+    optimizer: torch.optim.Optimizer = field(init=False)
+
+
+def _seeded(build: Callable[[], nn.Module], seed: int = 0) -> nn.Module:
+    torch.manual_seed(seed)
+    return build().double().to(DEVICE)
+
+
+def randn(*shape: int, seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, generator=generator, dtype=torch.float64).to(DEVICE)
+
+
+def randint(high: int, *shape: int, seed: int) -> Tensor:
+    return torch.randint(high, shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE)
+
+
+def ce(model: nn.Module, batch: Any) -> Tensor:
+    return cross_entropy(model(batch[0]), batch[1])
+
+
+def supervised(model: nn.Module, groups: list[list[Tensor]], inputs: Callable[[int], Tensor], classes: int) -> Setup:
+    """A classifier on a batch of its own per step, validated on one more."""
+
+    def batch(i: int) -> tuple[Tensor, Tensor]:
+        x = inputs(i)
+        return x, randint(classes, x.shape[0], seed=1000 + i)
+
+    val = batch(99)
+    return Setup(model, groups, ce, [batch(i) for i in range(STEPS)], lambda: ce(model, val))
+
+
+# ---- problems
+
+
+class Vector(nn.Module):
+    """A bare parameter vector in two pieces."""
+
+    def __init__(self, n: int = 4):
+        super().__init__()
+        self.a, self.b = nn.Parameter(torch.randn(n)), nn.Parameter(torch.randn(n))
+
+    def forward(self) -> Tensor:
+        return torch.cat([self.a, self.b])
+
+
+def quadratic() -> Setup:
+    model = _seeded(Vector)
+    factor, c = randn(8, 8, seed=1) / 3, randn(8, seed=2)
+
+    def loss(model: nn.Module, batch: Tensor) -> Tensor:
+        r = factor @ model() - batch
+        return r @ r / 2
+
+    batches = [c + 0.1 * randn(8, seed=10 + i) for i in range(STEPS)]
+    return Setup(model, [[model.a], [model.b]], loss, batches, lambda: ((model() - 1) ** 2).sum() / 2)
+
+
+def ridge() -> Setup:
+    model = _seeded(lambda: nn.Linear(4, 2))
+
+    def loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        return mse_loss(model(batch[0]), batch[1])
+
+    data = [(randn(12, 4, seed=i), randn(12, 2, seed=100 + i)) for i in range(STEPS + 1)]
+    return Setup(model, [[model.weight], [model.bias]], loss, data[1:], lambda: loss(model, data[0]))
+
+
+def dead_relu_mlp() -> nn.Sequential:
+    """Hidden units 0 and 1 never fire, so their weights' gradients are exactly 0."""
+    model = nn.Sequential(nn.Linear(5, 6), nn.ReLU(), nn.Linear(6, 3))
+    with torch.no_grad():
+        model[0].bias[:2] = -20.0
+    return model
+
+
+def mlp() -> Setup:
+    model = _seeded(dead_relu_mlp)
+    groups = [list(model[0].parameters()), list(model[2].parameters())]
+    return supervised(model, groups, lambda i: randn(12, 5, seed=i), 3)
+
+
+def mlp_live() -> Setup:
+    """The optimizer has state already: the stretch is the middle of a run."""
+    setup = mlp()
+    setup.warm_up = 3
+    return setup
+
+
+def cnn_batchnorm() -> Setup:
+    """BatchNorm in training mode, also while validating."""
+    model = _seeded(
+        lambda: nn.Sequential(
+            nn.Conv2d(1, 3, 3), nn.BatchNorm2d(3), nn.SiLU(), nn.AvgPool2d(2), nn.Flatten(), nn.Linear(12, 3)
+        )
+    )
+    groups = [list(model[:2].parameters()), list(model[5].parameters())]
+    return supervised(model, groups, lambda i: randn(6, 1, 6, 6, seed=i), 3)
+
+
+def embedding() -> Setup:
+    """Rows 0 … 7 are used, rows 8 … 11 never, and most are not used at every step."""
+    model = _seeded(lambda: nn.Sequential(nn.Embedding(12, 3), nn.Flatten(), nn.Tanh(), nn.Linear(9, 3)))
+    groups = [list(model[0].parameters()), list(model[3].parameters())]
+    return supervised(model, groups, lambda i: randint(8, 5, 3, seed=i), 3)
+
+
+def dropout() -> Setup:
+    model = _seeded(lambda: nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Dropout(0.5), nn.Linear(8, 3)))
+    setup = supervised(
+        model, [list(model[0].parameters()), list(model[3].parameters())], lambda i: randn(12, 5, seed=i), 3
+    )
+    x, y = randn(12, 5, seed=98), randint(3, 12, seed=97)
+    setup.val_loss = lambda: cross_entropy(model[3](torch.tanh(model[0](x))), y)  # deterministic
+    return setup
+
+
+class Tied(nn.Module):
+    """`encode` is used twice, by two names; `frozen` never moves; `unused` is held by the optimizer and never used."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encode, self.frozen, self.out = nn.Linear(5, 5), nn.Linear(5, 5), nn.Linear(5, 3)
+        self.again = self.encode
+        self.unused = nn.Parameter(torch.randn(3))
+        self.frozen.requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(torch.tanh(self.again(torch.tanh(self.frozen(torch.tanh(self.encode(x)))))))
+
+
+def tied_frozen() -> Setup:
+    model = _seeded(Tied)
+    groups = [[*model.frozen.parameters(), *model.encode.parameters()], [model.unused, *model.out.parameters()]]
+    return supervised(model, groups, lambda i: randn(12, 5, seed=i), 3)
+
+
+def loss_hypers() -> Setup:
+    """Hyperparameters in the loss: a weight for each example, label smoothing, the strength of a penalty."""
+    model = _seeded(lambda: nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)))
+
+    def loss(model: nn.Module, batch: Any, hypers: dict[str, Tensor]) -> Tensor:
+        x, y = batch
+        logp = model(x).log_softmax(1)
+        smooth = hypers["smoothing"]
+        each = -(1 - smooth) * logp[torch.arange(len(y)), y] - smooth * logp.mean(1)
+        penalty = sum((p**2).sum() for p in model.parameters())
+        return (hypers["weights"] * each).sum() + hypers["penalty"] * penalty
+
+    groups = [list(model[0].parameters()), list(model[2].parameters())]
+    setup = supervised(model, groups, lambda i: randn(4, 4, seed=i), 3)
+    setup.loss = loss
+    setup.hypers = {
+        "weights": torch.tensor([0.1, 0.2, 0.3, 0.4], dtype=torch.float64, device=DEVICE),
+        "smoothing": torch.tensor(0.1, dtype=torch.float64, device=DEVICE),
+        "penalty": torch.tensor(0.0, dtype=torch.float64, device=DEVICE),
+    }
+    return setup
+
+
+PROBLEMS: dict[str, Callable[[], Setup]] = {
+    f.__name__: f
+    for f in (quadratic, ridge, mlp, mlp_live, cnn_batchnorm, embedding, dropout, tied_frozen, loss_hypers)
+}
+
+
+# ---- optimizers
+
+
+@dataclass(frozen=True)
+class Row:
+    """An optimizer, the numbers of its two param groups, and what it is differentiated in."""
+
+    cls: type[torch.optim.Optimizer]
+    first: dict[str, Any]
+    second: dict[str, Any]
+    wrt: tuple[str, ...]
+
+    def make(self, groups: list[list[Tensor]]) -> torch.optim.Optimizer:
+        numbers = [self.first, self.first | self.second]
+        return self.cls([{"params": g, **n} for g, n in zip(groups, numbers, strict=True)])
+
+
+SGD, ADAM, ADAMW, RMSPROP = torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW, torch.optim.RMSprop
+_SGD = {"lr": 0.2, "weight_decay": 0.02, "momentum": 0.8}
+_SGD2 = {"lr": 0.1, "weight_decay": 0.05, "momentum": 0.6}
+_ADAM = {"lr": 0.02, "weight_decay": 0.02, "betas": (0.8, 0.9), "eps": 1e-2}
+_ADAM2 = {"lr": 0.04, "weight_decay": 0.05, "betas": (0.7, 0.95)}
+_RMS = {"lr": 0.02, "weight_decay": 0.02, "alpha": 0.8, "eps": 1e-2}
+_RMS2 = {"lr": 0.01, "weight_decay": 0.05, "alpha": 0.9}
+_OF_SGD = ("lr", "weight_decay", "momentum", "dampening")
+_OF_ADAM = ("lr", "weight_decay", "betas", "eps")
+_OF_RMS = ("lr", "weight_decay", "alpha", "eps")
+_NO_DECAY = {"weight_decay": 0.0}  # torch's default; also the second group's
+
+OPTIMIZERS: dict[str, Row] = {
+    "sgd": Row(SGD, {"lr": 0.2, "weight_decay": 0.02}, {"lr": 0.1}, ("lr", "weight_decay")),
+    "sgd_at_zero": Row(SGD, {"lr": 0.2}, {"lr": 0.1}, ("lr", "weight_decay", "momentum")),
+    "momentum": Row(SGD, _SGD, _SGD2, _OF_SGD),  # dampening at 0
+    "dampening": Row(SGD, _SGD | {"dampening": 0.3}, _SGD2, _OF_SGD),
+    "nesterov": Row(SGD, _SGD | {"nesterov": True}, _SGD2, ("lr", "weight_decay", "momentum")),
+    "sgd_maximize": Row(SGD, _SGD | {"lr": 0.02, "maximize": True}, {"lr": 0.01}, _OF_SGD),
+    "adam": Row(ADAM, _ADAM, _ADAM2, _OF_ADAM),
+    "adam_at_zero": Row(ADAM, _ADAM | _NO_DECAY, _ADAM2 | _NO_DECAY, _OF_ADAM),
+    "adam_amsgrad": Row(ADAM, _ADAM | {"amsgrad": True}, _ADAM2, _OF_ADAM),
+    "adam_maximize": Row(ADAM, _ADAM | {"maximize": True}, _ADAM2, _OF_ADAM),
+    "adamw": Row(ADAMW, _ADAM, _ADAM2, _OF_ADAM),
+    "adamw_at_zero": Row(ADAMW, _ADAM | _NO_DECAY, _ADAM2 | _NO_DECAY, _OF_ADAM),
+    "adamw_amsgrad": Row(ADAMW, _ADAM | {"amsgrad": True}, _ADAM2, _OF_ADAM),
+    "rmsprop": Row(RMSPROP, _RMS, _RMS2, _OF_RMS),
+    "rmsprop_at_zero": Row(RMSPROP, _RMS | _NO_DECAY, _RMS2 | _NO_DECAY, (*_OF_RMS, "momentum")),
+    "rmsprop_momentum": Row(RMSPROP, _RMS | {"momentum": 0.7}, _RMS2 | {"momentum": 0.5}, (*_OF_RMS, "momentum")),
+    "centered": Row(RMSPROP, _RMS | {"centered": True}, _RMS2, _OF_RMS),
+    "centered_momentum": Row(
+        RMSPROP, _RMS | {"centered": True, "momentum": 0.7}, _RMS2 | {"momentum": 0.5}, (*_OF_RMS, "momentum")
+    ),
+    "rmsprop_maximize": Row(RMSPROP, _RMS | {"maximize": True}, _RMS2, _OF_RMS),
+}
+EVERY_PROBLEM_WITH = ("momentum", "adamw", "adam", "rmsprop_momentum")
+
+
+@dataclass(frozen=True)
+class Case:
+    """A row of the case table."""
+
+    problem: str
+    optimizer: str
+    clip_norm: float | None = None
+    clip_value: float | None = None
+    per_step: bool = False
+    val_steps: tuple[int, ...] | None = None
+    wrt: tuple[str, ...] | None = None  # None: all that the optimizer and the clipping have
+
+    @property
+    def clip(self) -> dict[str, float]:
+        both = {"clip_norm": self.clip_norm, "clip_value": self.clip_value}
+        return {name: m for name, m in both.items() if m is not None}
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return (*OPTIMIZERS[self.optimizer].wrt, *self.clip) if self.wrt is None else self.wrt
+
+    def build(self) -> Setup:
+        """A fresh model and optimizer, always the same, at the start of the stretch."""
+        setup = PROBLEMS[self.problem]()
+        setup.optimizer = OPTIMIZERS[self.optimizer].make(setup.groups)
+        for i in range(setup.warm_up):
+            setup.optimizer.zero_grad()
+            setup.loss(setup.model, setup.batches[-1 - i]).backward()
+            setup.optimizer.step()
+        torch.manual_seed(7)  # what dropout draws from
+        return setup
+
+    def __str__(self) -> str:
+        extras = [*self.clip, *(["per_step"] if self.per_step else []), *(["val_steps"] if self.val_steps else [])]
+        return "-".join([self.problem, self.optimizer, *extras])
+
+
+MODES: dict[str, dict[str, Any]] = {
+    "forward": {"mode": "forward"},
+    "every step": {"mode": "unrolled", "every": 1},
+    "default": {"mode": "unrolled"},
+    "one snapshot": {"mode": "unrolled", "every": STEPS + 4},
+}
