@@ -4,6 +4,7 @@ from hypergrad import solvers
 from hypergrad.exact import hypergradient
 from hypergrad.hyperparameters import Hyperparameter
 from hypergrad.modes import Result
+from hypergrad.tuner import Tuner
 
 __version__ = "0.1.0"
-__all__ = ["Hyperparameter", "Result", "hypergradient", "solvers"]
+__all__ = ["Hyperparameter", "Result", "Tuner", "hypergradient", "solvers"]

@@ -82,13 +82,21 @@ class Linearization:
         params: leaves; the rows and columns of the Hessian.
         extra: more leaves that count as columns (hyperparameters in the loss), or whose gradient is wanted.
         products: False where no product will be asked for; the graph is then freed at once.
+        retain: keep it all the same.
     """
 
-    def __init__(self, loss: Tensor, params: Sequence[Tensor], extra: Sequence[Tensor] = (), products: bool = True):
+    def __init__(
+        self,
+        loss: Tensor,
+        params: Sequence[Tensor],
+        extra: Sequence[Tensor] = (),
+        products: bool = True,
+        retain: bool = False,
+    ):
         self.params, self.extra = list(params), list(extra)
         check_scalar(loss, "the loss")
         inputs = [*self.params, *self.extra]
-        grads = grad_or_none([loss], inputs, create_graph=products)
+        grads = grad_or_none([loss], inputs, create_graph=products, retain_graph=products or retain)
         self.loss = loss.detach()
         self.grads: list[Tensor | None] = list(grads[: len(self.params)])
         self.extra_grads: list[Tensor | None] = list(grads[len(self.params) :])

@@ -101,7 +101,6 @@ class Transition:
 
     def __init__(self, optimizers: Sequence[torch.optim.Optimizer], wrt: frozenset[str], clip: str | None = None):
         self.optimizers = list(optimizers)
-        self.groups = [group for opt in optimizers for group in opt.param_groups]
         self.optimizer_of_group = [i for i, opt in enumerate(optimizers) for _ in opt.param_groups]
         self.rules: list[UpdateRule] = [
             rule_of(opt).from_group(group, wrt) for opt in optimizers for group in opt.param_groups
@@ -113,10 +112,17 @@ class Transition:
         ends = torch.tensor(self.sizes).cumsum(0).tolist()
         self.ranges = [(end - size, end) for end, size in zip(ends, self.sizes, strict=True)]
         self.slot_names = tuple(dict.fromkeys(name for rule in self.rules for name in rule.slots))
+        known = {name for rule in self.rules for name in rule.hyperparameters}
+        self.names = [name for name in dict.fromkeys(n for g in self.groups for n in g) if known.issuperset(parts(name))]
         self.clip: Clip | None = None if clip is None else CLIPS[clip]()
         self._plans: dict[Any, list[Run]] = {}
 
     # ---- flat vectors and the live optimizer
+
+    @property
+    def groups(self) -> list[dict[str, Any]]:
+        """The param groups of all optimizers, numbered through. Read anew: load_state_dict replaces them."""
+        return [group for opt in self.optimizers for group in opt.param_groups]
 
     def flatten(self, tensors: Sequence[Tensor | None]) -> Tensor:
         """One flat detached vector of tensors shaped like the parameters; None counts as zero."""
@@ -161,16 +167,28 @@ class Transition:
     def read(self) -> State:
         return State(self.flatten(self.params), self.slots(), self.counts())
 
+    def write(self, state: State) -> None:
+        """Write θ, slots and step counts into the live optimizers, in place.
+
+        A parameter that had taken no step in `state` gets an empty optimizer state, as torch.optim has it then.
+        """
+        self.load(state.theta)
+        slots = {name: self.split(x) for name, x in state.slots.items()}
+        for i, (p, group) in enumerate(zip(self.params, self.group_of, strict=True)):
+            live = self.optimizers[self.optimizer_of_group[group]].state
+            if state.counts[i] == 0:
+                live.pop(p, None)
+                continue
+            for name in self.rules[group].slots:
+                if torch.is_tensor(live[p].get(name)):
+                    live[p][name].copy_(slots[name][i])
+            if torch.is_tensor(live[p].get("step")):
+                live[p]["step"].fill_(state.counts[i])
+
     def values(self) -> Values:
         """The hyperparameters' present values, read from the param groups."""
-        names = dict.fromkeys(name for group in self.groups for name in group if name != "params")
-        out: Values = {}
-        for name in names:
-            column = [group.get(name) for group in self.groups]
-            rule_names = {n for rule in self.rules for n in rule.hyperparameters}
-            if rule_names.issuperset(parts(name)):
-                out[name] = [_number(v) for v in column]
-        return out
+        groups = self.groups
+        return {name: [_number(group.get(name)) for group in groups] for name in self.names}
 
     # ---- the step and its derivatives
 

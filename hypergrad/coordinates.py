@@ -1,0 +1,162 @@
+"""The vector φ of all numbers that a tuner moves: where each is written, its transform, and Adam on φ."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hypergrad.hyperparameters import START_FROM_ZERO, Hyperparameter
+from hypergrad.modes.stretch import Directions, Entry
+from hypergrad.updates.rule import Tensors
+from hypergrad.updates.transition import Transition, parts
+
+
+class Coordinates:
+    """Values and transformed values of the tuned numbers, in the order of `directions.entries`.
+
+    Args:
+        transition: the optimizer.
+        spec: name → Hyperparameter, for names of param groups.
+        hyper_spec: name → Hyperparameter, for tensors in the loss.
+        hypers: name → leaf tensor of those, written in place.
+        hyper_lr: step size of Adam on φ.
+
+    Numbers that are 0 in some groups only are left alone there; `notes` says where 0 was replaced by a start.
+    """
+
+    def __init__(
+        self,
+        transition: Transition,
+        spec: Mapping[str, Hyperparameter],
+        hyper_spec: Mapping[str, Hyperparameter],
+        hypers: Tensors,
+        hyper_lr: float,
+    ):
+        self.transition, self.hypers, self.hyper_lr = transition, hypers, hyper_lr
+        self.notes: list[str] = []
+        self.directions = Directions(transition, [*spec, *hyper_spec], hypers)
+        found = transition.values()
+        kept, values = [], []
+        for entry in self.directions.entries:
+            x = self._first_value(entry, spec, found)
+            if x is not None:
+                kept.append(entry)
+                values.append(x)
+        if not kept:
+            raise ValueError("there is nothing to tune: every named hyperparameter is 0 where a group has it.")
+        self.directions.entries = kept
+        self.kinds = [{**spec, **hyper_spec}[entry.name] for entry in kept]
+        self.value = torch.tensor(values, dtype=torch.float64)
+        limits = torch.tensor([kind.limits for kind in self.kinds], dtype=torch.float64)
+        self.low, self.high = limits[:, 0], limits[:, 1]
+        self.phi = self._each("to_free", self.value)
+        self.m, self.s, self.count = torch.zeros_like(self.phi), torch.zeros_like(self.phi), 0
+
+    def __len__(self) -> int:
+        return len(self.kinds)
+
+    @property
+    def entries(self) -> list[Entry]:
+        return self.directions.entries
+
+    def _first_value(self, entry: Entry, spec: Mapping[str, Hyperparameter], found: Any) -> float | None:
+        if entry.group is None:
+            return float(self.hypers[entry.name][entry.index])
+        start, column = spec[entry.name].start, found[entry.name]
+        present = [_part(x, entry) for x in column]
+        if present[entry.group] == 0 and any(present):
+            return None  # 0 here, not elsewhere: it stays 0 here
+        if start is not None:
+            x = torch.as_tensor(start, dtype=torch.float64)
+            return float(x if x.dim() == 0 else x[entry.index])
+        if present[entry.group] == 0:
+            x = START_FROM_ZERO.get(entry.name)
+            if x is None:
+                raise ValueError(f"{entry.name} is 0: pass tune={{'{entry.name}': hypergrad.Hyperparameter(start=...)}}.")
+            note = f"{entry.name} is 0 in every param group; it is tuned from {x:g} (Hyperparameter(start=...) changes that)."
+            if note not in self.notes:
+                self.notes.append(note)
+            return x
+        value = float(present[entry.group])
+        Hyperparameter(value, spec[entry.name].bounds, spec[entry.name].kind)  # raises where the value is out of range
+        return value
+
+    def _each(self, method: str, x: Tensor) -> Tensor:
+        return torch.stack([getattr(kind, method)(v) for kind, v in zip(self.kinds, x, strict=True)])
+
+    def slope(self) -> Tensor:
+        """dx/dφ [k], float64."""
+        return self._each("slope", self.value)
+
+    def step(self, gradient: Tensor, beta1: float = 0.9, beta2: float = 0.999) -> None:
+        """One step of Adam on φ down `gradient` [k] (dL/dφ). Entries that are not finite stay where they are."""
+        g = gradient.to("cpu", torch.float64)
+        finite = torch.isfinite(g)
+        g = torch.where(finite, g, 0)
+        self.count += 1
+        self.m, self.s = self.m.lerp(g, 1 - beta1), self.s.lerp(g * g, 1 - beta2)
+        m, s = self.m / (1 - beta1**self.count), self.s / (1 - beta2**self.count)
+        step = torch.where(finite & (s > 0), self.hyper_lr * m / s.sqrt().clamp_min(1e-300), 0)
+        self.move(self.phi - step)
+
+    def move(self, phi: Tensor) -> None:
+        """Set φ, kept within bounds."""
+        moved = phi.clamp(self.low, self.high)
+        changed = moved != self.phi
+        self.phi = moved
+        self.value = torch.where(changed, self._each("from_free", moved), self.value)
+
+    def scale(self, name: str, factor: float) -> bool:
+        """Multiply the values of one positive hyperparameter; forget its momentum. False if it is not tuned."""
+        mine = torch.tensor([entry.name == name for entry in self.entries])
+        self.move(torch.where(mine, self.phi + torch.tensor(factor).log(), self.phi))
+        self.m = torch.where(mine, 0, self.m)
+        return bool(mine.any())
+
+    def of_group(self, name: str, group: int) -> list[tuple[int, Entry]]:
+        return [(j, e) for j, e in enumerate(self.entries) if e.name == name and e.group == group]
+
+    def write_hypers(self) -> None:
+        """Write the tensors in the loss, in place."""
+        with torch.no_grad():
+            for j, entry in enumerate(self.entries):
+                if entry.group is None:
+                    self.hypers[entry.name][entry.index] = float(self.value[j])
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "names": [f"{e.name}{list(e.index)}" for e in self.entries],
+            "phi": self.phi.clone(),
+            "value": self.value.clone(),
+            "m": self.m.clone(),
+            "s": self.s.clone(),
+            "count": self.count,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.phi, self.value = state["phi"].clone(), state["value"].clone()
+        self.m, self.s, self.count = state["m"].clone(), state["s"].clone(), int(state["count"])
+        self.write_hypers()
+
+
+def _part(value: Any, entry: Entry) -> Any:
+    if value is None:
+        return None
+    return value[parts(entry.name).index(entry.part)] if isinstance(value, tuple) else value
+
+
+def replaced(old: Any, entry: Entry, value: float) -> Any:
+    """The value of a param group's entry with one number in it replaced."""
+    if not isinstance(old, (tuple, list)):
+        return value
+    new = list(old)
+    new[parts(entry.name).index(entry.part)] = value
+    return tuple(new)
+
+
+def specification(names: Sequence[str] | Mapping[str, Any]) -> dict[str, Any]:
+    """What `tune=` was given, as name → what the user wrote for it (None: the value in the param groups)."""
+    return dict(names) if isinstance(names, Mapping) else dict.fromkeys((names,) if isinstance(names, str) else names)

@@ -1,0 +1,49 @@
+"""What a run leaves behind: TensorBoard events and the same numbers as JSON lines, in one folder."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+
+class Recorder:
+    """Write scalars against the number of training steps.
+
+    Args:
+        log_dir: folder of the run; made if needed. `metrics.jsonl` in it gets one object a call of `scalars`.
+        hparams: shown in TensorBoard's HParams tab, in the same run, once `close` is called.
+    """
+
+    def __init__(self, log_dir: str | Path, hparams: Mapping[str, Any]):
+        from torch.utils.tensorboard import SummaryWriter  # here: it takes a second to import
+
+        self.folder = Path(log_dir)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.hparams = dict(hparams)
+        self.writer = SummaryWriter(str(self.folder))
+        self.lines = (self.folder / "metrics.jsonl").open("a", encoding="utf-8")
+        self.last: dict[str, float] = {}
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        for tag, value in values.items():
+            self.writer.add_scalar(tag, value, step)
+        self.lines.write(json.dumps({"step": step, **values}) + "\n")
+        self.lines.flush()
+        self.last.update(values)
+
+    def text(self, step: int, message: str) -> None:
+        """A sentence in TensorBoard's Text tab, and in the JSON lines."""
+        self.writer.add_text("notes", message, step)
+        self.lines.write(json.dumps({"step": step, "note": message}) + "\n")
+        self.lines.flush()
+
+    def close(self) -> None:
+        if self.lines.closed:
+            return
+        metrics = {f"final/{tag}": value for tag, value in self.last.items() if tag.startswith("loss/")}
+        # run_name=".": the default would make a second run beside this one
+        self.writer.add_hparams(self.hparams, metrics or {"final/steps": 0.0}, run_name=".")
+        self.writer.close()
+        self.lines.close()

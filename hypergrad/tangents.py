@@ -1,0 +1,222 @@
+"""Tangents that ride on a live loop: dθ/dφ and ds/dφ, kept up with every step the user's own optimizer takes.
+
+Between `backward` and `optimizer.step()` the gradients may have been unscaled or clipped. What was done to them is read
+off by comparing p.grad with what `backward` left there:
+
+    g' = g                     J = I
+    g' = g/scale               J = I/scale                               with `scaler`
+    g' = c g, c < 1            J = c (I − g gᵀ/(N (N + ε)))              with `clip_norm`, N = ‖g‖, c = M/(N + ε)
+    anything else              unknown: the tangents start again from zero
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hypergrad.coordinates import Coordinates
+from hypergrad.graph import Linearization, survey
+from hypergrad.updates.clip import TORCH_EPS, total_norm
+from hypergrad.updates.rule import Tensors
+from hypergrad.updates.transition import State, Tangent, Transition, Values
+
+CAP = 1.0  # a tangent (per unit of log value) is not let grow beyond so many times the norm of the weights
+AVERAGE_SHARE = 0.1  # the running average looks back over so much of the run so far
+
+
+@dataclass
+class Pending:
+    """What `backward` left for the step to use."""
+
+    left: list[Tensor | None]  # a copy of every p.grad
+    dg: Tensor | None  # tangent of the gradient [k, n]; None is zero
+    loss: Tensor  # the largest of the accumulated losses, times scale
+    scale: float  # of a GradScaler at the time
+
+
+class Tangents:
+    """The forward mode of a live loop."""
+
+    def __init__(
+        self, transition: Transition, coordinates: Coordinates, model: torch.nn.Module, scaler: Any, clip_norm: Any
+    ):
+        self.transition, self.coordinates, self.model = transition, coordinates, model
+        self.scaler, self.clip_norm = scaler, clip_norm
+        self.tangent: Tangent | None = None  # None: zero
+        self.average: Tensor | None = None  # θ̄ [n]
+        self.average_tangent: Tensor | None = None  # dθ̄/dφ [k, n]; None: zero
+        self.pending: Pending | None = None
+        self.counts = {"gradients": 0, "hessian_products": 0, "capped": 0}
+        self._own = {id(x) for x in [*transition.params, *coordinates.hypers.values()]}
+
+    # ---- the gradient stage
+
+    def backward(self, loss: Tensor, inputs: Sequence[Tensor] | None, retain_graph: bool) -> None:
+        """Fill every leaf's .grad as `loss.backward()` would, and form the gradient's tangent."""
+        scale = 1.0 if self.scaler is None else float(self.scaler.get_scale())
+        leaves = survey(loss, self.model)
+        hypers = list(self.coordinates.hypers.values())
+        others = [x for x in (leaves if inputs is None else inputs) if id(x) not in self._own]
+        products = self.tangent is not None or bool(hypers)
+        lin = Linearization(loss, self.transition.params, [*hypers, *others], products, retain_graph)
+        dg = self._gradient_tangent(lin, len(others), retain_graph) if products else None
+        if inputs is not None:
+            chosen = {id(x) for x in inputs}
+            pairs = zip(self.transition.params, lin.grads, strict=True)
+            lin.grads = [g if id(p) in chosen else None for p, g in pairs]
+        self._drop_if_zeroed()
+        _accumulate([*self.transition.params, *others], [*lin.grads, *lin.extra_grads[len(hypers) :]])
+        self.counts["gradients"] += 1
+        self.pending = self._joined(lin, dg, scale)
+
+    def _joined(self, lin: Linearization, dg: Tensor | None, scale: float) -> Pending:
+        """This backward added to what earlier ones of the same step left."""
+        old, params = self.pending, self.transition.params
+        if old is None:
+            return Pending([None if g is None else g.detach() for g in lin.grads], dg, lin.loss, scale)
+        if old.dg is not None:
+            dg = old.dg if dg is None else old.dg + dg
+        left = [None if p.grad is None else p.grad.clone() for p in params]
+        return Pending(left, dg, torch.maximum(old.loss, lin.loss), scale)
+
+    def _gradient_tangent(self, lin: Linearization, n_others: int, retain_graph: bool) -> Tensor | None:
+        transition, directions = self.transition, self.coordinates.directions
+        slope = self.coordinates.slope().tolist() if self.coordinates.hypers else []
+        jobs = []
+        for j in range(len(self.coordinates)):
+            extra = directions.into_loss(j, 0)
+            if extra is not None:
+                extra = [None if x is None else x * slope[j] for x in extra] + [None] * n_others
+            if extra is not None or self.tangent is not None:
+                jobs.append((j, extra))
+        rows: dict[int, Tensor] = {}
+        nothing: list[Tensor | None] = [None] * len(transition.params)
+        for i, (j, extra) in enumerate(jobs):
+            z = nothing if self.tangent is None else transition.split(self.tangent.theta[j])
+            product = lin.product(z, extra, retain=retain_graph or i + 1 < len(jobs))
+            rows[j] = transition.flatten(product)
+        self.counts["hessian_products"] += len(jobs)
+        if not rows:
+            return None
+        zero = torch.zeros_like(next(iter(rows.values())))
+        return torch.stack([rows.get(j, zero) for j in range(len(self.coordinates))])
+
+    def _drop_if_zeroed(self) -> None:
+        """Gradients zeroed without a step (a step that GradScaler skipped): what was accumulated is void."""
+        if self.pending is None:
+            return
+        grads = [p.grad for p in self.transition.params]
+        if all(g is None or not bool(g.any()) for g in grads):
+            self.pending = None
+
+    # ---- the transition stage
+
+    def seen(self, active: Sequence[bool]) -> Tensor | None:
+        """The tangent of the gradients as the optimizer will see them [k, n]; None where that is not known."""
+        pending, params = self.pending, self.transition.params
+        if pending is None:
+            return None
+        mine = [(p.grad, left) for p, left, a in zip(params, pending.left, active, strict=True) if a]
+        if any(g is None or left is None for g, left in mine):
+            return None
+        zero = params[0].new_zeros(len(self.coordinates), sum(self.transition.sizes)) if pending.dg is None else pending.dg
+        if all(torch.equal(g, left) for g, left in mine):
+            return zero
+        g = self.transition.flatten([p.grad if a else left for p, left, a in zip(params, pending.left, active, strict=True)])
+        return self._through_scaling(g, self.transition.flatten(pending.left) / pending.scale, zero / pending.scale)
+
+    def _through_scaling(self, g: Tensor, ref: Tensor, dg: Tensor) -> Tensor | None:
+        """J dg for a gradient g = c·ref."""
+        rtol = 64 * torch.finfo(g.dtype).eps
+        square = ref @ ref
+        if not bool(torch.isfinite(square)) or square == 0:
+            return None
+        c = (g @ ref) / square
+        if not torch.allclose(g, c * ref, rtol=rtol, atol=float(rtol * ref.abs().amax() * c.abs())):
+            return None
+        if self.scaler is not None and abs(c - 1) < rtol:
+            return dg
+        if self.clip_norm is None or c > 1 + rtol:
+            return None
+        n, m = total_norm(ref, self.transition.sizes), float(self.clip_norm)
+        if abs(c * (n + TORCH_EPS) / m - 1) > 1e-3:  # other leaves took part in the norm; their tangent is 0
+            n = m / c - TORCH_EPS
+        return torch.addcmul(c * dg, (dg @ ref).unsqueeze(-1) * (-c / (n * (n + TORCH_EPS))), ref)
+
+    def push(
+        self, state: State, g: Tensor, active: tuple[bool, ...], values: Values, scale: Tensor, dg: Tensor | None
+    ) -> None:
+        """Take the tangents through one step. dg None: unknown, so they start again from zero at this step."""
+        k = len(self.coordinates)
+        if self.tangent is None or dg is None:
+            self.forget()
+            self.tangent = Tangent.zeros(state, k)
+        dg = torch.zeros_like(self.tangent.theta) if dg is None else dg
+        seeds, _ = self.coordinates.directions.seeds(0, scale.to(state.theta))
+        self.tangent = self.transition.jvp(state, g, active, values, self.tangent, dg, seeds)
+        self._bound(torch.linalg.vector_norm(state.theta))
+
+    def _bound(self, norm: Tensor) -> None:
+        """Cap every tangent at CAP times the norm of the weights; one that is not finite starts again from zero."""
+        assert self.tangent is not None
+        norms = torch.linalg.vector_norm(self.tangent.theta, dim=1)
+        factor = (CAP * norm / norms.clamp_min(torch.finfo(norms.dtype).tiny)).clamp(max=1.0)
+        if bool((factor == 1).all()):
+            return
+        self.counts["capped"] += 1
+        finite = torch.isfinite(norms).unsqueeze(-1)
+        factor = factor.unsqueeze(-1)
+        bound = {name: torch.where(finite, x * factor, 0) for name, x in self.tangent.slots.items()}
+        self.tangent = Tangent(torch.where(finite, self.tangent.theta * factor, 0), bound)
+
+    def forget(self) -> None:
+        """Tangents are zero from here on."""
+        self.tangent = self.average_tangent = None
+
+    # θ̄ ← θ̄ + a (θ − θ̄) and the same for its tangent, a = 1/(share of the steps so far)
+    def follow(self, theta: Tensor, t: int) -> None:
+        """Move the running averages towards the present weights and tangents."""
+        a = min(1.0, 1 / (AVERAGE_SHARE * (t + 1)))
+        self.average = theta if self.average is None else self.average.lerp(theta, a)
+        if self.tangent is not None:
+            old = self.average_tangent
+            self.average_tangent = self.tangent.theta * a if old is None else old.lerp(self.tangent.theta, a)
+
+    def state_dict(self) -> dict[str, Any]:
+        tangent = self.tangent
+        return {
+            "theta": None if tangent is None else tangent.theta,
+            "slots": None if tangent is None else dict(tangent.slots),
+            "average": self.average,
+            "average_tangent": self.average_tangent,
+        }
+
+    def load_state_dict(self, state: Tensors | dict[str, Any]) -> None:
+        like = self.transition.params[0]
+
+        def here(x: Any) -> Any:
+            return None if x is None else x.to(like)
+
+        self.tangent = None
+        if state["theta"] is not None:
+            self.tangent = Tangent(here(state["theta"]), {name: here(x) for name, x in state["slots"].items()})
+        self.average, self.average_tangent = here(state["average"]), here(state["average_tangent"])
+        self.pending = None
+
+
+def _accumulate(leaves: Sequence[Tensor], grads: Sequence[Tensor | None]) -> None:
+    """Add to .grad what backward() would; fresh tensors, so that nothing in the graph or of the user's is shared."""
+    with torch.no_grad():
+        for leaf, g in zip(leaves, grads, strict=True):
+            if g is None:
+                continue
+            if leaf.grad is None:
+                leaf.grad = g.detach().clone()
+            else:
+                leaf.grad.add_(g.detach())
+            for hook in (getattr(leaf, "_post_accumulate_grad_hooks", None) or {}).values():
+                hook(leaf)

@@ -1,0 +1,504 @@
+"""The online tuner: rides on a live `torch.optim` optimizer and moves its hyperparameters while the model trains."""
+
+from __future__ import annotations
+
+import math
+import time
+import warnings
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hypergrad.coordinates import Coordinates, replaced, specification
+from hypergrad.exact import Optimizers, as_optimizers, check_names, clipping, leaves
+from hypergrad.graph import check_scalar
+from hypergrad.guard import LR_CUT, Guard
+from hypergrad.hyperparameters import as_hyperparameter
+from hypergrad.problem import Problem
+from hypergrad.recording import Recorder
+from hypergrad.schedules import decay_to_zero
+from hypergrad.tangents import Tangents
+from hypergrad.updates.transition import CLIPS, State, Transition, Values
+from hypergrad.windows import Windows
+
+
+class Tuner:
+    r"""Tune hyperparameters of a live optimizer by gradient descent on a validation loss.
+
+    Write `tuner.backward(loss)` in place of `loss.backward()`; everything else in the loop stays as it is. Every `every`
+    steps the hypergradient dL/dφ of L = val_loss is formed from tangents dθ/dφ that have been carried along with every step
+    (forward mode), and φ, the transformed values (log lr, log weight decay, logit momentum, …), takes a step of Adam.
+
+    Args:
+        model: the module that is trained.
+        optimizer: its live `torch.optim` optimizer (SGD, Adam, AdamW, RMSprop), with any param groups, or a list of them.
+        val_loss: `val_loss()` → scalar: the loss of a validation batch, computed with the model's own parameters. Random
+            numbers and buffers are put back after it; it must not call backward. Called as `val_loss(t)`, t the number of
+            steps done, where it has a required argument.
+        tune: names in param_groups, or name → Hyperparameter(start, bounds, kind). One value for each group; groups whose
+            value is 0 while others' is not stay at 0.
+        hypers: name → Hyperparameter: tensors that the loss reads as `tuner.hypers[name]`.
+        loss: `loss(model, batch)`, or `loss(model, batch, hypers)` with `hypers`; for `tuner.step(batch)`.
+        mode: "forward"; with `tuner.step` also "unrolled" (the adjoint over windows of `horizon` steps) and "implicit" (the
+            update map's series, `horizon` terms).
+        horizon: steps of a window that is replayed (mode="unrolled"), or terms of the series (mode="implicit").
+        every: training steps between hyperparameter steps (mode="unrolled": each window ends in one).
+        hyper_lr: step size of Adam on φ: 0.1 is about 10 % of a positive hyperparameter's value.
+        total_steps: number of training steps, if known: lr is then its tuned scale times a warm-up and linear decay to zero.
+        clip_norm: threshold, if the loop calls `clip_grad_norm_` (tuner.step then calls it).
+        scaler: the loop's GradScaler, if it has one.
+        average: take the validation loss at a running average of the weights, which looks back over a tenth of the run so
+            far; its tangent is the same average of the tangents.
+        seed: recorded with the run.
+        log_dir: folder for TensorBoard events and `metrics.jsonl`.
+
+    Attributes:
+        values: name → tensor [n_groups] ([n_groups, 2] for betas): with `total_steps` lr's scale; where a scheduler writes the
+            learning rate, the multiplier of what it writes. For tensors in the loss: their value.
+        hypers: name → tensor that the loss reads.
+        val_loss: the last validation loss; NaN before the first.
+        hypergradients: name → dL/dvalue at the last hyperparameter step, shaped like `values`.
+        stats: counts of what happened.
+
+    Raises:
+        ValueError, TypeError, NotImplementedError: before anything changes, with what to do.
+
+    Example:
+        >>> _ = torch.manual_seed(0)
+        >>> model = torch.nn.Linear(3, 1)
+        >>> x, y = torch.randn(64, 3), torch.randn(64, 1)
+        >>> sgd = torch.optim.SGD(model.parameters(), lr=1e-5)
+        >>> tuner = Tuner(model, sgd, lambda: ((model(x[32:]) - y[32:]) ** 2).mean(), tune=("lr",))
+        >>> for _ in range(200):
+        ...     loss = ((model(x[:32]) - y[:32]) ** 2).mean()
+        ...     sgd.zero_grad()
+        ...     tuner.backward(loss)
+        ...     sgd.step()
+        >>> bool(tuner.values["lr"] > 1e-5), tuner.stats["hyper_steps"]
+        (True, 20)
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        optimizer: Optimizers,
+        val_loss: Callable[..., Tensor],
+        tune: str | Sequence[str] | Mapping[str, Any] = ("lr", "weight_decay"),
+        hypers: Mapping[str, Any] | None = None,
+        loss: Callable[..., Tensor] | None = None,
+        mode: str = "forward",
+        horizon: int = 20,
+        every: int = 10,
+        hyper_lr: float = 0.1,
+        total_steps: int | None = None,
+        clip_norm: float | None = None,
+        scaler: Any = None,
+        average: bool = True,
+        seed: int = 0,
+        log_dir: str | Path | None = None,
+    ):
+        if not isinstance(model, torch.nn.Module):
+            raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}.")
+        if not callable(val_loss):
+            raise TypeError("val_loss must be a function () -> scalar tensor.")
+        _check_numbers(mode, horizon, every, hyper_lr, total_steps)
+        self.model, self.optimizers, self.mode = model, as_optimizers(optimizer), mode
+        clipping(clip_norm, None)
+        written, tensors = specification(tune), leaves(hypers)
+        if not written and not tensors:
+            raise ValueError("nothing to tune: name hyperparameters, for example tune=('lr', 'weight_decay').")
+        if any(name in CLIPS for name in written):
+            raise NotImplementedError("a clipping threshold cannot be tuned online: use hypergrad.hypergradient for it.")
+        transition = Transition(self.optimizers, frozenset(written))
+        check_names([*written, *tensors], transition.values(), tensors)
+        spec = {name: as_hyperparameter(name, x) for name, x in written.items()}
+        of_loss = {name: as_hyperparameter(name, x) for name, x in (hypers or {}).items()}
+        if total_steps is not None and any("initial_lr" in group for group in transition.groups):
+            raise ValueError(
+                "total_steps gives lr a shape of hypergrad's own, and a scheduler writes lr too: leave out one of them."
+            )
+        self.hypers = tensors
+        self._transition, self._problem = transition, Problem(model, transition.params, loss, tensors)
+        self._coordinates = Coordinates(transition, spec, of_loss, tensors, hyper_lr)
+        self._try(val_loss)
+        self._val_loss, self._every, self._total, self._average = val_loss, every, total_steps, average
+        self._tangents = Tangents(transition, self._coordinates, model, scaler, clip_norm)
+        self._guard = Guard(transition, self._problem)
+        self._windows = Windows(self, horizon)
+        self._multiplies = {(n, g) for n in ("lr",) for g, x in enumerate(transition.groups) if "initial_lr" in x}
+        self._left: dict[tuple[str, int], Any] = {
+            (name, g): group.get(name) for name in spec for g, group in enumerate(transition.groups)
+        }
+        self._base: dict[tuple[str, int], Any] = {}  # what something else wrote, put back after the step
+        for j, entry in enumerate(self._coordinates.entries):
+            if (entry.name, entry.group) in self._multiplies:
+                self._multiply(j)
+        self.val_loss, self.hypergradients = math.nan, {}
+        self._t, self._frozen, self._closed, self._warned = 0, False, False, set()
+        self._used: tuple[Values, Tensor] = {}, self._coordinates.slope()  # by the last step
+        self._losses: list[Tensor] = []
+        self._clock = time.perf_counter()
+        self.stats = dict.fromkeys(_STATS, 0)
+        self._recorder = None if log_dir is None else Recorder(log_dir, self._hparams(seed, hyper_lr))
+        for note in self._coordinates.notes:
+            self._note(note)
+        me = weakref.ref(self)
+        self._handles = []
+        for i, opt in enumerate(self.optimizers):
+            self._handles.append(opt.register_step_pre_hook(_calling(me, "_before_step", i)))
+            self._handles.append(opt.register_step_post_hook(_calling(me, "_after_step", i)))
+
+    # ---- what a loop calls
+
+    def backward(self, loss: Tensor, *, inputs: Any = None, retain_graph: bool = False, **unknown: Any) -> None:
+        """Do what `loss.backward()` does, bit for bit, and carry the tangents along.
+
+        Args:
+            loss: scalar, or the scaler's `scaler.scale(loss)`. Several calls before a step add up.
+            inputs, retain_graph: as in `torch.Tensor.backward`.
+        """
+        if unknown:
+            raise NotImplementedError(f"tuner.backward does not take {sorted(unknown)}: only inputs and retain_graph.")
+        check_scalar(loss, "the loss")
+        if self._closed or self.mode != "forward":
+            if not self._closed:
+                raise NotImplementedError(f"mode={self.mode!r} replays steps: use tuner.step(batch) in place of this loop.")
+            return loss.backward(inputs=inputs, retain_graph=retain_graph)
+        inputs = [inputs] if isinstance(inputs, Tensor) else inputs
+        self._tangents.backward(loss, inputs, retain_graph)
+
+    def step(self, batch: Any) -> Tensor:
+        """Take one whole training step on a batch: loss, gradients, clipping, optimizer step. Returns the loss."""
+        if self._closed:
+            raise RuntimeError("this tuner is closed.")
+        return self._windows.step(batch)
+
+    def freeze(self) -> None:
+        """Stop moving the hyperparameters. Tangents and validation losses go on; steps are no longer guarded."""
+        self._frozen = True
+
+    def close(self) -> None:
+        """Take the hooks off the optimizer and end the recording. Hyperparameters keep their last values."""
+        for handle in self._handles:
+            handle.remove()
+        self._closed, self._handles = True, []
+        if self._recorder is not None:
+            self._recorder.close()
+
+    @property
+    def values(self) -> dict[str, Tensor]:
+        out: dict[str, Tensor] = {}
+        shapes = self._coordinates.directions.shapes
+        for name, shape in shapes.items():
+            if name in self.hypers:
+                out[name] = self.hypers[name].detach().clone()
+                continue
+            column = self._transition.values()[name]
+            out[name] = torch.tensor([math.nan if x is None else x for x in column], dtype=torch.float64).view(shape)
+        for entry, x in zip(self._coordinates.entries, self._coordinates.value, strict=True):
+            if entry.group is not None:
+                out[entry.name][entry.index] = x
+        return out
+
+    @contextmanager
+    def averaged(self) -> Iterator[torch.nn.Module]:
+        """The running average of the weights in the model, and the weights themselves back on the way out."""
+        theta = self._transition.flatten(self._transition.params)
+        if self._tangents.average is not None:
+            self._transition.load(self._tangents.average)
+        try:
+            yield self.model
+        finally:
+            self._transition.load(theta)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that `load_state_dict` needs to go on; tensors are not copied. Loads with weights_only=True."""
+        return {
+            "sizes": list(self._transition.sizes),
+            "steps": self._t,
+            "frozen": self._frozen,
+            "val_loss": self.val_loss,
+            "stats": {**self.stats, **self._tangents.counts},
+            "first_loss": self._guard.first_loss,
+            "coordinates": self._coordinates.state_dict(),
+            "tangents": self._tangents.state_dict(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a state. Raises ValueError where it is that of another model or of other hyperparameters."""
+        try:
+            sizes, names = list(state["sizes"]), list(state["coordinates"]["names"])
+        except (KeyError, TypeError) as error:
+            raise ValueError("this is not the state_dict of a hypergrad.Tuner.") from error
+        if sizes != self._transition.sizes:
+            raise ValueError("this state_dict belongs to another model: the optimizer's parameters differ in number or size.")
+        mine = self._coordinates.state_dict()["names"]
+        if names != mine:
+            raise ValueError(f"this state_dict tunes {names}, this tuner {mine}: make the tuner with the same `tune`.")
+        self._t, self._frozen, self.val_loss = int(state["steps"]), bool(state["frozen"]), float(state["val_loss"])
+        self._tangents.counts |= {k: v for k, v in state["stats"].items() if k in self._tangents.counts}
+        self.stats |= {k: v for k, v in state["stats"].items() if k not in self._tangents.counts}
+        self._guard.first_loss = float(state["first_loss"])
+        self._coordinates.load_state_dict(state["coordinates"])
+        self._tangents.load_state_dict(state["tangents"])
+        self._left = dict.fromkeys(self._left)  # None: whatever is in the param groups now is taken as ours
+        self._windows.reset()
+
+    # ---- before and after the optimizer's step
+
+    def _before_step(self, i: int) -> None:
+        """Write the values of this step, judge its gradients, push the tangents."""
+        if len(self._transition.groups) != len(self._transition.rules):
+            raise ValueError("param groups were added: close this tuner and make a new one.")
+        self._write_values(i)
+        active = tuple(
+            p.grad is not None and self._transition.optimizer_of_group[group] == i
+            for p, group in zip(self._transition.params, self._transition.group_of, strict=True)
+        )
+        state = self._transition.read()
+        pending = self._tangents.pending
+        if not any(active):
+            return
+        g = self._transition.flatten([p.grad for p in self._transition.params])
+        scale = getattr(self.optimizers[i], "grad_scale", None)  # fused optimizers unscale by themselves
+        if scale is not None:
+            g = g / scale
+        if not self._frozen and not self._judge(state, g, pending, i):
+            return
+        if i == 0:
+            self._tangents.follow(state.theta, self._t)
+        values = self._transition.values()
+        self._used = values, self._scale()
+        if self.mode != "forward":
+            return
+        dg = self._tangents.seen(active)
+        if dg is not None and scale is not None:
+            dg = dg / scale
+        if dg is None:
+            self._count_unknown(pending is None)
+        self._tangents.push(state, g, active, values, self._used[1], dg)
+        if pending is not None and i == 0:
+            self._losses.append(pending.loss / pending.scale)
+
+    def _judge(self, state: State, g: Tensor, pending: Any, i: int) -> bool:
+        """Whether the step may be taken. If not, gradients are None on return, so that it does nothing."""
+        loss = self._windows.loss if pending is None else float(pending.loss) / pending.scale
+        verdict = self._guard.judge(loss, g, state.theta)
+        if verdict == "good":
+            if i == 0 and self._t % self._every == 0:
+                self._guard.keep(state)
+            return True
+        for p in self._transition.params:
+            p.grad = None
+        self._tangents.pending = None
+        self._windows.reset()
+        if verdict == "bad batch":
+            self.stats["nonfinite_steps"] += 1
+            self._guard.mend_buffers()
+            self._note_once("a loss or gradient was not finite: the step was passed over (tuner.stats['nonfinite_steps']).")
+        elif self._guard.roll_back():
+            self.stats["rollbacks"] += 1
+            self._coordinates.scale("lr", 1 / LR_CUT)
+            self._tangents.forget()
+            self._tangents.average = None
+            self._note(f"blow-up (loss {loss:.3g}): weights taken back to the last good ones, lr divided by {LR_CUT:g}.")
+        return False
+
+    def _after_step(self, i: int) -> None:
+        for (name, group), base in self._base.items():
+            if self._transition.optimizer_of_group[group] == i:
+                self._transition.groups[group][name] = base
+                self._left[name, group] = base
+        if i + 1 < len(self.optimizers):
+            return
+        self._tangents.pending = None
+        self._t += 1
+        self.stats |= {"steps": self._t, **self._tangents.counts}
+        if self.mode == "forward" and self._t % self._every == 0:
+            self._hyper_step()
+
+    def _count_unknown(self, plain: bool) -> None:
+        if plain:
+            self.stats["plain_steps"] += 1
+            self._note_once(
+                "a step's gradients did not come from tuner.backward(loss): it trains as always, but tangents start again "
+                "from zero there (tuner.stats['plain_steps']). Replace loss.backward() by tuner.backward(loss)."
+            )
+        else:
+            self.stats["changed_gradients"] += 1
+            self._note_once(
+                "the gradients were changed between tuner.backward and optimizer.step in a way hypergrad does not know: "
+                "tangents start again from zero there (tuner.stats['changed_gradients']). Pass clip_norm=... if the loop "
+                "clips by norm, scaler=... if it has a GradScaler."
+            )
+
+    # ---- values in the param groups
+
+    def _shape(self) -> float:
+        return 1.0 if self._total is None else decay_to_zero(self._t, self._total)
+
+    def _scale(self) -> Tensor:
+        """dx_t/dφ [k]: x_t is the value times lr's shape, or times what a scheduler wrote."""
+        out = self._coordinates.slope()
+        for j, entry in enumerate(self._coordinates.entries):
+            if (entry.name, entry.group) in self._multiplies and entry.group is not None:
+                out[j] *= float(self._base[entry.name, entry.group])
+            elif entry.name == "lr":
+                out[j] *= self._shape()
+        return out
+
+    def _write_values(self, i: int) -> None:
+        for j, entry in enumerate(self._coordinates.entries):
+            if entry.group is None or self._transition.optimizer_of_group[entry.group] != i:
+                continue
+            key, group = (entry.name, entry.group), self._transition.groups[entry.group]
+            if key not in self._multiplies and self._left[key] is not None and group[entry.name] != self._left[key]:
+                self._taken_over(entry.name, entry.group)
+                self._multiply(j)
+            value = float(self._coordinates.value[j])
+            if key in self._multiplies:
+                self._base[key] = group[entry.name]
+                value *= float(group[entry.name])
+            elif self._frozen and self._total is None and not self.stats["hyper_steps"]:
+                continue  # frozen from the start: the loop's own numbers
+            elif entry.name == "lr":
+                value *= self._shape()
+            group[entry.name] = self._left[key] = replaced(group[entry.name], entry, value)
+
+    def _taken_over(self, name: str, group: int) -> None:
+        """Something else wrote a value: from now on ours is a multiplier of what it writes."""
+        if self._total is not None and name == "lr":
+            raise ValueError(
+                "total_steps gives lr a shape of hypergrad's own, and something else writes lr too: leave out one of them."
+            )
+        if name not in ("lr", "weight_decay"):
+            raise ValueError(f"something else writes {name!r} in the param groups: take it out of `tune`.")
+        self._multiplies.add((name, group))
+
+    def _multiply(self, j: int) -> None:
+        """Number j is a multiplier from now on, starting from 1."""
+        phi, coordinates = self._coordinates.phi.clone(), self._coordinates
+        phi[j], coordinates.low[j], coordinates.high[j] = 0.0, -math.inf, math.inf
+        coordinates.phi, coordinates.value[j] = phi, 1.0
+
+    # ---- the hyperparameter step
+
+    def _hyper_step(self) -> None:
+        with self._where() as tangent:
+            value, of_params, of_hypers = self._problem.validate(self._val_loss, self._t)
+        v = self._transition.flatten(of_params)
+        gradient = v.new_zeros(len(self._coordinates)) if tangent is None else tangent @ v
+        gradient = gradient.to("cpu", torch.float64)
+        slope = self._coordinates.slope()
+        for j, entry in enumerate(self._coordinates.entries):
+            if entry.group is None:
+                direct = of_hypers[list(self.hypers).index(entry.name)]
+                gradient[j] += 0 if direct is None else float(direct[entry.index]) * slope[j]
+        self.move(float(value), gradient)
+
+    @contextmanager
+    def _where(self) -> Iterator[Tensor | None]:
+        """The weights at which the validation loss is taken, in the model; yields their tangent [k, n]."""
+        if not self._average:
+            yield None if self._tangents.tangent is None else self._tangents.tangent.theta
+            return
+        with self.averaged():
+            yield self._tangents.average_tangent
+
+    def move(self, value: float, gradient: Tensor) -> None:
+        """One hyperparameter step from a validation loss and dL/dφ [k]."""
+        self.val_loss = value
+        self.stats["val_evaluations"] += 1
+        in_value = gradient / self._coordinates.slope()
+        self.hypergradients = self._coordinates.directions.pack(in_value)
+        if not (math.isfinite(value) and bool(torch.isfinite(gradient).all())):
+            self.stats["nonfinite_hypergradients"] += 1
+            self._note_once("a validation loss or hypergradient was not finite: that hyperparameter step was left out.")
+        elif not self._frozen:
+            self._coordinates.step(gradient)
+            self._coordinates.write_hypers()
+            self.stats["hyper_steps"] += 1
+        self._record(gradient)
+
+    # ---- saying things
+
+    def _record(self, gradient: Tensor) -> None:
+        if self._recorder is None:
+            return
+        now = time.perf_counter()
+        row = {"loss/val": self.val_loss, "time/step_ms": 1e3 * (now - self._clock) / self._every}
+        self._clock = now
+        if self._losses:
+            row["loss/train"] = float(torch.stack(self._losses).mean())
+        for j, entry in enumerate(self._coordinates.entries):
+            where = "/".join([entry.name, *map(str, entry.index)])
+            row["hyper/" + where], row["hypergrad/" + where] = float(self._coordinates.value[j]), float(gradient[j])
+        self._losses = []
+        self._recorder.scalars(self._t, row)
+
+    def _hparams(self, seed: int, hyper_lr: float) -> dict[str, Any]:
+        starts = {
+            "start/" + "/".join([e.name, *map(str, e.index)]): float(x)
+            for e, x in zip(self._coordinates.entries, self._coordinates.value, strict=True)
+        }
+        kinds = ", ".join(type(opt).__name__ for opt in self.optimizers)
+        return {"optimizer": kinds, "mode": self.mode, "every": self._every, "hyper_lr": hyper_lr, "seed": seed, **starts}
+
+    def _note(self, message: str) -> None:
+        if self._recorder is not None:
+            self._recorder.text(self._t, message)
+        warnings.warn(message, stacklevel=3)
+
+    def _note_once(self, message: str) -> None:
+        if message not in self._warned:
+            self._warned.add(message)
+            self._note(message)
+
+    def _try(self, val_loss: Callable[..., Tensor]) -> None:
+        """Call the validation loss once, so that a wrong one is said before anything starts."""
+        try:
+            self._problem.validate(val_loss, 0)
+        except NameError:  # it reads the tuner, which does not exist yet
+            pass
+
+
+_STATS = (
+    "steps",
+    "hyper_steps",
+    "val_evaluations",
+    "gradients",
+    "hessian_products",
+    "plain_steps",
+    "changed_gradients",
+    "nonfinite_steps",
+    "nonfinite_hypergradients",
+    "rollbacks",
+    "capped",
+)
+
+
+def _calling(me: weakref.ref[Tuner], method: str, i: int) -> Callable[..., None]:
+    """A hook that does not keep the tuner alive."""
+
+    def hook(*_: Any) -> None:
+        tuner = me()
+        if tuner is not None:
+            with torch.no_grad():
+                getattr(tuner, method)(i)
+
+    return hook
+
+
+def _check_numbers(mode: str, horizon: int, every: int, hyper_lr: float, total_steps: int | None) -> None:
+    if mode not in ("forward", "unrolled", "implicit"):
+        raise ValueError(f"mode must be 'forward', 'unrolled' or 'implicit', got {mode!r}.")
+    for name, x in (("horizon", horizon), ("every", every), ("total_steps", total_steps)):
+        if x is not None and (not isinstance(x, int) or x < 1):
+            raise ValueError(f"{name} must be a whole number from 1, got {x!r}.")
+    if not (isinstance(hyper_lr, (int, float)) and math.isfinite(hyper_lr) and hyper_lr > 0):
+        raise ValueError(f"hyper_lr must be a positive number, got {hyper_lr!r}.")
