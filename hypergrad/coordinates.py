@@ -64,7 +64,7 @@ class Coordinates:
 
     def _first_value(self, entry: Entry, spec: Mapping[str, Hyperparameter], found: Any) -> float | None:
         if entry.group is None:
-            return float(self.hypers[entry.name][entry.index])
+            return float(self.hypers[entry.name].detach()[entry.index])
         start, column = spec[entry.name].start, found[entry.name]
         present = [_part(x, entry) for x in column]
         if present[entry.group] == 0 and any(present):
