@@ -52,7 +52,9 @@ def derivative(f: Callable[[float], float], h: float, one_sided: bool = False, w
         if error <= 1e-9 * abs(best):
             break
     if error > ORACLE * abs(best) + ROUNDING:
-        raise AssertionError(f"the finite difference of {what} does not converge, {best} ± {error}: choose another case.")
+        raise AssertionError(
+            f"the finite difference of {what} does not converge, {best} ± {error}: choose another case."
+        )
     return best
 
 

@@ -1,0 +1,132 @@
+"""Every update rule, driven by constants, is torch.optim to the last bit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import product
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from hypergrad.updates.transition import State, Transition
+from tests.cases import DEVICE
+
+STEPS = 100
+ULPS = 8  # on CUDA, where torch fuses and orders kernels as it likes: units in the last place of the largest element
+
+_decay = {"weight_decay": 0.1}
+_momentum = {"momentum": 0.9}
+_adam = {"lr": 0.01, "betas": (0.8, 0.95)}
+FLAGS: dict[str, tuple[type[torch.optim.Optimizer], dict[str, Any]]] = {
+    "sgd": (torch.optim.SGD, {"lr": 0.1}),
+    "sgd decay": (torch.optim.SGD, {"lr": 0.1, **_decay}),
+    "sgd momentum": (torch.optim.SGD, {"lr": 0.1, **_momentum, **_decay}),
+    "sgd dampening": (torch.optim.SGD, {"lr": 0.1, **_momentum, "dampening": 0.3}),
+    "sgd nesterov": (torch.optim.SGD, {"lr": 0.1, **_momentum, **_decay, "nesterov": True}),
+    "sgd maximize": (torch.optim.SGD, {"lr": 0.01, **_momentum, **_decay, "maximize": True}),
+    **{
+        f"{cls.__name__.lower()} {'amsgrad ' * amsgrad}{'maximize ' * maximize}{'decay' * bool(decay)}".strip(): (
+            cls,
+            {**_adam, "amsgrad": amsgrad, "maximize": maximize, "weight_decay": decay},
+        )
+        for cls, amsgrad, maximize, decay in product(
+            (torch.optim.Adam, torch.optim.AdamW), (False, True), (False, True), (0.0, 0.1)
+        )
+    },
+    **{
+        f"rmsprop {'centered ' * centered}{'momentum ' * bool(momentum)}{'maximize' * maximize}".strip(): (
+            torch.optim.RMSprop,
+            {"lr": 0.01, "centered": centered, "momentum": momentum, "maximize": maximize, **_decay},
+        )
+        for centered, momentum, maximize in product((False, True), (0.0, 0.9), (False, True))
+    },
+}
+
+
+def parameters(dtype: torch.dtype) -> list[Tensor]:
+    return [torch.randn(shape, dtype=dtype, device=DEVICE).requires_grad_() for shape in ((4, 3), (5,), (), (2, 2, 2))]
+
+
+def make(cls: type[torch.optim.Optimizer], numbers: dict[str, Any], params: Sequence[Tensor]) -> torch.optim.Optimizer:
+    """Two groups; the second with half the lr."""
+    second = {"params": params[2:], "lr": numbers["lr"] / 2}
+    return cls([{"params": params[:2]}, second], **numbers)
+
+
+def always(t: int, i: int) -> bool:
+    return True
+
+
+def sometimes(t: int, i: int) -> bool:
+    """Parameter 1 has a gradient from step 3 on, parameter 3 at every third step."""
+    return not (i == 1 and t < 3) and not (i == 3 and t % 3)
+
+
+def gradients(params: Sequence[Tensor], t: int, present: Callable[[int, int], bool]) -> list[Tensor | None]:
+    return [torch.randn_like(p) if present(t, i) else None for i, p in enumerate(params)]
+
+
+def step_both(optimizer: torch.optim.Optimizer, transition: Transition, state: State, grads: list[Any]) -> State:
+    for p, g in zip(transition.params, grads, strict=True):
+        p.grad = g
+    optimizer.step()
+    return transition.step(state, transition.flatten(grads), tuple(g is not None for g in grads), transition.values())
+
+
+def assert_equal(got: Tensor, want: Tensor) -> None:
+    if DEVICE == "cpu":
+        assert torch.equal(got, want), f"differs by {(got - want).abs().max().item():.3g}"
+    else:
+        assert (got - want).abs().max() <= ULPS * torch.finfo(got.dtype).eps * want.abs().max()
+
+
+@pytest.mark.parametrize("present", [always, sometimes])
+@pytest.mark.parametrize("live", [0, 4], ids=["fresh", "live"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("flags", FLAGS)
+def test_rule_is_torch(flags: str, dtype: torch.dtype, live: int, present: Callable[[int, int], bool]) -> None:
+    params = parameters(dtype)
+    optimizer = make(*FLAGS[flags], params)
+    for t in range(live):
+        for p, g in zip(params, gradients(params, t, present), strict=True):
+            p.grad = g
+        optimizer.step()
+    transition = Transition([optimizer], frozenset())
+    state = transition.read()
+    for t in range(live, live + STEPS):
+        state = step_both(optimizer, transition, state, gradients(params, t, present))
+    assert_equal(state.theta, transition.flatten(params))
+    for name, slot in transition.slots().items():
+        assert_equal(state.slots[name], slot)
+    if not flags.startswith("sgd"):  # torch's SGD does not count
+        assert state.counts == transition.counts()
+
+
+@pytest.mark.parametrize("clip", ["clip_norm", "clip_value"])
+def test_clipping_is_torch(clip: str) -> None:
+    params = parameters(torch.float32)
+    transition = Transition([torch.optim.SGD(params, lr=0.1)], frozenset(), clip)
+    torch_clips = {"clip_norm": torch.nn.utils.clip_grad_norm_, "clip_value": torch.nn.utils.clip_grad_value_}
+    for t in range(20):
+        grads = gradients(params, t, sometimes)
+        threshold = 0.5 * t
+        got = transition.clipped(transition.flatten(grads), {clip: [threshold]})
+        for p, g in zip(params, grads, strict=True):
+            p.grad = g
+        torch_clips[clip](params, threshold)
+        assert_equal(got, transition.flatten([p.grad for p in params]))
+
+
+def test_two_optimizers_are_one_transition() -> None:
+    params = parameters(torch.float32)
+    first, second = torch.optim.SGD(params[:2], lr=0.1, momentum=0.9), torch.optim.AdamW(params[2:], lr=0.01)
+    transition = Transition([first, second], frozenset())
+    state = transition.read()
+    for _ in range(20):
+        second_before = [p.detach().clone() for p in params[2:]]
+        state = step_both(first, transition, state, gradients(params, 0, always))
+        assert all(torch.equal(a, b) for a, b in zip(second_before, params[2:], strict=True))
+        second.step()
+    assert_equal(state.theta, transition.flatten(params))
