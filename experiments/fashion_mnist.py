@@ -62,8 +62,8 @@ def start(seed: int) -> dict[str, Any]:
     }
 
 
-def train(data: datasets.Data, method: str, seed: int, steps: int) -> dict[str, Any]:
-    """One run; returns its row, without cost ratios."""
+def fit(data: datasets.Data, method: str, seed: int, steps: int) -> tuple[nn.Module, dict[str, Any]]:
+    """Train once; returns the model, and what the run was and cost."""
     options, hyper = METHODS[method], start(seed)
     device = data.train.x.device
     torch.manual_seed(seed)
@@ -97,18 +97,17 @@ def train(data: datasets.Data, method: str, seed: int, steps: int) -> dict[str, 
         optimizer.step()
         if scheduler:
             scheduler.step()
-    seconds = time.perf_counter() - began
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
     row: dict[str, Any] = {f"start_{name}": value for name, value in hyper.items()}
     ended = {name: values.item() for name, values in tuner.values.items()} if tuner else {}
     row |= {f"end_{name}": ended.get(name, value) for name, value in hyper.items()}
-    row["gradient_evaluations"] = tuner.stats["gradient_evaluations"] if tuner else steps
+    row["gradient_evaluations"] = flops.gradient_evaluations(tuner.stats) if tuner else steps
+    row["seconds"] = round(time.perf_counter() - began, 3)
     if tuner:
         tuner.close()
-    row["val_loss"], row["test_loss"] = whole_loss(model, data.val), whole_loss(model, data.test)
-    row["diverged"] = not math.isfinite(row["test_loss"])
-    row["seconds"] = round(seconds, 3)
-    return row
+    return model, row
 
 
 @torch.no_grad()
@@ -128,13 +127,16 @@ def flops_ratio(method: str, steps: int, data_dir: str | None, device: str) -> f
     if "tune" not in METHODS[method]:
         return 1.0
     data = load(data_dir, device)
-    tuned, plain = (flops.whole_run(partial(train, data, name, 0), steps) for name in (method, "untuned"))
+    tuned, plain = (flops.whole_run(partial(fit, data, name, 0), steps) for name in (method, "untuned"))
     return tuned / plain
 
 
 def run(item: dict[str, Any], data_dir: str | None) -> dict[str, Any]:
     """One item of the sweep: its row is the item's own fields, then what was measured."""
-    row = item | train(load(data_dir, item["device"]), item["method"], item["seed"], item["steps"])
+    data = load(data_dir, item["device"])
+    model, row = fit(data, item["method"], item["seed"], item["steps"])
+    row |= {"val_loss": whole_loss(model, data.val), "test_loss": (test_loss := whole_loss(model, data.test))}
+    row = item | row | {"diverged": not math.isfinite(test_loss)}
     return row | {"flops_ratio": flops_ratio(item["method"], item["steps"], data_dir, item["device"])}
 
 

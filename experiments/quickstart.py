@@ -19,7 +19,7 @@ from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
 import hypergrad
-from experiments import datasets, figures, results
+from experiments import datasets, figures, flops, results
 from experiments.arguments import arg, command, parse
 
 
@@ -90,7 +90,10 @@ def train_tuned(args: Args, log_dir: Path) -> tuple[dict[str, Any], list[dict[st
             bar.set_postfix_str(f"val loss {curve[-1]['val_loss']:.3f}  lr {lr:.2g}  weight decay {weight_decay:.2g}")
     tuner.close()
     row = {"lr": curve[-1]["lr"], "weight_decay": curve[-1]["weight_decay"], "val_loss": val_loss().item()}
-    return row | {"test_accuracy": test_accuracy(), "gradient_evaluations": tuner.stats["gradient_evaluations"]}, curve
+    return row | {
+        "test_accuracy": test_accuracy(),
+        "gradient_evaluations": flops.gradient_evaluations(tuner.stats),
+    }, curve
 
 
 def train_plain(args: Args, lr: float, weight_decay: float) -> tuple[dict[str, Any], list[dict[str, Any]]]:
@@ -113,6 +116,7 @@ def train_plain(args: Args, lr: float, weight_decay: float) -> tuple[dict[str, A
 def random_search(args: Args) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """The best of so many random trials by validation loss; its cost is the cost of all."""
     rng = np.random.default_rng(args.seed)
+    print(f"random search of {args.trials} runs, to compare with ...", flush=True)
     tried = [train_plain(args, 10 ** rng.uniform(-5, 0), 10 ** rng.uniform(-7, -1)) for _ in range(args.trials)]
     row, curve = min(tried, key=lambda trial: trial[0]["val_loss"] if math.isfinite(trial[0]["val_loss"]) else math.inf)
     return row | {"gradient_evaluations": args.steps * args.trials}, curve
@@ -133,7 +137,7 @@ def main(args: Args) -> list[dict[str, Any]]:
     for name, train in runs.items():
         began = time.perf_counter()
         row, curve = train()
-        rows.append({"method": name, **row, "seconds": round(time.perf_counter() - began, 2)})
+        rows.append({"method": name, "seed": args.seed, **row, "seconds": round(time.perf_counter() - began, 2)})
         curves += [{"method": name, **point} for point in curve]
 
     results.write(Path(args.out, "quickstart.json"), command(args), rows, args.device)

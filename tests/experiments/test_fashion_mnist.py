@@ -4,7 +4,7 @@ import math
 import pytest
 import torch
 
-from experiments import datasets, fashion_mnist
+from experiments import datasets, fashion_mnist, flops
 from experiments.arguments import parse
 
 FIELDS = {  # what the issue asks of a row
@@ -51,7 +51,7 @@ def test_a_sweep_writes_rows_and_a_result_and_is_not_run_twice(stand_in, tmp_pat
     assert result["rows"] == rows
     assert str(tmp_path) not in result["command"]
 
-    monkeypatch.setattr(fashion_mnist, "train", lambda *_: pytest.fail("a finished start was run again"))
+    monkeypatch.setattr(fashion_mnist, "fit", lambda *_: pytest.fail("a finished start was run again"))
     assert fashion_mnist.main(args(*words)) == rows
     assert "tuned" in capsys.readouterr().out
 
@@ -67,8 +67,9 @@ def test_test_loss_is_that_of_the_whole_set_at_the_last_weights(stand_in):
 
 def test_a_run_is_the_same_every_time(stand_in):
     data = datasets.fashion_mnist(str(stand_in))
-    once, again = (fashion_mnist.train(data, "tuned", 3, 40) for _ in range(2))
-    assert {**once, "seconds": 0} == {**again, "seconds": 0}
+    (once, row), (again, row_again) = (fashion_mnist.fit(data, "tuned", 3, 40) for _ in range(2))
+    assert {**row, "seconds": 0} == {**row_again, "seconds": 0}
+    assert all(torch.equal(p, q) for p, q in zip(once.parameters(), again.parameters()))
 
 
 def test_an_untuned_run_is_plain_sgd(stand_in):
@@ -81,8 +82,15 @@ def test_an_untuned_run_is_plain_sgd(stand_in):
         optimizer.zero_grad()
         torch.nn.functional.cross_entropy(model(data.train.x[batch]), data.train.y[batch]).backward()
         optimizer.step()
-    row = fashion_mnist.train(data, "untuned", 5, 4)
-    assert row["test_loss"] == fashion_mnist.whole_loss(model, data.test)
+    same, _ = fashion_mnist.fit(data, "untuned", 5, 4)
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), same.parameters()))
+
+
+def test_the_cost_ratio_counts_training_alone(stand_in):
+    """A plain step is 2 products with the first layer's weights (images need no gradient), and 3 with the second's."""
+    data = datasets.fashion_mnist(str(stand_in))
+    step = 2 * fashion_mnist.BATCH * (2 * 784 * 50 + 3 * 50 * 10)
+    assert flops.count(lambda: fashion_mnist.fit(data, "untuned", 0, 5)) == 5 * step
 
 
 @pytest.mark.parametrize(
