@@ -41,6 +41,7 @@ def forward(stretch: Stretch) -> Result:
             seeds, clip_seed = directions.seeds(t)
             tangent = transition.jvp(state, g, lin.active, values, tangent, dg, seeds, clip_seed)
             state = transition.step(state, g, lin.active, values)
+            del lin  # its graph, before the next one is built
             transition.load(state.theta)
             meter.norm(tangent.theta)
         gradients = {name: x + direct[name] for name, x in directions.pack(total).items()}
