@@ -120,7 +120,7 @@ def stock(case: Case, name: str = "", index: tuple[int, ...] = (), delta: float 
         if t in val_steps:
             rng, buffers = torch.get_rng_state(), [b.clone() for b in setup.model.buffers()]
             with torch.no_grad():
-                values.extend([float(setup.val_loss(t) if case.val_steps else setup.val_loss())] * val_steps.count(t))
+                values.extend([float(setup.val_loss())] * val_steps.count(t))
                 for b, saved in zip(setup.model.buffers(), buffers, strict=True):
                     b.copy_(saved)
             torch.set_rng_state(rng)
