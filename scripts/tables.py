@@ -67,7 +67,8 @@ def goals(rows: list[Result]) -> str:
     body = []
     for row in rows:
         reached = "not measured" if row["reached"] is None else f"{row['reached']:.4g}"
-        target = f"{row['op']} {row['target']:g} {row['unit']}".rstrip()
+        sign = {"<=": "≤", ">=": "≥", "==": "="}.get(row["op"], row["op"])
+        target = f"{sign} {row['target']:g} {row['unit']}".rstrip()
         body.append((row["goal"], target, reached, "yes" if row["met"] else "no", f"`{row['command']}`"))
     return _table(head, body)
 
