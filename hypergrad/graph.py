@@ -98,6 +98,7 @@ class Linearization:
         inputs = [*self.params, *self.extra]
         grads = grad_or_none([loss], inputs, create_graph=products, retain_graph=products or retain)
         self.loss = loss.detach()
+        self.decay: Tensor | None = None  # of running statistics, see problem.py
         self.grads: list[Tensor | None] = list(grads[: len(self.params)])
         self.extra_grads: list[Tensor | None] = list(grads[len(self.params) :])
         self.active = tuple(g is not None for g in self.grads)

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any
+from contextlib import contextmanager, nullcontext
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from hypergrad.graph import Linearization, check_scalar, grad_or_none, survey
+from hypergrad.running_stats import RunningStats
 
 
 class Rng:
@@ -42,6 +43,15 @@ def takes_step(val_loss: Callable[..., Tensor]) -> bool:
     return any(p.default is inspect.Parameter.empty or p.name == "t" for p in positional)
 
 
+class Validation(NamedTuple):
+    """A validation loss and its gradients; None where it does not depend on a tensor."""
+
+    value: Tensor
+    of_params: list[Tensor | None]
+    of_hypers: list[Tensor | None]
+    of_stats: Tensor | None  # [n_b], in the running statistics that layers in eval mode read
+
+
 class Problem:
     """A model with its training loss, as a function of the parameters that the optimizer holds.
 
@@ -63,6 +73,7 @@ class Problem:
         self.hypers = hypers or {}
         self.buffers = [b for b in model.buffers() if b is not None]
         self.device = self.params[0].device
+        self.stats: RunningStats | None = None  # set by `follow_running_stats`
         self._surveyed = False
 
     # ---- state that is neither θ nor the optimizer's
@@ -109,31 +120,55 @@ class Problem:
             return loss
 
     def linearize(self, batch: Any, products: bool = True) -> Linearization:
-        """The training loss at the present parameters, with its gradient in them and in `hypers`."""
-        loss = self.training_loss(batch)
+        """The training loss at the present parameters, with its gradient in them and in `hypers`.
+
+        Where running statistics are followed and products are wanted, ⟨S, u⟩ is part of the loss and u, which is 0, the
+        last of the extra leaves (see running_stats.py); d is returned as `lin.decay`.
+        """
+        if self.stats is None or not products:
+            loss, extra, decay = self.training_loss(batch), list(self.hypers.values()), None
+        else:
+            with self.stats.watch_training() as update:
+                loss = self.training_loss(batch)
+            with torch.enable_grad():
+                decay, added = update.flat()
+                u = torch.zeros_like(added, requires_grad=True)
+                loss, extra = loss + added @ u, [*self.hypers.values(), u]
         if products and not self._surveyed:
             survey(loss, self.model)
             self._surveyed = True
-        return Linearization(loss, self.params, list(self.hypers.values()), products)
+        lin = Linearization(loss, self.params, extra, products)
+        lin.decay = decay
+        return lin
 
-    def validate(self, val_loss: Callable[..., Tensor], t: int) -> tuple[Tensor, list[Tensor | None], list[Tensor | None]]:
-        """The validation loss at the present parameters and its gradient in parameters and in `hypers`.
+    def follow_running_stats(self, val_loss: Callable[..., Tensor], t: int) -> None:
+        """Make running statistics part of the state where the validation loss reads them."""
+        stats = RunningStats(self.model)
+        if stats.layers:
+            self.stats = stats
+            if self.validate(val_loss, t).of_stats is None:
+                self.stats = None
+
+    def validate(self, val_loss: Callable[..., Tensor], t: int) -> Validation:
+        """The validation loss at the present parameters, with its gradients.
 
         Random numbers and buffers are as before afterwards.
         """
         buffers, rng = self.read_buffers(), self.rng()
+        inputs = [*self.params, *self.hypers.values()]
         try:
-            with torch.enable_grad():
+            with torch.enable_grad(), self.stats.as_leaves() if self.stats else nullcontext([]) as leaves:
                 loss = val_loss(t) if takes_step(val_loss) else val_loss()
                 check_scalar(loss, "val_loss()")
-                inputs = [*self.params, *self.hypers.values()]
-                grads = grad_or_none([loss], inputs)
+                grads = grad_or_none([loss], [*inputs, *leaves])
         finally:
             self.write_buffers(buffers)
             rng.restore()
-        of_params, of_hypers = grads[: len(self.params)], grads[len(self.params) :]
+        of_params, of_stats = grads[: len(self.params)], grads[len(inputs) :]
         if all(g is None for g in of_params):
             raise ValueError(
                 "val_loss shares no parameter with the optimizer: compute it with the model that the optimizer trains."
             )
-        return loss.detach(), of_params, of_hypers
+        read = self.stats is not None and any(g is not None for g in of_stats)
+        flat = self.stats.flat(of_stats) if read and self.stats else None
+        return Validation(loss.detach(), of_params, grads[len(self.params) : len(inputs)], flat)

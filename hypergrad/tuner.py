@@ -125,7 +125,7 @@ class Tuner:
         self.hypers = tensors
         self._transition, self._problem = transition, Problem(model, transition.params, loss, tensors)
         self._coordinates = Coordinates(transition, spec, of_loss, tensors, hyper_lr)
-        self._try(val_loss)
+        notes = [*self._coordinates.notes, *self._try(val_loss)]
         self._val_loss, self._every, self._total, self._average = val_loss, every, total_steps, average
         self._tangents = Tangents(transition, self._coordinates, model, scaler, clip_norm)
         self._guard = Guard(transition, self._problem)
@@ -145,7 +145,7 @@ class Tuner:
         self._clock = time.perf_counter()
         self.stats = dict.fromkeys(_STATS, 0)
         self._recorder = None if log_dir is None else Recorder(log_dir, self._hparams(seed, hyper_lr))
-        for note in self._coordinates.notes:
+        for note in notes:
             self._note(note)
         me = weakref.ref(self)
         self._handles = []
@@ -390,7 +390,7 @@ class Tuner:
 
     def _hyper_step(self) -> None:
         with self._where() as tangent:
-            value, of_params, of_hypers = self._problem.validate(self._val_loss, self._t)
+            value, of_params, of_hypers, _ = self._problem.validate(self._val_loss, self._t)
         v = self._transition.flatten(of_params)
         gradient = v.new_zeros(len(self._coordinates)) if tangent is None else tangent @ v
         gradient = gradient.to("cpu", torch.float64)
@@ -459,12 +459,20 @@ class Tuner:
             self._warned.add(message)
             self._note(message)
 
-    def _try(self, val_loss: Callable[..., Tensor]) -> None:
+    def _try(self, val_loss: Callable[..., Tensor]) -> list[str]:
         """Call the validation loss once, so that a wrong one is said before anything starts."""
         try:
             self._problem.validate(val_loss, 0)
         except NameError:  # it reads the tuner, which does not exist yet
-            pass
+            return []
+        self._problem.follow_running_stats(val_loss, 0)
+        if self._problem.stats is None or self.mode != "forward":
+            return []
+        self._problem.stats = None
+        return [
+            "val_loss runs BatchNorm in eval mode: the path from weights to running statistics is not part of the hypergradients "
+            "that tuner.backward carries along. Validate in train mode, or use tuner.step with mode='unrolled', which has it."
+        ]
 
 
 _STATS = (

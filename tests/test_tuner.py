@@ -665,3 +665,30 @@ def test_backward_twice_on_a_freed_graph_raises():
         now = [p.grad for p in model.parameters()]
         assert all((a is None) == (b is None) and (a is None or torch.equal(a, b)) for a, b in zip(grads, now, strict=True))
         opt.step()
+
+
+def test_batchnorm_in_eval_mode_is_said_in_forward_mode_and_right_in_unrolled_mode():
+    def make() -> Any:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(5, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8, 1))
+        _, batch = data()
+
+        def val_loss() -> Tensor:
+            model.eval()
+            try:
+                return mse(model, batch)
+            finally:
+                model.train()
+
+        return model, torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9), val_loss
+
+    model, opt, val_loss = make()
+    with pytest.warns(UserWarning, match="BatchNorm in eval mode"):
+        hypergrad.Tuner(model, opt, val_loss, tune=("lr",))
+    model, opt, val_loss = make()
+    tuner = hypergrad.Tuner(model, opt, val_loss, tune=("lr",), loss=mse, mode="unrolled", horizon=STEPS)
+    for batch in data()[0]:
+        tuner.step(batch)
+    model, opt, val_loss = make()
+    exact = hypergrad.hypergradient(model, opt, mse, data()[0], val_loss, wrt="lr").gradients["lr"]
+    torch.testing.assert_close(tuner.hypergradients["lr"], exact, rtol=1e-9, atol=0)

@@ -29,17 +29,20 @@ def forward(stretch: Stretch) -> Result:
     with evaluation(stretch) as meter:
         for t in range(len(stretch.batches) + 1):
             if t in stretch.val_steps:
-                v, gradient, of_hypers = stretch.validate(t)
-                value, total = value + v, total + tangent.theta @ gradient
-                stretch.add_direct(direct, of_hypers)
+                share = stretch.validate(t)
+                value, total = value + share.value, total + tangent.theta @ share.theta
+                if share.stats is not None and tangent.stats is not None:
+                    total = total + tangent.stats @ share.stats
+                stretch.add_direct(direct, share.direct)
             if t == len(stretch.batches):
                 break
             lin = problem.linearize(stretch.batches[t])
-            dg = _gradient_tangent(stretch, lin, tangent.theta, t, meter)
+            dg, dstats = _gradient_tangent(stretch, lin, tangent, t, meter)
             g, values = stretch.gradient(lin), stretch.values[t]
             meter.look_for_ill_conditioning(stretch, state, g, t)
             seeds, clip_seed = directions.seeds(t)
             tangent = transition.jvp(state, g, lin.active, values, tangent, dg, seeds, clip_seed)
+            tangent.stats = dstats
             state = transition.step(state, g, lin.active, values)
             del lin  # its graph, before the next one is built
             transition.load(state.theta)
@@ -48,15 +51,23 @@ def forward(stretch: Stretch) -> Result:
         return Result(value, gradients, meter.stats(len(stretch.batches)))
 
 
-def _gradient_tangent(stretch: Stretch, lin: Linearization, z: Tensor, t: int, meter: Meter) -> Tensor:
-    """dg [k, n]. A direction that is still zero costs no product."""
-    transition, directions = stretch.transition, stretch.directions
+def _gradient_tangent(
+    stretch: Stretch, lin: Linearization, tangent: Tangent, t: int, meter: Meter
+) -> tuple[Tensor, Tensor | None]:
+    """dg [k, n], and the tangent of the running statistics after the step. A direction that is still zero costs nothing."""
+    transition, directions, z, u = stretch.transition, stretch.directions, tangent.theta, lin.decay is not None
     meter.gradients += 1
-    dg = torch.zeros_like(z)
+    dg, dstats, n = torch.zeros_like(z), None, len(transition.params)
+    if lin.decay is not None:  # b' = d ∘ b + S(θ)
+        dstats = z.new_zeros(len(directions), len(lin.decay)) if tangent.stats is None else tangent.stats * lin.decay
     alive = (z != 0).any(dim=1).tolist()
     for j in range(len(directions)):
         extra = directions.into_loss(j, t)
         if alive[j] or extra is not None:
             meter.products += 1
-            dg[j] = transition.flatten(lin.product(transition.split(z[j]), extra))
-    return dg
+            extra = None if extra is None else extra + [None] * u
+            rows = lin.product(transition.split(z[j]), extra, into_extra=u)
+            dg[j] = transition.flatten(rows[:n])
+            if dstats is not None and rows[-1] is not None:
+                dstats[j] += rows[-1]
+    return dg, dstats

@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -129,6 +129,15 @@ class Directions:
         return [one if name == entry.name else None for name in self.hypers]
 
 
+class Share(NamedTuple):
+    """One validation step's share of the objective: value, gradients in θ [n], in running statistics, in the loss's tensors."""
+
+    value: Tensor
+    theta: Tensor
+    stats: Tensor | None
+    direct: Tensors
+
+
 @dataclass
 class Stretch:
     """A stretch of training to be differentiated: the argument of every mode.
@@ -149,15 +158,16 @@ class Stretch:
     def gradient(self, lin: Linearization) -> Tensor:
         return self.transition.flatten(lin.grads)
 
-    def validate(self, t: int) -> tuple[Tensor, Tensor, Tensors]:
-        """This step's share of the objective: value, gradient in θ [n], direct gradient in the loss's tensors."""
+    def validate(self, t: int) -> Share:
+        """Step t's share of the objective and its gradients."""
         weight = self.val_steps.count(t) / len(self.val_steps)
-        value, of_params, of_hypers = self.problem.validate(self.val_loss, t)
+        found = self.problem.validate(self.val_loss, t)
         direct = {
             name: torch.zeros_like(x) if g is None else g * weight
-            for (name, x), g in zip(self.problem.hypers.items(), of_hypers, strict=True)
+            for (name, x), g in zip(self.problem.hypers.items(), found.of_hypers, strict=True)
         }
-        return value * weight, self.transition.flatten(of_params) * weight, direct
+        stats = None if found.of_stats is None else found.of_stats * weight
+        return Share(found.value * weight, self.transition.flatten(found.of_params) * weight, stats, direct)
 
     def add_direct(self, gradients: Tensors, direct: Tensors) -> None:
         """Add the direct dependence of the validation loss on tensors in the training loss, once."""
@@ -225,4 +235,5 @@ class Meter:
 def evaluation(stretch: Stretch) -> Iterator[Meter]:
     """Run a mode on the user's model in place and leave everything as it was found."""
     with stretch.problem.untouched():
+        stretch.problem.follow_running_stats(stretch.val_loss, stretch.val_steps[-1])
         yield Meter(stretch.problem.device)

@@ -118,12 +118,15 @@ def pull(stretch: Stretch, state: State, t: int, lam: Tangent, total: Total, met
     """The adjoint before step t from that after it."""
     lin, transition = stretch.problem.linearize(stretch.batches[t]), stretch.transition
     g = stretch.gradient(lin)
+    stats = lam.stats
     lam, lam_g, lam_h, lam_clip = transition.vjp(state, g, lin.active, stretch.values[t], lam)
-    rows = lin.product(transition.split(lam_g), into_extra=True, retain=False)
+    extra = None if stats is None or lin.decay is None else [None] * len(stretch.problem.hypers) + [stats]
+    rows = lin.product(transition.split(lam_g), extra, into_extra=True, retain=False)
     meter.gradients, meter.products = meter.gradients + 1, meter.products + 1
     n = len(transition.params)
     total.add(t, lam_h, lam_clip, rows[n:])
-    return Tangent(lam.theta + transition.flatten(rows[:n]), lam.slots)
+    stats = stats if stats is None or lin.decay is None else stats * lin.decay  # b' = d ∘ b + S(θ)
+    return Tangent(lam.theta + transition.flatten(rows[:n]), lam.slots, stats)
 
 
 class Total:
@@ -137,10 +140,12 @@ class Total:
     def validate(self, t: int, lam: Tangent) -> Tangent:
         if t not in self.stretch.val_steps:
             return lam
-        value, gradient, direct = self.stretch.validate(t)
-        self.value = self.value + value
-        self.stretch.add_direct(self.gradients, direct)
-        return Tangent(lam.theta + gradient, lam.slots)
+        share, stats = self.stretch.validate(t), lam.stats
+        self.value = self.value + share.value
+        self.stretch.add_direct(self.gradients, share.direct)
+        if share.stats is not None:
+            stats = share.stats if stats is None else stats + share.stats
+        return Tangent(lam.theta + share.theta, lam.slots, stats)
 
     def add(self, t: int, lam_h: list[Tensors], lam_clip: Tensor | None, of_hypers: list[Any]) -> None:
         for name, array in self.gradients.items():

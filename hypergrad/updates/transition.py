@@ -47,10 +47,11 @@ class State:
 
 @dataclass
 class Tangent:
-    """Tangents (or, with vectors in place of matrices, adjoints) of θ and of the slots."""
+    """Tangents (or, with vectors in place of matrices, adjoints) of θ, of the slots and of running statistics."""
 
     theta: Tensor
     slots: Tensors
+    stats: Tensor | None = None
 
     @staticmethod
     def zeros(state: State, k: int | None = None) -> Tangent:
