@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -53,7 +53,8 @@ class Coordinates:
         limits = torch.tensor([kind.limits for kind in self.kinds], dtype=torch.float64)
         self.low, self.high = limits[:, 0], limits[:, 1]
         self.phi = self._each("to_free", self.value)
-        self.m, self.s, self.count = torch.zeros_like(self.phi), torch.zeros_like(self.phi), 0
+        self.m, self.s, self.count = torch.zeros_like(self.phi), torch.zeros_like(self.phi), torch.zeros_like(self.phi)
+        self.moving: list[int] = list(range(len(kept)))  # the numbers that are tuned at present
 
     def __len__(self) -> int:
         return len(self.kinds)
@@ -61,6 +62,17 @@ class Coordinates:
     @property
     def entries(self) -> list[Entry]:
         return self.directions.entries
+
+    @property
+    def labels(self) -> list[str]:
+        """Name and place of each number: lr/0, betas/1/0."""
+        return ["/".join([e.name, *map(str, e.index)]) for e in self.entries]
+
+    def tune_only(self, names: Collection[str]) -> bool:
+        """Tune only the numbers of these names from now on. True where that is a change."""
+        moving = [j for j, entry in enumerate(self.entries) if entry.name in names]
+        changed, self.moving = moving != self.moving, moving
+        return changed
 
     def _first_value(self, entry: Entry, spec: Mapping[str, Hyperparameter], found: Any) -> float | None:
         if entry.group is None:
@@ -92,15 +104,14 @@ class Coordinates:
         return self._each("slope", self.value)
 
     def step(self, gradient: Tensor, beta1: float = 0.9, beta2: float = 0.999) -> None:
-        """One step of Adam on φ down `gradient` [k] (dL/dφ). Entries that are not finite stay where they are."""
+        """One step of Adam on φ down `gradient` [k] (dL/dφ), for the numbers that are tuned at present."""
         g = gradient.to("cpu", torch.float64)
-        finite = torch.isfinite(g)
-        g = torch.where(finite, g, 0)
-        self.count += 1
-        self.m, self.s = self.m.lerp(g, 1 - beta1), self.s.lerp(g * g, 1 - beta2)
+        moves = torch.zeros(len(self), dtype=torch.bool).index_fill(0, torch.tensor(self.moving), True) & torch.isfinite(g)
+        self.count = self.count + moves
+        self.m = torch.where(moves, self.m.lerp(g, 1 - beta1), self.m)
+        self.s = torch.where(moves, self.s.lerp(g * g, 1 - beta2), self.s)
         m, s = self.m / (1 - beta1**self.count), self.s / (1 - beta2**self.count)
-        step = torch.where(finite & (s > 0), self.hyper_lr * m / s.sqrt().clamp_min(1e-300), 0)
-        self.move(self.phi - step)
+        self.move(torch.where(moves & (s > 0), self.phi - self.hyper_lr * m / s.sqrt().clamp_min(1e-300), self.phi))
 
     def move(self, phi: Tensor) -> None:
         """Set φ, kept within bounds."""
@@ -116,9 +127,6 @@ class Coordinates:
         self.m = torch.where(mine, 0, self.m)
         return bool(mine.any())
 
-    def of_group(self, name: str, group: int) -> list[tuple[int, Entry]]:
-        return [(j, e) for j, e in enumerate(self.entries) if e.name == name and e.group == group]
-
     def write_hypers(self) -> None:
         """Write the tensors in the loss, in place."""
         with torch.no_grad():
@@ -128,17 +136,17 @@ class Coordinates:
 
     def state_dict(self) -> dict[str, Any]:
         return {
-            "names": [f"{e.name}{list(e.index)}" for e in self.entries],
+            "names": self.labels,
             "phi": self.phi.clone(),
             "value": self.value.clone(),
             "m": self.m.clone(),
             "s": self.s.clone(),
-            "count": self.count,
+            "count": self.count.clone(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.phi, self.value = state["phi"].clone(), state["value"].clone()
-        self.m, self.s, self.count = state["m"].clone(), state["s"].clone(), int(state["count"])
+        self.m, self.s, self.count = state["m"].clone(), state["s"].clone(), state["count"].clone()
         self.write_hypers()
 
 

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from hypergrad.coordinates import Coordinates
 from hypergrad.graph import Linearization, survey
+from hypergrad.modes.stretch import Directions
 from hypergrad.updates.clip import TORCH_EPS, total_norm
 from hypergrad.updates.rule import Tensors
 from hypergrad.updates.transition import State, Tangent, Transition, Values
@@ -53,6 +54,11 @@ class Tangents:
         self.counts = {"gradients": 0, "hessian_products": 0, "capped": 0}
         self._own = {id(x) for x in [*transition.params, *coordinates.hypers.values()]}
 
+    @property
+    def directions(self) -> Directions:
+        """The directions that are carried: the k numbers that are tuned at present."""
+        return self.coordinates.directions.subset(self.coordinates.moving)
+
     # ---- the gradient stage
 
     def backward(self, loss: Tensor, inputs: Sequence[Tensor] | None, retain_graph: bool) -> None:
@@ -84,10 +90,10 @@ class Tangents:
         return Pending(left, dg, torch.maximum(old.loss, lin.loss), scale)
 
     def _gradient_tangent(self, lin: Linearization, n_others: int, retain_graph: bool) -> Tensor | None:
-        transition, directions = self.transition, self.coordinates.directions
-        slope = self.coordinates.slope().tolist() if self.coordinates.hypers else []
+        transition, directions = self.transition, self.directions
+        slope = self.coordinates.slope()[self.coordinates.moving].tolist() if self.coordinates.hypers else []
         jobs = []
-        for j in range(len(self.coordinates)):
+        for j in range(len(directions)):
             extra = directions.into_loss(j, 0)
             if extra is not None:
                 extra = [None if x is None else x * slope[j] for x in extra] + [None] * n_others
@@ -103,7 +109,7 @@ class Tangents:
         if not rows:
             return None
         zero = torch.zeros_like(next(iter(rows.values())))
-        return torch.stack([rows.get(j, zero) for j in range(len(self.coordinates))])
+        return torch.stack([rows.get(j, zero) for j in range(len(directions))])
 
     def _drop_if_zeroed(self) -> None:
         """Gradients zeroed without a step (a step that GradScaler skipped): what was accumulated is void."""
@@ -123,7 +129,7 @@ class Tangents:
         mine = [(p.grad, left) for p, left, a in zip(params, pending.left, active, strict=True) if a]
         if any(g is None or left is None for g, left in mine):
             return None
-        zero = params[0].new_zeros(len(self.coordinates), sum(self.transition.sizes)) if pending.dg is None else pending.dg
+        zero = params[0].new_zeros(len(self.coordinates.moving), sum(self.transition.sizes)) if pending.dg is None else pending.dg
         if all(torch.equal(g, left) for g, left in mine):
             return zero
         g = self.transition.flatten([p.grad if a else left for p, left, a in zip(params, pending.left, active, strict=True)])
@@ -151,12 +157,12 @@ class Tangents:
         self, state: State, g: Tensor, active: tuple[bool, ...], values: Values, scale: Tensor, dg: Tensor | None
     ) -> None:
         """Take the tangents through one step. dg None: unknown, so they start again from zero at this step."""
-        k = len(self.coordinates)
+        directions = self.directions
         if self.tangent is None or dg is None:
             self.forget()
-            self.tangent = Tangent.zeros(state, k)
+            self.tangent = Tangent.zeros(state, len(directions))
         dg = torch.zeros_like(self.tangent.theta) if dg is None else dg
-        seeds, _ = self.coordinates.directions.seeds(0, scale.to(state.theta))
+        seeds, _ = directions.seeds(0, scale[self.coordinates.moving].to(state.theta))
         self.tangent = self.transition.jvp(state, g, active, values, self.tangent, dg, seeds)
         self._bound(torch.linalg.vector_norm(state.theta))
 

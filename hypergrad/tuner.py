@@ -14,14 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hypergrad.coordinates import Coordinates, replaced, specification
+from hypergrad.coordinates import Coordinates, specification
 from hypergrad.exact import Optimizers, as_optimizers, check_names, clipping, leaves
 from hypergrad.graph import check_scalar
 from hypergrad.guard import LR_CUT, Guard
 from hypergrad.hyperparameters import as_hyperparameter
+from hypergrad.live_values import LiveValues
 from hypergrad.problem import Problem
 from hypergrad.recording import Recorder
-from hypergrad.schedules import decay_to_zero
+from hypergrad.schedules import STEP_NAMES, tuned_at
 from hypergrad.tangents import Tangents
 from hypergrad.updates.transition import CLIPS, State, Transition, Values
 from hypergrad.windows import Windows
@@ -49,11 +50,12 @@ class Tuner:
         horizon: steps of a window that is replayed (mode="unrolled"), or terms of the series (mode="implicit").
         every: training steps between hyperparameter steps (mode="unrolled": each window ends in one).
         hyper_lr: step size of Adam on φ: 0.1 is about 10 % of a positive hyperparameter's value.
-        total_steps: number of training steps, if known: lr is then its tuned scale times a warm-up and linear decay to zero.
+        total_steps: number of training steps, if known: lr is then its tuned scale times a warm-up and linear decay to zero;
+            lr, momentum, … are tuned over the first 30 % of the run, weight decay and tensors in the loss from there on.
         clip_norm: threshold, if the loop calls `clip_grad_norm_` (tuner.step then calls it).
         scaler: the loop's GradScaler, if it has one.
-        average: take the validation loss at a running average of the weights, which looks back over a tenth of the run so
-            far; its tangent is the same average of the tangents.
+        average: while lr, momentum, … are tuned, take the validation loss at a running average of the weights, which looks
+            back over a tenth of the run so far; its tangent is the same average of the tangents.
         seed: recorded with the run.
         log_dir: folder for TensorBoard events and `metrics.jsonl`.
 
@@ -118,31 +120,21 @@ class Tuner:
         check_names([*written, *tensors], transition.values(), tensors)
         spec = {name: as_hyperparameter(name, x) for name, x in written.items()}
         of_loss = {name: as_hyperparameter(name, x) for name, x in (hypers or {}).items()}
-        if total_steps is not None and any("initial_lr" in group for group in transition.groups):
-            raise ValueError(
-                "total_steps gives lr a shape of hypergrad's own, and a scheduler writes lr too: leave out one of them."
-            )
         self.hypers = tensors
         self._transition, self._problem = transition, Problem(model, transition.params, loss, tensors)
         self._coordinates = Coordinates(transition, spec, of_loss, tensors, hyper_lr)
+        self._live = LiveValues(transition, self._coordinates, total_steps)
         notes = [*self._coordinates.notes, *self._try(val_loss)]
         self._val_loss, self._every, self._total, self._average = val_loss, every, total_steps, average
         self._tangents = Tangents(transition, self._coordinates, model, scaler, clip_norm)
         self._guard = Guard(transition, self._problem)
         self._windows = Windows(self, horizon)
-        self._multiplies = {(n, g) for n in ("lr",) for g, x in enumerate(transition.groups) if "initial_lr" in x}
-        self._left: dict[tuple[str, int], Any] = {
-            (name, g): group.get(name) for name in spec for g, group in enumerate(transition.groups)
-        }
-        self._base: dict[tuple[str, int], Any] = {}  # what something else wrote, put back after the step
-        for j, entry in enumerate(self._coordinates.entries):
-            if (entry.name, entry.group) in self._multiplies:
-                self._multiply(j)
         self.val_loss, self.hypergradients = math.nan, {}
         self._t, self._frozen, self._closed, self._warned = 0, False, False, set()
         self._used: tuple[Values, Tensor] = {}, self._coordinates.slope()  # by the last step
         self._losses: list[Tensor] = []
         self._clock = time.perf_counter()
+        self._choose_what_is_tuned()
         self.stats = dict.fromkeys(_STATS, 0)
         self._recorder = None if log_dir is None else Recorder(log_dir, self._hparams(seed, hyper_lr))
         for note in notes:
@@ -246,7 +238,8 @@ class Tuner:
         self._guard.first_loss = float(state["first_loss"])
         self._coordinates.load_state_dict(state["coordinates"])
         self._tangents.load_state_dict(state["tangents"])
-        self._left = dict.fromkeys(self._left)  # None: whatever is in the param groups now is taken as ours
+        self._choose_what_is_tuned()
+        self._live.accept_present()
         self._windows.reset()
 
     # ---- before and after the optimizer's step
@@ -255,7 +248,8 @@ class Tuner:
         """Write the values of this step, judge its gradients, push the tangents."""
         if len(self._transition.groups) != len(self._transition.rules):
             raise ValueError("param groups were added: close this tuner and make a new one.")
-        self._write_values(i)
+        never = self._frozen and self._total is None and not self.stats["hyper_steps"]
+        self._live.write(i, self._t, untouched=never)
         active = tuple(
             p.grad is not None and self._transition.optimizer_of_group[group] == i
             for p, group in zip(self._transition.params, self._transition.group_of, strict=True)
@@ -273,7 +267,7 @@ class Tuner:
         if i == 0:
             self._tangents.follow(state.theta, self._t)
         values = self._transition.values()
-        self._used = values, self._scale()
+        self._used = values, self._live.slopes(self._t)
         if self.mode != "forward":
             return
         dg = self._tangents.seen(active)
@@ -310,10 +304,7 @@ class Tuner:
         return False
 
     def _after_step(self, i: int) -> None:
-        for (name, group), base in self._base.items():
-            if self._transition.optimizer_of_group[group] == i:
-                self._transition.groups[group][name] = base
-                self._left[name, group] = base
+        self._live.restore(i)
         if i + 1 < len(self.optimizers):
             return
         self._tangents.pending = None
@@ -321,6 +312,12 @@ class Tuner:
         self.stats |= {"steps": self._t, **self._tangents.counts}
         if self.mode == "forward" and self._t % self._every == 0:
             self._hyper_step()
+        if self._choose_what_is_tuned():
+            self._tangents.forget()
+
+    def _choose_what_is_tuned(self) -> bool:
+        """Tune what is tuned after so many steps. True where that is a change."""
+        return self._coordinates.tune_only(tuned_at(self._t, self._total, self._coordinates.directions.wrt))
 
     def _count_unknown(self, plain: bool) -> None:
         if plain:
@@ -337,63 +334,15 @@ class Tuner:
                 "clips by norm, scaler=... if it has a GradScaler."
             )
 
-    # ---- values in the param groups
-
-    def _shape(self) -> float:
-        return 1.0 if self._total is None else decay_to_zero(self._t, self._total)
-
-    def _scale(self) -> Tensor:
-        """dx_t/dφ [k]: x_t is the value times lr's shape, or times what a scheduler wrote."""
-        out = self._coordinates.slope()
-        for j, entry in enumerate(self._coordinates.entries):
-            if (entry.name, entry.group) in self._multiplies and entry.group is not None:
-                out[j] *= float(self._base[entry.name, entry.group])
-            elif entry.name == "lr":
-                out[j] *= self._shape()
-        return out
-
-    def _write_values(self, i: int) -> None:
-        for j, entry in enumerate(self._coordinates.entries):
-            if entry.group is None or self._transition.optimizer_of_group[entry.group] != i:
-                continue
-            key, group = (entry.name, entry.group), self._transition.groups[entry.group]
-            if key not in self._multiplies and self._left[key] is not None and group[entry.name] != self._left[key]:
-                self._taken_over(entry.name, entry.group)
-                self._multiply(j)
-            value = float(self._coordinates.value[j])
-            if key in self._multiplies:
-                self._base[key] = group[entry.name]
-                value *= float(group[entry.name])
-            elif self._frozen and self._total is None and not self.stats["hyper_steps"]:
-                continue  # frozen from the start: the loop's own numbers
-            elif entry.name == "lr":
-                value *= self._shape()
-            group[entry.name] = self._left[key] = replaced(group[entry.name], entry, value)
-
-    def _taken_over(self, name: str, group: int) -> None:
-        """Something else wrote a value: from now on ours is a multiplier of what it writes."""
-        if self._total is not None and name == "lr":
-            raise ValueError(
-                "total_steps gives lr a shape of hypergrad's own, and something else writes lr too: leave out one of them."
-            )
-        if name not in ("lr", "weight_decay"):
-            raise ValueError(f"something else writes {name!r} in the param groups: take it out of `tune`.")
-        self._multiplies.add((name, group))
-
-    def _multiply(self, j: int) -> None:
-        """Number j is a multiplier from now on, starting from 1."""
-        phi, coordinates = self._coordinates.phi.clone(), self._coordinates
-        phi[j], coordinates.low[j], coordinates.high[j] = 0.0, -math.inf, math.inf
-        coordinates.phi, coordinates.value[j] = phi, 1.0
-
     # ---- the hyperparameter step
 
     def _hyper_step(self) -> None:
         with self._where() as tangent:
             value, of_params, of_hypers, _ = self._problem.validate(self._val_loss, self._t)
-        v = self._transition.flatten(of_params)
-        gradient = v.new_zeros(len(self._coordinates)) if tangent is None else tangent @ v
-        gradient = gradient.to("cpu", torch.float64)
+        gradient = torch.zeros(len(self._coordinates), dtype=torch.float64)
+        if tangent is not None:
+            along = tangent @ self._transition.flatten(of_params)
+            gradient[self._coordinates.moving] = along.to("cpu", torch.float64)
         slope = self._coordinates.slope()
         for j, entry in enumerate(self._coordinates.entries):
             if entry.group is None:
@@ -404,7 +353,8 @@ class Tuner:
     @contextmanager
     def _where(self) -> Iterator[Tensor | None]:
         """The weights at which the validation loss is taken, in the model; yields their tangent [k, n]."""
-        if not self._average:
+        moving = {self._coordinates.entries[j].name for j in self._coordinates.moving}
+        if not self._average or not moving & STEP_NAMES:
             yield None if self._tangents.tangent is None else self._tangents.tangent.theta
             return
         with self.averaged():
@@ -435,17 +385,16 @@ class Tuner:
         self._clock = now
         if self._losses:
             row["loss/train"] = float(torch.stack(self._losses).mean())
-        for j, entry in enumerate(self._coordinates.entries):
-            where = "/".join([entry.name, *map(str, entry.index)])
-            row["hyper/" + where], row["hypergrad/" + where] = float(self._coordinates.value[j]), float(gradient[j])
+        for j, label in enumerate(self._coordinates.labels):
+            row["hyper/" + label] = float(self._coordinates.value[j])
+            if j in self._coordinates.moving:
+                row["hypergrad/" + label] = float(gradient[j])
         self._losses = []
         self._recorder.scalars(self._t, row)
 
     def _hparams(self, seed: int, hyper_lr: float) -> dict[str, Any]:
-        starts = {
-            "start/" + "/".join([e.name, *map(str, e.index)]): float(x)
-            for e, x in zip(self._coordinates.entries, self._coordinates.value, strict=True)
-        }
+        values = self._coordinates.value.tolist()
+        starts = {f"start/{label}": x for label, x in zip(self._coordinates.labels, values, strict=True)}
         kinds = ", ".join(type(opt).__name__ for opt in self.optimizers)
         return {"optimizer": kinds, "mode": self.mode, "every": self._every, "hyper_lr": hyper_lr, "seed": seed, **starts}
 

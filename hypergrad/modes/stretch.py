@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import resource
 import sys
 import time
@@ -87,6 +88,12 @@ class Directions:
 
     def __len__(self) -> int:
         return len(self.entries)
+
+    def subset(self, indices: Sequence[int]) -> Directions:
+        """The same with some of the numbers only."""
+        other = copy.copy(self)
+        other.entries = [self.entries[j] for j in indices]
+        return other
 
     def zeros(self) -> Tensors:
         like = self.transition.params[0]
