@@ -14,7 +14,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, mse_loss
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import cross_entropy, mse_loss, scaled_dot_product_attention
+from torch.utils.checkpoint import checkpoint
 
 DEVICE = os.environ.get("HYPERGRAD_DEVICE", "cpu")
 STEPS = 6
@@ -131,6 +133,29 @@ def cnn_batchnorm() -> Setup:
     return supervised(model, groups, lambda i: randn(6, 1, 6, 6, seed=i), 3)
 
 
+def deep_batchnorm() -> Setup:
+    """BatchNorm on BatchNorm, and two forward passes a step: each updates the running statistics."""
+    model = _seeded(
+        lambda: nn.Sequential(
+            nn.Linear(5, 4),
+            nn.BatchNorm1d(4),
+            nn.Tanh(),
+            nn.Linear(4, 4),
+            nn.BatchNorm1d(4, affine=False),
+            nn.Linear(4, 3),
+        )
+    )
+    groups = [list(model[:2].parameters()), list(model[3:].parameters())]
+    setup = supervised(model, groups, lambda i: randn(12, 5, seed=i), 3)
+
+    def loss(model: nn.Module, batch: Any) -> Tensor:
+        x, y = batch
+        return ce(model, (x[:5], y[:5])) + ce(model, (x[5:], y[5:]))
+
+    setup.loss = loss
+    return setup
+
+
 def embedding() -> Setup:
     """Rows 0 … 7 are used, rows 8 … 11 never, and most are not used at every step."""
     model = _seeded(lambda: nn.Sequential(nn.Embedding(12, 3), nn.Flatten(), nn.Tanh(), nn.Linear(9, 3)))
@@ -146,6 +171,86 @@ def dropout() -> Setup:
     x, y = randn(12, 5, seed=98), randint(3, 12, seed=97)
     setup.val_loss = lambda: cross_entropy(model[3](torch.tanh(model[0](x))), y)  # deterministic
     return setup
+
+
+class Normalised(nn.Module):
+    """Layers whose derivatives torch gets wrong in reverse-over-forward mode."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.instance = nn.Conv1d(2, 4, 3), nn.InstanceNorm1d(4, affine=True)
+        self.group, self.layer, self.out = nn.GroupNorm(2, 4), nn.LayerNorm([4, 4]), nn.Linear(16, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.tanh(self.instance(self.conv(x)))
+        return self.out(torch.tanh(self.layer(torch.tanh(self.group(x)))).flatten(1))
+
+
+def normalised() -> Setup:
+    model = _seeded(Normalised)
+    out = list(model.out.parameters())
+    inner = [p for name, p in model.named_parameters() if not name.startswith("out")]
+    return supervised(model, [inner, out], lambda i: randn(6, 2, 6, seed=i), 3)
+
+
+class Checkpointed(nn.Sequential):
+    def forward(self, x: Tensor) -> Tensor:
+        return checkpoint(super().forward, x, use_reentrant=False)
+
+
+def checkpointed() -> Setup:
+    model = _seeded(lambda: Checkpointed(nn.Linear(5, 6), nn.Tanh(), nn.Dropout(0.3), nn.Linear(6, 3)))
+    groups = [list(model[0].parameters()), list(model[3].parameters())]
+    setup = supervised(model, groups, lambda i: randn(12, 5, seed=i), 3)
+    x, y = randn(12, 5, seed=98), randint(3, 12, seed=97)
+    setup.val_loss = lambda: cross_entropy(model[3](torch.tanh(model[0](x))), y)
+    return setup
+
+
+class Attention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.out = nn.Linear(4, 12), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).view(x.shape[0], 1, x.shape[1], 12).chunk(3, dim=-1)
+        return self.out(scaled_dot_product_attention(q, k, v).mean((1, 2)))
+
+
+def attention() -> Setup:
+    """Attention in the one form that has a second derivative."""
+    model = _seeded(Attention)
+    groups = [list(model.qkv.parameters()), list(model.out.parameters())]
+    setup = supervised(model, groups, lambda i: randn(6, 3, 4, seed=i), 3)
+    loss, val_loss = setup.loss, setup.val_loss
+
+    def under_math(f: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def wrapped(*args: Any) -> Tensor:
+            with sdpa_kernel(SDPBackend.MATH):
+                return f(*args)
+
+        return wrapped
+
+    # *args would read as a required argument
+    math_val = under_math(val_loss)
+    setup.loss, setup.val_loss = under_math(loss), lambda: math_val()
+    return setup
+
+
+class Recurrent(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm, self.out = nn.LSTM(3, 4, batch_first=True), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.backends.cudnn.flags(enabled=False):
+            return self.out(self.lstm(x)[0][:, -1])
+
+
+def recurrent() -> Setup:
+    model = _seeded(Recurrent)
+    groups = [list(model.lstm.parameters()), list(model.out.parameters())]
+    return supervised(model, groups, lambda i: randn(6, 3, 3, seed=i), 3)
 
 
 class Tied(nn.Module):
@@ -191,10 +296,9 @@ def loss_hypers() -> Setup:
     return setup
 
 
-PROBLEMS: dict[str, Callable[[], Setup]] = {
-    f.__name__: f
-    for f in (quadratic, ridge, mlp, mlp_live, cnn_batchnorm, embedding, dropout, tied_frozen, loss_hypers)
-}
+_ALL = (quadratic, ridge, mlp, mlp_live, cnn_batchnorm, embedding, dropout, tied_frozen, loss_hypers)
+_LAYERS = (normalised, checkpointed, attention, recurrent, deep_batchnorm)
+PROBLEMS: dict[str, Callable[[], Setup]] = {f.__name__: f for f in (*_ALL, *_LAYERS)}
 
 
 # ---- optimizers
@@ -249,6 +353,15 @@ OPTIMIZERS: dict[str, Row] = {
     ),
     "rmsprop_maximize": Row(RMSPROP, _RMS | {"maximize": True}, _RMS2, _OF_RMS),
 }
+# Not in the case table: torch's default eps, for the traps around gradients that are exactly 0.
+AT_DEFAULT_EPS: dict[str, Row] = {
+    "adam_default_eps": Row(ADAM, _ADAM | {"eps": 1e-8}, _ADAM2, ("lr", "weight_decay", "betas")),
+    "adamw_default_eps": Row(ADAMW, _ADAM | _NO_DECAY | {"eps": 1e-8}, _ADAM2, ("lr", "weight_decay", "betas")),
+    "rmsprop_default_eps": Row(RMSPROP, _RMS | {"eps": 1e-8}, _RMS2, ("lr", "weight_decay", "alpha")),
+    "adam_at_zero_default_eps": Row(ADAM, _ADAM | _NO_DECAY | {"eps": 1e-8}, _ADAM2 | _NO_DECAY, ("lr", "betas")),
+    "adam_at_zero_small_eps": Row(ADAM, _ADAM | _NO_DECAY | {"eps": 1e-3}, _ADAM2 | _NO_DECAY, ("weight_decay",)),
+    "rmsprop_at_zero_small_eps": Row(RMSPROP, _RMS | _NO_DECAY | {"eps": 1e-3}, _RMS2 | _NO_DECAY, ("weight_decay",)),
+}
 EVERY_PROBLEM_WITH = ("momentum", "adamw", "adam", "rmsprop_momentum")
 
 
@@ -265,18 +378,22 @@ class Case:
     wrt: tuple[str, ...] | None = None  # None: all that the optimizer and the clipping have
 
     @property
+    def row(self) -> Row:
+        return (OPTIMIZERS | AT_DEFAULT_EPS)[self.optimizer]
+
+    @property
     def clip(self) -> dict[str, float]:
         both = {"clip_norm": self.clip_norm, "clip_value": self.clip_value}
         return {name: m for name, m in both.items() if m is not None}
 
     @property
     def names(self) -> tuple[str, ...]:
-        return (*OPTIMIZERS[self.optimizer].wrt, *self.clip) if self.wrt is None else self.wrt
+        return (*self.row.wrt, *self.clip) if self.wrt is None else self.wrt
 
     def build(self) -> Setup:
         """A fresh model and optimizer, always the same, at the start of the stretch."""
         setup = PROBLEMS[self.problem]()
-        setup.optimizer = OPTIMIZERS[self.optimizer].make(setup.groups)
+        setup.optimizer = self.row.make(setup.groups)
         for i in range(setup.warm_up):
             setup.optimizer.zero_grad()
             setup.loss(setup.model, setup.batches[-1 - i]).backward()
