@@ -1,0 +1,361 @@
+"""Every trap that was measured in torch, by name: what silently gives a wrong hypergradient elsewhere."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn.functional import cross_entropy, scaled_dot_product_attention
+
+import hypergrad
+from hypergrad.problem import Problem
+from tests.cases import DEVICE, EVERY_PROBLEM_WITH, MODES, PROBLEMS, STEPS, Case, randint, randn
+from tests.oracle import AGREE, assert_matches, assert_same, finite_difference, hypergradient
+
+EXACT = 1e-12  # relative, against a formula in Python floats
+BOTH = ("forward", "unrolled")
+
+
+def gradients(model: nn.Module, batches: list[Any], loss: Any = None, **options: Any) -> dict[str, Tensor]:
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1, momentum=0.9)
+    loss = loss or (lambda model, batch: model(batch).square().sum())
+    wrt, mode = options.pop("wrt", ("lr", "weight_decay")), options.pop("mode", "unrolled")
+    return hypergrad.hypergradient(
+        model, optimizer, loss, batches, lambda: model(batches[0]).sum(), wrt, mode, **options
+    ).gradients
+
+
+# ---- right numbers
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_trap_first_momentum_step(mode: str) -> None:
+    """The first buffer is g̃ itself and depends on everything that g̃ does: from θ = 2, two steps on θ²/2."""
+    lr, wd, mu = 0.1, 0.05, 0.9
+    model = nn.Linear(1, 1, bias=False).double().to(DEVICE)
+    nn.init.constant_(model.weight, 2.0)
+    sgd = torch.optim.SGD(model.parameters(), lr=lr, weight_decay=wd, momentum=mu)
+    result = hypergrad.hypergradient(
+        model, sgd, lambda m, _: m.weight.square().sum() / 2, [None] * 2, lambda: model.weight.sum(), **MODES[mode]
+    )
+    # θ₁ = θ₀ (1 − η c), b₂ = μ c θ₀ + c θ₁, θ₂ = θ₁ − η b₂, with c = 1 + w
+    c = 1 + wd
+    d_wd = 2 * (-lr - lr * (mu + 1 - 2 * lr * c))
+    assert float(result.gradients["weight_decay"]) == pytest.approx(d_wd, rel=EXACT)
+    d_lr = 2 * (-c - (mu * c + c - 2 * lr * c * c))
+    assert float(result.gradients["lr"]) == pytest.approx(d_lr, rel=EXACT)
+
+
+@pytest.mark.parametrize("optimizer", ["sgd_at_zero", "adam_at_zero", "adamw_at_zero", "rmsprop_at_zero"])
+@pytest.mark.parametrize("mode", BOTH)
+def test_trap_hyperparameter_at_zero(mode: str, optimizer: str) -> None:
+    case = Case("ridge", optimizer)
+    result = hypergradient(case, mode=mode)
+    assert all(result.gradients[name].all() for name in ("weight_decay", *(set(case.names) & {"momentum"})))
+    assert_matches(result, case)
+
+
+@pytest.mark.parametrize("optimizer", ["adam_default_eps", "adamw_default_eps", "rmsprop_default_eps"])
+@pytest.mark.parametrize("problem", ["mlp", "embedding"])
+@pytest.mark.parametrize("mode", BOTH)
+def test_trap_gradients_exactly_zero(mode: str, problem: str, optimizer: str) -> None:
+    """Dead ReLUs and unused rows at torch's default eps: √v' has no derivative at 0."""
+    case = Case(problem, optimizer)
+    assert_matches(hypergradient(case, mode=mode), case)
+
+
+@pytest.mark.parametrize("mode", BOTH)
+def test_trap_gradients_exactly_zero_without_decay(mode: str) -> None:
+    case = Case("mlp", "adam_at_zero_default_eps")
+    assert_matches(hypergradient(case, mode=mode), case)
+
+
+@pytest.mark.parametrize("optimizer", ["adam_at_zero_small_eps", "rmsprop_at_zero_small_eps"])
+@pytest.mark.parametrize("mode", BOTH)
+def test_trap_coupled_decay_at_zero_is_right_at_eps_1e_3(mode: str, optimizer: str) -> None:
+    """With w = 0 and g = 0 the step is −lr w θ/(|w θ| + eps): its derivative in w at 0 is −lr θ/eps."""
+    case = Case("embedding", optimizer)
+    assert_matches(hypergradient(case, mode=mode), case)
+
+
+@pytest.mark.parametrize("mode", BOTH)
+def test_trap_coupled_decay_at_zero_is_reported_at_default_eps(mode: str) -> None:
+    case = Case("mlp", "adam_at_zero_default_eps", wrt=("lr", "weight_decay"))
+    with pytest.warns(UserWarning, match="AdamW"):
+        result = hypergradient(case, mode=mode)
+    assert result.stats["ill_conditioned"] == ["weight_decay"]
+    assert "eps" in result.stats["warnings"][0]
+    assert result.gradients["weight_decay"].isfinite().all()
+    want = [finite_difference(case, "lr", (i,)) for i in range(2)]
+    assert result.gradients["lr"].tolist() == pytest.approx(want, rel=AGREE)
+
+
+@pytest.mark.parametrize("mode", BOTH)
+def test_trap_hyperparameter_as_0d_tensor(mode: str) -> None:
+    """torch takes lr as a tensor; a tensor passed on as alpha= would lose its tangent."""
+    setup = Case("mlp", "momentum").build()
+    plain, tensor = (
+        hypergrad.hypergradient(
+            setup.model, optimizer, setup.loss, setup.batches, setup.val_loss, ("lr", "weight_decay"), mode
+        )
+        for optimizer in (
+            torch.optim.SGD(setup.model.parameters(), lr=0.1, momentum=0.9),
+            torch.optim.SGD(setup.model.parameters(), lr=torch.tensor(0.1, dtype=torch.float64), momentum=0.9),
+        )
+    )
+    assert_same(tensor, plain, EXACT)
+
+
+LAYERS = {
+    "layer_norm": lambda: nn.LayerNorm([4, 6]),
+    "batch_norm": lambda: nn.BatchNorm1d(4),
+    "instance_norm": lambda: nn.InstanceNorm1d(4, affine=True),
+    "group_norm": lambda: nn.GroupNorm(2, 4),
+}
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_trap_hessian_products_of_normalisations(layer: str) -> None:
+    """Against central differences of the gradient, extrapolated."""
+    model = nn.Sequential(nn.Conv1d(3, 4, 3, padding=1), LAYERS[layer](), nn.Tanh(), nn.Conv1d(4, 2, 3)).double()
+    model.to(DEVICE)
+    x, params = randn(5, 3, 6, seed=0), list(model.parameters())
+    problem = Problem(model, params, lambda model, batch: model(batch).square().sum())
+    v = [torch.randn_like(p) for p in params]
+
+    def gradient(h: float) -> Tensor:
+        with torch.no_grad():
+            for p, d in zip(params, v, strict=True):
+                p.add_(d, alpha=h)
+        grads = torch.autograd.grad(problem.training_loss(x), params)
+        with torch.no_grad():
+            for p, d in zip(params, v, strict=True):
+                p.sub_(d, alpha=h)
+        return torch.cat([g.flatten() for g in grads])
+
+    def difference(h: float) -> Tensor:
+        return (gradient(h) - gradient(-h)) / (2 * h)
+
+    a, b, c = difference(4e-3), difference(2e-3), difference(1e-3)
+    want = ((4 * c - b) / 3 * 16 - (4 * b - a) / 3) / 15
+    got = torch.cat([r.flatten() for r in problem.linearize(x).product(v) if r is not None])
+    assert torch.linalg.vector_norm(got - want) <= 1e-8 * torch.linalg.vector_norm(want)
+
+
+@pytest.mark.parametrize("optimizer", EVERY_PROBLEM_WITH[:2])
+@pytest.mark.parametrize("problem", ["normalised", "checkpointed", "attention", "recurrent"])
+@pytest.mark.parametrize("mode", BOTH)
+def test_trap_layers(mode: str, problem: str, optimizer: str) -> None:
+    """LayerNorm and its kin, non-reentrant checkpointing with dropout, attention under MATH, an LSTM."""
+    case = Case(problem, optimizer)
+    assert_matches(hypergradient(case, mode=mode), case)
+
+
+@pytest.mark.parametrize("mode", BOTH)
+def test_trap_checkpoint_is_the_same_as_without(mode: str) -> None:
+    setup, plain = PROBLEMS["checkpointed"](), PROBLEMS["checkpointed"]()
+    plain.model.forward = lambda x: nn.Sequential.forward(plain.model, x)
+    results = []
+    for s in (setup, plain):
+        torch.manual_seed(3)
+        optimizer = torch.optim.SGD(s.model.parameters(), lr=0.1, momentum=0.9)
+        results.append(hypergrad.hypergradient(s.model, optimizer, s.loss, s.batches, s.val_loss, mode=mode))
+    assert_same(*results)
+
+
+@pytest.mark.parametrize("mode", BOTH)
+def test_trap_dropout_is_replayed_with_its_random_numbers(mode: str) -> None:
+    case = Case("dropout", "momentum")
+    assert_matches(hypergradient(case, mode=mode), case)
+
+
+@pytest.mark.parametrize("every", [5, 7, 100])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("name", ["AdamW", "RMSprop", "SGD"])
+def test_trap_replay_in_other_arithmetic(name: str, dtype: torch.dtype, every: int) -> None:
+    """A replayed step is the recorded one, to the last bit: a CNN with BatchNorm and dropout over 20 steps."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Dropout(0.2), nn.Flatten(), nn.Linear(64, 3)
+    ).to(DEVICE, dtype)
+    optimizer = getattr(torch.optim, name)(model.parameters(), lr=0.01, weight_decay=0.1)
+    batches = [(randn(8, 1, 6, 6, seed=i).to(dtype), randint(3, 8, seed=i)) for i in range(20)]
+
+    def loss(model: nn.Module, batch: Any) -> Tensor:
+        return cross_entropy(model(batch[0]), batch[1])
+
+    def run(every: int) -> hypergrad.Result:
+        torch.manual_seed(1)
+        return hypergrad.hypergradient(
+            model,
+            optimizer,
+            loss,
+            batches,
+            lambda: loss(model.eval(), batches[0]) + 0 * bool(model.train()),
+            every=every,
+        )
+
+    each, some = run(1), run(every)
+    assert torch.equal(each.value, some.value)
+    for hyper, x in each.gradients.items():
+        assert torch.equal(x, some.gradients[hyper]), hyper
+
+
+@pytest.mark.parametrize("t", [1, 1000, 100_000])
+@pytest.mark.parametrize("mode", BOTH)
+def test_trap_adam_bias_correction_precision(mode: str, t: int) -> None:
+    """torch's step counter is a float32 tensor; 1 − β^t needs double precision. One step of Adam, in Python floats."""
+    lr, b1, b2, eps, g, m, v = 0.1, 0.9, 0.999, 1e-8, 0.3, 0.2, 0.05
+    model = nn.Linear(1, 1, bias=False).double().to(DEVICE)
+    adam = torch.optim.Adam(model.parameters(), lr=lr, betas=(b1, b2), eps=eps)
+    like = torch.ones_like(model.weight)
+    adam.state[model.weight] = {"step": torch.tensor(float(t - 1)), "exp_avg": m * like, "exp_avg_sq": v * like}
+    m2, v2, c1, c2 = b1 * m + (1 - b1) * g, b2 * v + (1 - b2) * g * g, 1 - b1**t, 1 - b2**t
+    d = math.sqrt(v2 / c2) + eps
+    result = hypergrad.hypergradient(
+        model, adam, lambda model, _: g * model.weight.sum(), [None], lambda: model.weight.sum(), ("lr", "betas"), mode
+    )
+    of_c1, of_d = lr * m2 / (c1 * c1 * d), lr * m2 / (c1 * d * d)
+    want_b1 = -lr * (m - g) / (c1 * d) + of_c1 * -t * b1 ** (t - 1)
+    dd_b2 = ((v - g * g) / c2 + v2 / c2**2 * t * b2 ** (t - 1)) / (2 * math.sqrt(v2 / c2))
+    assert float(result.gradients["lr"]) == pytest.approx(-m2 / (c1 * d), rel=EXACT)
+    assert result.gradients["betas"][0].tolist() == pytest.approx([want_b1, of_d * dd_b2], rel=1e3 * EXACT)
+
+
+@pytest.mark.parametrize("clip", [{"clip_norm": 0.245}, {"clip_value": 0.05}], ids=str)
+@pytest.mark.parametrize("mode", BOTH)
+def test_trap_clipping_is_differentiated(mode: str, clip: dict[str, float]) -> None:
+    """Also where parameters without a gradient take part."""
+    for problem in ("mlp", "tied_frozen"):
+        case = Case(problem, "sgd", **clip)
+        assert_matches(hypergradient(case, mode=mode), case)
+
+
+# ---- errors that name the layer and the way out
+
+
+class OnceDifferentiable(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x**3
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return 3 * ctx.saved_tensors[0] ** 2 * grad
+
+
+class Cube(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return OnceDifferentiable.apply(x)
+
+
+class Sdpa(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv = nn.Linear(4, 48)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).view(2, 1, -1, 48).chunk(3, dim=-1)
+        return scaled_dot_product_attention(q, k, v)
+
+
+def old_weight_norm() -> nn.Module:
+    with pytest.warns(FutureWarning):
+        return nn.Sequential(nn.Linear(4, 4), nn.utils.weight_norm(nn.Linear(4, 2)))
+
+
+def new_weight_norm() -> nn.Module:
+    return nn.Sequential(nn.Linear(4, 4), nn.utils.parametrizations.weight_norm(nn.Linear(4, 2)))
+
+
+FLOATS, INDICES = "floats", "indices"
+REFUSED: dict[str, tuple[Any, str, str]] = {
+    "weight_norm": (old_weight_norm, FLOATS, r"weight_norm on 1: .*register"),
+    "parametrized weight_norm": (new_weight_norm, FLOATS, r"weight_norm on 1: .*remove_parametrizations"),
+    "once_differentiable": (
+        lambda: nn.Sequential(nn.Linear(4, 4), Cube(), nn.Linear(4, 2)),
+        FLOATS,
+        r"OnceDifferentiable.*once_differentiable",
+    ),
+    "flash attention": (Sdpa, FLOATS, r"sdpa_kernel\(SDPBackend.MATH\)"),
+    "EmbeddingBag": (
+        lambda: nn.Sequential(nn.EmbeddingBag(9, 4), nn.Tanh(), nn.Linear(4, 2)),
+        INDICES,
+        r"nn.Embedding",
+    ),
+    "sparse embedding": (lambda: nn.Sequential(nn.Embedding(9, 4, sparse=True)), INDICES, r"sparse=False"),
+}
+
+
+@pytest.mark.parametrize("layer", REFUSED)
+@pytest.mark.parametrize("mode", BOTH)
+def test_trap_layer_without_a_right_second_derivative(mode: str, layer: str) -> None:
+    build, kind, match = REFUSED[layer]
+    model = build().to(DEVICE)
+    batch = randint(9, 2, 4, seed=0) if kind == INDICES else randn(2, 4, seed=0).float()
+    before = [p.clone() for p in model.parameters()]
+    with pytest.raises(NotImplementedError, match=match):
+        gradients(model, [batch] * 3, mode=mode)
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")  # inside torch's compiler
+@pytest.mark.parametrize("mode", BOTH)
+def test_trap_compiled_module(mode: str) -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 2)).to(DEVICE)
+    compiled = torch.compile(model, backend="aot_eager")
+    with pytest.raises(NotImplementedError, match="_orig_mod"):
+        gradients(compiled, [randn(2, 4, seed=0).float()] * 2, mode=mode)
+
+
+@pytest.mark.parametrize("mode", BOTH)
+def test_trap_layer_that_is_first_used_later(mode: str) -> None:
+    """The graph of every step is looked at, not only that of the first."""
+    model = nn.Linear(4, 4).double().to(DEVICE)
+
+    def loss(model: nn.Module, batch: tuple[Tensor, bool]) -> Tensor:
+        x, cubed = batch
+        y = model(x)
+        return (OnceDifferentiable.apply(y) if cubed else y).square().sum() / 100
+
+    x = randn(3, 4, seed=0)
+    with pytest.raises(NotImplementedError, match="OnceDifferentiable"):
+        hypergrad.hypergradient(
+            model,
+            torch.optim.SGD(model.parameters(), lr=0.1),
+            loss,
+            [(x, t == STEPS // 2) for t in range(STEPS)],
+            lambda: model(x).sum(),
+            "lr",
+            mode,
+        )
+
+
+@pytest.mark.parametrize("flags", [{"dampening": 0.1}, {"nesterov": True}], ids=str)
+@pytest.mark.parametrize("mode", BOTH)
+def test_trap_sgd_momentum_is_discontinuous_at_zero(mode: str, flags: dict[str, Any]) -> None:
+    setup = Case("mlp", "momentum").build()
+    optimizer = torch.optim.SGD(setup.model.parameters(), lr=0.1, momentum=0.5, **flags)
+    optimizer.param_groups[0]["momentum"] = 0.0
+    with pytest.raises(ValueError, match="discontinuous"):
+        hypergrad.hypergradient(
+            setup.model, optimizer, setup.loss, setup.batches, setup.val_loss, ("lr", "momentum"), mode
+        )
+
+
+@pytest.mark.parametrize("mode", BOTH)
+def test_trap_dampening_at_momentum_zero(mode: str) -> None:
+    """torch ignores dampening where momentum is 0, so its derivative is 0 there, also beside momentum's own."""
+    setup = Case("mlp", "sgd_at_zero").build()
+    call = (setup.model, setup.optimizer, setup.loss, setup.batches, setup.val_loss)
+    try:
+        result = hypergrad.hypergradient(*call, ("momentum", "dampening"), mode)
+    except ValueError:
+        return
+    assert not result.gradients["dampening"].any()
