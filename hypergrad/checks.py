@@ -64,7 +64,9 @@ class Report:
         for r in self.rows:
             label = r.name + "".join(f"[{i}]" for i in r.index)
             verdict = "" if r.ok and r.smooth else "  not smooth" if not r.smooth else "  OFF"
-            lines.append(f"{label:<22}{r.hypergradient:>16.8g}{r.finite_difference:>16.8g}{r.relative_error:>12.1e}{verdict}")
+            lines.append(
+                f"{label:<22}{r.hypergradient:>16.8g}{r.finite_difference:>16.8g}{r.relative_error:>12.1e}{verdict}"
+            )
         return "\n".join([*lines, *self.notes])
 
 
@@ -261,7 +263,9 @@ def _check_deterministic(run: _StockRun) -> None:
 def twin(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
     """The same stock optimizer on the same parameters, with groups and state of its own and without anybody's hooks."""
     other = copy.copy(optimizer)
-    other.__dict__ = {k: v for k, v in optimizer.__dict__.items() if k != "step"}  # schedulers wrap step on the instance
+    other.__dict__ = {
+        k: v for k, v in optimizer.__dict__.items() if k != "step"
+    }  # schedulers wrap step on the instance
     for hooks in ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks"):
         other.__dict__[hooks] = OrderedDict()
     other.param_groups = [dict(group) for group in optimizer.param_groups]

@@ -13,6 +13,9 @@ from hypergrad.modes.stretch import Directions, Entry
 from hypergrad.updates.rule import Tensors
 from hypergrad.updates.transition import Transition, parts
 
+BETA1, BETA2 = 0.9, 0.99  # of Adam on φ
+OUTLIER, SETTLED = 4.0, 10  # after so many steps a hypergradient counts for at most so many times the usual one
+
 
 class Coordinates:
     """Values and transformed values of the tuned numbers, in the order of `directions.entries`.
@@ -87,7 +90,9 @@ class Coordinates:
         if present[entry.group] == 0:
             x = START_FROM_ZERO.get(entry.name)
             if x is None:
-                raise ValueError(f"{entry.name} is 0: pass tune={{'{entry.name}': hypergrad.Hyperparameter(start=...)}}.")
+                raise ValueError(
+                    f"{entry.name} is 0: pass tune={{'{entry.name}': hypergrad.Hyperparameter(start=...)}}."
+                )
             note = f"{entry.name} is 0 in every param group; it is tuned from {x:g} (Hyperparameter(start=...) changes that)."
             if note not in self.notes:
                 self.notes.append(note)
@@ -103,15 +108,25 @@ class Coordinates:
         """dx/dφ [k], float64."""
         return self._each("slope", self.value)
 
-    def step(self, gradient: Tensor, beta1: float = 0.9, beta2: float = 0.999) -> None:
-        """One step of Adam on φ down `gradient` [k] (dL/dφ), for the numbers that are tuned at present."""
+    def step(self, gradient: Tensor, too_high: Tensor | None = None) -> None:
+        """One step of Adam on φ down `gradient` [k] (dL/dφ), for the numbers that are tuned at present.
+
+        Args:
+            too_high: [k], numbers that step down by hyper_lr whatever their gradient says.
+        """
         g = gradient.to("cpu", torch.float64)
-        moves = torch.zeros(len(self), dtype=torch.bool).index_fill(0, torch.tensor(self.moving), True) & torch.isfinite(g)
+        tuned = torch.zeros(len(self), dtype=torch.bool).index_fill(0, torch.tensor(self.moving, dtype=torch.long), True)
+        moves = tuned & torch.isfinite(g)
+        rms = (self.s / (1 - BETA2**self.count)).sqrt()  # NaN before the first step: no bound
+        g = torch.where(self.count > SETTLED, g.clamp(-OUTLIER * rms, OUTLIER * rms), g)
         self.count = self.count + moves
-        self.m = torch.where(moves, self.m.lerp(g, 1 - beta1), self.m)
-        self.s = torch.where(moves, self.s.lerp(g * g, 1 - beta2), self.s)
-        m, s = self.m / (1 - beta1**self.count), self.s / (1 - beta2**self.count)
-        self.move(torch.where(moves & (s > 0), self.phi - self.hyper_lr * m / s.sqrt().clamp_min(1e-300), self.phi))
+        self.m = torch.where(moves, self.m.lerp(g, 1 - BETA1), self.m)
+        self.s = torch.where(moves, self.s.lerp(g * g, 1 - BETA2), self.s)
+        m, s = self.m / (1 - BETA1**self.count), self.s / (1 - BETA2**self.count)
+        step = torch.where(moves & (s > 0), m / s.sqrt().clamp_min(1e-300), 0)
+        if too_high is not None:
+            step, self.m = torch.where(tuned & too_high, 1.0, step), torch.where(tuned & too_high, 0, self.m)
+        self.move(self.phi - self.hyper_lr * step)
 
     def move(self, phi: Tensor) -> None:
         """Set φ, kept within bounds."""

@@ -150,6 +150,10 @@ def check_scalar(loss: Any, what: str) -> None:
     if not isinstance(loss, Tensor):
         raise TypeError(f"{what} must be a scalar tensor, got {type(loss).__name__}.")
     if loss.numel() != 1:
-        raise ValueError(f"{what} must be a scalar, got shape {tuple(loss.shape)}: reduce it, for example with .mean().")
+        raise ValueError(
+            f"{what} must be a scalar, got shape {tuple(loss.shape)}: reduce it, for example with .mean()."
+        )
     if not loss.requires_grad:
-        raise ValueError(f"{what} does not depend on the parameters: it was made without a graph (no_grad, detach, .item()).")
+        raise ValueError(
+            f"{what} does not depend on the parameters: it was made without a graph (no_grad, detach, .item())."
+        )

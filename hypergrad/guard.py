@@ -37,7 +37,7 @@ class Guard:
         self.good: deque[_Good] = deque(maxlen=2)
 
     def judge(self, loss: float, g: Tensor, theta: Tensor) -> str:
-        """"good", "bad batch" or "blow-up"."""
+        """ "good", "bad batch" or "blow-up"."""
         if math.isnan(self.first_loss) and math.isfinite(loss):
             self.first_loss = loss
         largest = float(g.abs().amax()) if g.numel() else 0.0

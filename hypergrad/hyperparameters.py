@@ -1,9 +1,9 @@
 """One hyperparameter: where it may lie, and the coordinate in which it is moved.
 
-    positive        φ = log x              lr, weight_decay, eps, alpha of a decay, clipping thresholds
-    unit            φ = log(x/(1 − x))     momentum, dampening
-    unit_high       φ = log(1 − x), −      betas, alpha: values close to 1 whose distance from 1 matters
-    free            φ = x                  anything else
+positive        φ = log x              lr, weight_decay, eps, alpha of a decay, clipping thresholds
+unit            φ = log(x/(1 − x))     momentum, dampening
+unit_high       φ = log(1 − x), −      betas, alpha: values close to 1 whose distance from 1 matters
+free            φ = x                  anything else
 """
 
 from __future__ import annotations

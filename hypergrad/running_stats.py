@@ -47,7 +47,8 @@ class RunningStats:
         leaves: list[Tensor] = []
         handles = []
         for m in self.layers:
-            assert m.running_mean is not None and m.running_var is not None
+            assert m.running_mean is not None
+            assert m.running_var is not None
             pair = [m.running_mean.detach().clone().requires_grad_(), m.running_var.detach().clone().requires_grad_()]
             leaves += pair
             handles.append(m.register_forward_hook(_normalised_by(*pair)))
@@ -85,7 +86,7 @@ class _Update:
 
     def __init__(self, layers: list[_BatchNorm]):
         self.layers = layers
-        self.decay = {m: 1.0 for m in layers}
+        self.decay = dict.fromkeys(layers, 1.0)
         self.added: dict[_BatchNorm, tuple[Tensor, Tensor]] = {}
 
     def see(self, module: _BatchNorm, inputs: tuple[Tensor, ...]) -> None:

@@ -1,11 +1,11 @@
 """Linear solvers of one protocol: `solve(matvec, b)` returns x with A x ≈ b, for A given by its products.
 
-    >>> import torch
-    >>> A, b = torch.diag(torch.tensor([1.0, 2.0, 4.0])), torch.ones(3)
-    >>> cg(lambda x: A @ x, b, max_iter=3)
-    tensor([1.0000, 0.5000, 0.2500])
-    >>> neumann(lambda x: A @ x, b, terms=2, scale=0.25)  # α Σ_{j<2} (I − αA)ʲ b
-    tensor([0.4375, 0.3750, 0.2500])
+>>> import torch
+>>> A, b = torch.diag(torch.tensor([1.0, 2.0, 4.0])), torch.ones(3)
+>>> cg(lambda x: A @ x, b, max_iter=3)
+tensor([1.0000, 0.5000, 0.2500])
+>>> neumann(lambda x: A @ x, b, terms=2, scale=0.25)  # α Σ_{j<2} (I − αA)ʲ b
+tensor([0.4375, 0.3750, 0.2500])
 """
 
 from __future__ import annotations

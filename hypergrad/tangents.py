@@ -51,6 +51,7 @@ class Tangents:
         self.average: Tensor | None = None  # θ̄ [n]
         self.average_tangent: Tensor | None = None  # dθ̄/dφ [k, n]; None: zero
         self.pending: Pending | None = None
+        self.hit = torch.zeros(len(coordinates), dtype=torch.bool)  # tangents that met the cap since `take_hits`
         self.counts = {"gradients": 0, "hessian_products": 0, "capped": 0}
         self._own = {id(x) for x in [*transition.params, *coordinates.hypers.values()]}
 
@@ -129,10 +130,16 @@ class Tangents:
         mine = [(p.grad, left) for p, left, a in zip(params, pending.left, active, strict=True) if a]
         if any(g is None or left is None for g, left in mine):
             return None
-        zero = params[0].new_zeros(len(self.coordinates.moving), sum(self.transition.sizes)) if pending.dg is None else pending.dg
+        zero = (
+            params[0].new_zeros(len(self.coordinates.moving), sum(self.transition.sizes))
+            if pending.dg is None
+            else pending.dg
+        )
         if all(torch.equal(g, left) for g, left in mine):
             return zero
-        g = self.transition.flatten([p.grad if a else left for p, left, a in zip(params, pending.left, active, strict=True)])
+        g = self.transition.flatten(
+            [p.grad if a else left for p, left, a in zip(params, pending.left, active, strict=True)]
+        )
         return self._through_scaling(g, self.transition.flatten(pending.left) / pending.scale, zero / pending.scale)
 
     def _through_scaling(self, g: Tensor, ref: Tensor, dg: Tensor) -> Tensor | None:
@@ -174,10 +181,16 @@ class Tangents:
         if bool((factor == 1).all()):
             return
         self.counts["capped"] += 1
+        self.hit[self.coordinates.moving] |= (factor < 1).cpu()
         finite = torch.isfinite(norms).unsqueeze(-1)
         factor = factor.unsqueeze(-1)
         bound = {name: torch.where(finite, x * factor, 0) for name, x in self.tangent.slots.items()}
         self.tangent = Tangent(torch.where(finite, self.tangent.theta * factor, 0), bound)
+
+    def take_hits(self) -> Tensor:
+        """Which numbers' tangents met the cap since the last call [k of all]."""
+        hit, self.hit = self.hit, torch.zeros_like(self.hit)
+        return hit
 
     def forget(self) -> None:
         """Tangents are zero from here on."""

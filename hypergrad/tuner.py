@@ -115,7 +115,9 @@ class Tuner:
         if not written and not tensors:
             raise ValueError("nothing to tune: name hyperparameters, for example tune=('lr', 'weight_decay').")
         if any(name in CLIPS for name in written):
-            raise NotImplementedError("a clipping threshold cannot be tuned online: use hypergrad.hypergradient for it.")
+            raise NotImplementedError(
+                "a clipping threshold cannot be tuned online: use hypergrad.hypergradient for it."
+            )
         transition = Transition(self.optimizers, frozenset(written))
         check_names([*written, *tensors], transition.values(), tensors)
         spec = {name: as_hyperparameter(name, x) for name, x in written.items()}
@@ -159,10 +161,13 @@ class Tuner:
         check_scalar(loss, "the loss")
         if self._closed or self.mode != "forward":
             if not self._closed:
-                raise NotImplementedError(f"mode={self.mode!r} replays steps: use tuner.step(batch) in place of this loop.")
+                raise NotImplementedError(
+                    f"mode={self.mode!r} replays steps: use tuner.step(batch) in place of this loop."
+                )
             return loss.backward(inputs=inputs, retain_graph=retain_graph)
         inputs = [inputs] if isinstance(inputs, Tensor) else inputs
         self._tangents.backward(loss, inputs, retain_graph)
+        return None
 
     def step(self, batch: Any) -> Tensor:
         """Take one whole training step on a batch: loss, gradients, clipping, optimizer step. Returns the loss."""
@@ -228,7 +233,9 @@ class Tuner:
         except (KeyError, TypeError) as error:
             raise ValueError("this is not the state_dict of a hypergrad.Tuner.") from error
         if sizes != self._transition.sizes:
-            raise ValueError("this state_dict belongs to another model: the optimizer's parameters differ in number or size.")
+            raise ValueError(
+                "this state_dict belongs to another model: the optimizer's parameters differ in number or size."
+            )
         mine = self._coordinates.state_dict()["names"]
         if names != mine:
             raise ValueError(f"this state_dict tunes {names}, this tuner {mine}: make the tuner with the same `tune`.")
@@ -294,13 +301,17 @@ class Tuner:
         if verdict == "bad batch":
             self.stats["nonfinite_steps"] += 1
             self._guard.mend_buffers()
-            self._note_once("a loss or gradient was not finite: the step was passed over (tuner.stats['nonfinite_steps']).")
+            self._note_once(
+                "a loss or gradient was not finite: the step was passed over (tuner.stats['nonfinite_steps'])."
+            )
         elif self._guard.roll_back():
             self.stats["rollbacks"] += 1
             self._coordinates.scale("lr", 1 / LR_CUT)
             self._tangents.forget()
             self._tangents.average = None
-            self._note(f"blow-up (loss {loss:.3g}): weights taken back to the last good ones, lr divided by {LR_CUT:g}.")
+            self._note(
+                f"blow-up (loss {loss:.3g}): weights taken back to the last good ones, lr divided by {LR_CUT:g}."
+            )
         return False
 
     def _after_step(self, i: int) -> None:
@@ -370,7 +381,8 @@ class Tuner:
             self.stats["nonfinite_hypergradients"] += 1
             self._note_once("a validation loss or hypergradient was not finite: that hyperparameter step was left out.")
         elif not self._frozen:
-            self._coordinates.step(gradient)
+            hit = self._tangents.take_hits()
+            self._coordinates.step(gradient, hit & torch.tensor([e.name in _SAFE_DOWN for e in self._coordinates.entries]))
             self._coordinates.write_hypers()
             self.stats["hyper_steps"] += 1
         self._record(gradient)
@@ -396,7 +408,14 @@ class Tuner:
         values = self._coordinates.value.tolist()
         starts = {f"start/{label}": x for label, x in zip(self._coordinates.labels, values, strict=True)}
         kinds = ", ".join(type(opt).__name__ for opt in self.optimizers)
-        return {"optimizer": kinds, "mode": self.mode, "every": self._every, "hyper_lr": hyper_lr, "seed": seed, **starts}
+        return {
+            "optimizer": kinds,
+            "mode": self.mode,
+            "every": self._every,
+            "hyper_lr": hyper_lr,
+            "seed": seed,
+            **starts,
+        }
 
     def _note(self, message: str) -> None:
         if self._recorder is not None:
@@ -423,6 +442,9 @@ class Tuner:
             "that tuner.backward carries along. Validate in train mode, or use tuner.step with mode='unrolled', which has it."
         ]
 
+
+# Numbers whose tangent outgrew the weights: training is chaotic there, its hypergradient is noise, and less is safe.
+_SAFE_DOWN = frozenset({"lr", "momentum"})
 
 _STATS = (
     "steps",

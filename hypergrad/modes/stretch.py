@@ -227,7 +227,7 @@ class Meter:
     def stats(self, steps: int) -> dict[str, Any]:
         growth = float("nan")
         if self.norm_steps > 1:
-            growth = float((torch.tensor(self.last_norm / self.first_norm).log() / (self.norm_steps - 1)))
+            growth = float(torch.tensor(self.last_norm / self.first_norm).log() / (self.norm_steps - 1))
         return {
             "steps": steps,
             "seconds": time.perf_counter() - self.start,

@@ -159,4 +159,6 @@ class Total:
             else:
                 for group, lam in enumerate(lam_h):
                     shares = [lam.get(part, 0) for part in parts(name)]
-                    target[group] += torch.stack([torch.as_tensor(x).to(target) for x in shares]).view(target[group].shape)
+                    target[group] += torch.stack([torch.as_tensor(x).to(target) for x in shares]).view(
+                        target[group].shape
+                    )

@@ -1,9 +1,9 @@
 """Stochastic gradient descent, as `torch.optim.SGD`.
 
-    g̃  = ±g + w p                       w weight decay, minus with maximize
-    b' = μ b + (1 − τ) g̃                μ momentum, τ dampening; at the first step b' = g̃
-    d  = g̃ + μ b' (nesterov),  b' (momentum),  g̃ (plain)
-    p' = p − η d                         η lr
+g̃  = ±g + w p                       w weight decay, minus with maximize
+b' = μ b + (1 − τ) g̃                μ momentum, τ dampening; at the first step b' = g̃
+d  = g̃ + μ b' (nesterov),  b' (momentum),  g̃ (plain)
+p' = p − η d                         η lr
 """
 
 from __future__ import annotations
@@ -50,10 +50,7 @@ class SGD:
         g = torch.add(-g if self.maximize else g, p, alpha=h["weight_decay"])
         if not self.buffered:
             return g, None, g
-        if h["t"] == 1:
-            b = g.clone()
-        else:
-            b = s["momentum_buffer"].mul(h["momentum"]).add_(g, alpha=1 - h["dampening"])
+        b = g.clone() if h["t"] == 1 else s["momentum_buffer"].mul(h["momentum"]).add_(g, alpha=1 - h["dampening"])
         return g, b, torch.add(g, b, alpha=h["momentum"]) if self.nesterov else b
 
     def step(self, p: Tensor, g: Tensor, s: Tensors, h: Scalars) -> tuple[Tensor, Tensors]:

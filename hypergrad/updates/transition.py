@@ -7,7 +7,7 @@ a gradient are passed over, as `torch.optim` does. Tangents are [k, n], adjoints
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -114,7 +114,9 @@ class Transition:
         self.ranges = [(end - size, end) for end, size in zip(ends, self.sizes, strict=True)]
         self.slot_names = tuple(dict.fromkeys(name for rule in self.rules for name in rule.slots))
         known = {name for rule in self.rules for name in rule.hyperparameters}
-        self.names = [name for name in dict.fromkeys(n for g in self.groups for n in g) if known.issuperset(parts(name))]
+        self.names = [
+            name for name in dict.fromkeys(n for g in self.groups for n in g) if known.issuperset(parts(name))
+        ]
         self.clip: Clip | None = None if clip is None else CLIPS[clip]()
         self._plans: dict[Any, list[Run]] = {}
 
@@ -303,7 +305,6 @@ class Transition:
         if self.clip is not None:
             lg, lam_clip = self.clip.vjp(raw, self.sizes, values[self.clip.name][0], lg)
         return out, lg, lam_h, lam_clip
-
 
     def ill_conditioned_decay(self, state: State, g: Tensor, values: Values) -> list[int]:
         """Groups in which d/d(weight decay) passes through g/√v at g = v = 0 with a small eps."""
