@@ -32,9 +32,14 @@ def test_the_quick_run_ends_with_a_table_curves_and_the_line_to_browse_them(tmp_
     assert "\r" not in out.err  # no bar where the output is no terminal
 
 
-def test_the_tuned_loop_passes_hypergrad_check():
-    model, optimizer, loss, batches, val_loss, _ = quickstart.job(quickstart.Args(), lr=0.05, weight_decay=1e-3)
-    hypergrad.check(model, optimizer, loss, list(islice(batches, 5)), val_loss, wrt=("lr", "weight_decay"))
+@pytest.mark.parametrize(("lr", "weight_decay"), [(1e-4, 1e-6), (0.05, 1e-3)], ids=["start", "tuned"])
+@pytest.mark.parametrize("mode", ["forward", "unrolled"])
+def test_the_tuned_loop_passes_hypergrad_check(lr, weight_decay, mode):
+    model, optimizer, loss, batches, val_loss, _ = quickstart.job(quickstart.Args(), lr, weight_decay)
+    wrt = ("lr", "weight_decay")
+    report = hypergrad.check(model, optimizer, loss, list(islice(batches, 5)), val_loss, wrt=wrt, mode=mode)
+    assert [row.name for row in report.rows] == list(wrt)
+    assert report.ok, f"\n{report}"
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
