@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
@@ -136,7 +137,7 @@ def _indices(gradient: Tensor, limit: int | None) -> Iterator[tuple[int, ...]]:
     n = gradient.numel()
     chosen = range(n) if limit is None or n <= limit else sorted({i * (n - 1) // (limit - 1) for i in range(limit)})
     for flat in chosen:
-        yield tuple(int(i) for i in torch.unravel_index(torch.tensor(flat), gradient.shape)) if gradient.dim() else ()
+        yield tuple(int(i) for i in np.unravel_index(flat, gradient.shape))
 
 
 # Richardson: (4 D(h/2) − D(h))/3 has an error of order h⁴. Where D(h) and D(h/2) differ by much, L is not smooth.

@@ -11,7 +11,7 @@ off by comparing p.grad with what `backward` left there:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +22,6 @@ from hypergrad.coordinates import Coordinates
 from hypergrad.graph import Linearization, survey
 from hypergrad.modes.stretch import Directions
 from hypergrad.updates.clip import TORCH_EPS, total_norm
-from hypergrad.updates.rule import Tensors
 from hypergrad.updates.transition import State, Tangent, Transition, Values
 
 CAP = 1.0  # a tangent (per unit of log value) is not let grow beyond so many times the norm of the weights
@@ -128,14 +127,15 @@ class Tangents:
         if pending is None:
             return None
         mine = [(p.grad, left) for p, left, a in zip(params, pending.left, active, strict=True) if a]
-        if any(g is None or left is None for g, left in mine):
+        pairs = [(g, left) for g, left in mine if g is not None and left is not None]
+        if len(pairs) < len(mine):
             return None
         zero = (
             params[0].new_zeros(len(self.coordinates.moving), sum(self.transition.sizes))
             if pending.dg is None
             else pending.dg
         )
-        if all(torch.equal(g, left) for g, left in mine):
+        if all(torch.equal(g, left) for g, left in pairs):
             return zero
         g = self.transition.flatten(
             [p.grad if a else left for p, left, a in zip(params, pending.left, active, strict=True)]
@@ -214,7 +214,7 @@ class Tangents:
             "average_tangent": self.average_tangent,
         }
 
-    def load_state_dict(self, state: Tensors | dict[str, Any]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         like = self.transition.params[0]
 
         def here(x: Any) -> Any:

@@ -137,7 +137,7 @@ class Tuner:
         self._losses: list[Tensor] = []
         self._clock = time.perf_counter()
         self._choose_what_is_tuned()
-        self.stats = dict.fromkeys(_STATS, 0)
+        self.stats: dict[str, int] = dict.fromkeys(_STATS, 0)
         self._recorder = None if log_dir is None else Recorder(log_dir, self._hparams(seed, hyper_lr))
         for note in notes:
             self._note(note)
@@ -461,7 +461,7 @@ _STATS = (
 )
 
 
-def _calling(me: weakref.ref[Tuner], method: str, i: int) -> Callable[..., None]:
+def _calling(me: weakref.ref[Any], method: str, i: int) -> Callable[..., None]:
     """A hook that does not keep the tuner alive."""
 
     def hook(*_: Any) -> None:

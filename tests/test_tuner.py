@@ -242,7 +242,10 @@ def test_backward_fills_every_leafs_grad_as_torch_does():
     tuner = hypergrad.Tuner(a, opt, validation(a), tune=("lr",))
     opt_b = torch.optim.SGD(b.parameters(), lr=0.1, momentum=0.9)
     for batch in data()[0]:
-        for model, scale, optimizer, backward in ((a, scale_a, opt, tuner.backward), (b, scale_b, opt_b, Tensor.backward)):
+        for model, scale, optimizer, backward in (
+            (a, scale_a, opt, tuner.backward),
+            (b, scale_b, opt_b, Tensor.backward),
+        ):
             torch.manual_seed(3)
             optimizer.zero_grad()
             backward(scale * mse(model, batch))
@@ -306,7 +309,9 @@ def test_unrolled_window_is_the_hypergradient_of_its_stretch():
         opt = sgd(momentum=0.9)(model)
         torch.manual_seed(7)
         if online:
-            tuner = hypergrad.Tuner(model, opt, validation(model), loss=mse, mode="unrolled", horizon=STEPS, clip_norm=1.0)
+            tuner = hypergrad.Tuner(
+                model, opt, validation(model), loss=mse, mode="unrolled", horizon=STEPS, clip_norm=1.0
+            )
             torch.manual_seed(7)
             for batch in data()[0]:
                 tuner.step(batch)
@@ -663,7 +668,9 @@ def test_backward_twice_on_a_freed_graph_raises():
         with pytest.raises(RuntimeError, match="second time"):
             tuner.backward(loss)
         now = [p.grad for p in model.parameters()]
-        assert all((a is None) == (b is None) and (a is None or torch.equal(a, b)) for a, b in zip(grads, now, strict=True))
+        assert all(
+            (a is None) == (b is None) and (a is None or torch.equal(a, b)) for a, b in zip(grads, now, strict=True)
+        )
         opt.step()
 
 

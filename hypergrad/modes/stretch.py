@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -79,7 +80,7 @@ class Directions:
     def _entries(self, name: str, shape: tuple[int, ...], grouped: bool) -> Iterator[Entry]:
         lead = 0 if self.steps is None else 1
         for flat in range(torch.Size(shape).numel()):
-            index = tuple(int(i) for i in torch.unravel_index(torch.tensor(flat), shape)) if shape else ()
+            index: tuple[int, ...] = tuple(int(i) for i in np.unravel_index(flat, shape))
             group = index[lead] if grouped else None
             if group is not None and parts(name)[0] not in self.transition.rules[group].hyperparameters:
                 continue

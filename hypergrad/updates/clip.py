@@ -20,7 +20,7 @@ TORCH_EPS = 1e-6  # inside clip_grad_norm_
 
 
 class Clip(Protocol):
-    name: str
+    name: ClassVar[str]
 
     def step(self, g: Tensor, sizes: Sequence[int], m: float) -> Tensor: ...
     def jvp(self, g: Tensor, sizes: Sequence[int], m: float, dg: Tensor, dm: Tensor | None) -> Tensor: ...

@@ -14,7 +14,7 @@ ever branches on the value of a hyperparameter, so a derivative at 0 (torch's de
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Protocol, Self
+from typing import Any, ClassVar, Protocol, Self
 
 from torch import Tensor
 
@@ -25,8 +25,8 @@ Scalars = Mapping[str, float]
 class UpdateRule(Protocol):
     """The update rule of one param group. Implementations are frozen dataclasses of flags."""
 
-    hyperparameters: tuple[str, ...]  # the names in `h` it can be differentiated in
-    elementwise: bool  # True: tensors of a group may be joined into one flat vector
+    hyperparameters: ClassVar[tuple[str, ...]]  # the names in `h` it can be differentiated in
+    elementwise: ClassVar[bool]  # True: tensors of a group may be joined into one flat vector
 
     @property
     def slots(self) -> tuple[str, ...]:

@@ -143,7 +143,8 @@ class Transition:
     def load(self, theta: Tensor) -> None:
         """Write θ into the live parameters, in place."""
         with torch.no_grad():
-            torch._foreach_copy_(self.params, self.split(theta))
+            for p, x in zip(self.params, self.split(theta), strict=True):
+                p.copy_(x)
 
     def live_state(self, p: Tensor, group: int) -> dict[str, Any]:
         return self.optimizers[self.optimizer_of_group[group]].state.get(p, {})
