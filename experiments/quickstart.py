@@ -6,6 +6,7 @@ python -m experiments.quickstart [--quick]
 from __future__ import annotations
 
 import math
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -149,7 +150,9 @@ def main(args: Args) -> list[dict[str, Any]]:
             f"{row['method']:<29}{row['lr']:>9.2g}{row['weight_decay']:>14.2g}{row['test_accuracy']:>15.1%}"
             f"{row['gradient_evaluations']:>22,}"
         )
-    print(f"\ncurves   {folder / 'curves.png'}\nbrowse   tensorboard --logdir {folder}")
+    tensorboard = Path(sys.executable).with_name("tensorboard")  # the environment's own, which need not be in PATH
+    print(f"\ncurves   {folder / 'curves.png'}")
+    print(f"browse   {tensorboard if tensorboard.exists() else 'tensorboard'} --logdir {folder.resolve()}")
     return rows
 
 
