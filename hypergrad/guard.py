@@ -12,7 +12,10 @@ from torch import Tensor
 from hypergrad.problem import Problem
 from hypergrad.updates.transition import State, Transition
 
-BLOW_UP = 10.0  # a training loss above so many times the first one is a blow-up
+# With L₀ the larger of the first training loss and the validation loss before the first step, a blow-up is
+BLOW_UP = 10.0  # a training loss above so many L₀, or
+DRIFT = 1.5  # a running mean of the training loss above so many L₀,
+HORIZON = 20  # taken over about so many steps, once it has seen so many
 LR_CUT = 4.0  # lr is divided by this at a roll-back
 PATIENCE = 3  # so many steps in a row that are not finite, with finite weights, are a blow-up too
 
@@ -27,31 +30,45 @@ class Guard:
     """Judges every step before it is taken, and keeps the last good states.
 
     A *bad batch* is a loss or gradient that is not finite with weights that are: the step is passed over. A *blow-up* is
-    weights that are not finite, a loss above BLOW_UP times the first one, or PATIENCE bad batches in a row.
+    weights that are not finite, losses far above L₀ (see BLOW_UP, DRIFT), or PATIENCE bad batches in a row.
+
+    Args:
+        reference: the validation loss before the first step.
     """
 
-    def __init__(self, transition: Transition, problem: Problem):
+    def __init__(self, transition: Transition, problem: Problem, reference: float):
         self.transition, self.problem = transition, problem
-        self.first_loss = math.nan
-        self.bad_in_a_row = 0
+        self.reference = abs(reference) if math.isfinite(reference) else 0.0  # L₀
+        self.mean = 0.0  # running, of the training loss
+        self.seen = self.bad_in_a_row = 0
         self.good: deque[_Good] = deque(maxlen=2)
 
     def judge(self, loss: float, g: Tensor, theta: Tensor) -> str:
-        """ "good", "bad batch" or "blow-up"."""
-        if math.isnan(self.first_loss) and math.isfinite(loss):
-            self.first_loss = loss
+        """"good", "bad batch" or "blow-up"."""
         largest = float(g.abs().amax()) if g.numel() else 0.0
         if math.isfinite(loss) and math.isfinite(largest):
             self.bad_in_a_row = 0
-            return "blow-up" if loss > BLOW_UP * abs(self.first_loss) > 0 else "good"
+            return self._judge_finite(loss)
         self.bad_in_a_row += 1
         if not bool(torch.isfinite(theta).all()) or self.bad_in_a_row >= PATIENCE:
             return "blow-up"
         return "bad batch"
 
+    def _judge_finite(self, loss: float) -> str:
+        if self.seen == 0 and not self.good:
+            self.reference = max(self.reference, abs(loss))
+        self.seen += 1
+        self.mean += max(1 / HORIZON, 1 / self.seen) * (loss - self.mean)
+        drifted = self.seen >= HORIZON and self.mean > DRIFT * self.reference
+        return "blow-up" if self.reference > 0 and (loss > BLOW_UP * self.reference or drifted) else "good"
+
     def keep(self, state: State) -> None:
-        """Note a good state. Its tensors are never written to, so nothing is copied but the buffers."""
-        self.good.append(_Good(state, self.problem.read_buffers()))
+        """Note a state as good, if the loss has not risen since the start.
+
+        Its tensors are never written to, so nothing is copied but the buffers.
+        """
+        if self.mean <= self.reference or not self.good:
+            self.good.append(_Good(state, self.problem.read_buffers()))
 
     def mend_buffers(self) -> None:
         """A bad batch may have put a NaN into running statistics: take those of the last good state."""
@@ -65,7 +82,13 @@ class Guard:
         good = self.good[0]
         self.good.clear()
         self.good.append(good)
-        self.bad_in_a_row = 0
+        self.mean, self.seen, self.bad_in_a_row = 0.0, 0, 0
         self.problem.write_buffers(good.buffers)
         self.transition.write(good.state)
         return True
+
+    def state_dict(self) -> dict[str, float]:
+        return {"reference": self.reference, "mean": self.mean, "seen": self.seen}
+
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        self.reference, self.mean, self.seen = float(state["reference"]), float(state["mean"]), int(state["seen"])

@@ -188,8 +188,14 @@ class Tangents:
         self.tangent = Tangent(torch.where(finite, self.tangent.theta * factor, 0), bound)
 
     def take_hits(self) -> Tensor:
-        """Which numbers' tangents met the cap since the last call [k of all]."""
+        """Which numbers' tangents met the cap since the last call [k of all]. Those start again from zero."""
         hit, self.hit = self.hit, torch.zeros_like(self.hit)
+        if self.tangent is not None and bool(hit.any()):
+            keep = (~hit[self.coordinates.moving]).to(self.tangent.theta).unsqueeze(-1)
+            slots = {name: x * keep for name, x in self.tangent.slots.items()}
+            self.tangent = Tangent(self.tangent.theta * keep, slots)
+            if self.average_tangent is not None:
+                self.average_tangent = self.average_tangent * keep
         return hit
 
     def forget(self) -> None:

@@ -126,10 +126,11 @@ class Tuner:
         self._transition, self._problem = transition, Problem(model, transition.params, loss, tensors)
         self._coordinates = Coordinates(transition, spec, of_loss, tensors, hyper_lr)
         self._live = LiveValues(transition, self._coordinates, total_steps)
-        notes = [*self._coordinates.notes, *self._try(val_loss)]
+        before, notes = self._try(val_loss)
+        notes = [*self._coordinates.notes, *notes]
         self._val_loss, self._every, self._total, self._average = val_loss, every, total_steps, average
         self._tangents = Tangents(transition, self._coordinates, model, scaler, clip_norm)
-        self._guard = Guard(transition, self._problem)
+        self._guard = Guard(transition, self._problem, before)
         self._windows = Windows(self, horizon)
         self.val_loss, self.hypergradients = math.nan, {}
         self._t, self._frozen, self._closed, self._warned = 0, False, False, set()
@@ -221,7 +222,7 @@ class Tuner:
             "frozen": self._frozen,
             "val_loss": self.val_loss,
             "stats": {**self.stats, **self._tangents.counts},
-            "first_loss": self._guard.first_loss,
+            "guard": self._guard.state_dict(),
             "coordinates": self._coordinates.state_dict(),
             "tangents": self._tangents.state_dict(),
         }
@@ -242,7 +243,7 @@ class Tuner:
         self._t, self._frozen, self.val_loss = int(state["steps"]), bool(state["frozen"]), float(state["val_loss"])
         self._tangents.counts |= {k: v for k, v in state["stats"].items() if k in self._tangents.counts}
         self.stats |= {k: v for k, v in state["stats"].items() if k not in self._tangents.counts}
-        self._guard.first_loss = float(state["first_loss"])
+        self._guard.load_state_dict(state["guard"])
         self._coordinates.load_state_dict(state["coordinates"])
         self._tangents.load_state_dict(state["tangents"])
         self._choose_what_is_tuned()
@@ -427,17 +428,17 @@ class Tuner:
             self._warned.add(message)
             self._note(message)
 
-    def _try(self, val_loss: Callable[..., Tensor]) -> list[str]:
-        """Call the validation loss once, so that a wrong one is said before anything starts."""
+    def _try(self, val_loss: Callable[..., Tensor]) -> tuple[float, list[str]]:
+        """Call the validation loss once, so that a wrong one is said before anything starts. Its value, and notes."""
         try:
-            self._problem.validate(val_loss, 0)
+            value = float(self._problem.validate(val_loss, 0).value)
         except NameError:  # it reads the tuner, which does not exist yet
-            return []
+            return math.nan, []
         self._problem.follow_running_stats(val_loss, 0)
         if self._problem.stats is None or self.mode != "forward":
-            return []
+            return value, []
         self._problem.stats = None
-        return [
+        return value, [
             "val_loss runs BatchNorm in eval mode: the path from weights to running statistics is not part of the hypergradients "
             "that tuner.backward carries along. Validate in train mode, or use tuner.step with mode='unrolled', which has it."
         ]
