@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -13,7 +15,7 @@ from torch.nn.functional import cross_entropy, scaled_dot_product_attention
 
 import hypergrad
 from hypergrad.problem import Problem
-from tests.cases import DEVICE, EVERY_PROBLEM_WITH, MODES, PROBLEMS, STEPS, Case, randint, randn
+from tests.cases import DEVICE, EVERY_PROBLEM_WITH, MODES, PROBLEMS, STEPS, Case, Setup, randint, randn
 from tests.oracle import AGREE, assert_matches, assert_same, finite_difference, hypergradient
 
 EXACT = 1e-12  # relative, against a formula in Python floats
@@ -170,6 +172,43 @@ def test_trap_checkpoint_is_the_same_as_without(mode: str) -> None:
 @pytest.mark.parametrize("mode", BOTH)
 def test_trap_dropout_is_replayed_with_its_random_numbers(mode: str) -> None:
     case = Case("dropout", "momentum")
+    assert_matches(hypergradient(case, mode=mode), case)
+
+
+@dataclass(frozen=True)
+class OwnGenerator(Case):
+    """Noise from a generator that hypergrad cannot rewind."""
+
+    def build(self) -> Setup:
+        setup = super().build()
+        loss, generator = setup.loss, np.random.default_rng(0)
+
+        def noisy(model: nn.Module, batch: Any) -> Tensor:
+            noise = torch.from_numpy(generator.standard_normal(batch[0].shape)).to(DEVICE)
+            return loss(model, (batch[0] + 0.3 * noise, batch[1]))
+
+        setup.loss = noisy
+        return setup
+
+
+@pytest.mark.parametrize(
+    "mode",
+    ["forward", pytest.param("unrolled", marks=pytest.mark.xfail(reason="a replay that differs is not noticed"))],
+)
+def test_trap_random_numbers_of_another_generator(mode: str) -> None:
+    """Forward mode replays nothing. Unrolled mode must notice that a replayed step is not the recorded one."""
+    case = OwnGenerator("mlp", "momentum", wrt=("lr",))
+    if mode == "forward":
+        assert_matches(hypergradient(case, mode=mode), case)
+        return
+    with pytest.raises(ValueError, match="deterministic"):
+        hypergradient(case, mode=mode)
+
+
+@pytest.mark.xfail(reason="0.1 % off: the path from θ to the power iteration's vectors, which are buffers, is left out")
+@pytest.mark.parametrize("mode", BOTH)
+def test_trap_spectral_norm(mode: str) -> None:
+    case = Case("spectral", "sgd")
     assert_matches(hypergradient(case, mode=mode), case)
 
 

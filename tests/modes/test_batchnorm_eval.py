@@ -67,6 +67,25 @@ def test_modes_agree(case: EvalCase) -> None:
     assert_same(hypergradient(case, mode="forward"), hypergradient(case, mode="unrolled"))
 
 
+@dataclass(frozen=True)
+class Scaled(EvalCase):
+    """A hyperparameter in the loss that moves the running statistics itself."""
+
+    def build(self) -> Setup:
+        setup = super().build()
+        loss = setup.loss
+        setup.hypers = {"scale": torch.tensor(1.2, dtype=torch.float64, device=setup.batches[0][0].device)}
+        setup.loss = lambda model, batch, hypers: loss(model, ((batch[0] + 1) * hypers["scale"], batch[1]))
+        return setup
+
+
+@pytest.mark.parametrize("val_steps", [None, (1,), (1, 3)])
+@pytest.mark.parametrize("mode", ["forward", "unrolled"])
+def test_hyperparameters_in_the_loss_move_statistics(mode: str, val_steps: tuple[int, ...] | None) -> None:
+    case = Scaled("deep_batchnorm", "momentum", val_steps=val_steps, wrt=("lr", "scale"))
+    assert_matches(hypergradient(case, mode=mode), case)
+
+
 @pytest.mark.parametrize("mode", ["forward", "unrolled"])
 def test_statistics_that_do_not_move_are_constants(mode: str) -> None:
     """Trained in eval(): the running statistics are fixed numbers."""
