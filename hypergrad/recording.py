@@ -25,6 +25,7 @@ class Recorder:
         self.writer = SummaryWriter(str(self.folder))
         self.lines = (self.folder / "metrics.jsonl").open("a", encoding="utf-8")
         self.last: dict[str, float] = {}
+        self.step = 0
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         for tag, value in values.items():
@@ -32,6 +33,7 @@ class Recorder:
         self.lines.write(json.dumps({"step": step, **values}) + "\n")
         self.lines.flush()
         self.last.update(values)
+        self.step = step
 
     def text(self, step: int, message: str) -> None:
         """A sentence in TensorBoard's Text tab, and in the JSON lines."""
@@ -42,8 +44,10 @@ class Recorder:
     def close(self) -> None:
         if self.lines.closed:
             return
-        metrics = {f"final/{tag}": value for tag, value in self.last.items() if tag.startswith("loss/")}
-        # run_name=".": the default would make a second run beside this one
-        self.writer.add_hparams(self.hparams, metrics or {"final/steps": 0.0}, run_name=".")
+        metrics = {tag: value for tag, value in self.last.items() if tag.startswith("loss/")}
+        if metrics:
+            # run_name=".": the default would make a second run beside this one; global_step: the metrics are charts that
+            # exist, and get their last point once more
+            self.writer.add_hparams(self.hparams, metrics, run_name=".", global_step=self.step)
         self.writer.close()
         self.lines.close()

@@ -400,6 +400,8 @@ class Tuner:
             row["loss/train"] = float(torch.stack(self._losses).mean())
         for j, label in enumerate(self._coordinates.labels):
             row["hyper/" + label] = float(self._coordinates.value[j])
+            if self._coordinates.kinds[j].kind == "positive":  # charts are linear: these move by orders of magnitude
+                row["log10/" + label] = math.log10(row["hyper/" + label])
             if j in self._coordinates.moving:
                 row["hypergrad/" + label] = float(gradient[j])
         self._losses = []
@@ -407,7 +409,7 @@ class Tuner:
 
     def _hparams(self, seed: int, hyper_lr: float) -> dict[str, Any]:
         values = self._coordinates.value.tolist()
-        starts = {f"start/{label}": x for label, x in zip(self._coordinates.labels, values, strict=True)}
+        starts = {f"{label} start": x for label, x in zip(self._coordinates.labels, values, strict=True)}
         kinds = ", ".join(type(opt).__name__ for opt in self.optimizers)
         return {
             "optimizer": kinds,

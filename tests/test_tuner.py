@@ -125,6 +125,9 @@ LOOPS = {
     "accumulated": Loop(sgd(momentum=0.8), accumulate=3),
     "accumulated, zeros": Loop(sgd(momentum=0.8), accumulate=2, set_to_none=False),
     "scaled": Loop(sgd(momentum=0.8), scaler=True),
+    "scaled, fused": Loop(
+        lambda m: torch.optim.AdamW(groups(m), lr=0.01, eps=1e-4, weight_decay=0.1, fused=True), scaler=True
+    ),
     "scaled and clipped": Loop(sgd(momentum=0.8), scaler=True, clip_norm=0.5),
 }
 
@@ -368,6 +371,29 @@ def test_accumulated_product_is_dropped_with_the_gradients():
             tuner.backward(mse(model, batch))
             opt.step()
         assert tuner.stats["changed_gradients"] == tuner.stats["plain_steps"] == 0
+
+
+def test_step_skipped_by_a_scaler_leaves_no_trace():
+    """An overflow that GradScaler skips: hypergradients are those of the loop without that batch."""
+
+    def run(overflow: bool) -> Any:
+        model = two_layers()
+        opt = sgd(momentum=0.8)(model)
+        scaler = torch.amp.GradScaler("cpu", init_scale=64.0)
+        tuner = hypergrad.Tuner(model, opt, validation(model), every=4, scaler=scaler, average=False)
+        for i, (x, y) in enumerate(data()[0][:8]):
+            for factor in (math.inf, 1.0) if overflow and i == 5 else (1.0,):
+                torch.manual_seed(i)
+                opt.zero_grad()
+                tuner.backward(scaler.scale(mse(model, (x * factor, y))))
+                scaler.step(opt)
+                scaler.update()
+        return tuner
+
+    with_overflow, without = run(True), run(False)
+    assert with_overflow.stats["changed_gradients"] == with_overflow.stats["plain_steps"] == 0
+    for name, gradient in without.hypergradients.items():
+        torch.testing.assert_close(with_overflow.hypergradients[name], gradient, rtol=1e-9, atol=0)
 
 
 @pytest.mark.parametrize("bad", ["nan", "inf"])
