@@ -152,7 +152,7 @@ def main(args: Args) -> list[dict[str, Any]]:
         )
     tensorboard = Path(sys.executable).with_name("tensorboard")  # the environment's own, which need not be in PATH
     print(f"\ncurves   {folder / 'curves.png'}")
-    print(f"browse   {tensorboard if tensorboard.exists() else 'tensorboard'} --logdir {folder.resolve()}")
+    print(f"browse   {tensorboard if tensorboard.exists() else 'tensorboard'} --logdir {folder.parent.resolve()}")
     return rows
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,8 @@ class Recorder:
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         for tag, value in values.items():
             self.writer.add_scalar(tag, value, step)
-        self.lines.write(json.dumps({"step": step, **values}) + "\n")
+        finite = {tag: value if math.isfinite(value) else None for tag, value in values.items()}  # JSON has no NaN
+        self.lines.write(json.dumps({"step": step, **finite}) + "\n")
         self.lines.flush()
         self.last.update(values)
         self.step = step
