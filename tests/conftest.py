@@ -1,11 +1,14 @@
-"""Settings of every test: one thread, seeded, and the device of HYPERGRAD_DEVICE (default cpu)."""
+"""Settings of every test: one thread, seeded. Cases run on the device in HYPERGRAD_DEVICE (default cpu; see cases.py)."""
 
+import os
 from collections.abc import Iterator
 
 import pytest
 import torch
 
 torch.set_num_threads(1)
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # on a GPU, a replayed step is to be the recorded one
+torch.backends.cudnn.deterministic = True
 
 
 @pytest.fixture(autouse=True)

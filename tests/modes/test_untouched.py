@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 import hypergrad
-from tests.cases import Case, Setup
+from tests.cases import DEVICE, Case, Setup
 
 ALL_MODES = {
     "forward": {"mode": "forward"},
@@ -48,6 +48,7 @@ def everything(setup: Setup) -> dict[str, Any]:
         "training": [m.training for m in setup.model.modules()],
         "attributes": [sorted(vars(m)) for m in setup.model.modules()],
         "rng": torch.get_rng_state(),
+        "rng of the GPU": torch.cuda.get_rng_state() if DEVICE.startswith("cuda") else None,
         "dtype": torch.get_default_dtype(),
         "grad mode": torch.is_grad_enabled(),
     }
