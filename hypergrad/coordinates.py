@@ -58,6 +58,7 @@ class Coordinates:
         self.phi = self._each("to_free", self.value)
         self.m, self.s, self.count = torch.zeros_like(self.phi), torch.zeros_like(self.phi), torch.zeros_like(self.phi)
         self.moving: list[int] = list(range(len(kept)))  # the numbers that are tuned at present
+        self.tuned = self.directions  # their directions
 
     def __len__(self) -> int:
         return len(self.kinds)
@@ -74,8 +75,10 @@ class Coordinates:
     def tune_only(self, names: Collection[str]) -> bool:
         """Tune only the numbers of these names from now on. True where that is a change."""
         moving = [j for j, entry in enumerate(self.entries) if entry.name in names]
-        changed, self.moving = moving != self.moving, moving
-        return changed
+        if moving == self.moving:
+            return False
+        self.moving, self.tuned = moving, self.directions.subset(moving)
+        return True
 
     def _first_value(self, entry: Entry, spec: Mapping[str, Hyperparameter], found: Any) -> float | None:
         if entry.group is None:

@@ -48,13 +48,13 @@ class LiveValues:
 
     def slopes(self, t: int) -> Tensor:
         """dx_t/dφ [k] of the numbers x_t that step t uses."""
-        out = self.coordinates.slope()
+        factors = [1.0] * len(self.coordinates)
         for j, entry in enumerate(self.coordinates.entries):
             if entry.group is not None and (entry.name, entry.group) in self.multiplies:
-                out[j] *= float(self.base[entry.name, entry.group])
+                factors[j] = float(self.base[entry.name, entry.group])
             elif entry.name == "lr":
-                out[j] *= self.shape(t)
-        return out
+                factors[j] = self.shape(t)
+        return self.coordinates.slope() * torch.tensor(factors, dtype=torch.float64)
 
     def write(self, optimizer: int, t: int, untouched: bool) -> None:
         """Write the values of step t into one optimizer's groups; not if `untouched`, unless something else writes them."""

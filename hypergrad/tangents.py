@@ -20,7 +20,6 @@ from torch import Tensor
 
 from hypergrad.coordinates import Coordinates
 from hypergrad.graph import Linearization, survey
-from hypergrad.modes.stretch import Directions
 from hypergrad.updates.clip import TORCH_EPS, total_norm
 from hypergrad.updates.transition import State, Tangent, Transition, Values
 
@@ -54,11 +53,6 @@ class Tangents:
         self.counts = {"gradients": 0, "hessian_products": 0, "capped": 0}
         self._own = {id(x) for x in [*transition.params, *coordinates.hypers.values()]}
 
-    @property
-    def directions(self) -> Directions:
-        """The directions that are carried: the k numbers that are tuned at present."""
-        return self.coordinates.directions.subset(self.coordinates.moving)
-
     # ---- the gradient stage
 
     def backward(self, loss: Tensor, inputs: Sequence[Tensor] | None, retain_graph: bool) -> None:
@@ -90,7 +84,7 @@ class Tangents:
         return Pending(left, dg, torch.maximum(old.loss, lin.loss), scale)
 
     def _gradient_tangent(self, lin: Linearization, n_others: int, retain_graph: bool) -> Tensor | None:
-        transition, directions = self.transition, self.directions
+        transition, directions = self.transition, self.coordinates.tuned
         slope = self.coordinates.slope()[self.coordinates.moving].tolist() if self.coordinates.hypers else []
         jobs = []
         for j in range(len(directions)):
@@ -164,7 +158,7 @@ class Tangents:
         self, state: State, g: Tensor, active: tuple[bool, ...], values: Values, scale: Tensor, dg: Tensor | None
     ) -> None:
         """Take the tangents through one step. dg None: unknown, so they start again from zero at this step."""
-        directions = self.directions
+        directions = self.coordinates.tuned
         if self.tangent is None or dg is None:
             self.forget()
             self.tangent = Tangent.zeros(state, len(directions))
