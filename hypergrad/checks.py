@@ -110,6 +110,8 @@ def check(
         >>> bool(check(model, sgd, mse, [x] * 3, lambda: mse(model, x), wrt=("lr", "weight_decay", "momentum")))
         True
     """
+    if limit < 1:
+        raise ValueError(f"limit must be a whole number from 1, got {limit}.")
     optimizers, rng = as_optimizers(optimizer), None
     params = [p for opt in optimizers for group in opt.param_groups for p in group["params"]]
     if params:
@@ -135,7 +137,9 @@ def check(
 
 def _indices(gradient: Tensor, limit: int | None) -> Iterator[tuple[int, ...]]:
     n = gradient.numel()
-    chosen = range(n) if limit is None or n <= limit else sorted({i * (n - 1) // (limit - 1) for i in range(limit)})
+    chosen = (
+        range(n) if limit is None or n <= limit else sorted({i * (n - 1) // max(limit - 1, 1) for i in range(limit)})
+    )
     for flat in chosen:
         yield tuple(int(i) for i in np.unravel_index(flat, gradient.shape))
 

@@ -52,6 +52,8 @@ class Coordinates:
             raise ValueError("there is nothing to tune: every named hyperparameter is 0 where a group has it.")
         self.directions.entries = kept
         self.kinds = [{**spec, **hyper_spec}[entry.name] for entry in kept]
+        # numbers whose start the user gave, rather than the param groups
+        self.given = [e.group is not None and spec[e.name].start is not None for e in kept]
         self.value = torch.tensor(values, dtype=torch.float64)
         limits = torch.tensor([kind.limits for kind in self.kinds], dtype=torch.float64)
         self.low, self.high = limits[:, 0], limits[:, 1]
@@ -85,10 +87,15 @@ class Coordinates:
             return float(self.hypers[entry.name].detach()[entry.index])
         start, column = spec[entry.name].start, found[entry.name]
         present = [_part(x, entry) for x in column]
+        if entry.name == "lr" and "initial_lr" in self.transition.groups[entry.group]:
+            return 1.0  # a scheduler's: ours is a multiplier, whatever its first value
         if present[entry.group] == 0 and any(present):
             return None  # 0 here, not elsewhere: it stays 0 here
         if start is not None:
             x = torch.as_tensor(start, dtype=torch.float64)
+            shape = self.directions.shapes[entry.name]
+            if x.dim() and tuple(x.shape) != shape:
+                raise ValueError(f"start of {entry.name} must be a number or have shape {shape}, got {tuple(x.shape)}.")
             return float(x if x.dim() == 0 else x[entry.index])
         if present[entry.group] == 0:
             x = START_FROM_ZERO.get(entry.name)
@@ -99,9 +106,15 @@ class Coordinates:
             note = f"{entry.name} is 0 in every param group; it is tuned from {x:g} (Hyperparameter(start=...) changes that)."
             if note not in self.notes:
                 self.notes.append(note)
-            return x
-        value = float(present[entry.group])
-        Hyperparameter(value, spec[entry.name].bounds, spec[entry.name].kind)  # raises where the value is out of range
+            return self._in_range(entry, spec, x)
+        return self._in_range(entry, spec, float(present[entry.group]))
+
+    @staticmethod
+    def _in_range(entry: Entry, spec: Mapping[str, Hyperparameter], value: float) -> float:
+        try:
+            Hyperparameter(value, spec[entry.name].bounds, spec[entry.name].kind)
+        except ValueError as error:
+            raise ValueError(f"{entry.name} of param group {entry.group}: {error}") from error
         return value
 
     def _each(self, method: str, x: Tensor) -> Tensor:
@@ -118,7 +131,9 @@ class Coordinates:
             too_high: [k], numbers that step down by hyper_lr whatever their gradient says.
         """
         g = gradient.to("cpu", torch.float64)
-        tuned = torch.zeros(len(self), dtype=torch.bool).index_fill(0, torch.tensor(self.moving, dtype=torch.long), True)
+        tuned = torch.zeros(len(self), dtype=torch.bool).index_fill(
+            0, torch.tensor(self.moving, dtype=torch.long), True
+        )
         moves = tuned & torch.isfinite(g)
         rms = (self.s / (1 - BETA2**self.count)).sqrt()  # NaN before the first step: no bound
         g = torch.where(self.count > SETTLED, g.clamp(-OUTLIER * rms, OUTLIER * rms), g)
@@ -160,11 +175,14 @@ class Coordinates:
             "m": self.m.clone(),
             "s": self.s.clone(),
             "count": self.count.clone(),
+            "low": self.low.clone(),
+            "high": self.high.clone(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.phi, self.value = state["phi"].clone(), state["value"].clone()
         self.m, self.s, self.count = state["m"].clone(), state["s"].clone(), state["count"].clone()
+        self.low, self.high = state["low"].clone(), state["high"].clone()
         self.write_hypers()
 
 
@@ -185,4 +203,9 @@ def replaced(old: Any, entry: Entry, value: float) -> Any:
 
 def specification(names: Sequence[str] | Mapping[str, Any]) -> dict[str, Any]:
     """What `tune=` was given, as name → what the user wrote for it (None: the value in the param groups)."""
-    return dict(names) if isinstance(names, Mapping) else dict.fromkeys((names,) if isinstance(names, str) else names)
+    if isinstance(names, Mapping):
+        return dict(names)
+    listed = (names,) if isinstance(names, str) else tuple(names)
+    if len(set(listed)) < len(listed):
+        raise ValueError(f"a hyperparameter is named twice in {listed}.")
+    return dict.fromkeys(listed)

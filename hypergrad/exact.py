@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -47,7 +48,7 @@ def hypergradient(
         loss: `loss(model, batch)` → scalar; `loss(model, batch, hypers)` where `hypers` is given.
         batches: one batch a step; K in all.
         val_loss: `val_loss()` → scalar, computed with the model's own parameters, deterministic; called as `val_loss(t)`,
-            t the number of steps done, where it has a required argument.
+            t the number of steps done, where it has a required argument, or one `t=None`.
         wrt: names in param_groups (lr, weight_decay, momentum, dampening, betas, alpha, eps), "clip_norm" or "clip_value"
             where given, and keys of `hypers`.
         mode: "unrolled" (adjoint; any number of hyperparameters), "forward" (tangents; any number of steps) or "implicit"
@@ -97,8 +98,8 @@ def hypergradient(
     steps = len(items)
     problem = Problem(model, transition.params, loss, tensors)
     directions = Directions(transition, names, tensors, steps if per_step else None)
-    when = (steps,) if val_steps is None else tuple(int(t) for t in val_steps)
-    if not when or not all(0 <= t <= steps for t in when):
+    when = (steps,) if val_steps is None else tuple(val_steps)
+    if not when or not all(int(t) == t and 0 <= t <= steps for t in when):
         raise ValueError(f"val_steps must be numbers of completed steps from 0 to {steps}, got {val_steps}.")
     stretch = Stretch(problem, transition, items, [values] * steps, directions, val_loss, when)
     return run(stretch, **mode_options)
@@ -166,7 +167,10 @@ def check_names(names: Sequence[str], values: Values, hypers: Tensors) -> None:
             raise TypeError(f"hyperparameters are named by strings, got {type(name).__name__}.")
         if name in hypers and name in values:
             raise ValueError(f"{name!r} is a key of hypers and a name in param_groups: rename the key of hypers.")
-        if name in hypers or name in values:
+        if name in hypers:
+            continue
+        if name in values:
+            _check_finite(name, values[name])
             continue
         if name in CLIPS:
             raise ValueError(f"to differentiate in {name!r}, pass {name}=<threshold>.")
@@ -174,3 +178,10 @@ def check_names(names: Sequence[str], values: Values, hypers: Tensors) -> None:
             raise ValueError(f"name the pair: 'betas', not {name!r}.")
         known = [*values, *hypers]
         raise ValueError(f"no param group has a hyperparameter {name!r} that can be differentiated; there are {known}.")
+
+
+def _check_finite(name: str, column: Sequence[Any]) -> None:
+    for x in column:
+        for number in x if isinstance(x, tuple) else (x,):
+            if number is not None and not math.isfinite(number):
+                raise ValueError(f"{name} is {number} in a param group: set it to a finite number.")

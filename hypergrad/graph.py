@@ -8,7 +8,8 @@ by looking at the graph and end in an error that names the layer and the way out
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from contextlib import contextmanager
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,8 +20,21 @@ _WAYS_OUT = {
     "aot_autograd": "give hypergrad the uncompiled module (`model._orig_mod`)",
     "_embedding_bag": "replace nn.EmbeddingBag by nn.Embedding followed by a sum or mean",
     "cudnn_rnn": "run the forward pass under `torch.backends.cudnn.flags(enabled=False)`",
+    "donated buffers": "give hypergrad the uncompiled module (`model._orig_mod`)",
+    "incompatible with .grad()": "checkpoint with use_reentrant=False",
     "is not implemented": "replace that operation by one whose derivative torch can differentiate again",
 }
+
+
+# Layers whose gradient differs in its last bits when its graph is kept.
+_INEXACT = frozenset({"SiluBackward0", "MishBackward0", "NativeGroupNormBackward0"})
+
+
+class Survey(NamedTuple):
+    """What is at the ends of a loss's graph, and on the way."""
+
+    leaves: list[Tensor]
+    exact: bool  # the gradient with its graph kept is bit for bit that without
 
 
 def nodes_of(*roots: Any) -> Iterator[Any]:
@@ -34,22 +48,29 @@ def nodes_of(*roots: Any) -> Iterator[Any]:
             stack.extend(nxt for nxt, _ in node.next_functions if nxt is not None)
 
 
-def survey(loss: Tensor, model: torch.nn.Module | None = None) -> list[Tensor]:
+def survey(loss: Tensor, model: torch.nn.Module | None = None) -> Survey:
     """The leaves of a loss's graph. Raise where the graph holds something that cannot be differentiated twice."""
-    leaves = []
+    leaves, exact = [], True
     for node in nodes_of(loss.grad_fn):
         variable = getattr(node, "variable", None)
         if variable is not None:
             leaves.append(variable)
+        elif node.name() in _INEXACT:
+            exact = False
         elif node.name() == "WeightNormInterfaceBackward0":
             raise NotImplementedError(
                 f"{_weight_norm_layers(model)}: torch._weight_norm has a wrong second derivative in torch. Remove it "
                 "(torch.nn.utils.parametrize.remove_parametrizations, or torch.nn.utils.remove_weight_norm) and register "
                 "a parametrization whose forward(g, v) returns v * (g / v.norm(dim=1, keepdim=True)) instead."
             )
+        elif "BackwardHookFunction" in node.name():
+            raise NotImplementedError(
+                "a module has a full backward hook: torch would call it again on every Hessian product. Remove the hook "
+                "(register_full_backward_hook), or use a hook on a parameter (p.register_hook)."
+            )
         elif isinstance(node, torch.autograd.function.BackwardCFunction):
             _check_twice_differentiable(node)
-    return leaves
+    return Survey(leaves, exact)
 
 
 def _check_twice_differentiable(node: Any) -> None:
@@ -96,7 +117,9 @@ class Linearization:
         self.params, self.extra = list(params), list(extra)
         check_scalar(loss, "the loss")
         inputs = [*self.params, *self.extra]
-        grads = grad_or_none([loss], inputs, create_graph=products, retain_graph=products or retain)
+        with _explained():
+            grads = grad_or_none([loss], inputs, create_graph=products, retain_graph=products or retain)
+        self._whole = loss
         self.loss = loss.detach()
         self.decay: Tensor | None = None  # of running statistics, see problem.py
         self.grads: list[Tensor | None] = list(grads[: len(self.params)])
@@ -130,13 +153,38 @@ class Linearization:
         if not used:
             return [None] * len(inputs)
         outputs, cotangents = zip(*used, strict=True)
-        try:
+        with _explained(), _without_hooks(inputs):
             return grad_or_none(outputs, inputs, cotangents, retain_graph=retain)
-        except (RuntimeError, NotImplementedError) as error:
-            for symptom, remedy in _WAYS_OUT.items():
-                if symptom in str(error):
-                    raise NotImplementedError(f"{error} (torch has no second derivative here): {remedy}.") from error
-            raise
+
+    def free(self) -> None:
+        """Free the graph where no product did: the gradient does not depend on the parameters."""
+        grad_or_none([self._whole], self.params)
+
+
+@contextmanager
+def _explained() -> Iterator[None]:
+    """Say the way out where torch has no second derivative."""
+    try:
+        yield
+    except (RuntimeError, NotImplementedError) as error:
+        for symptom, remedy in _WAYS_OUT.items():
+            if symptom in str(error):
+                raise NotImplementedError(f"{error} (torch has no second derivative here): {remedy}.") from error
+        raise
+
+
+@contextmanager
+def _without_hooks(leaves: Sequence[Tensor]) -> Iterator[None]:
+    """Keep hooks on leaves from acting on a product: what they did to the gradient is in its graph already."""
+    hooks = [h for x in leaves if x.is_leaf and (h := getattr(x, "_backward_hooks", None))]
+    saved = [dict(h) for h in hooks]
+    try:
+        for h in hooks:
+            h.clear()
+        yield
+    finally:
+        for h, old in zip(hooks, saved, strict=True):
+            h.update(old)
 
 
 def grad_or_none(outputs: Sequence[Tensor], inputs: Sequence[Tensor], *args: Any, **kw: Any) -> list[Tensor | None]:

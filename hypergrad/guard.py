@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hypergrad.problem import Problem
+from hypergrad.problem import Problem, Saved
 from hypergrad.updates.transition import State, Transition
 
 # With L₀ the larger of the first training loss and the validation loss before the first step, a blow-up is
@@ -23,14 +23,15 @@ PATIENCE = 3  # so many steps in a row that are not finite, with finite weights,
 @dataclass
 class _Good:
     state: State
-    buffers: list[Tensor]
+    buffers: list[Saved]
 
 
 class Guard:
     """Judges every step before it is taken, and keeps the last good states.
 
     A *bad batch* is a loss or gradient that is not finite with weights that are: the step is passed over. A *blow-up* is
-    weights that are not finite, losses far above L₀ (see BLOW_UP, DRIFT), or PATIENCE bad batches in a row.
+    weights that are not finite, losses far above L₀ (see BLOW_UP, DRIFT), or PATIENCE bad batches in a row. A roll-back after
+    which the loss is as high at the good weights was a *false alarm*: L₀ becomes that loss.
 
     Args:
         reference: the validation loss before the first step.
@@ -41,22 +42,29 @@ class Guard:
         self.reference = abs(reference) if math.isfinite(reference) else 0.0  # L₀
         self.mean = 0.0  # running, of the training loss
         self.seen = self.bad_in_a_row = 0
+        self.restored = False  # the weights of this step are those that were rolled back to
         self.good: deque[_Good] = deque(maxlen=2)
 
-    def judge(self, loss: float, g: Tensor, theta: Tensor) -> str:
-        """"good", "bad batch" or "blow-up"."""
+    def judge(self, loss: float | None, g: Tensor, theta: Tensor) -> str:
+        """ "good", "bad batch", "blow-up" or "false alarm". loss None: not known."""
         finite = math.isfinite(float(g.sum())) or bool(torch.isfinite(g).all())  # the sum is cheap, and may overflow
-        if math.isfinite(loss) and finite:
+        if finite and (loss is None or math.isfinite(loss)):
             self.bad_in_a_row = 0
-            return self._judge_finite(loss)
+            return "good" if loss is None else self._judge_finite(loss)
         self.bad_in_a_row += 1
         if not bool(torch.isfinite(theta).all()) or self.bad_in_a_row >= PATIENCE:
             return "blow-up"
         return "bad batch"
 
     def _judge_finite(self, loss: float) -> str:
+        if self.transition.maximizes:  # a loss that is to rise says nothing of a blow-up
+            return "good"
         if self.seen == 0 and not self.good:
             self.reference = max(self.reference, abs(loss))
+        restored, self.restored = self.restored, False
+        if restored and loss > DRIFT * self.reference:  # the weights are good ones: it is the data that has changed
+            self.reference = loss
+            return "false alarm"
         self.seen += 1
         self.mean += max(1 / HORIZON, 1 / self.seen) * (loss - self.mean)
         drifted = self.seen >= HORIZON and self.mean > DRIFT * self.reference
@@ -82,7 +90,7 @@ class Guard:
         good = self.good[0]
         self.good.clear()
         self.good.append(good)
-        self.mean, self.seen, self.bad_in_a_row = 0.0, 0, 0
+        self.mean, self.seen, self.bad_in_a_row, self.restored = 0.0, 0, 0, True
         self.problem.write_buffers(good.buffers)
         self.transition.write(good.state)
         return True

@@ -30,13 +30,19 @@ class LiveValues:
         scheduled = [g for g, group in enumerate(groups) if "initial_lr" in group]
         if total is not None and scheduled:
             self._two_shapes()
+        for entry in coordinates.entries:
+            if entry.name in ("momentum", "betas") and any("base_momentum" in group for group in groups):
+                self._not_beside_a_scheduler(entry.name)
         named = {entry.name for entry in coordinates.entries if entry.group is not None}
-        self.left: dict[Key, Any] = {(name, g): group.get(name) for name in named for g, group in enumerate(groups)}
+        self.left: dict[Key, Any] = {(n, g): plain(x.get(n)) for n in named for g, x in enumerate(groups)}
         self.base: dict[Key, Any] = {}  # what something else wrote, put back after the step
         self.multiplies = {("lr", g) for g in scheduled}
         for j, entry in enumerate(coordinates.entries):
             if (entry.name, entry.group) in self.multiplies:
                 self._multiply(j)
+
+    def _not_beside_a_scheduler(self, name: str) -> None:
+        raise ValueError(f"something else writes {name!r} in the param groups: take it out of `tune`.")
 
     def _two_shapes(self) -> None:
         raise ValueError(
@@ -51,7 +57,7 @@ class LiveValues:
         factors = [1.0] * len(self.coordinates)
         for j, entry in enumerate(self.coordinates.entries):
             if entry.group is not None and (entry.name, entry.group) in self.multiplies:
-                factors[j] = float(self.base[entry.name, entry.group])
+                factors[j] = float(self.base.get((entry.name, entry.group), 1.0))
             elif entry.name == "lr":
                 factors[j] = self.shape(t)
         return self.coordinates.slope() * torch.tensor(factors, dtype=torch.float64)
@@ -63,24 +69,41 @@ class LiveValues:
             if entry.group is None or self.transition.optimizer_of_group[entry.group] != optimizer:
                 continue
             key, group = (entry.name, entry.group), groups[entry.group]
-            if key not in self.multiplies and self.left[key] is not None and group[entry.name] != self.left[key]:
+            if key not in self.multiplies and self.left[key] is not None and plain(group[entry.name]) != self.left[key]:
                 self._taken_over(j, key)
             value = float(self.coordinates.value[j])
             if key in self.multiplies:
-                self.base[key] = group[entry.name]
+                self.base[key] = plain(group[entry.name])
                 value *= float(group[entry.name])
-            elif untouched:
+            elif untouched and not self.coordinates.given[j]:
                 continue
             elif entry.name == "lr":
                 value *= self.shape(t)
-            group[entry.name] = self.left[key] = replaced(group[entry.name], entry, value)
+            self._put(group, entry.name, replaced(plain(group[entry.name]), entry, value))
+            self.left[key] = plain(group[entry.name])
 
     def restore(self, optimizer: int) -> None:
         """After the step: what a scheduler wrote, as it wrote it."""
         groups = self.transition.groups
         for (name, group), base in self.base.items():
             if self.transition.optimizer_of_group[group] == optimizer:
-                groups[group][name] = self.left[name, group] = base
+                self._put(groups[group], name, base)
+                self.left[name, group] = base
+
+    @staticmethod
+    def _put(group: dict[str, Any], name: str, value: Any) -> None:
+        """Write a value; into the user's own tensor where the group holds one."""
+        if isinstance(group[name], Tensor):
+            group[name].fill_(value)
+        else:
+            group[name] = value
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"multiplies": sorted([list(key) for key in self.multiplies], key=str)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.multiplies = {(str(name), int(group)) for name, group in state["multiplies"]}
+        self.accept_present()
 
     def accept_present(self) -> None:
         """Take whatever is in the param groups now as ours (after load_state_dict)."""
@@ -91,14 +114,24 @@ class LiveValues:
         if self.total is not None and key[0] == "lr":
             self._two_shapes()
         if key[0] not in ("lr", "weight_decay"):
-            raise ValueError(f"something else writes {key[0]!r} in the param groups: take it out of `tune`.")
+            self._not_beside_a_scheduler(key[0])
         self.multiplies.add(key)
         self._multiply(j)
 
     def _multiply(self, j: int) -> None:
         """Number j is a multiplier from now on, starting from 1."""
-        coordinates = self.coordinates
+        coordinates, entry = self.coordinates, self.coordinates.entries[j]
+        if coordinates.given[j] or coordinates.kinds[j].bounds is not None:
+            raise ValueError(
+                f"a scheduler (or the loop) writes {entry.name}: the tuned value is a multiplier of what it writes, and starts "
+                f"from 1. Leave start and bounds of {entry.name} out."
+            )
         coordinates.phi, coordinates.value = coordinates.phi.clone(), coordinates.value.clone()
         coordinates.phi[j], coordinates.value[j] = 0.0, 1.0
         coordinates.low[j], coordinates.high[j] = -math.inf, math.inf
         coordinates.m[j] = coordinates.s[j] = coordinates.count[j] = torch.zeros(())
+
+
+def plain(value: Any) -> Any:
+    """A group's value as a number or a tuple of numbers."""
+    return value.item() if isinstance(value, Tensor) else value

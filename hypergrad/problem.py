@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from hypergrad.graph import Linearization, check_scalar, grad_or_none, survey
 from hypergrad.running_stats import RunningStats
@@ -33,14 +34,21 @@ class Rng:
 
 
 def takes_step(val_loss: Callable[..., Tensor]) -> bool:
-    """Whether a validation loss wants the step number: one required positional argument, or one named t."""
+    """Whether a validation loss wants the step number: it has a required positional argument, or `t=None`."""
     try:
         parameters = inspect.signature(val_loss).parameters.values()
     except (TypeError, ValueError):
         return False
     kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     positional = [p for p in parameters if p.kind in kinds]
-    return any(p.default is inspect.Parameter.empty or p.name == "t" for p in positional)
+    return any(p.default is inspect.Parameter.empty or (p.name == "t" and p.default is None) for p in positional)
+
+
+class Saved(NamedTuple):
+    """A buffer: the tensor itself, and a copy of its value."""
+
+    tensor: Tensor
+    value: Tensor
 
 
 class Validation(NamedTuple):
@@ -71,23 +79,28 @@ class Problem:
     ):
         self.model, self.params, self.loss = model, list(params), loss
         self.hypers = hypers or {}
-        self.buffers = [b for b in model.buffers() if b is not None]
+        self.places = [(m, name) for m in model.modules() for name, b in m._buffers.items() if b is not None]
         self.device = self.params[0].device
         self.stats: RunningStats | None = None  # set by `follow_running_stats`
-        self._surveyed = False
 
     # ---- state that is neither θ nor the optimizer's
 
     def rng(self) -> Rng:
         return Rng(self.device)
 
-    def read_buffers(self) -> list[Tensor]:
-        return [b.detach().clone() for b in self.buffers]
+    @property
+    def buffers(self) -> list[Tensor]:
+        """The model's buffers as they are now: a module may put another tensor in a buffer's place."""
+        return [module._buffers[name] for module, name in self.places]  # type: ignore[misc]
 
-    def write_buffers(self, saved: Sequence[Tensor]) -> None:
+    def read_buffers(self) -> list[Saved]:
+        return [Saved(b, b.detach().clone()) for b in self.buffers]
+
+    def write_buffers(self, saved: Sequence[Saved]) -> None:
         with torch.no_grad():
-            for b, s in zip(self.buffers, saved, strict=True):
-                b.copy_(s)
+            for (module, name), (tensor, value) in zip(self.places, saved, strict=True):
+                module._buffers[name] = tensor
+                tensor.copy_(value)
 
     @contextmanager
     def untouched(self) -> Iterator[None]:
@@ -134,9 +147,8 @@ class Problem:
                 decay, added = update.flat()
                 u = torch.zeros_like(added, requires_grad=True)
                 loss, extra = loss + added @ u, [*self.hypers.values(), u]
-        if products and not self._surveyed:
+        if products:
             survey(loss, self.model)
-            self._surveyed = True
         lin = Linearization(loss, self.params, extra, products)
         lin.decay = decay
         return lin
@@ -149,14 +161,27 @@ class Problem:
             if self.validate(val_loss, t).of_stats is None:
                 self.stats = None
 
-    def validate(self, val_loss: Callable[..., Tensor], t: int) -> Validation:
+    def unfollowed_since(self, before: Sequence[Saved]) -> list[str]:
+        """Names of float buffers that changed and are not running statistics of BatchNorm."""
+        names = {id(module): name for name, module in self.model.named_modules()}
+        pairs = zip(self.places, self.buffers, before, strict=True)
+        return [
+            f"{names.get(id(module), '?')}.{name}".lstrip(".")
+            for (module, name), now, then in pairs
+            if now.is_floating_point() and not isinstance(module, _BatchNorm) and not torch.equal(now, then.value)
+        ]
+
+    def validate(self, val_loss: Callable[..., Tensor], t: int, seed: int | None = None) -> Validation:
         """The validation loss at the present parameters, with its gradients.
 
-        Random numbers and buffers are as before afterwards.
+        Random numbers and buffers are as before afterwards. With a seed the loss draws from a stream of its own: put back
+        to where training stands it might see the same validation batch every time.
         """
         buffers, rng = self.read_buffers(), self.rng()
         inputs = [*self.params, *self.hypers.values()]
         try:
+            if seed is not None:
+                torch.manual_seed(seed)
             with torch.enable_grad(), self.stats.as_leaves() if self.stats else nullcontext([]) as leaves:
                 loss = val_loss(t) if takes_step(val_loss) else val_loss()
                 check_scalar(loss, "val_loss()")

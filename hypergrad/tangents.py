@@ -12,14 +12,14 @@ off by comparing p.grad with what `backward` left there:
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from hypergrad.coordinates import Coordinates
-from hypergrad.graph import Linearization, survey
+from hypergrad.graph import Linearization, grad_or_none, survey
 from hypergrad.updates.clip import TORCH_EPS, total_norm
 from hypergrad.updates.transition import State, Tangent, Transition, Values
 
@@ -35,6 +35,7 @@ class Pending:
     dg: Tensor | None  # tangent of the gradient [k, n]; None is zero
     loss: Tensor  # the largest of the accumulated losses, times scale
     scale: float  # of a GradScaler at the time
+    stepped: set[int] = field(default_factory=set)  # the optimizers that have used it
 
 
 class Tangents:
@@ -58,30 +59,34 @@ class Tangents:
     def backward(self, loss: Tensor, inputs: Sequence[Tensor] | None, retain_graph: bool) -> None:
         """Fill every leaf's .grad as `loss.backward()` would, and form the gradient's tangent."""
         scale = 1.0 if self.scaler is None else float(self.scaler.get_scale())
-        leaves = survey(loss, self.model)
-        hypers = list(self.coordinates.hypers.values())
-        others = [x for x in (leaves if inputs is None else inputs) if id(x) not in self._own]
+        params, hypers = self.transition.params, list(self.coordinates.hypers.values())
+        found = survey(loss, self.model)
+        others = [x for x in (found.leaves if inputs is None else inputs) if id(x) not in self._own]
         products = self.tangent is not None or bool(hypers)
-        lin = Linearization(loss, self.transition.params, [*hypers, *others], products, retain_graph)
+        plain = None
+        if products and not found.exact:  # one pass more, for a gradient that is torch's to the last bit
+            plain = grad_or_none([loss], [*params, *others], retain_graph=True)
+        lin = Linearization(loss, params, [*hypers, *others], products, retain_graph)
         dg = self._gradient_tangent(lin, len(others), retain_graph) if products else None
+        grads = plain or [*lin.grads, *lin.extra_grads[len(hypers) :]]
         if inputs is not None:
             chosen = {id(x) for x in inputs}
-            pairs = zip(self.transition.params, lin.grads, strict=True)
-            lin.grads = [g if id(p) in chosen else None for p, g in pairs]
-        self._drop_if_zeroed()
-        _accumulate([*self.transition.params, *others], [*lin.grads, *lin.extra_grads[len(hypers) :]])
+            grads = [g if id(x) in chosen else None for x, g in zip([*params, *others], grads, strict=True)]
+        self._drop_zeroed()
+        _accumulate([*params, *others], grads)
         self.counts["gradients"] += 1
-        self.pending = self._joined(lin, dg, scale)
+        self.pending = self._joined(grads[: len(params)], lin.loss, dg, scale)
 
-    def _joined(self, lin: Linearization, dg: Tensor | None, scale: float) -> Pending:
+    def _joined(self, grads: Sequence[Tensor | None], loss: Tensor, dg: Tensor | None, scale: float) -> Pending:
         """This backward added to what earlier ones of the same step left."""
         old, params = self.pending, self.transition.params
         if old is None:
-            return Pending([None if g is None else g.detach() for g in lin.grads], dg, lin.loss, scale)
+            return Pending([None if g is None else g.detach() for g in grads], dg, loss, scale)
         if old.dg is not None:
             dg = old.dg if dg is None else old.dg + dg
-        left = [None if p.grad is None else p.grad.clone() for p in params]
-        return Pending(left, dg, torch.maximum(old.loss, lin.loss), scale)
+        pairs = zip(params, grads, old.left, strict=True)
+        left = [None if p.grad is None or (g is None and x is None) else p.grad.clone() for p, g, x in pairs]
+        return Pending(left, dg, torch.maximum(old.loss, loss), scale)
 
     def _gradient_tangent(self, lin: Linearization, n_others: int, retain_graph: bool) -> Tensor | None:
         transition, directions = self.transition, self.coordinates.tuned
@@ -100,58 +105,70 @@ class Tangents:
             product = lin.product(z, extra, retain=retain_graph or i + 1 < len(jobs))
             rows[j] = transition.flatten(product)
         self.counts["hessian_products"] += len(jobs)
+        if not retain_graph and all(g is None or not g.requires_grad for g in lin.grads):
+            lin.free()
         if not rows:
             return None
         zero = torch.zeros_like(next(iter(rows.values())))
         return torch.stack([rows.get(j, zero) for j in range(len(directions))])
 
-    def _drop_if_zeroed(self) -> None:
-        """Gradients zeroed without a step (a step that GradScaler skipped): what was accumulated is void."""
-        if self.pending is None:
+    def _drop_zeroed(self) -> None:
+        """Gradients zeroed since the last backward: their share of what was accumulated is void.
+
+        So after every step, after one that GradScaler skipped, and where optimizers take turns.
+        """
+        pending = self.pending
+        if pending is None:
             return
         grads = [p.grad for p in self.transition.params]
-        if all(g is None or not bool(g.any()) for g in grads):
+        telling = [i for i, x in enumerate(pending.left) if x is not None and (grads[i] is None or bool(x.any()))]
+        void = [i for i in telling if grads[i] is None or not bool(grads[i].any())]  # type: ignore[union-attr]
+        if len(void) == len(telling):
             self.pending = None
+            return
+        for i in void:
+            pending.left[i] = None
+        if pending.dg is not None and void:
+            pending.dg = pending.dg.clone()
+            for i in void:
+                a, b = self.transition.ranges[i]
+                pending.dg[:, a:b] = 0
 
     # ---- the transition stage
 
     def seen(self, active: Sequence[bool]) -> Tensor | None:
-        """The tangent of the gradients as the optimizer will see them [k, n]; None where that is not known."""
+        """The tangent of the gradients as the optimizer will see them [k, n]; None where that is not known.
+
+        Rows are right in the ranges of the active parameters, those of the optimizer that is about to step.
+        """
         pending, params = self.pending, self.transition.params
         if pending is None:
             return None
-        mine = [(p.grad, left) for p, left, a in zip(params, pending.left, active, strict=True) if a]
-        pairs = [(g, left) for g, left in mine if g is not None and left is not None]
-        if len(pairs) < len(mine):
-            return None
-        zero = (
-            params[0].new_zeros(len(self.coordinates.moving), sum(self.transition.sizes))
-            if pending.dg is None
-            else pending.dg
-        )
-        if all(torch.equal(g, left) for g, left in pairs):
-            return zero
-        g = self.transition.flatten(
-            [p.grad if a else left for p, left, a in zip(params, pending.left, active, strict=True)]
-        )
-        return self._through_scaling(g, self.transition.flatten(pending.left) / pending.scale, zero / pending.scale)
+        zero = params[0].new_zeros(len(self.coordinates.moving), sum(self.transition.sizes))
+        dg = zero if pending.dg is None else pending.dg
+        if all(_same(p.grad, left) for p, left, a in zip(params, pending.left, active, strict=True) if a):
+            return dg
+        g = self.transition.flatten([p.grad if a else None for p, a in zip(params, active, strict=True)])
+        ref = self.transition.flatten(pending.left) / pending.scale
+        mine = self.transition.flatten([torch.full_like(p, float(a)) for p, a in zip(params, active, strict=True)])
+        return self._through_scaling(g, ref, mine, dg / pending.scale)
 
-    def _through_scaling(self, g: Tensor, ref: Tensor, dg: Tensor) -> Tensor | None:
-        """J dg for a gradient g = c·ref."""
-        rtol = 64 * torch.finfo(g.dtype).eps
-        square = ref @ ref
+    def _through_scaling(self, g: Tensor, ref: Tensor, mine: Tensor, dg: Tensor) -> Tensor | None:
+        """J dg for a gradient g = c·ref in the ranges where `mine` is 1; a norm is that of the whole ref."""
+        rtol, part = 64 * torch.finfo(g.dtype).eps, ref * mine
+        square = part @ part
         if not bool(torch.isfinite(square)) or square == 0:
             return None
-        c = (g @ ref) / square
-        if not torch.allclose(g, c * ref, rtol=rtol, atol=float(rtol * ref.abs().amax() * c.abs())):
+        c = (g @ part) / square
+        if not torch.allclose(g, c * part, rtol=rtol, atol=float(rtol * part.abs().amax() * c.abs())):
             return None
         if self.scaler is not None and abs(c - 1) < rtol:
             return dg
         if self.clip_norm is None or c > 1 + rtol:
             return None
-        n, m = total_norm(ref, self.transition.sizes), float(self.clip_norm)
-        if abs(c * (n + TORCH_EPS) / m - 1) > 1e-3:  # other leaves took part in the norm; their tangent is 0
-            n = m / c - TORCH_EPS
+        n = total_norm(ref, self.transition.sizes)
+        if abs(c * (n + TORCH_EPS) / float(self.clip_norm) - 1) > rtol:
+            return None  # clipped at another threshold, or over other parameters too
         return torch.addcmul(c * dg, (dg @ ref).unsqueeze(-1) * (-c / (n * (n + TORCH_EPS))), ref)
 
     def push(
@@ -163,6 +180,9 @@ class Tangents:
             self.forget()
             self.tangent = Tangent.zeros(state, len(directions))
         dg = torch.zeros_like(self.tangent.theta) if dg is None else dg
+        for name, x in state.slots.items():  # a slot that a group has begun to keep
+            if name not in self.tangent.slots:
+                self.tangent.slots[name] = x.new_zeros(len(directions), x.numel())
         seeds, _ = directions.seeds(0, scale[self.coordinates.moving].to(state.theta))
         self.tangent = self.transition.jvp(state, g, active, values, self.tangent, dg, seeds)
         self._bound(torch.linalg.vector_norm(state.theta))
@@ -225,6 +245,12 @@ class Tangents:
             self.tangent = Tangent(here(state["theta"]), {name: here(x) for name, x in state["slots"].items()})
         self.average, self.average_tangent = here(state["average"]), here(state["average_tangent"])
         self.pending = None
+
+
+def _same(grad: Tensor | None, left: Tensor | None) -> bool:
+    if grad is None or left is None:
+        return grad is left or (grad is not None and not bool(grad.any()))  # not used in the loss; zeros were kept
+    return torch.equal(grad, left)
 
 
 def _accumulate(leaves: Sequence[Tensor], grads: Sequence[Tensor | None]) -> None:

@@ -56,7 +56,7 @@ class Tuner:
         scaler: the loop's GradScaler, if it has one.
         average: while lr, momentum, … are tuned, take the validation loss at a running average of the weights, which looks
             back over a tenth of the run so far; its tangent is the same average of the tangents.
-        seed: recorded with the run.
+        seed: of the random numbers that val_loss draws, a stream of its own; recorded with the run.
         log_dir: folder for TensorBoard events and `metrics.jsonl`.
 
     Attributes:
@@ -118,6 +118,10 @@ class Tuner:
             raise NotImplementedError(
                 "a clipping threshold cannot be tuned online: use hypergrad.hypergradient for it."
             )
+        if any(opt in _TUNED and _TUNED[opt]() is not None for opt in self.optimizers):
+            raise ValueError("this optimizer has a tuner already: call its close() before you make another one.")
+        if scaler is not None and not hasattr(scaler, "get_scale"):
+            raise TypeError(f"scaler must be a torch.amp.GradScaler, got {type(scaler).__name__}.")
         transition = Transition(self.optimizers, frozenset(written))
         check_names([*written, *tensors], transition.values(), tensors)
         spec = {name: as_hyperparameter(name, x) for name, x in written.items()}
@@ -128,12 +132,15 @@ class Tuner:
         self._live = LiveValues(transition, self._coordinates, total_steps)
         before, notes = self._try(val_loss)
         notes = [*self._coordinates.notes, *notes]
+        self._seed = int(seed)
         self._val_loss, self._every, self._total, self._average = val_loss, every, total_steps, average
         self._tangents = Tangents(transition, self._coordinates, model, scaler, clip_norm)
         self._guard = Guard(transition, self._problem, before)
         self._windows = Windows(self, horizon)
         self.val_loss, self.hypergradients = math.nan, {}
         self._t, self._frozen, self._closed, self._warned = 0, False, False, set()
+        self._stepped: set[int] = set()  # the optimizers that have taken the present step
+        self._skipped = False  # the present step is one that a fused optimizer leaves out
         self._used: tuple[Values, Tensor] = {}, self._coordinates.slope()  # by the last step
         self._losses: list[Tensor] = []
         self._clock = time.perf_counter()
@@ -142,11 +149,12 @@ class Tuner:
         self._recorder = None if log_dir is None else Recorder(log_dir, self._hparams(seed, hyper_lr))
         for note in notes:
             self._note(note)
-        me = weakref.ref(self)
-        self._handles = []
+        me, handles = weakref.ref(self), []
         for i, opt in enumerate(self.optimizers):
-            self._handles.append(opt.register_step_pre_hook(_calling(me, "_before_step", i)))
-            self._handles.append(opt.register_step_post_hook(_calling(me, "_after_step", i)))
+            handles.append(opt.register_step_pre_hook(_calling(me, "_before_step", i)))
+            handles.append(opt.register_step_post_hook(_calling(me, "_after_step", i)))
+            _TUNED[opt] = me
+        self._detach = weakref.finalize(self, _remove, handles)
 
     # ---- what a loop calls
 
@@ -181,10 +189,14 @@ class Tuner:
         self._frozen = True
 
     def close(self) -> None:
-        """Take the hooks off the optimizer and end the recording. Hyperparameters keep their last values."""
-        for handle in self._handles:
-            handle.remove()
-        self._closed, self._handles = True, []
+        """Take the hooks off the optimizer and end the recording.
+
+        Values in the param groups stay as they are. Where a scheduler writes them it goes on alone, without our multiplier.
+        """
+        self._detach()
+        self._closed = True
+        for opt in self.optimizers:
+            _TUNED.pop(opt, None)
         if self._recorder is not None:
             self._recorder.close()
 
@@ -224,6 +236,7 @@ class Tuner:
             "stats": {**self.stats, **self._tangents.counts},
             "guard": self._guard.state_dict(),
             "coordinates": self._coordinates.state_dict(),
+            "live": self._live.state_dict(),
             "tangents": self._tangents.state_dict(),
         }
 
@@ -231,8 +244,11 @@ class Tuner:
         """Go on from a state. Raises ValueError where it is that of another model or of other hyperparameters."""
         try:
             sizes, names = list(state["sizes"]), list(state["coordinates"]["names"])
-        except (KeyError, TypeError) as error:
+            missing = self.state_dict().keys() - state.keys()
+        except (KeyError, TypeError, AttributeError) as error:
             raise ValueError("this is not the state_dict of a hypergrad.Tuner.") from error
+        if missing:
+            raise ValueError(f"this state_dict is incomplete: it lacks {', '.join(sorted(missing))}.")
         if sizes != self._transition.sizes:
             raise ValueError(
                 "this state_dict belongs to another model: the optimizer's parameters differ in number or size."
@@ -245,9 +261,9 @@ class Tuner:
         self.stats |= {k: v for k, v in state["stats"].items() if k not in self._tangents.counts}
         self._guard.load_state_dict(state["guard"])
         self._coordinates.load_state_dict(state["coordinates"])
-        self._tangents.load_state_dict(state["tangents"])
+        self._live.load_state_dict(state["live"])
         self._choose_what_is_tuned()
-        self._live.accept_present()
+        self._tangents.load_state_dict(state["tangents"])
         self._windows.reset()
 
     # ---- before and after the optimizer's step
@@ -256,43 +272,67 @@ class Tuner:
         """Write the values of this step, judge its gradients, push the tangents."""
         if len(self._transition.groups) != len(self._transition.rules):
             raise ValueError("param groups were added: close this tuner and make a new one.")
+        if i in self._stepped:  # it steps more often than others: their turn is left out
+            self._end_step()
+        found_inf = getattr(self.optimizers[i], "found_inf", None)  # a fused optimizer is told here that it will skip
+        self._skipped = found_inf is not None and bool(found_inf)
         never = self._frozen and self._total is None and not self.stats["hyper_steps"]
         self._live.write(i, self._t, untouched=never)
+        self._transition.refresh()
         active = tuple(
             p.grad is not None and self._transition.optimizer_of_group[group] == i
             for p, group in zip(self._transition.params, self._transition.group_of, strict=True)
         )
-        state = self._transition.read()
-        pending = self._tangents.pending
-        if not any(active):
+        if self._skipped or not any(active):
             return
-        g = self._transition.flatten([p.grad for p in self._transition.params])
+        state, pending = self._transition.read(), self._tangents.pending
+        g = self._transition.flatten(
+            [p.grad if a else None for p, a in zip(self._transition.params, active, strict=True)]
+        )
         scale = getattr(self.optimizers[i], "grad_scale", None)  # fused optimizers unscale by themselves
         if scale is not None:
             g = g / scale
-        if not self._frozen and not self._judge(state, g, pending, i):
+        fresh = pending if pending is not None and i not in pending.stepped else None
+        loss = None if fresh is None else fresh.loss / fresh.scale
+        if not self._frozen and not self._judge(state, g, self._windows.loss if loss is None else float(loss)):
             return
-        if i == 0:
+        if not self._stepped:
             self._tangents.follow(state.theta, self._t)
-        values = self._transition.values()
-        self._used = values, self._live.slopes(self._t)
+        values = self._use(i)
         if self.mode != "forward":
             return
         dg = self._tangents.seen(active)
         if dg is not None and scale is not None:
             dg = dg / scale
         if dg is None:
-            self._count_unknown(pending is None)
+            self._count_unknown(fresh is None)
         self._tangents.push(state, g, active, values, self._used[1], dg)
-        if pending is not None and i == 0:
-            self._losses.append(pending.loss / pending.scale)
+        if loss is not None and not self._stepped:
+            self._losses.append(loss)
+        if fresh is not None:
+            fresh.stepped.add(i)
 
-    def _judge(self, state: State, g: Tensor, pending: Any, i: int) -> bool:
+    def _use(self, i: int) -> Values:
+        """Note the values of this step as optimizer i uses them, and dx/dφ."""
+        values, slopes = self._transition.values(), self._live.slopes(self._t)
+        old = self._used[0] or values
+        mine = [j == i for j in self._transition.optimizer_of_group]
+        merged = {
+            name: [new if m else x for new, x, m in zip(values[name], old[name], mine, strict=True)] for name in values
+        }
+        rows = torch.tensor([e.group is None or mine[e.group] for e in self._coordinates.entries])
+        self._used = merged, torch.where(rows, slopes, self._used[1])
+        return values
+
+    def _judge(self, state: State, g: Tensor, loss: float | None) -> bool:
         """Whether the step may be taken. If not, gradients are None on return, so that it does nothing."""
-        loss = self._windows.loss if pending is None else float(pending.loss) / pending.scale
         verdict = self._guard.judge(loss, g, state.theta)
+        if verdict == "false alarm":
+            self.stats["false_alarms"] += 1
+            self._coordinates.scale("lr", LR_CUT)
+            return True
         if verdict == "good":
-            if i == 0 and self._t % self._every == 0:
+            if not self._stepped and self._t % self._every == 0:
                 self._guard.keep(state)
             return True
         for p in self._transition.params:
@@ -317,15 +357,23 @@ class Tuner:
 
     def _after_step(self, i: int) -> None:
         self._live.restore(i)
-        if i + 1 < len(self.optimizers):
+        if self._skipped:
             return
-        self._tangents.pending = None
+        self._stepped.add(i)
+        if len(self._stepped) == len(self.optimizers):
+            self._end_step()
+
+    def _end_step(self) -> None:
+        """One training step is done: count it, move the hyperparameters if it is time."""
+        self._stepped.clear()
         self._t += 1
         self.stats |= {"steps": self._t, **self._tangents.counts}
         if self.mode == "forward" and self._t % self._every == 0:
             self._hyper_step()
         if self._choose_what_is_tuned():
             self._tangents.forget()
+            if self._tangents.pending is not None:
+                self._tangents.pending.dg = None
 
     def _choose_what_is_tuned(self) -> bool:
         """Tune what is tuned after so many steps. True where that is a change."""
@@ -350,7 +398,7 @@ class Tuner:
 
     def _hyper_step(self) -> None:
         with self._where() as tangent:
-            value, of_params, of_hypers, _ = self._problem.validate(self._val_loss, self._t)
+            value, of_params, of_hypers, _ = self._problem.validate(self._val_loss, self._t, self._seed + self._t)
         gradient = torch.zeros(len(self._coordinates), dtype=torch.float64)
         if tangent is not None:
             along = tangent @ self._transition.flatten(of_params)
@@ -383,7 +431,9 @@ class Tuner:
             self._note_once("a validation loss or hypergradient was not finite: that hyperparameter step was left out.")
         elif not self._frozen:
             hit = self._tangents.take_hits()
-            self._coordinates.step(gradient, hit & torch.tensor([e.name in _SAFE_DOWN for e in self._coordinates.entries]))
+            self._coordinates.step(
+                gradient, hit & torch.tensor([e.name in _SAFE_DOWN for e in self._coordinates.entries])
+            )
             self._coordinates.write_hypers()
             self.stats["hyper_steps"] += 1
         self._record(gradient)
@@ -460,18 +510,32 @@ _STATS = (
     "nonfinite_steps",
     "nonfinite_hypergradients",
     "rollbacks",
+    "false_alarms",
     "capped",
 )
+
+
+_TUNED: weakref.WeakKeyDictionary[Any, weakref.ref[Any]] = weakref.WeakKeyDictionary()  # optimizer → its tuner
+
+
+def _remove(handles: list[Any]) -> None:
+    for handle in handles:
+        handle.remove()
 
 
 def _calling(me: weakref.ref[Any], method: str, i: int) -> Callable[..., None]:
     """A hook that does not keep the tuner alive."""
 
-    def hook(*_: Any) -> None:
+    def hook(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         tuner = me()
-        if tuner is not None:
-            with torch.no_grad():
-                getattr(tuner, method)(i)
+        if tuner is None:
+            return
+        if any(x is not None for x in (*args[-1:], kwargs.get("closure")) if callable(x)):
+            raise NotImplementedError(
+                "optimizer.step(closure): call tuner.backward(loss), then optimizer.step() without it."
+            )
+        with torch.no_grad():
+            getattr(tuner, method)(i)
 
     return hook
 
@@ -480,7 +544,7 @@ def _check_numbers(mode: str, horizon: int, every: int, hyper_lr: float, total_s
     if mode not in ("forward", "unrolled", "implicit"):
         raise ValueError(f"mode must be 'forward', 'unrolled' or 'implicit', got {mode!r}.")
     for name, x in (("horizon", horizon), ("every", every), ("total_steps", total_steps)):
-        if x is not None and (not isinstance(x, int) or x < 1):
+        if x is not None and (not isinstance(x, int) or isinstance(x, bool) or x < 1):
             raise ValueError(f"{name} must be a whole number from 1, got {x!r}.")
     if not (isinstance(hyper_lr, (int, float)) and math.isfinite(hyper_lr) and hyper_lr > 0):
         raise ValueError(f"hyper_lr must be a positive number, got {hyper_lr!r}.")

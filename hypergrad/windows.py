@@ -9,6 +9,7 @@ mode="implicit": every `every` steps the update map's series at the present stat
 
 from __future__ import annotations
 
+import weakref
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -29,9 +30,15 @@ class Windows:
     """The whole training step of a tuner, and the window of steps that is open."""
 
     def __init__(self, tuner: Tuner, horizon: int):
-        self.tuner, self.horizon = tuner, horizon
-        self.loss = 0.0  # of the step under way
+        self._tuner, self.horizon = weakref.ref(tuner), horizon
+        self.loss: float | None = None  # of the step under way
         self.reset()
+
+    @property
+    def tuner(self) -> Tuner:
+        tuner = self._tuner()
+        assert tuner is not None  # it owns this object
+        return tuner
 
     def reset(self) -> None:
         """Begin a new window at the next step."""
@@ -39,18 +46,22 @@ class Windows:
         self.batches: list[Any] = []
         self.values: list[Values] = []
         self.scales: list[Tensor] = []
+        self.theta: Tensor | None = None  # after the last step of the window
 
     def step(self, batch: Any) -> Tensor:
         tuner = self.tuner
-        if tuner.mode == "implicit" and tuner._t > 0 and tuner._t % tuner._every == 0:
+        if tuner.mode == "implicit" and tuner._used[0] and tuner._t % tuner._every == 0:
             self._look_back(batch)
         if tuner.mode == "unrolled":
             self._record(batch)
         loss, before = tuner._problem.training_loss(batch), tuner._t
         self._train(loss)
+        self.loss = None
         if tuner._t == before:  # GradScaler skipped the step
             self.reset()
         if self.batches:
+            self.theta = tuner._transition.flatten(tuner._transition.params)
+            self.tape.losses.append(loss.detach())
             self.values.append(self._with_clip(tuner._used[0]))
             self.scales.append(tuner._used[1])
         if len(self.batches) == self.horizon:
@@ -78,8 +89,10 @@ class Windows:
             scaler.update()
 
     def _record(self, batch: Any) -> None:
-        """Keep what a replay of this step needs."""
+        """Keep what a replay of this step needs. Where weights were changed from outside, a new window begins."""
         problem, transition = self.tuner._problem, self.tuner._transition
+        if self.theta is not None and not torch.equal(self.theta, transition.flatten(transition.params)):
+            self.reset()
         if len(self.batches) % self.tape.every == 0:
             self.tape.snapshots.append(Snapshot(transition.read(), problem.read_buffers()))
         self.tape.rng.append(problem.rng())

@@ -28,13 +28,17 @@ from hypergrad.updates.transition import State, Tangent
 
 def implicit(stretch: Stretch, solver: Solve | None = None, look_back: int | None = None) -> Result:
     """Train through the stretch, then differentiate the point reached as a fixed point."""
+    if look_back is not None and (not isinstance(look_back, int) or isinstance(look_back, bool) or look_back < 1):
+        raise ValueError(f"look_back must be a whole number of terms from 1, got {look_back!r}.")
+    if look_back is not None and solver is not None:
+        raise ValueError("pass solver (a linear solve at a minimum) or look_back (the update map's series), not both.")
     if look_back is None:
         _check_minimum_depends_on(stretch)
     with evaluation(stretch) as meter:
         state = stretch.transition.read()
         last = len(stretch.batches) - 1
         for t in range(last + 1 if look_back is None else last):
-            state = train(stretch, state, t, meter)
+            state, _ = train(stretch, state, t, meter)
         if look_back is not None:
             return _look_back(stretch, state, look_back, meter)
         return _at_minimum(stretch, state, solver or cg, meter)
@@ -69,12 +73,11 @@ class _Objective:
     def __init__(self, stretch: Stretch, state: State, meter: Meter):
         self.stretch, self.meter = stretch, meter
         self.transition, problem = stretch.transition, stretch.problem
-        buffers, rng = problem.read_buffers(), problem.rng()
+        rng = problem.rng()
         self.lins = []
         for batch in _distinct(stretch.batches):
             rng.restore()
             self.lins.append(problem.linearize(batch))
-            problem.write_buffers(buffers)
             meter.gradients += 1
         self.decay = torch.zeros_like(state.theta)
         for (a, b), group in zip(self.transition.ranges, self.transition.group_of, strict=True):
@@ -109,7 +112,13 @@ class _Objective:
 
 def _at_minimum(stretch: Stretch, state: State, solver: Solve, meter: Meter) -> Result:
     steps, total = len(stretch.batches), Total(stretch)
-    v = total.validate(steps, Tangent.zeros(state)).theta
+    lam = total.validate(steps, Tangent.zeros(state))
+    if lam.stats is not None:
+        raise NotImplementedError(
+            "mode='implicit' leaves out the path through BatchNorm's running statistics, which val_loss reads: validate in train "
+            "mode, or use mode='unrolled' or 'forward', which have it."
+        )
+    v, stretch.problem.stats = lam.theta, None
     objective = _Objective(stretch, state, meter)
     x = solver(objective.hessian, v)
     residual = torch.linalg.vector_norm(objective.hessian(x) - v) / torch.linalg.vector_norm(v).clamp_min(1e-300)

@@ -244,4 +244,12 @@ def evaluation(stretch: Stretch) -> Iterator[Meter]:
     """Run a mode on the user's model in place and leave everything as it was found."""
     with stretch.problem.untouched():
         stretch.problem.follow_running_stats(stretch.val_loss, stretch.val_steps[-1])
-        yield Meter(stretch.problem.device)
+        meter, before = Meter(stretch.problem.device), stretch.problem.read_buffers()
+        yield meter
+        moved = stretch.problem.unfollowed_since(before)
+        if moved:
+            meter.extra["warnings"].append(
+                f"training changes the buffers {', '.join(moved)}; a path through them to the validation loss is not part of the "
+                "hypergradient. hypergrad.check tells whether that matters here."
+            )
+            warnings.warn(meter.extra["warnings"][-1], stacklevel=4)

@@ -19,15 +19,17 @@ import torch
 from torch import Tensor
 
 from hypergrad.modes.stretch import Meter, Result, Stretch, evaluation
-from hypergrad.problem import Rng
+from hypergrad.problem import Rng, Saved
 from hypergrad.updates.rule import Tensors
 from hypergrad.updates.transition import CLIPS, State, Tangent, parts
+
+REPLAY_RTOL = 1e-3  # bit-identical on CPU; kernels on a GPU may add up in another order
 
 
 @dataclass
 class Snapshot:
     state: State
-    buffers: list[Tensor]
+    buffers: list[Saved]
 
 
 @dataclass
@@ -40,6 +42,16 @@ class Tape:
     every: int
     snapshots: list[Snapshot] = field(default_factory=list)
     rng: list[Rng] = field(default_factory=list)
+    losses: list[Tensor] = field(default_factory=list)
+
+    def verify(self, t: int, loss: Tensor) -> None:
+        """Raise where step t, played again, does not have the loss it had."""
+        if t < len(self.losses) and not torch.allclose(loss, self.losses[t], rtol=REPLAY_RTOL, atol=0, equal_nan=True):
+            raise ValueError(
+                f"step {t} is not deterministic: its loss was {float(self.losses[t]):.9g}, played again {float(loss):.9g}. Draw "
+                "random numbers in the loss from torch's global generator (which is put back), not from numpy or a generator of "
+                "your own, or use mode='forward', which plays nothing again."
+            )
 
 
 def default_every(steps: int) -> int:
@@ -48,6 +60,8 @@ def default_every(steps: int) -> int:
 
 def unrolled(stretch: Stretch, every: int | None = None) -> Result:
     """Hypergradient of a stretch of training by the adjoint. `every`: steps between snapshots, default √K."""
+    if every is not None and (not isinstance(every, int) or isinstance(every, bool) or every < 1):
+        raise ValueError(f"every must be a whole number of steps from 1, got {every!r}.")
     with evaluation(stretch) as meter:
         tape = record(stretch, every or default_every(len(stretch.batches)), meter)
         return adjoint(stretch, tape, meter)
@@ -60,20 +74,21 @@ def record(stretch: Stretch, every: int, meter: Meter) -> Tape:
         if t % every == 0:
             tape.snapshots.append(Snapshot(state, stretch.problem.read_buffers()))
         tape.rng.append(stretch.problem.rng())
-        state = train(stretch, state, t, meter)
+        state, loss = train(stretch, state, t, meter)
+        tape.losses.append(loss)
     tape.snapshots.append(Snapshot(state, stretch.problem.read_buffers()))
     return tape
 
 
-def train(stretch: Stretch, state: State, t: int, meter: Meter) -> State:
-    """One training step from a state whose parameters and buffers are in the model."""
+def train(stretch: Stretch, state: State, t: int, meter: Meter) -> tuple[State, Tensor]:
+    """One training step from a state whose parameters and buffers are in the model. The next state, and the loss."""
     lin = stretch.problem.linearize(stretch.batches[t], products=False)
     g = stretch.gradient(lin)
     meter.look_for_ill_conditioning(stretch, state, g, t)
     state = stretch.transition.step(state, g, lin.active, stretch.values[t])
     stretch.transition.load(state.theta)
     meter.gradients += 1
-    return state
+    return state, lin.loss
 
 
 def replay(stretch: Stretch, tape: Tape, segment: int, meter: Meter) -> list[Snapshot]:
@@ -83,7 +98,8 @@ def replay(stretch: Stretch, tape: Tape, segment: int, meter: Meter) -> list[Sna
     restore(stretch, states[0])
     for t in range(first, last - 1):
         tape.rng[t].restore()
-        state = train(stretch, states[-1].state, t, meter)
+        state, loss = train(stretch, states[-1].state, t, meter)
+        tape.verify(t, loss)
         states.append(Snapshot(state, stretch.problem.read_buffers()))
     return states
 
@@ -105,7 +121,7 @@ def adjoint(stretch: Stretch, tape: Tape, meter: Meter) -> Result:
             at, t = states.pop(), segment * tape.every + len(states)
             restore(stretch, at)
             tape.rng[t].restore()
-            lam = pull(stretch, at.state, t, lam, total, meter)
+            lam = pull(stretch, at.state, t, lam, total, meter, tape)
             meter.norm(lam.theta)
             if t in stretch.val_steps:
                 restore(stretch, at)
@@ -114,9 +130,13 @@ def adjoint(stretch: Stretch, tape: Tape, meter: Meter) -> Result:
     return Result(total.value, total.gradients, meter.stats(len(stretch.batches)))
 
 
-def pull(stretch: Stretch, state: State, t: int, lam: Tangent, total: Total, meter: Meter) -> Tangent:
+def pull(
+    stretch: Stretch, state: State, t: int, lam: Tangent, total: Total, meter: Meter, tape: Tape | None = None
+) -> Tangent:
     """The adjoint before step t from that after it."""
     lin, transition = stretch.problem.linearize(stretch.batches[t]), stretch.transition
+    if tape is not None:
+        tape.verify(t, lin.loss)
     g = stretch.gradient(lin)
     stats = lam.stats
     lam, lam_g, lam_h, lam_clip = transition.vjp(state, g, lin.active, stretch.values[t], lam)

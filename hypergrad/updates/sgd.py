@@ -38,7 +38,7 @@ class SGD:
     @classmethod
     def from_group(cls, group: Mapping[str, Any], wrt: frozenset[str]) -> Self:
         momentum, dampening = float(group["momentum"]), float(group["dampening"])
-        if "momentum" in wrt and momentum == 0 and (dampening != 0 or group["nesterov"]):
+        if "momentum" in wrt and momentum == 0 and (dampening != 0 or group["nesterov"] or "dampening" in wrt):
             raise ValueError(
                 "SGD is discontinuous in momentum at exactly 0 when dampening or nesterov is set (torch skips both "
                 "there): start momentum at a value above 0, for example 0.1."

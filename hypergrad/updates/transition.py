@@ -101,7 +101,7 @@ class Transition:
     """
 
     def __init__(self, optimizers: Sequence[torch.optim.Optimizer], wrt: frozenset[str], clip: str | None = None):
-        self.optimizers = list(optimizers)
+        self.optimizers, self.wrt = list(optimizers), wrt
         self.optimizer_of_group = [i for i, opt in enumerate(optimizers) for _ in opt.param_groups]
         self.rules: list[UpdateRule] = [
             rule_of(opt).from_group(group, wrt) for opt in optimizers for group in opt.param_groups
@@ -193,6 +193,17 @@ class Transition:
         """The hyperparameters' present values, read from the param groups."""
         groups = self.groups
         return {name: [_number(group.get(name)) for group in groups] for name in self.names}
+
+    @property
+    def maximizes(self) -> bool:
+        return any(getattr(rule, "maximize", False) for rule in self.rules)
+
+    def refresh(self) -> None:
+        """Read the groups' flags anew: a momentum that was 0 and is not any more needs its buffer."""
+        rules = [rule_of(opt).from_group(group, self.wrt) for opt in self.optimizers for group in opt.param_groups]
+        if rules != self.rules:
+            self.rules = rules
+            self.slot_names = tuple(dict.fromkeys(name for rule in rules for name in rule.slots))
 
     # ---- the step and its derivatives
 
