@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import time
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -53,3 +55,33 @@ class Recorder:
             self.writer.add_hparams(self.hparams, metrics, run_name=".", global_step=self.step)
         self.writer.close()
         self.lines.close()
+
+
+class Journal:
+    """What a tuner has to say: scalars for the recorder, if there is one, and sentences that are also warnings."""
+
+    def __init__(self, log_dir: str | Path | None, hparams: Mapping[str, Any]):
+        self.recorder = None if log_dir is None else Recorder(log_dir, hparams)
+        self.said: set[str] = set()
+        self.step, self.clock = 0, time.perf_counter()
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        now = time.perf_counter()
+        elapsed = 1e3 * (now - self.clock) / max(step - self.step, 1)
+        self.step, self.clock = step, now
+        if self.recorder is not None:
+            self.recorder.scalars(step, {**values, "time/step_ms": elapsed})
+
+    def note(self, step: int, message: str) -> None:
+        if self.recorder is not None:
+            self.recorder.text(step, message)
+        warnings.warn(message, stacklevel=4)
+
+    def note_once(self, step: int, message: str) -> None:
+        if message not in self.said:
+            self.said.add(message)
+            self.note(step, message)
+
+    def close(self) -> None:
+        if self.recorder is not None:
+            self.recorder.close()

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
-import warnings
-import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,10 +15,11 @@ from hypergrad.coordinates import Coordinates, specification
 from hypergrad.exact import Optimizers, as_optimizers, check_names, clipping, leaves
 from hypergrad.graph import check_scalar
 from hypergrad.guard import LR_CUT, Guard
+from hypergrad.hooks import attach, check_free
 from hypergrad.hyperparameters import as_hyperparameter
 from hypergrad.live_values import LiveValues
 from hypergrad.problem import Problem
-from hypergrad.recording import Recorder
+from hypergrad.recording import Journal
 from hypergrad.schedules import STEP_NAMES, tuned_at
 from hypergrad.tangents import Tangents
 from hypergrad.updates.transition import CLIPS, State, Transition, Values
@@ -118,8 +116,7 @@ class Tuner:
             raise NotImplementedError(
                 "a clipping threshold cannot be tuned online: use hypergrad.hypergradient for it."
             )
-        if any(opt in _TUNED and _TUNED[opt]() is not None for opt in self.optimizers):
-            raise ValueError("this optimizer has a tuner already: call its close() before you make another one.")
+        check_free(self.optimizers)
         if scaler is not None and not hasattr(scaler, "get_scale"):
             raise TypeError(f"scaler must be a torch.amp.GradScaler, got {type(scaler).__name__}.")
         transition = Transition(self.optimizers, frozenset(written))
@@ -138,23 +135,17 @@ class Tuner:
         self._guard = Guard(transition, self._problem, before)
         self._windows = Windows(self, horizon)
         self.val_loss, self.hypergradients = math.nan, {}
-        self._t, self._frozen, self._closed, self._warned = 0, False, False, set()
+        self._t, self._frozen, self._closed = 0, False, False
         self._stepped: set[int] = set()  # the optimizers that have taken the present step
         self._skipped = False  # the present step is one that a fused optimizer leaves out
         self._used: tuple[Values, Tensor] = {}, self._coordinates.slope()  # by the last step
         self._losses: list[Tensor] = []
-        self._clock = time.perf_counter()
         self._choose_what_is_tuned()
         self.stats: dict[str, int] = dict.fromkeys(_STATS, 0)
-        self._recorder = None if log_dir is None else Recorder(log_dir, self._hparams(seed, hyper_lr))
+        self._journal = Journal(log_dir, self._hparams(seed, hyper_lr))
         for note in notes:
-            self._note(note)
-        me, handles = weakref.ref(self), []
-        for i, opt in enumerate(self.optimizers):
-            handles.append(opt.register_step_pre_hook(_calling(me, "_before_step", i)))
-            handles.append(opt.register_step_post_hook(_calling(me, "_after_step", i)))
-            _TUNED[opt] = me
-        self._detach = weakref.finalize(self, _remove, handles)
+            self._journal.note(0, note)
+        self._detach = attach(self, self.optimizers, "_before_step", "_after_step")
 
     # ---- what a loop calls
 
@@ -195,10 +186,7 @@ class Tuner:
         """
         self._detach()
         self._closed = True
-        for opt in self.optimizers:
-            _TUNED.pop(opt, None)
-        if self._recorder is not None:
-            self._recorder.close()
+        self._journal.close()
 
     @property
     def values(self) -> dict[str, Tensor]:
@@ -342,16 +330,17 @@ class Tuner:
         if verdict == "bad batch":
             self.stats["nonfinite_steps"] += 1
             self._guard.mend_buffers()
-            self._note_once(
-                "a loss or gradient was not finite: the step was passed over (tuner.stats['nonfinite_steps'])."
+            self._journal.note_once(
+                self._t, "a loss or gradient was not finite: the step was passed over (tuner.stats['nonfinite_steps'])."
             )
         elif self._guard.roll_back():
             self.stats["rollbacks"] += 1
             self._coordinates.scale("lr", 1 / LR_CUT)
             self._tangents.forget()
             self._tangents.average = None
-            self._note(
-                f"blow-up (loss {loss:.3g}): weights taken back to the last good ones, lr divided by {LR_CUT:g}."
+            self._journal.note(
+                self._t,
+                f"blow-up (loss {loss:.3g}): weights taken back to the last good ones, lr divided by {LR_CUT:g}.",
             )
         return False
 
@@ -382,16 +371,18 @@ class Tuner:
     def _count_unknown(self, plain: bool) -> None:
         if plain:
             self.stats["plain_steps"] += 1
-            self._note_once(
+            self._journal.note_once(
+                self._t,
                 "a step's gradients did not come from tuner.backward(loss): it trains as always, but tangents start again "
-                "from zero there (tuner.stats['plain_steps']). Replace loss.backward() by tuner.backward(loss)."
+                "from zero there (tuner.stats['plain_steps']). Replace loss.backward() by tuner.backward(loss).",
             )
         else:
             self.stats["changed_gradients"] += 1
-            self._note_once(
+            self._journal.note_once(
+                self._t,
                 "the gradients were changed between tuner.backward and optimizer.step in a way hypergrad does not know: "
                 "tangents start again from zero there (tuner.stats['changed_gradients']). Pass clip_norm=... if the loop "
-                "clips by norm, scaler=... if it has a GradScaler."
+                "clips by norm, scaler=... if it has a GradScaler.",
             )
 
     # ---- the hyperparameter step
@@ -428,7 +419,9 @@ class Tuner:
         self.hypergradients = self._coordinates.directions.pack(in_value)
         if not (math.isfinite(value) and bool(torch.isfinite(gradient).all())):
             self.stats["nonfinite_hypergradients"] += 1
-            self._note_once("a validation loss or hypergradient was not finite: that hyperparameter step was left out.")
+            self._journal.note_once(
+                self._t, "a validation loss or hypergradient was not finite: hyperparameters stayed."
+            )
         elif not self._frozen:
             hit = self._tangents.take_hits()
             self._coordinates.step(
@@ -441,21 +434,17 @@ class Tuner:
     # ---- saying things
 
     def _record(self, gradient: Tensor) -> None:
-        if self._recorder is None:
-            return
-        now = time.perf_counter()
-        row = {"loss/val": self.val_loss, "time/step_ms": 1e3 * (now - self._clock) / self._every}
-        self._clock = now
-        if self._losses:
-            row["loss/train"] = float(torch.stack(self._losses).mean())
-        for j, label in enumerate(self._coordinates.labels):
-            row["hyper/" + label] = float(self._coordinates.value[j])
-            if self._coordinates.kinds[j].kind == "positive":  # charts are linear: these move by orders of magnitude
+        coordinates, row = self._coordinates, {}
+        for j, label in enumerate(coordinates.labels):
+            row["hyper/" + label] = float(coordinates.value[j])
+            if coordinates.kinds[j].kind == "positive":  # charts are linear: these move by orders of magnitude
                 row["log10/" + label] = math.log10(row["hyper/" + label])
-            if j in self._coordinates.moving:
+            if j in coordinates.moving:
                 row["hypergrad/" + label] = float(gradient[j])
-        self._losses = []
-        self._recorder.scalars(self._t, row)
+        losses, self._losses = self._losses, []
+        if losses:
+            row["loss/train"] = float(torch.stack(losses).mean())
+        self._journal.scalars(self._t, {"loss/val": self.val_loss, **row})
 
     def _hparams(self, seed: int, hyper_lr: float) -> dict[str, Any]:
         values = self._coordinates.value.tolist()
@@ -469,16 +458,6 @@ class Tuner:
             "seed": seed,
             **starts,
         }
-
-    def _note(self, message: str) -> None:
-        if self._recorder is not None:
-            self._recorder.text(self._t, message)
-        warnings.warn(message, stacklevel=3)
-
-    def _note_once(self, message: str) -> None:
-        if message not in self._warned:
-            self._warned.add(message)
-            self._note(message)
 
     def _try(self, val_loss: Callable[..., Tensor]) -> tuple[float, list[str]]:
         """Call the validation loss once, so that a wrong one is said before anything starts. Its value, and notes."""
@@ -513,31 +492,6 @@ _STATS = (
     "false_alarms",
     "capped",
 )
-
-
-_TUNED: weakref.WeakKeyDictionary[Any, weakref.ref[Any]] = weakref.WeakKeyDictionary()  # optimizer → its tuner
-
-
-def _remove(handles: list[Any]) -> None:
-    for handle in handles:
-        handle.remove()
-
-
-def _calling(me: weakref.ref[Any], method: str, i: int) -> Callable[..., None]:
-    """A hook that does not keep the tuner alive."""
-
-    def hook(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        tuner = me()
-        if tuner is None:
-            return
-        if any(x is not None for x in (*args[-1:], kwargs.get("closure")) if callable(x)):
-            raise NotImplementedError(
-                "optimizer.step(closure): call tuner.backward(loss), then optimizer.step() without it."
-            )
-        with torch.no_grad():
-            getattr(tuner, method)(i)
-
-    return hook
 
 
 def _check_numbers(mode: str, horizon: int, every: int, hyper_lr: float, total_steps: int | None) -> None:

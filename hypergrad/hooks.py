@@ -1,0 +1,53 @@
+"""Hooks of a tuner on its optimizers: they do not keep it alive, and go when it goes."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+_TUNED: weakref.WeakKeyDictionary[Any, weakref.ref[Any]] = weakref.WeakKeyDictionary()  # optimizer → its tuner
+
+
+def check_free(optimizers: Sequence[torch.optim.Optimizer]) -> None:
+    """Raise where an optimizer has a tuner already: each would take the other's writes for a scheduler's."""
+    if any(opt in _TUNED and _TUNED[opt]() is not None for opt in optimizers):
+        raise ValueError("this optimizer has a tuner already: call its close() before you make another one.")
+
+
+def attach(tuner: Any, optimizers: Sequence[torch.optim.Optimizer], before: str, after: str) -> Callable[[], object]:
+    """Call `tuner.before(i)` and `tuner.after(i)` around every step of optimizer i. Returns what takes the hooks off.
+
+    The hooks are also taken off when the tuner is gone.
+    """
+    me, handles = weakref.ref(tuner), []
+    for i, opt in enumerate(optimizers):
+        handles.append(opt.register_step_pre_hook(_calling(me, before, i)))
+        handles.append(opt.register_step_post_hook(_calling(me, after, i)))
+        _TUNED[opt] = me
+    return weakref.finalize(tuner, _detach, handles, [weakref.ref(opt) for opt in optimizers])
+
+
+def _detach(handles: Sequence[Any], optimizers: Sequence[weakref.ref[Any]]) -> None:
+    for handle in handles:
+        handle.remove()
+    for ref in optimizers:
+        if ref() is not None:
+            _TUNED.pop(ref(), None)
+
+
+def _calling(me: weakref.ref[Any], method: str, i: int) -> Callable[..., None]:
+    def hook(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        tuner = me()
+        if tuner is None:
+            return
+        if any(callable(x) for x in (*args[1:], kwargs.get("closure"))):
+            raise NotImplementedError(
+                "optimizer.step(closure): call tuner.backward(loss), then optimizer.step() without it."
+            )
+        with torch.no_grad():
+            getattr(tuner, method)(i)
+
+    return hook
