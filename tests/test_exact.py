@@ -118,18 +118,17 @@ BAD: dict[str, Row] = {
     "lr NaN": (with_group("lr", float("nan")), ValueError, "lr"),
     "every 0": (lambda s: {"every": 0}, ValueError, "every"),
     "every negative": (lambda s: {"every": -2}, ValueError, "every"),
+    "every a fraction": (lambda s: {"every": 1.5}, ValueError, "every"),
     "look_back 0": (lambda s: {"mode": "implicit", "look_back": 0}, ValueError, "look_back"),
+    "look_back negative": (lambda s: {"mode": "implicit", "look_back": -2}, ValueError, "look_back"),
+    "val_steps a fraction": (lambda s: {"val_steps": [1.5]}, ValueError, "0 to 6"),
     "solver and look_back": (
         lambda s: {"mode": "implicit", "look_back": 2, "solver": hypergrad.solvers.cg}, ValueError, "look_back",
     ),
 }  # fmt: skip
-NOT_CAUGHT = {"lr NaN", "every 0", "every negative", "look_back 0", "solver and look_back"}
 
 
-@pytest.mark.parametrize(
-    "name",
-    [pytest.param(n, marks=pytest.mark.xfail(reason="not caught yet")) if n in NOT_CAUGHT else n for n in BAD],
-)
+@pytest.mark.parametrize("name", BAD)
 def test_bad_input(name: str) -> None:
     change, error, match = BAD[name]
     s = setup()

@@ -45,7 +45,12 @@ def test_scalars_are_those_of_the_json_lines(folder):
     scalars = [row for row in rows if "loss/val" in row]
     assert [row["step"] for row in scalars] == [2, 4, 6, 8]
     expected = {"loss/train", "loss/val", "time/step_ms"}
-    expected |= {f"{kind}/{name}/{g}" for kind in ("hyper", "hypergrad") for name in ("lr", "weight_decay", "momentum") for g in "01"}
+    expected |= {
+        f"{kind}/{name}/{g}"
+        for kind in ("hyper", "hypergrad")
+        for name in ("lr", "weight_decay", "momentum")
+        for g in "01"
+    }
     expected |= {f"log10/{name}/{g}" for name in ("lr", "weight_decay") for g in "01"}
     assert expected == set(scalars[0]) - {"step"} == set(reader.Tags()["scalars"])
     for tag in expected:

@@ -191,12 +191,9 @@ class OwnGenerator(Case):
         return setup
 
 
-@pytest.mark.parametrize(
-    "mode",
-    ["forward", pytest.param("unrolled", marks=pytest.mark.xfail(reason="a replay that differs is not noticed"))],
-)
+@pytest.mark.parametrize("mode", BOTH)
 def test_trap_random_numbers_of_another_generator(mode: str) -> None:
-    """Forward mode replays nothing. Unrolled mode must notice that a replayed step is not the recorded one."""
+    """Forward mode replays nothing. Unrolled mode notices that a replayed step is not the recorded one."""
     case = OwnGenerator("mlp", "momentum", wrt=("lr",))
     if mode == "forward":
         assert_matches(hypergradient(case, mode=mode), case)
@@ -205,11 +202,12 @@ def test_trap_random_numbers_of_another_generator(mode: str) -> None:
         hypergradient(case, mode=mode)
 
 
-@pytest.mark.xfail(reason="0.1 % off: the path from θ to the power iteration's vectors, which are buffers, is left out")
 @pytest.mark.parametrize("mode", BOTH)
-def test_trap_spectral_norm(mode: str) -> None:
-    case = Case("spectral", "sgd")
-    assert_matches(hypergradient(case, mode=mode), case)
+def test_trap_spectral_norm_is_said(mode: str) -> None:
+    """The path from θ to the power iteration's vectors, which are buffers, is left out: 0.1 % off here."""
+    with pytest.warns(UserWarning, match=r"_u, .*_v; a path through them"):
+        result = hypergradient(Case("spectral", "sgd"), mode=mode)
+    assert "_u" in result.stats["warnings"][0]
 
 
 @pytest.mark.parametrize("every", [5, 7, 100])
@@ -352,7 +350,6 @@ def test_trap_compiled_module(mode: str) -> None:
         gradients(compiled, [randn(2, 4, seed=0).float()] * 2, mode=mode)
 
 
-@pytest.mark.xfail(reason="only the first step's graph is looked at")
 @pytest.mark.parametrize("mode", BOTH)
 def test_trap_layer_that_is_first_used_later(mode: str) -> None:
     """The graph of every step is looked at, not only that of the first."""
@@ -388,14 +385,11 @@ def test_trap_sgd_momentum_is_discontinuous_at_zero(mode: str, flags: dict[str, 
         )
 
 
-@pytest.mark.xfail(reason="with both in wrt the derivative in dampening is that of a momentum just above 0")
 @pytest.mark.parametrize("mode", BOTH)
 def test_trap_dampening_at_momentum_zero(mode: str) -> None:
-    """torch ignores dampening where momentum is 0, so its derivative is 0 there, also beside momentum's own."""
+    """torch ignores dampening where momentum is 0: alone its derivative is 0 there, beside momentum's own it has none."""
     setup = Case("mlp", "sgd_at_zero").build()
     call = (setup.model, setup.optimizer, setup.loss, setup.batches, setup.val_loss)
-    try:
-        result = hypergrad.hypergradient(*call, ("momentum", "dampening"), mode)
-    except ValueError:
-        return
-    assert not result.gradients["dampening"].any()
+    assert not hypergrad.hypergradient(*call, "dampening", mode).gradients["dampening"].any()
+    with pytest.raises(ValueError, match="discontinuous"):
+        hypergrad.hypergradient(*call, ("momentum", "dampening"), mode)

@@ -133,8 +133,9 @@ def test_trap_batchnorm_frozen_in_the_middle(mode: str) -> None:
 
 
 @pytest.mark.parametrize("mode", ["forward", "unrolled"])
-@pytest.mark.xfail(reason="only BatchNorm's running statistics are followed")
-def test_trap_instance_norm_with_running_statistics(mode: str) -> None:
+def test_trap_instance_norm_with_running_statistics_is_said(mode: str) -> None:
+    """Only BatchNorm's running statistics are followed."""
+
     @dataclass(frozen=True)
     class Instance(EvalCase):
         def build(self) -> Setup:
@@ -145,5 +146,5 @@ def test_trap_instance_norm_with_running_statistics(mode: str) -> None:
             setup.optimizer = self.row.make(setup.groups)
             return setup
 
-    case = Instance("cnn_batchnorm", "momentum")
-    assert_matches(hypergradient(case, mode=mode), case)
+    with pytest.warns(UserWarning, match="1.running_mean, 1.running_var; a path through them"):
+        hypergradient(Instance("cnn_batchnorm", "momentum"), mode=mode)
