@@ -1,4 +1,4 @@
-"""Settings of every test: one thread, seeded. Cases run on the device in HYPERGRAD_DEVICE (default cpu; see cases.py)."""
+"""Settings of every test: one thread, seeded. Cases run on the device in HYPERGRAD_DEVICE (default cpu; see problems.py)."""
 
 import os
 from collections.abc import Iterator

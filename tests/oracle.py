@@ -17,7 +17,8 @@ from torch import Tensor
 
 import hypergrad
 from hypergrad import Result
-from tests.cases import Case, Setup
+from tests.cases import Case
+from tests.problems import Setup
 
 ORACLE = 2e-7  # relative error that the finite difference estimates of itself: well below what it is compared to
 AGREE = 1e-6  # relative, hypergradient against finite difference: what design.md asks
@@ -26,7 +27,7 @@ ROUNDING = 1e-10  # absolute, where the derivative is 0 or next to it: losses of
 LEVELS = 6
 
 # Largest step of a difference, times max(|value|, 0.02): small against the distance to the next kink or the next
-# singularity (eps, and 1 − beta) of the problems of cases.py, large against rounding.
+# singularity (eps, and 1 − beta) of the problems of problems.py, large against rounding.
 WIDTH = {"betas": 2e-3, "alpha": 2e-3, "momentum": 2e-3}
 DEFAULT_WIDTH = 1e-2
 

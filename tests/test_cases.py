@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from tests.cases import Case, Setup
+from tests.cases import Case
 from tests.oracle import train
+from tests.problems import Setup
 
 
 def gradients(case: Case) -> list[list[torch.Tensor | None]]:

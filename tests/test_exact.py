@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 import hypergrad
-from tests.cases import DEVICE, Case, Setup, randn
+from tests.cases import Case
+from tests.problems import DEVICE, Setup, randn
 
 
 def setup() -> Setup:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.autograd.functional import hessian
 
 from hypergrad.graph import Linearization, check_scalar, survey
-from tests.cases import DEVICE, randn
+from tests.problems import DEVICE, randn
 
 EXACT = 1e-12
 

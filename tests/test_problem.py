@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from hypergrad.graph import survey
 from hypergrad.problem import Problem, Rng, takes_step
-from tests.cases import DEVICE, Case, randn
+from tests.cases import Case
+from tests.problems import DEVICE, randn
 
 
 def make(problem: str = "cnn_batchnorm") -> tuple[Problem, Any]:

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from tests.cases import MODES, STEPS, Case, Setup
+from tests.cases import MODES, Case
 from tests.oracle import assert_matches, assert_same, hypergradient, stock
+from tests.problems import STEPS, Setup
 
 
 @contextmanager

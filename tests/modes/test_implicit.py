@@ -13,7 +13,8 @@ from torch.nn.functional import cross_entropy
 
 import hypergrad
 from hypergrad.solvers import neumann
-from tests.cases import DEVICE, OPTIMIZERS, Case, Vector, randint, randn
+from tests.cases import OPTIMIZERS, Case
+from tests.problems import DEVICE, Vector, randint, randn
 
 CLOSED_FORM = 1e-8  # relative: the solvers' residual times a condition number below 100
 CONVERGED = 1e-6  # relative: what is left of 0.9^K after K steps

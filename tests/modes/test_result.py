@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 import hypergrad
-from tests.cases import MODES, STEPS, Case, Row
+from tests.cases import MODES, Case, Row
 from tests.oracle import AGREE, MODES_AGREE, assert_matches, assert_same, derivative, finite_difference, hypergradient
+from tests.problems import STEPS
 
 LOSS_HYPERS = ("weights", "smoothing", "penalty")
 PER_STEP = [

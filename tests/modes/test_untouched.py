@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 import hypergrad
-from tests.cases import DEVICE, Case, Setup
+from tests.cases import Case
+from tests.problems import DEVICE, Setup
 
 ALL_MODES = {
     "forward": {"mode": "forward"},

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from hypergrad.updates.transition import State, Transition
-from tests.cases import DEVICE
+from tests.problems import DEVICE
 
 STEPS = 100
 ULPS = 8  # a step, on CUDA and in fused kernels, which order operations as they like: units in the last place
