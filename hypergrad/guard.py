@@ -17,6 +17,7 @@ BLOW_UP = 10.0  # a training loss above so many L₀, or
 DRIFT = 1.5  # a running mean of the training loss above so many L₀,
 HORIZON = 20  # taken over about so many steps, once it has seen so many
 LR_CUT = 4.0  # lr is divided by this at a roll-back
+NEVER = 10**9
 PATIENCE = 3  # so many steps in a row that are not finite, with finite weights, are a blow-up too
 
 
@@ -31,7 +32,8 @@ class Guard:
 
     A *bad batch* is a loss or gradient that is not finite with weights that are: the step is passed over. A *blow-up* is
     weights that are not finite, losses far above L₀ (see BLOW_UP, DRIFT), or PATIENCE bad batches in a row. A roll-back after
-    which the loss is as high at the good weights was a *false alarm*: L₀ becomes that loss.
+    which the loss is as high at the good weights was a *false alarm* (L₀ becomes that loss), or it was *bad data* where the
+    loss is not finite there either.
 
     Args:
         reference: the validation loss before the first step.
@@ -46,11 +48,14 @@ class Guard:
         self.good: deque[_Good] = deque(maxlen=2)
 
     def judge(self, loss: float | None, g: Tensor, theta: Tensor) -> str:
-        """ "good", "bad batch", "blow-up" or "false alarm". loss None: not known."""
+        """One of good, bad batch, blow-up, and after a roll-back false alarm or bad data. loss None: not known."""
         finite = math.isfinite(float(g.sum())) or bool(torch.isfinite(g).all())  # the sum is cheap, and may overflow
         if finite and (loss is None or math.isfinite(loss)):
             self.bad_in_a_row = 0
             return "good" if loss is None else self._judge_finite(loss)
+        if self.restored and bool(torch.isfinite(theta).all()):  # at good weights too: it is the data
+            self.restored, self.bad_in_a_row = False, -NEVER
+            return "bad data"
         self.bad_in_a_row += 1
         if not bool(torch.isfinite(theta).all()) or self.bad_in_a_row >= PATIENCE:
             return "blow-up"

@@ -27,6 +27,13 @@ class Rng:
         self.cpu = torch.get_rng_state()
         self.cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
 
+    def seed(self, seed: int) -> None:
+        """Seed the generators whose state is kept here."""
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed takes a millisecond
+        if self.cuda is not None:
+            with torch.cuda.device(self.device):
+                torch.cuda.manual_seed(seed)
+
     def restore(self) -> None:
         torch.set_rng_state(self.cpu)
         if self.cuda is not None:
@@ -181,7 +188,7 @@ class Problem:
         inputs = [*self.params, *self.hypers.values()]
         try:
             if seed is not None:
-                torch.manual_seed(seed)
+                rng.seed(seed)
             with torch.enable_grad(), self.stats.as_leaves() if self.stats else nullcontext([]) as leaves:
                 loss = val_loss(t) if takes_step(val_loss) else val_loss()
                 check_scalar(loss, "val_loss()")

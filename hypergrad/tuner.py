@@ -303,6 +303,9 @@ class Tuner:
     def _use(self, i: int) -> Values:
         """Note the values of this step as optimizer i uses them, and dx/dφ."""
         values, slopes = self._transition.values(), self._live.slopes(self._t)
+        if len(self.optimizers) == 1:
+            self._used = values, slopes
+            return values
         old = self._used[0] or values
         mine = [j == i for j in self._transition.optimizer_of_group]
         merged = {
@@ -315,9 +318,10 @@ class Tuner:
     def _judge(self, state: State, g: Tensor, loss: float | None) -> bool:
         """Whether the step may be taken. If not, gradients are None on return, so that it does nothing."""
         verdict = self._guard.judge(loss, g, state.theta)
-        if verdict == "false alarm":
+        if verdict in ("false alarm", "bad data"):
             self.stats["false_alarms"] += 1
             self._coordinates.scale("lr", LR_CUT)
+        if verdict == "false alarm":
             return True
         if verdict == "good":
             if not self._stepped and self._t % self._every == 0:
@@ -327,7 +331,7 @@ class Tuner:
             p.grad = None
         self._tangents.pending = None
         self._windows.reset()
-        if verdict == "bad batch":
+        if verdict in ("bad batch", "bad data"):
             self.stats["nonfinite_steps"] += 1
             self._guard.mend_buffers()
             self._journal.note_once(
