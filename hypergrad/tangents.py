@@ -36,6 +36,7 @@ class Pending:
     loss: Tensor  # the largest of the accumulated losses, times scale
     scale: float  # of a GradScaler at the time
     stepped: set[int] = field(default_factory=set)  # the optimizers that have used it
+    changed: set[int] = field(default_factory=set)  # parameters whose gradient was changed before more was added to it
 
 
 class Tangents:
@@ -86,7 +87,7 @@ class Tangents:
             dg = old.dg if dg is None else old.dg + dg
         pairs = zip(params, grads, old.left, strict=True)
         left = [None if p.grad is None or (g is None and x is None) else p.grad.clone() for p, g, x in pairs]
-        return Pending(left, dg, torch.maximum(old.loss, loss), scale)
+        return Pending(left, dg, loss if old.stepped else torch.maximum(old.loss, loss), scale, changed=old.changed)
 
     def _gradient_tangent(self, lin: Linearization, n_others: int, retain_graph: bool) -> Tensor | None:
         transition, directions = self.transition, self.coordinates.tuned
@@ -128,6 +129,8 @@ class Tangents:
             return
         for i in void:
             pending.left[i] = None
+        pending.changed -= set(void)
+        pending.changed |= {i for i in set(telling) - set(void) if not _same(grads[i], pending.left[i])}
         if pending.dg is not None and void:
             pending.dg = pending.dg.clone()
             for i in void:
@@ -143,6 +146,8 @@ class Tangents:
         """
         pending, params = self.pending, self.transition.params
         if pending is None:
+            return None
+        if not pending.changed.isdisjoint(i for i, a in enumerate(active) if a):
             return None
         zero = params[0].new_zeros(len(self.coordinates.moving), sum(self.transition.sizes))
         dg = zero if pending.dg is None else pending.dg
@@ -164,7 +169,7 @@ class Tangents:
             return None
         if self.scaler is not None and abs(c - 1) < rtol:
             return dg
-        if self.clip_norm is None or c > 1 + rtol:
+        if self.clip_norm is None or c > 1 + rtol or self.pending is None or self.pending.changed:
             return None
         n = total_norm(ref, self.transition.sizes)
         if abs(c * (n + TORCH_EPS) / float(self.clip_norm) - 1) > rtol:

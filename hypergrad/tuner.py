@@ -138,6 +138,7 @@ class Tuner:
         self._t, self._frozen, self._closed = 0, False, False
         self._stepped: set[int] = set()  # the optimizers that have taken the present step
         self._skipped = False  # the present step is one that a fused optimizer leaves out
+        self._void = False  # the present step was judged to do nothing
         self._used: tuple[Values, Tensor] = {}, self._coordinates.slope()  # by the last step
         self._losses: list[Tensor] = []
         self._choose_what_is_tuned()
@@ -271,6 +272,9 @@ class Tuner:
             p.grad is not None and self._transition.optimizer_of_group[group] == i
             for p, group in zip(self._transition.params, self._transition.group_of, strict=True)
         )
+        if self._void and self._tangents.pending is None:  # judged when another optimizer's turn came
+            self._drop_gradients(i)
+            return
         if self._skipped or not any(active):
             return
         state, pending = self._transition.read(), self._tangents.pending
@@ -282,7 +286,7 @@ class Tuner:
             g = g / scale
         fresh = pending if pending is not None and i not in pending.stepped else None
         loss = None if fresh is None else fresh.loss / fresh.scale
-        if not self._frozen and not self._judge(state, g, self._windows.loss if loss is None else float(loss)):
+        if not self._frozen and not self._judge(i, state, g, self._windows.loss if loss is None else float(loss)):
             return
         if not self._stepped:
             self._tangents.follow(state.theta, self._t)
@@ -315,8 +319,14 @@ class Tuner:
         self._used = merged, torch.where(rows, slopes, self._used[1])
         return values
 
-    def _judge(self, state: State, g: Tensor, loss: float | None) -> bool:
-        """Whether the step may be taken. If not, gradients are None on return, so that it does nothing."""
+    def _drop_gradients(self, i: int) -> None:
+        """Make optimizer i do nothing. The others' gradients stay until their turn: a GradScaler wants to see them."""
+        for p, group in zip(self._transition.params, self._transition.group_of, strict=True):
+            if self._transition.optimizer_of_group[group] == i:
+                p.grad = None
+
+    def _judge(self, i: int, state: State, g: Tensor, loss: float | None) -> bool:
+        """Whether optimizer i may step. If not, its gradients are None on return, so that it does nothing."""
         verdict = self._guard.judge(loss, g, state.theta)
         if verdict in ("false alarm", "bad data"):
             self.stats["false_alarms"] += 1
@@ -327,9 +337,8 @@ class Tuner:
             if not self._stepped and self._t % self._every == 0:
                 self._guard.keep(state)
             return True
-        for p in self._transition.params:
-            p.grad = None
-        self._tangents.pending = None
+        self._void, self._tangents.pending = True, None
+        self._drop_gradients(i)
         self._windows.reset()
         if verdict in ("bad batch", "bad data"):
             self.stats["nonfinite_steps"] += 1
@@ -359,6 +368,7 @@ class Tuner:
     def _end_step(self) -> None:
         """One training step is done: count it, move the hyperparameters if it is time."""
         self._stepped.clear()
+        self._void = False
         self._t += 1
         self.stats |= {"steps": self._t, **self._tangents.counts}
         if self.mode == "forward" and self._t % self._every == 0:
