@@ -348,12 +348,13 @@ class Tuner:
             )
         elif self._guard.roll_back():
             self.stats["rollbacks"] += 1
-            self._coordinates.scale("lr", 1 / LR_CUT)
+            cut = self._coordinates.scale("lr", 1 / LR_CUT)
+            then = f"lr divided by {LR_CUT:g}" if cut else "lr is not tuned and stays: if this goes on, lower it"
             self._tangents.forget()
             self._tangents.average = None
             self._journal.note(
                 self._t,
-                f"blow-up (loss {loss:.3g}): weights taken back to the last good ones, lr divided by {LR_CUT:g}.",
+                f"blow-up (loss {math.nan if loss is None else loss:.3g}): weights taken back to the last good ones, {then}.",
             )
         return False
 

@@ -1,0 +1,168 @@
+"""The guard of a live run: it takes a blow-up back, and leaves a healthy run alone."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import hypergrad
+from tests.test_tuner import data, float64, mse, sgd, two_layers, validation
+
+__all__ = ["float64"]  # the fixture
+STEPS = 300
+Batch = tuple[Tensor, Tensor]
+
+
+def task(t: int) -> Batch:
+    """A linear task with a little noise."""
+    g = torch.Generator().manual_seed(t)
+    x = torch.randn(16, 5, generator=g)
+    return x, x.sum(1, keepdim=True) + 0.1 * torch.randn(16, 1, generator=g)
+
+
+def easy_at_first(t: int) -> Batch:
+    """The first batches' targets are nearly 0."""
+    x, y = task(t)
+    return (x, y) if t >= 5 else (0.1 * x, 0.1 * y)
+
+
+def scaled_loss(model: nn.Module, t: int) -> Tensor:
+    """The loss itself becomes 24 times as large."""
+    return mse(model, task(t)) * (1.0 if t < 5 else 24.0)
+
+
+def noisy_later(t: int) -> Batch:
+    """Half-way labels become noise of size 3."""
+    x, y = task(t)
+    return (x, y) if t < STEPS // 2 else (x, y + 3 * torch.randn(16, 1, generator=torch.Generator().manual_seed(t)))
+
+
+def ends_at(loss: Callable[[nn.Module, int], Tensor], lr: float, tuned: bool, **sgd: Any) -> tuple[float, Any]:
+    """The mean training loss of the last 20 steps, and the tuner."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 1))
+    opt = torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9, **sgd)
+    x, y = task(10**6)
+    sign = -1 if sgd.get("maximize") else 1
+    tuner = hypergrad.Tuner(model, opt, lambda: sign * loss(model, 10**6) if sgd else mse(model, (x, y)), tune=("lr",))
+    if not tuned:
+        tuner.close()
+    last = []
+    for t in range(STEPS):
+        opt.zero_grad()
+        value = loss(model, t)
+        tuner.backward(value)
+        opt.step()
+        last.append(float(value.detach()))
+    return sum(last[-20:]) / 20, tuner
+
+
+HARDER: dict[str, tuple[Callable[[nn.Module, int], Tensor], float]] = {
+    "easy batches first": (lambda m, t: mse(m, easy_at_first(t)), 0.02),
+    "a loss that is scaled up": (scaled_loss, 0.001),
+    "noise later": (lambda m, t: mse(m, noisy_later(t)), 0.01),
+}
+
+
+@pytest.mark.filterwarnings("ignore:blow-up")
+@pytest.mark.parametrize("name", HARDER)
+def test_data_that_becomes_harder_does_not_destroy_a_healthy_run(name: str) -> None:
+    loss, lr = HARDER[name]
+    stock, _ = ends_at(loss, lr, tuned=False)
+    ours, tuner = ends_at(loss, lr, tuned=True)
+    assert tuner.stats["rollbacks"] <= 5
+    assert ours <= 1.1 * stock
+
+
+def test_a_reward_that_rises_is_no_blow_up() -> None:
+    def reward(model: nn.Module, t: int) -> Tensor:
+        return torch.exp(-mse(model, task(t)))
+
+    start, _ = ends_at(reward, 1e-9, tuned=False, maximize=True)
+    stock, _ = ends_at(reward, 0.05, tuned=False, maximize=True)
+    ours, tuner = ends_at(reward, 0.05, tuned=True, maximize=True)
+    assert stock > 10 * start
+    assert tuner.stats["rollbacks"] == 0
+    assert ours >= 0.9 * stock
+
+
+def test_a_loss_that_falls_below_zero_is_no_blow_up() -> None:
+    """A log density: from +5 to below −1."""
+
+    def nll(model: nn.Module, t: int) -> Tensor:
+        return 50 * mse(model, task(t)) - 5
+
+    ours, tuner = ends_at(nll, 0.0005, tuned=True)
+    assert ours < -1 and tuner.stats["rollbacks"] == 0
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_overflows_of_a_scaler_in_a_row_are_no_blow_up(fused: bool) -> None:
+    """A scale that starts too high: steps that the scaler skips are not counted, nothing is rolled back."""
+    model = two_layers()
+    opt = torch.optim.AdamW(model.parameters(), lr=0.01, fused=fused)
+    scaler = torch.amp.GradScaler("cpu", init_scale=64.0)
+    tuner = hypergrad.Tuner(model, opt, validation(model), tune=("lr",), every=4, scaler=scaler)
+    for i, (x, y) in enumerate(data()[0]):
+        opt.zero_grad()
+        tuner.backward(scaler.scale(mse(model, (x * math.inf if 3 <= i < 7 else x, y))))
+        scaler.step(opt)
+        scaler.update()
+    assert tuner.stats["steps"] == 8 and scaler.get_scale() == 4.0
+    assert all(tuner.stats[k] == 0 for k in ("rollbacks", "nonfinite_steps", "plain_steps", "changed_gradients"))
+    assert tuner.stats["hyper_steps"] == 2
+    assert 0.008 < float(tuner.values["lr"][0]) < 0.0125
+
+
+def test_fused_and_unfused_are_tuned_alike_under_a_scaler_that_skips() -> None:
+    found = []
+    for fused in (False, True):
+        model = two_layers()
+        opt = torch.optim.AdamW(model.parameters(), lr=0.01, fused=fused)
+        scaler = torch.amp.GradScaler("cpu", init_scale=64.0)
+        tuner = hypergrad.Tuner(model, opt, validation(model), every=4, scaler=scaler)
+        torch.manual_seed(7)
+        for i, (x, y) in enumerate(data()[0]):
+            opt.zero_grad()
+            tuner.backward(scaler.scale(mse(model, (x * math.inf if 3 <= i < 7 else x, y))))
+            scaler.step(opt)
+            scaler.update()
+        found.append(tuner)
+    for name in ("lr", "weight_decay"):
+        torch.testing.assert_close(found[0].values[name], found[1].values[name], rtol=1e-9, atol=0)
+        torch.testing.assert_close(found[0].hypergradients[name], found[1].hypergradients[name], rtol=1e-7, atol=0)
+
+
+def test_bad_data_for_a_while_is_told_from_a_blow_up() -> None:
+    """Ten batches that are not finite in a row: passed over, and lr is where it was before them."""
+    model = two_layers()
+    opt = sgd()(model)
+    tuner = hypergrad.Tuner(model, opt, validation(model), tune=("lr",), every=1000)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for i, (x, y) in enumerate(data()[0] * 2):
+            opt.zero_grad()
+            tuner.backward(mse(model, (x * math.nan if 6 <= i < 16 else x, y)))
+            opt.step()
+    assert tuner.stats["rollbacks"] <= 1
+    assert tuner.values["lr"].tolist() == pytest.approx([0.05, 0.03])
+
+
+def test_roll_back_says_so_where_lr_is_not_tuned() -> None:
+    model = two_layers()
+    opt = torch.optim.SGD(model.parameters(), lr=100.0, momentum=0.9, weight_decay=0.01)
+    tuner = hypergrad.Tuner(model, opt, validation(model), tune=("weight_decay",), every=5)
+    with pytest.warns(UserWarning, match="blow-up") as caught:
+        for batch in data()[0]:
+            opt.zero_grad()
+            tuner.backward(mse(model, batch))
+            opt.step()
+    said = [str(w.message) for w in caught if "blow-up" in str(w.message)]
+    assert opt.param_groups[0]["lr"] == 100.0
+    assert all("lr is not tuned" in message and "divided" not in message for message in said)
