@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -40,6 +41,7 @@ class Rng:
             torch.cuda.set_rng_state(self.cuda, self.device)
 
 
+@lru_cache(maxsize=64)
 def takes_step(val_loss: Callable[..., Tensor]) -> bool:
     """Whether a validation loss wants the step number: it has a required positional argument, or `t=None`."""
     try:

@@ -149,8 +149,9 @@ class Tangents:
             return None
         if not pending.changed.isdisjoint(i for i, a in enumerate(active) if a):
             return None
-        zero = params[0].new_zeros(len(self.coordinates.moving), sum(self.transition.sizes))
-        dg = zero if pending.dg is None else pending.dg
+        dg = pending.dg
+        if dg is None:
+            dg = params[0].new_zeros(len(self.coordinates.moving), sum(self.transition.sizes))
         if all(_same(p.grad, left) for p, left, a in zip(params, pending.left, active, strict=True) if a):
             return dg
         g = self.transition.flatten([p.grad if a else None for p, a in zip(params, active, strict=True)])
@@ -196,9 +197,9 @@ class Tangents:
         """Cap every tangent at CAP times the norm of the weights; one that is not finite starts again from zero."""
         assert self.tangent is not None
         norms = torch.linalg.vector_norm(self.tangent.theta, dim=1)
-        factor = (CAP * norm / norms.clamp_min(torch.finfo(norms.dtype).tiny)).clamp(max=1.0)
-        if bool((factor == 1).all()):
+        if all(x <= CAP * float(norm) for x in norms.tolist()):  # False for NaN
             return
+        factor = (CAP * norm / norms.clamp_min(torch.finfo(norms.dtype).tiny)).clamp(max=1.0)
         self.counts["capped"] += 1
         self.hit[self.coordinates.moving] |= (factor < 1).cpu()
         finite = torch.isfinite(norms).unsqueeze(-1)

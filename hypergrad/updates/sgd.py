@@ -45,17 +45,17 @@ class SGD:
             )
         return cls(momentum != 0 or "momentum" in wrt, bool(group["nesterov"]), bool(group["maximize"]))
 
-    def _directions(self, p: Tensor, g: Tensor, s: Tensors, h: Scalars) -> tuple[Tensor, Tensor | None, Tensor]:
-        """g̃, b' (None without momentum) and d."""
+    def _directions(self, p: Tensor, g: Tensor, s: Tensors, h: Scalars) -> tuple[Tensor, Tensor, Tensor]:
+        """g̃, b' (g̃ without momentum) and d."""
         g = torch.add(-g if self.maximize else g, p, alpha=h["weight_decay"])
         if not self.buffered:
-            return g, None, g
+            return g, g, g
         b = g.clone() if h["t"] == 1 else s["momentum_buffer"].mul(h["momentum"]).add_(g, alpha=1 - h["dampening"])
         return g, b, torch.add(g, b, alpha=h["momentum"]) if self.nesterov else b
 
     def step(self, p: Tensor, g: Tensor, s: Tensors, h: Scalars) -> tuple[Tensor, Tensors]:
         _, b, d = self._directions(p, g, s, h)
-        return torch.add(p, d, alpha=-h["lr"]), {} if b is None else {"momentum_buffer": b}
+        return torch.add(p, d, alpha=-h["lr"]), {"momentum_buffer": b} if self.buffered else {}
 
     # dg̃ = ±dg + w dp + dw p
     # db' = μ db + (1 − τ) dg̃ + dμ b − dτ g̃          first step: db' = dg̃
@@ -64,12 +64,14 @@ class SGD:
     def jvp(
         self, p: Tensor, g: Tensor, s: Tensors, h: Scalars, dp: Tensor, dg: Tensor, ds: Tensors, dh: Tensors
     ) -> tuple[Tensor, Tensors]:
-        g, b, d = self._directions(p, g, s, h)
+        b, d = g, g  # read only along those three directions
+        if dh.keys() & {"lr", "momentum", "dampening"}:
+            g, b, d = self._directions(p, g, s, h)
         dg = torch.add(-dg if self.maximize else dg, dp, alpha=h["weight_decay"])
         if "weight_decay" in dh:
             dg.addcmul_(dh["weight_decay"], p)
         dd, out = dg, {}
-        if b is not None:
+        if self.buffered:
             db = dg
             if h["t"] != 1:
                 db = ds["momentum_buffer"].mul(h["momentum"]).add_(dg, alpha=1 - h["dampening"])
@@ -99,7 +101,7 @@ class SGD:
         lh = {"lr": -lp * d}
         ld = -h["lr"] * lp
         lg, out = ld, {}
-        if b is not None:
+        if self.buffered:
             lb = ls["momentum_buffer"] + (h["momentum"] * ld if self.nesterov else ld)
             lg = ld if self.nesterov else torch.zeros_like(ld)
             lh["momentum"] = ld * b if self.nesterov else torch.zeros_like(ld)
