@@ -58,6 +58,7 @@ class Coordinates:
         limits = torch.tensor([kind.limits for kind in self.kinds], dtype=torch.float64)
         self.low, self.high = limits[:, 0], limits[:, 1]
         self.phi = self._each("to_free", self.value)
+        self._slope = self.value, self._each("slope", self.value)
         self.m, self.s, self.count = torch.zeros_like(self.phi), torch.zeros_like(self.phi), torch.zeros_like(self.phi)
         self.moving: list[int] = list(range(len(kept)))  # the numbers that are tuned at present
         self.tuned = self.directions  # their directions
@@ -122,7 +123,9 @@ class Coordinates:
 
     def slope(self) -> Tensor:
         """dx/dφ [k], float64."""
-        return self._each("slope", self.value)
+        if self._slope[0] is not self.value:  # values are replaced, not written to
+            self._slope = self.value, self._each("slope", self.value)
+        return self._slope[1].clone()
 
     def step(self, gradient: Tensor, too_high: Tensor | None = None) -> None:
         """One step of Adam on φ down `gradient` [k] (dL/dφ), for the numbers that are tuned at present.
