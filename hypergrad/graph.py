@@ -153,7 +153,7 @@ class Linearization:
         if not used:
             return [None] * len(inputs)
         outputs, cotangents = zip(*used, strict=True)
-        with _explained(), _without_hooks(inputs):
+        with _explained(), without_hooks(inputs):
             return grad_or_none(outputs, inputs, cotangents, retain_graph=retain)
 
     def free(self) -> None:
@@ -174,8 +174,9 @@ def _explained() -> Iterator[None]:
 
 
 @contextmanager
-def _without_hooks(leaves: Sequence[Tensor]) -> Iterator[None]:
-    """Keep hooks on leaves from acting on a product: what they did to the gradient is in its graph already."""
+def without_hooks(leaves: Sequence[Tensor]) -> Iterator[None]:
+    """Keep hooks on leaves from acting: on a product, where what they did to the gradient is in its graph already; on the
+    gradient of a validation loss, which takes no step."""
     hooks = [h for x in leaves if x.is_leaf and (h := getattr(x, "_backward_hooks", None))]
     saved = [dict(h) for h in hooks]
     try:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from hypergrad.graph import Linearization, check_scalar, grad_or_none, survey
+from hypergrad.graph import Linearization, check_scalar, grad_or_none, survey, without_hooks
 from hypergrad.running_stats import RunningStats
 
 
@@ -194,7 +194,8 @@ class Problem:
             with torch.enable_grad(), self.stats.as_leaves() if self.stats else nullcontext([]) as leaves:
                 loss = val_loss(t) if takes_step(val_loss) else val_loss()
                 check_scalar(loss, "val_loss()")
-                grads = grad_or_none([loss], [*inputs, *leaves])
+                with without_hooks(inputs):
+                    grads = grad_or_none([loss], [*inputs, *leaves])
         finally:
             self.write_buffers(buffers)
             rng.restore()
