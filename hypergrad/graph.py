@@ -156,6 +156,31 @@ class Linearization:
         with _explained(), without_hooks(inputs):
             return grad_or_none(outputs, inputs, cotangents, retain_graph=retain)
 
+    # With hooks on parameters g = c(∇ℓ), and ∂g/∂θ = c' H is not symmetric: J z = ∂(Jᵀu)/∂uᵀ z.
+    def jvp(
+        self,
+        vectors: Sequence[Tensor | None],
+        extra: Sequence[Tensor | None] | None = None,
+        into_extra: bool = False,
+        retain: bool = True,
+    ) -> list[Tensor | None]:
+        """The tangent of the gradients along a vector: `product`, but right also where hooks on parameters change them."""
+        if not any(getattr(x, "_backward_hooks", None) for x in self.params):
+            return self.product(vectors, extra, into_extra, retain)
+        rows = [*self.grads, *(self.extra_grads if into_extra else ())]
+        outputs = [g for g in rows if g is not None and g.requires_grad]
+        us = [torch.zeros_like(g, requires_grad=True) for g in outputs]
+        inputs, tangents = [*self.params, *self.extra], [*vectors, *(extra or [None] * len(self.extra))]
+        with _explained(), without_hooks(inputs):
+            pulled = grad_or_none(outputs, inputs, us, create_graph=True) if outputs else [None] * len(inputs)
+            pairs = [(x, v) for x, v in zip(pulled, tangents, strict=True) if v is not None and x is not None]
+            pairs = [(x, v) for x, v in pairs if x.requires_grad]
+            found = grad_or_none([x for x, _ in pairs], us, [v for _, v in pairs]) if pairs else [None] * len(us)
+            if not retain:
+                self.free()
+        each = iter(found)
+        return [next(each) if g is not None and g.requires_grad else None for g in rows]
+
     def free(self) -> None:
         """Free the graph where no product did: the gradient does not depend on the parameters."""
         grad_or_none([self._whole], self.params)

@@ -103,7 +103,7 @@ class Tangents:
         nothing: list[Tensor | None] = [None] * len(transition.params)
         for i, (j, extra) in enumerate(jobs):
             z = nothing if self.tangent is None else transition.split(self.tangent.theta[j])
-            product = lin.product(z, extra, retain=retain_graph or i + 1 < len(jobs))
+            product = lin.jvp(z, extra, retain=retain_graph or i + 1 < len(jobs))
             rows[j] = transition.flatten(product)
         self.counts["hessian_products"] += len(jobs)
         if not retain_graph and all(g is None or not g.requires_grad for g in lin.grads):

@@ -66,7 +66,7 @@ def _gradient_tangent(
         if alive[j] or extra is not None:
             meter.products += 1
             extra = None if extra is None else extra + [None] * u
-            rows = lin.product(transition.split(z[j]), extra, into_extra=u)
+            rows = lin.jvp(transition.split(z[j]), extra, into_extra=u)
             dg[j] = transition.flatten(rows[:n])
             if dstats is not None and rows[-1] is not None:
                 dstats[j] += rows[-1]
