@@ -7,9 +7,9 @@ weights, hooks and checkpointing mean what they mean in the user's loop. `Proble
 from __future__ import annotations
 
 import inspect
+import weakref
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
-from functools import lru_cache
+from contextlib import contextmanager, nullcontext, suppress
 from typing import Any, NamedTuple
 
 import torch
@@ -41,9 +41,20 @@ class Rng:
             torch.cuda.set_rng_state(self.cuda, self.device)
 
 
-@lru_cache(maxsize=64)
+_TAKES_STEP: weakref.WeakKeyDictionary[Any, bool] = weakref.WeakKeyDictionary()  # a signature takes a while to read
+
+
 def takes_step(val_loss: Callable[..., Tensor]) -> bool:
     """Whether a validation loss wants the step number: it has a required positional argument, or `t=None`."""
+    with suppress(KeyError, TypeError):  # TypeError: it cannot be hashed, or not be held weakly
+        return _TAKES_STEP[val_loss]
+    answer = _wants_step(val_loss)
+    with suppress(TypeError):
+        _TAKES_STEP[val_loss] = answer
+    return answer
+
+
+def _wants_step(val_loss: Callable[..., Tensor]) -> bool:
     try:
         parameters = inspect.signature(val_loss).parameters.values()
     except (TypeError, ValueError):
