@@ -208,6 +208,8 @@ def specification(names: Sequence[str] | Mapping[str, Any]) -> dict[str, Any]:
     """What `tune=` was given, as name → what the user wrote for it (None: the value in the param groups)."""
     if isinstance(names, Mapping):
         return dict(names)
+    if not isinstance(names, Sequence):
+        raise TypeError(f"tune must be names, or a dict name -> Hyperparameter, got {type(names).__name__}.")
     listed = (names,) if isinstance(names, str) else tuple(names)
     if len(set(listed)) < len(listed):
         raise ValueError(f"a hyperparameter is named twice in {listed}.")
