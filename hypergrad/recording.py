@@ -26,7 +26,7 @@ class Recorder:
         self.folder.mkdir(parents=True, exist_ok=True)
         self.hparams = dict(hparams)
         self.writer = SummaryWriter(str(self.folder))
-        self.lines = (self.folder / "metrics.jsonl").open("a", encoding="utf-8")
+        self.closed = False
         self.last: dict[str, float] = {}
         self.step = 0
 
@@ -34,27 +34,29 @@ class Recorder:
         for tag, value in values.items():
             self.writer.add_scalar(tag, value, step)
         finite = {tag: value if math.isfinite(value) else None for tag, value in values.items()}  # JSON has no NaN
-        self.lines.write(json.dumps({"step": step, **finite}) + "\n")
-        self.lines.flush()
+        self._line({"step": step, **finite})
         self.last.update(values)
         self.step = step
 
     def text(self, step: int, message: str) -> None:
         """A sentence in TensorBoard's Text tab, and in the JSON lines."""
         self.writer.add_text("notes", message, step)
-        self.lines.write(json.dumps({"step": step, "note": message}) + "\n")
-        self.lines.flush()
+        self._line({"step": step, "note": message})
+
+    def _line(self, row: Mapping[str, Any]) -> None:
+        with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as lines:
+            lines.write(json.dumps(row) + "\n")
 
     def close(self) -> None:
-        if self.lines.closed:
+        if self.closed:
             return
+        self.closed = True
         metrics = {tag: value for tag, value in self.last.items() if tag.startswith("loss/")}
         if metrics:
             # run_name=".": the default would make a second run beside this one; global_step: the metrics are charts that
             # exist, and get their last point once more
             self.writer.add_hparams(self.hparams, metrics, run_name=".", global_step=self.step)
         self.writer.close()
-        self.lines.close()
 
 
 class Journal:

@@ -11,7 +11,8 @@ off by comparing p.grad with what `backward` left there:
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -230,6 +231,17 @@ class Tangents:
         if self.tangent is not None:
             old = self.average_tangent
             self.average_tangent = self.tangent.theta * a if old is None else old.lerp(self.tangent.theta, a)
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """The running average of the weights in the model, and the weights themselves back on the way out."""
+        theta = self.transition.flatten(self.transition.params)
+        if self.average is not None:
+            self.transition.load(self.average)
+        try:
+            yield
+        finally:
+            self.transition.load(theta)
 
     def state_dict(self) -> dict[str, Any]:
         tangent = self.tangent

@@ -14,15 +14,16 @@ from torch import Tensor
 from hypergrad.coordinates import Coordinates, specification
 from hypergrad.exact import Optimizers, as_optimizers, check_names, clipping, leaves
 from hypergrad.graph import check_scalar
-from hypergrad.guard import LR_CUT, Guard
+from hypergrad.guard import Guard
 from hypergrad.hooks import attach, check_free
+from hypergrad.hyper_steps import HyperSteps
 from hypergrad.hyperparameters import as_hyperparameter
 from hypergrad.live_values import LiveValues
 from hypergrad.problem import Problem
 from hypergrad.recording import Journal
-from hypergrad.schedules import STEP_NAMES, tuned_at
+from hypergrad.ride import Ride
 from hypergrad.tangents import Tangents
-from hypergrad.updates.transition import CLIPS, State, Transition, Values
+from hypergrad.updates.transition import CLIPS, Transition
 from hypergrad.windows import Windows
 
 
@@ -126,27 +127,20 @@ class Tuner:
         self.hypers = tensors
         self._transition, self._problem = transition, Problem(model, transition.params, loss, tensors)
         self._coordinates = Coordinates(transition, spec, of_loss, tensors, hyper_lr)
-        self._live = LiveValues(transition, self._coordinates, total_steps)
+        live = LiveValues(transition, self._coordinates, total_steps)
         before, notes = self._try(val_loss)
-        notes = [*self._coordinates.notes, *notes]
-        self._seed = int(seed)
-        self._val_loss, self._every, self._total, self._average = val_loss, every, total_steps, average
-        self._tangents = Tangents(transition, self._coordinates, model, scaler, clip_norm)
-        self._guard = Guard(transition, self._problem, before)
-        self._windows = Windows(self, horizon)
-        self.val_loss, self.hypergradients = math.nan, {}
-        self._t, self._frozen, self._closed = 0, False, False
-        self._stepped: set[int] = set()  # the optimizers that have taken the present step
-        self._skipped = False  # the present step is one that a fused optimizer leaves out
-        self._void = False  # the present step was judged to do nothing
-        self._used: tuple[Values, Tensor] = {}, self._coordinates.slope()  # by the last step
-        self._losses: list[Tensor] = []
-        self._choose_what_is_tuned()
+        tangents = Tangents(transition, self._coordinates, model, scaler, clip_norm)
         self.stats: dict[str, int] = dict.fromkeys(_STATS, 0)
-        self._journal = Journal(log_dir, self._hparams(seed, hyper_lr))
-        for note in notes:
+        self._journal = Journal(log_dir, self._hparams(every, hyper_lr, seed))
+        self._hyper = HyperSteps(
+            self._problem, self._coordinates, tangents, self._journal, val_loss, average, int(seed), self.stats
+        )
+        self._ride = Ride(self._hyper, live, Guard(transition, self._problem, before), mode, every, total_steps)
+        self._windows = self._ride.windows = Windows(self._ride, horizon)
+        self._closed = False
+        for note in [*self._coordinates.notes, *notes]:
             self._journal.note(0, note)
-        self._detach = attach(self, self.optimizers, "_before_step", "_after_step")
+        self._detach = attach(self._ride, self.optimizers, "before_step", "after_step")
 
     # ---- what a loop calls
 
@@ -167,7 +161,7 @@ class Tuner:
                 )
             return loss.backward(inputs=inputs, retain_graph=retain_graph)
         inputs = [inputs] if isinstance(inputs, Tensor) else inputs
-        self._tangents.backward(loss, inputs, retain_graph)
+        self._ride.tangents.backward(loss, inputs, retain_graph)
         return None
 
     def step(self, batch: Any) -> Tensor:
@@ -178,7 +172,7 @@ class Tuner:
 
     def freeze(self) -> None:
         """Stop moving the hyperparameters. Tangents and validation losses go on; steps are no longer guarded."""
-        self._frozen = True
+        self._hyper.frozen = True
 
     def close(self) -> None:
         """Take the hooks off the optimizer and end the recording.
@@ -188,6 +182,14 @@ class Tuner:
         self._detach()
         self._closed = True
         self._journal.close()
+
+    @property
+    def val_loss(self) -> float:
+        return self._hyper.val_loss
+
+    @property
+    def hypergradients(self) -> dict[str, Tensor]:
+        return self._hyper.hypergradients
 
     @property
     def values(self) -> dict[str, Tensor]:
@@ -207,26 +209,22 @@ class Tuner:
     @contextmanager
     def averaged(self) -> Iterator[torch.nn.Module]:
         """The running average of the weights in the model, and the weights themselves back on the way out."""
-        theta = self._transition.flatten(self._transition.params)
-        if self._tangents.average is not None:
-            self._transition.load(self._tangents.average)
-        try:
+        with self._ride.tangents.averaged():
             yield self.model
-        finally:
-            self._transition.load(theta)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that `load_state_dict` needs to go on; tensors are not copied. Loads with weights_only=True."""
+        ride = self._ride
         return {
             "sizes": list(self._transition.sizes),
-            "steps": self._t,
-            "frozen": self._frozen,
+            "steps": ride.t,
+            "frozen": self._hyper.frozen,
             "val_loss": self.val_loss,
-            "stats": {**self.stats, **self._tangents.counts},
-            "guard": self._guard.state_dict(),
+            "stats": {**self.stats, **ride.tangents.counts},
+            "guard": ride.guard.state_dict(),
             "coordinates": self._coordinates.state_dict(),
-            "live": self._live.state_dict(),
-            "tangents": self._tangents.state_dict(),
+            "live": ride.live.state_dict(),
+            "tangents": ride.tangents.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -245,230 +243,29 @@ class Tuner:
         mine = self._coordinates.state_dict()["names"]
         if names != mine:
             raise ValueError(f"this state_dict tunes {names}, this tuner {mine}: make the tuner with the same `tune`.")
-        self._t, self._frozen, self.val_loss = int(state["steps"]), bool(state["frozen"]), float(state["val_loss"])
-        self._tangents.counts |= {k: v for k, v in state["stats"].items() if k in self._tangents.counts}
-        self.stats |= {k: v for k, v in state["stats"].items() if k not in self._tangents.counts}
-        self._guard.load_state_dict(state["guard"])
+        ride, counts = self._ride, self._ride.tangents.counts
+        ride.t, self._hyper.frozen, self._hyper.val_loss = (
+            int(state["steps"]),
+            state["frozen"],
+            float(state["val_loss"]),
+        )
+        counts.update({k: v for k, v in state["stats"].items() if k in counts})
+        self.stats.update({k: v for k, v in state["stats"].items() if k in self.stats})
+        ride.guard.load_state_dict(state["guard"])
         self._coordinates.load_state_dict(state["coordinates"])
-        self._live.load_state_dict(state["live"])
-        self._choose_what_is_tuned()
-        self._tangents.load_state_dict(state["tangents"])
+        ride.live.load_state_dict(state["live"])
+        ride.choose_what_is_tuned()
+        ride.tangents.load_state_dict(state["tangents"])
         self._windows.reset()
 
-    # ---- before and after the optimizer's step
-
-    def _before_step(self, i: int) -> None:
-        """Write the values of this step, judge its gradients, push the tangents."""
-        if len(self._transition.groups) != len(self._transition.rules):
-            raise ValueError("param groups were added: close this tuner and make a new one.")
-        if i in self._stepped:  # it steps more often than others: their turn is left out
-            self._end_step()
-        found_inf = getattr(self.optimizers[i], "found_inf", None)  # a fused optimizer is told here that it will skip
-        self._skipped = found_inf is not None and bool(found_inf)
-        never = self._frozen and self._total is None and not self.stats["hyper_steps"]
-        self._live.write(i, self._t, untouched=never)
-        self._transition.refresh()
-        active = tuple(
-            p.grad is not None and self._transition.optimizer_of_group[group] == i
-            for p, group in zip(self._transition.params, self._transition.group_of, strict=True)
-        )
-        if self._void and self._tangents.pending is None:  # judged when another optimizer's turn came
-            self._drop_gradients(i)
-            return
-        if self._skipped or not any(active):
-            return
-        state, pending = self._transition.read(), self._tangents.pending
-        g = self._transition.flatten(
-            [p.grad if a else None for p, a in zip(self._transition.params, active, strict=True)]
-        )
-        scale = getattr(self.optimizers[i], "grad_scale", None)  # fused optimizers unscale by themselves
-        if scale is not None:
-            g = g / scale
-        fresh = pending if pending is not None and i not in pending.stepped else None
-        loss = None if fresh is None else fresh.loss / fresh.scale
-        if not self._frozen and not self._judge(i, state, g, self._windows.loss if loss is None else float(loss)):
-            return
-        if not self._stepped:
-            self._tangents.follow(state.theta, self._t)
-        values = self._use(i)
-        if self.mode != "forward":
-            return
-        dg = self._tangents.seen(active)
-        if dg is not None and scale is not None:
-            dg = dg / scale
-        if dg is None:
-            self._count_unknown(fresh is None)
-        self._tangents.push(state, g, active, values, self._used[1], dg)
-        if loss is not None and not self._stepped:
-            self._losses.append(loss)
-        if fresh is not None:
-            fresh.stepped.add(i)
-
-    def _use(self, i: int) -> Values:
-        """Note the values of this step as optimizer i uses them, and dx/dφ."""
-        values, slopes = self._transition.values(), self._live.slopes(self._t)
-        if len(self.optimizers) == 1:
-            self._used = values, slopes
-            return values
-        old = self._used[0] or values
-        mine = [j == i for j in self._transition.optimizer_of_group]
-        merged = {
-            name: [new if m else x for new, x, m in zip(values[name], old[name], mine, strict=True)] for name in values
-        }
-        rows = torch.tensor([e.group is None or mine[e.group] for e in self._coordinates.entries])
-        self._used = merged, torch.where(rows, slopes, self._used[1])
-        return values
-
-    def _drop_gradients(self, i: int) -> None:
-        """Make optimizer i do nothing. The others' gradients stay until their turn: a GradScaler wants to see them."""
-        for p, group in zip(self._transition.params, self._transition.group_of, strict=True):
-            if self._transition.optimizer_of_group[group] == i:
-                p.grad = None
-
-    def _judge(self, i: int, state: State, g: Tensor, loss: float | None) -> bool:
-        """Whether optimizer i may step. If not, its gradients are None on return, so that it does nothing."""
-        verdict = self._guard.judge(loss, g, state.theta)
-        if verdict in ("false alarm", "bad data"):
-            self.stats["false_alarms"] += 1
-            self._coordinates.scale("lr", LR_CUT)
-        if verdict == "false alarm":
-            return True
-        if verdict == "good":
-            if not self._stepped and self._t % self._every == 0:
-                self._guard.keep(state)
-            return True
-        self._void, self._tangents.pending = True, None
-        self._drop_gradients(i)
-        self._windows.reset()
-        if verdict in ("bad batch", "bad data"):
-            self.stats["nonfinite_steps"] += 1
-            self._guard.mend_buffers()
-            self._journal.note_once(
-                self._t, "a loss or gradient was not finite: the step was passed over (tuner.stats['nonfinite_steps'])."
-            )
-        elif self._guard.roll_back():
-            self.stats["rollbacks"] += 1
-            cut = self._coordinates.scale("lr", 1 / LR_CUT)
-            then = f"lr divided by {LR_CUT:g}" if cut else "lr is not tuned and stays: if this goes on, lower it"
-            self._tangents.forget()
-            self._tangents.average = None
-            self._journal.note(
-                self._t,
-                f"blow-up (loss {math.nan if loss is None else loss:.3g}): weights taken back to the last good ones, {then}.",
-            )
-        return False
-
-    def _after_step(self, i: int) -> None:
-        self._live.restore(i)
-        if self._skipped:
-            return
-        self._stepped.add(i)
-        if len(self._stepped) == len(self.optimizers):
-            self._end_step()
-
-    def _end_step(self) -> None:
-        """One training step is done: count it, move the hyperparameters if it is time."""
-        self._stepped.clear()
-        self._void = False
-        self._t += 1
-        self.stats |= {"steps": self._t, **self._tangents.counts}
-        if self.mode == "forward" and self._t % self._every == 0:
-            self._hyper_step()
-        if self._choose_what_is_tuned():
-            self._tangents.forget()
-            if self._tangents.pending is not None:
-                self._tangents.pending.dg = None
-
-    def _choose_what_is_tuned(self) -> bool:
-        """Tune what is tuned after so many steps. True where that is a change."""
-        return self._coordinates.tune_only(tuned_at(self._t, self._total, self._coordinates.directions.wrt))
-
-    def _count_unknown(self, plain: bool) -> None:
-        if plain:
-            self.stats["plain_steps"] += 1
-            self._journal.note_once(
-                self._t,
-                "a step's gradients did not come from tuner.backward(loss): it trains as always, but tangents start again "
-                "from zero there (tuner.stats['plain_steps']). Replace loss.backward() by tuner.backward(loss).",
-            )
-        else:
-            self.stats["changed_gradients"] += 1
-            self._journal.note_once(
-                self._t,
-                "the gradients were changed between tuner.backward and optimizer.step in a way hypergrad does not know: "
-                "tangents start again from zero there (tuner.stats['changed_gradients']). Pass clip_norm=... if the loop "
-                "clips by norm, scaler=... if it has a GradScaler.",
-            )
-
-    # ---- the hyperparameter step
-
-    def _hyper_step(self) -> None:
-        with self._where() as tangent:
-            value, of_params, of_hypers, _ = self._problem.validate(self._val_loss, self._t, self._seed + self._t)
-        gradient = torch.zeros(len(self._coordinates), dtype=torch.float64)
-        if tangent is not None:
-            along = tangent @ self._transition.flatten(of_params)
-            gradient[self._coordinates.moving] = along.to("cpu", torch.float64)
-        slope = self._coordinates.slope()
-        for j, entry in enumerate(self._coordinates.entries):
-            if entry.group is None:
-                direct = of_hypers[list(self.hypers).index(entry.name)]
-                gradient[j] += 0 if direct is None else float(direct[entry.index]) * slope[j]
-        self.move(float(value), gradient)
-
-    @contextmanager
-    def _where(self) -> Iterator[Tensor | None]:
-        """The weights at which the validation loss is taken, in the model; yields their tangent [k, n]."""
-        moving = {self._coordinates.entries[j].name for j in self._coordinates.moving}
-        if not self._average or not moving & STEP_NAMES:
-            yield None if self._tangents.tangent is None else self._tangents.tangent.theta
-            return
-        with self.averaged():
-            yield self._tangents.average_tangent
-
-    def move(self, value: float, gradient: Tensor) -> None:
-        """One hyperparameter step from a validation loss and dL/dφ [k]."""
-        self.val_loss = value
-        self.stats["val_evaluations"] += 1
-        in_value = gradient / self._coordinates.slope()
-        self.hypergradients = self._coordinates.directions.pack(in_value)
-        if not (math.isfinite(value) and bool(torch.isfinite(gradient).all())):
-            self.stats["nonfinite_hypergradients"] += 1
-            self._journal.note_once(
-                self._t, "a validation loss or hypergradient was not finite: hyperparameters stayed."
-            )
-        elif not self._frozen:
-            hit = self._tangents.take_hits()
-            self._coordinates.step(
-                gradient, hit & torch.tensor([e.name in _SAFE_DOWN for e in self._coordinates.entries])
-            )
-            self._coordinates.write_hypers()
-            self.stats["hyper_steps"] += 1
-        self._record(gradient)
-
-    # ---- saying things
-
-    def _record(self, gradient: Tensor) -> None:
-        coordinates, row = self._coordinates, {}
-        for j, label in enumerate(coordinates.labels):
-            row["hyper/" + label] = float(coordinates.value[j])
-            if coordinates.kinds[j].kind == "positive":  # charts are linear: these move by orders of magnitude
-                row["log10/" + label] = math.log10(row["hyper/" + label])
-            if j in coordinates.moving:
-                row["hypergrad/" + label] = float(gradient[j])
-        losses, self._losses = self._losses, []
-        if losses:
-            row["loss/train"] = float(torch.stack(losses).mean())
-        self._journal.scalars(self._t, {"loss/val": self.val_loss, **row})
-
-    def _hparams(self, seed: int, hyper_lr: float) -> dict[str, Any]:
+    def _hparams(self, every: int, hyper_lr: float, seed: int) -> dict[str, Any]:
         values = self._coordinates.value.tolist()
         starts = {f"{label} start": x for label, x in zip(self._coordinates.labels, values, strict=True)}
         kinds = ", ".join(type(opt).__name__ for opt in self.optimizers)
         return {
             "optimizer": kinds,
             "mode": self.mode,
-            "every": self._every,
+            "every": every,
             "hyper_lr": hyper_lr,
             "seed": seed,
             **starts,
@@ -489,9 +286,6 @@ class Tuner:
             "that tuner.backward carries along. Validate in train mode, or use tuner.step with mode='unrolled', which has it."
         ]
 
-
-# Numbers whose tangent outgrew the weights: training is chaotic there, its hypergradient is noise, and less is safe.
-_SAFE_DOWN = frozenset({"lr", "momentum"})
 
 _STATS = (
     "steps",

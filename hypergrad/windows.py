@@ -23,22 +23,22 @@ from hypergrad.updates.rule import Tensors
 from hypergrad.updates.transition import Transition, Values
 
 if TYPE_CHECKING:
-    from hypergrad.tuner import Tuner
+    from hypergrad.ride import Ride
 
 
 class Windows:
     """The whole training step of a tuner, and the window of steps that is open."""
 
-    def __init__(self, tuner: Tuner, horizon: int):
-        self._tuner, self.horizon = weakref.ref(tuner), horizon
+    def __init__(self, ride: Ride, horizon: int):
+        self._ride, self.horizon = weakref.ref(ride), horizon
         self.loss: float | None = None  # of the step under way
         self.reset()
 
     @property
-    def tuner(self) -> Tuner:
-        tuner = self._tuner()
-        assert tuner is not None  # it owns this object
-        return tuner
+    def ride(self) -> Ride:
+        ride = self._ride()
+        assert ride is not None  # it owns this object
+        return ride
 
     def reset(self) -> None:
         """Begin a new window at the next step."""
@@ -49,48 +49,48 @@ class Windows:
         self.theta: Tensor | None = None  # after the last step of the window
 
     def step(self, batch: Any) -> Tensor:
-        tuner = self.tuner
-        if tuner.mode == "implicit" and tuner._used[0] and tuner._t % tuner._every == 0:
+        ride = self.ride
+        if ride.mode == "implicit" and ride.used[0] and ride.t % ride.every == 0:
             self._look_back(batch)
-        if tuner.mode == "unrolled":
+        if ride.mode == "unrolled":
             self._record(batch)
-        loss, before = tuner._problem.training_loss(batch), tuner._t
+        loss, before = ride.problem.training_loss(batch), ride.t
         self._train(loss)
         self.loss = None
-        if tuner._t == before:  # GradScaler skipped the step
+        if ride.t == before:  # GradScaler skipped the step
             self.reset()
         if self.batches:
-            self.theta = tuner._transition.flatten(tuner._transition.params)
+            self.theta = ride.transition.flatten(ride.transition.params)
             self.tape.losses.append(loss.detach())
-            self.values.append(self._with_clip(tuner._used[0]))
-            self.scales.append(tuner._used[1])
+            self.values.append(self._with_clip(ride.used[0]))
+            self.scales.append(ride.used[1])
         if len(self.batches) == self.horizon:
             self._close_window()
         return loss.detach()
 
     def _train(self, loss: Tensor) -> None:
-        tuner, scaler = self.tuner, self.tuner._tangents.scaler
+        ride, scaler = self.ride, self.ride.tangents.scaler
         self.loss = float(loss.detach())
-        for opt in tuner.optimizers:
+        for opt in ride.optimizers:
             opt.zero_grad()
         scaled = loss if scaler is None else scaler.scale(loss)
-        if tuner.mode == "forward":
-            tuner.backward(scaled)
+        if ride.mode == "forward":
+            ride.tangents.backward(scaled, None, False)
         else:
-            scaled.backward(inputs=[p for p in tuner._transition.params if p.requires_grad])
-        if tuner._tangents.clip_norm is not None:
+            scaled.backward(inputs=[p for p in ride.transition.params if p.requires_grad])
+        if ride.tangents.clip_norm is not None:
             if scaler is not None:
-                for opt in tuner.optimizers:
+                for opt in ride.optimizers:
                     scaler.unscale_(opt)
-            torch.nn.utils.clip_grad_norm_(tuner._transition.params, tuner._tangents.clip_norm)
-        for opt in tuner.optimizers:
+            torch.nn.utils.clip_grad_norm_(ride.transition.params, ride.tangents.clip_norm)
+        for opt in ride.optimizers:
             opt.step() if scaler is None else scaler.step(opt)
         if scaler is not None:
             scaler.update()
 
     def _record(self, batch: Any) -> None:
         """Keep what a replay of this step needs. Where weights were changed from outside, a new window begins."""
-        problem, transition = self.tuner._problem, self.tuner._transition
+        problem, transition = self.ride.problem, self.ride.transition
         if self.theta is not None and not torch.equal(self.theta, transition.flatten(transition.params)):
             self.reset()
         if len(self.batches) % self.tape.every == 0:
@@ -99,45 +99,45 @@ class Windows:
         self.batches.append(batch)
 
     def _with_clip(self, values: Values) -> Values:
-        m = self.tuner._tangents.clip_norm
+        m = self.ride.tangents.clip_norm
         return values if m is None else values | {"clip_norm": [float(m)]}
 
     def _stretch(self, batches: list[Any], values: list[Values], per_step: bool) -> Stretch:
-        tuner = self.tuner
-        clip = None if tuner._tangents.clip_norm is None else "clip_norm"
-        names = list(tuner._coordinates.directions.wrt)
-        transition = Transition(tuner.optimizers, frozenset(names), clip)
-        directions = Directions(transition, names, tuner.hypers, len(batches) if per_step else None)
+        ride = self.ride
+        clip = None if ride.tangents.clip_norm is None else "clip_norm"
+        names = list(ride.coordinates.directions.wrt)
+        transition = Transition(ride.optimizers, frozenset(names), clip)
+        directions = Directions(transition, names, ride.problem.hypers, len(batches) if per_step else None)
         steps = len(batches)
-        shift = tuner._t - steps if per_step else tuner._t
+        shift = ride.t - steps if per_step else ride.t
 
         def val_loss(t: int) -> Tensor:
-            return tuner._val_loss(shift + t) if takes_step(tuner._val_loss) else tuner._val_loss()
+            return ride.hyper.validation(shift + t) if takes_step(ride.hyper.validation) else ride.hyper.validation()
 
-        return Stretch(tuner._problem, transition, batches, values, directions, val_loss, (steps,))
+        return Stretch(ride.problem, transition, batches, values, directions, val_loss, (steps,))
 
     def _close_window(self) -> None:
-        tuner, transition = self.tuner, self.tuner._transition
-        self.tape.snapshots.append(Snapshot(transition.read(), tuner._problem.read_buffers()))
+        ride, transition = self.ride, self.ride.transition
+        self.tape.snapshots.append(Snapshot(transition.read(), ride.problem.read_buffers()))
         stretch = self._stretch(self.batches, self.values, per_step=True)
-        with tuner._problem.untouched():
-            result = adjoint(stretch, self.tape, Meter(tuner._problem.device))
+        with ride.problem.untouched():
+            result = adjoint(stretch, self.tape, Meter(ride.problem.device))
         gradient = torch.stack([self._in_phi(result.gradients, t) for t in range(len(self.batches))]).sum(0)
-        tuner._tangents.counts["hessian_products"] += result.stats["hessian_products"]
-        tuner._tangents.counts["gradients"] += result.stats["gradient_evaluations"]
+        ride.tangents.counts["hessian_products"] += result.stats["hessian_products"]
+        ride.tangents.counts["gradients"] += result.stats["gradient_evaluations"]
         self.reset()
-        tuner.move(float(result.value), gradient)
+        ride.hyper.move(ride.t, float(result.value), gradient)
 
     def _in_phi(self, gradients: Tensors, t: int) -> Tensor:
         """Step t's share of dL/dφ [k]: its gradient in the value times the value's slope at that step."""
-        entries = self.tuner._coordinates.entries
+        entries = self.ride.coordinates.entries
         shares = torch.stack([gradients[e.name][t][e.index] for e in entries])
         return shares.to("cpu", torch.float64) * self.scales[t]
 
     def _look_back(self, batch: Any) -> None:
-        tuner = self.tuner
-        values, scale = tuner._used
+        ride = self.ride
+        values, scale = ride.used
         stretch = self._stretch([batch], [self._with_clip(values)], per_step=False)
         result = implicit(stretch, look_back=self.horizon)
-        shares = torch.stack([result.gradients[e.name][e.index] for e in tuner._coordinates.entries])
-        tuner.move(float(result.value), shares.to("cpu", torch.float64) * scale)
+        shares = torch.stack([result.gradients[e.name][e.index] for e in ride.coordinates.entries])
+        ride.hyper.move(ride.t, float(result.value), shares.to("cpu", torch.float64) * scale)

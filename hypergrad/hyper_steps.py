@@ -1,0 +1,103 @@
+"""The hyperparameter step: a validation loss, its gradient along the tangents, and one step of Adam on φ."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from hypergrad.coordinates import Coordinates
+from hypergrad.problem import Problem
+from hypergrad.recording import Journal
+from hypergrad.schedules import STEP_NAMES
+from hypergrad.tangents import Tangents
+
+# Numbers whose tangent outgrew the weights: training is chaotic there, its hypergradient is noise, and less is safe.
+_SAFE_DOWN = frozenset({"lr", "momentum"})
+
+
+class HyperSteps:
+    """Moves the hyperparameters.
+
+    Args:
+        validation: the user's validation loss.
+        average: take it at the running average of the weights while lr, momentum, … are tuned.
+        seed: of the random numbers that it draws.
+        stats: counts, shared with the ride.
+    """
+
+    def __init__(
+        self,
+        problem: Problem,
+        coordinates: Coordinates,
+        tangents: Tangents,
+        journal: Journal,
+        validation: Callable[..., Tensor],
+        average: bool,
+        seed: int,
+        stats: dict[str, int],
+    ):
+        self.problem, self.coordinates, self.tangents, self.journal = problem, coordinates, tangents, journal
+        self.transition, self.validation, self.average, self.seed = tangents.transition, validation, average, seed
+        self.stats, self.frozen, self.val_loss = stats, False, math.nan
+        self.hypergradients: dict[str, Tensor] = {}
+        self.losses: list[Tensor] = []  # of the training steps since the last record
+
+    def take(self, t: int) -> None:
+        """One hyperparameter step from the tangents, after t training steps."""
+        with self._where() as tangent:
+            value, of_params, of_hypers, _ = self.problem.validate(self.validation, t, self.seed + t)
+        gradient = torch.zeros(len(self.coordinates), dtype=torch.float64)
+        if tangent is not None:
+            along = tangent @ self.transition.flatten(of_params)
+            gradient[self.coordinates.moving] = along.to("cpu", torch.float64)
+        slope = self.coordinates.slope()
+        for j, entry in enumerate(self.coordinates.entries):
+            if entry.group is None:
+                direct = of_hypers[list(self.problem.hypers).index(entry.name)]
+                gradient[j] += 0 if direct is None else float(direct[entry.index]) * slope[j]
+        self.move(t, float(value), gradient)
+
+    @contextmanager
+    def _where(self) -> Iterator[Tensor | None]:
+        """The weights at which the validation loss is taken, in the model; yields their tangent [k, n]."""
+        moving = {self.coordinates.entries[j].name for j in self.coordinates.moving}
+        if not self.average or not moving & STEP_NAMES:
+            yield None if self.tangents.tangent is None else self.tangents.tangent.theta
+            return
+        with self.tangents.averaged():
+            yield self.tangents.average_tangent
+
+    def move(self, t: int, value: float, gradient: Tensor) -> None:
+        """One hyperparameter step from a validation loss and dL/dφ [k]."""
+        self.val_loss = value
+        self.stats["val_evaluations"] += 1
+        in_value = gradient / self.coordinates.slope()
+        self.hypergradients = self.coordinates.directions.pack(in_value)
+        if not (math.isfinite(value) and bool(torch.isfinite(gradient).all())):
+            self.stats["nonfinite_hypergradients"] += 1
+            self.journal.note_once(t, "a validation loss or hypergradient was not finite: hyperparameters stayed.")
+        elif not self.frozen:
+            hit = self.tangents.take_hits()
+            self.coordinates.step(
+                gradient, hit & torch.tensor([e.name in _SAFE_DOWN for e in self.coordinates.entries])
+            )
+            self.coordinates.write_hypers()
+            self.stats["hyper_steps"] += 1
+        self._record(t, gradient)
+
+    def _record(self, t: int, gradient: Tensor) -> None:
+        coordinates, row = self.coordinates, {}
+        for j, label in enumerate(coordinates.labels):
+            row["hyper/" + label] = float(coordinates.value[j])
+            if coordinates.kinds[j].kind == "positive":  # charts are linear: these move by orders of magnitude
+                row["log10/" + label] = math.log10(row["hyper/" + label])
+            if j in coordinates.moving:
+                row["hypergrad/" + label] = float(gradient[j])
+        losses, self.losses = self.losses, []
+        if losses:
+            row["loss/train"] = float(torch.stack(losses).mean())
+        self.journal.scalars(t, {"loss/val": self.val_loss, **row})

@@ -1,0 +1,189 @@
+"""What happens around every step of the user's optimizer: values written, gradients judged, tangents pushed.
+
+before the step    LiveValues.write → Guard.judge → Tangents.seen → Tangents.push
+the step           torch's own
+after the step     LiveValues.restore → every so many steps HyperSteps.take
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from hypergrad.guard import LR_CUT, Guard
+from hypergrad.hyper_steps import HyperSteps
+from hypergrad.live_values import LiveValues
+from hypergrad.schedules import tuned_at
+from hypergrad.updates.transition import State, Values
+
+if TYPE_CHECKING:
+    from hypergrad.windows import Windows
+
+
+class Ride:
+    """A tuner on a live loop.
+
+    Args:
+        hyper: the hyperparameter step, with problem, coordinates, tangents and journal.
+        mode, every, total: as in `Tuner`.
+    """
+
+    windows: Windows  # set by the tuner: whole steps ride on this ride
+
+    def __init__(self, hyper: HyperSteps, live: LiveValues, guard: Guard, mode: str, every: int, total: int | None):
+        self.hyper, self.live, self.guard = hyper, live, guard
+        self.problem, self.coordinates, self.tangents = hyper.problem, hyper.coordinates, hyper.tangents
+        self.transition, self.journal, self.stats = hyper.transition, hyper.journal, hyper.stats
+        self.optimizers, self.mode, self.every, self.total = hyper.transition.optimizers, mode, every, total
+        self.t = 0  # training steps done
+        self.stepped: set[int] = set()  # the optimizers that have taken the present step
+        self.skipped = False  # the present step is one that a fused optimizer leaves out
+        self.void = False  # the present step was judged to do nothing
+        self.used: tuple[Values, Tensor] = {}, self.coordinates.slope()  # by the last step: values, dx/dφ
+        self.choose_what_is_tuned()
+
+    def before_step(self, i: int) -> None:
+        """Write the values of this step, judge its gradients, push the tangents."""
+        if len(self.transition.groups) != len(self.transition.rules):
+            raise ValueError("param groups were added: close this tuner and make a new one.")
+        if i in self.stepped:  # it steps more often than others: their turn is left out
+            self._end_step()
+        found_inf = getattr(self.optimizers[i], "found_inf", None)  # a fused optimizer is told here that it will skip
+        self.skipped = found_inf is not None and bool(found_inf)
+        never = self.hyper.frozen and self.total is None and not self.stats["hyper_steps"]
+        self.live.write(i, self.t, untouched=never)
+        self.transition.refresh()
+        active = tuple(
+            p.grad is not None and self.transition.optimizer_of_group[group] == i
+            for p, group in zip(self.transition.params, self.transition.group_of, strict=True)
+        )
+        if self.void and self.tangents.pending is None:  # judged when another optimizer's turn came
+            self._drop_gradients(i)
+            return
+        if self.skipped or not any(active):
+            return
+        state, pending = self.transition.read(), self.tangents.pending
+        g = self.transition.flatten(
+            [p.grad if a else None for p, a in zip(self.transition.params, active, strict=True)]
+        )
+        scale = getattr(self.optimizers[i], "grad_scale", None)  # fused optimizers unscale by themselves
+        if scale is not None:
+            g = g / scale
+        fresh = pending if pending is not None and i not in pending.stepped else None
+        loss = None if fresh is None else fresh.loss / fresh.scale
+        if not self.hyper.frozen and not self._judge(i, state, g, self.windows.loss if loss is None else float(loss)):
+            return
+        if not self.stepped:
+            self.tangents.follow(state.theta, self.t)
+        values = self._use(i)
+        if self.mode != "forward":
+            return
+        dg = self.tangents.seen(active)
+        if dg is not None and scale is not None:
+            dg = dg / scale
+        if dg is None:
+            self._count_unknown(fresh is None)
+        self.tangents.push(state, g, active, values, self.used[1], dg)
+        if loss is not None and not self.stepped:
+            self.hyper.losses.append(loss)
+        if fresh is not None:
+            fresh.stepped.add(i)
+
+    def _use(self, i: int) -> Values:
+        """Note the values of this step as optimizer i uses them, and dx/dφ."""
+        values, slopes = self.transition.values(), self.live.slopes(self.t)
+        if len(self.optimizers) == 1:
+            self.used = values, slopes
+            return values
+        old = self.used[0] or values
+        mine = [j == i for j in self.transition.optimizer_of_group]
+        merged = {
+            name: [new if m else x for new, x, m in zip(values[name], old[name], mine, strict=True)] for name in values
+        }
+        rows = torch.tensor([e.group is None or mine[e.group] for e in self.coordinates.entries])
+        self.used = merged, torch.where(rows, slopes, self.used[1])
+        return values
+
+    def _drop_gradients(self, i: int) -> None:
+        """Make optimizer i do nothing. The others' gradients stay until their turn: a GradScaler wants to see them."""
+        for p, group in zip(self.transition.params, self.transition.group_of, strict=True):
+            if self.transition.optimizer_of_group[group] == i:
+                p.grad = None
+
+    def _judge(self, i: int, state: State, g: Tensor, loss: float | None) -> bool:
+        """Whether optimizer i may step. If not, its gradients are None on return, so that it does nothing."""
+        verdict = self.guard.judge(loss, g, state.theta)
+        if verdict in ("false alarm", "bad data"):
+            self.stats["false_alarms"] += 1
+            self.coordinates.scale("lr", LR_CUT)
+        if verdict == "false alarm":
+            return True
+        if verdict == "good":
+            if not self.stepped and self.t % self.every == 0:
+                self.guard.keep(state)
+            return True
+        self.void, self.tangents.pending = True, None
+        self._drop_gradients(i)
+        self.windows.reset()
+        if verdict in ("bad batch", "bad data"):
+            self.stats["nonfinite_steps"] += 1
+            self.guard.mend_buffers()
+            self.journal.note_once(
+                self.t, "a loss or gradient was not finite: the step was passed over (tuner.stats['nonfinite_steps'])."
+            )
+        elif self.guard.roll_back():
+            self.stats["rollbacks"] += 1
+            cut = self.coordinates.scale("lr", 1 / LR_CUT)
+            then = f"lr divided by {LR_CUT:g}" if cut else "lr is not tuned and stays: if this goes on, lower it"
+            self.tangents.forget()
+            self.tangents.average = None
+            self.journal.note(
+                self.t,
+                f"blow-up (loss {math.nan if loss is None else loss:.3g}): weights taken back to the last good ones, {then}.",
+            )
+        return False
+
+    def after_step(self, i: int) -> None:
+        self.live.restore(i)
+        if self.skipped:
+            return
+        self.stepped.add(i)
+        if len(self.stepped) == len(self.optimizers):
+            self._end_step()
+
+    def _end_step(self) -> None:
+        """One training step is done: count it, move the hyperparameters if it is time."""
+        self.stepped.clear()
+        self.void = False
+        self.t += 1
+        self.stats |= {"steps": self.t, **self.tangents.counts}
+        if self.mode == "forward" and self.t % self.every == 0:
+            self.hyper.take(self.t)
+        if self.choose_what_is_tuned():
+            self.tangents.forget()
+            if self.tangents.pending is not None:
+                self.tangents.pending.dg = None
+
+    def choose_what_is_tuned(self) -> bool:
+        """Tune what is tuned after so many steps. True where that is a change."""
+        return self.coordinates.tune_only(tuned_at(self.t, self.total, self.coordinates.directions.wrt))
+
+    def _count_unknown(self, plain: bool) -> None:
+        if plain:
+            self.stats["plain_steps"] += 1
+            self.journal.note_once(
+                self.t,
+                "a step's gradients did not come from tuner.backward(loss): it trains as always, but tangents start again "
+                "from zero there (tuner.stats['plain_steps']). Replace loss.backward() by tuner.backward(loss).",
+            )
+        else:
+            self.stats["changed_gradients"] += 1
+            self.journal.note_once(
+                self.t,
+                "the gradients were changed between tuner.backward and optimizer.step in a way hypergrad does not know: "
+                "tangents start again from zero there (tuner.stats['changed_gradients']). Pass clip_norm=... if the loop "
+                "clips by norm, scaler=... if it has a GradScaler.",
+            )
