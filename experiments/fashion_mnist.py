@@ -168,7 +168,7 @@ def main(args: Args) -> list[dict[str, Any]]:
         own = [row for row in rows if row["method"] == method and row["steps"] == args.steps]
         ended = sorted(row["test_loss"] for row in own if not row["diverged"]) or [math.nan]
         print(
-            f"{method:<16}{len(own):>6}{np.mean(ended):>18.4f}{np.median(ended):>9.4f}{ended[0]:>9.4f}{ended[-1]:>9.4f}"
+            f"{method:<16}{len(own):>6}{np.mean(ended):>18.4g}{np.median(ended):>9.4g}{ended[0]:>9.4g}{ended[-1]:>9.4g}"
             f"{own[0]['flops_ratio']:>7.2f}x"
         )
     print(f"\n{sum(row['diverged'] for row in rows)} diverged (left out of the means). {out / 'fashion_mnist.json'}")

@@ -40,6 +40,9 @@ def quickstart(rows: Rows) -> Figure:
     return figure
 
 
+BLOWN_UP = 4.0  # where runs are drawn that end in NaN, or above this
+
+
 def fashion_mnist(rows: Rows) -> Figure:
     """Where each start ends: test loss over the learning rate that it started from."""
     figure = Figure(figsize=(7, 4.2), layout="constrained")
@@ -50,14 +53,15 @@ def fashion_mnist(rows: Rows) -> Figure:
         "tuned": ("tuned by hypergrad", TUNED, "D"),
     }
     for method, (label, colour, marker) in shown.items():
-        own = [row for row in rows if row["method"] == method and not row["diverged"]]
-        x, y = [row["start_lr"] for row in own], [row["test_loss"] for row in own]
+        own = [row for row in rows if row["method"] == method]
+        x = [row["start_lr"] for row in own]
+        y = [BLOWN_UP if row["diverged"] else min(row["test_loss"], BLOWN_UP) for row in own]
         if own:
             panel.scatter(x, y, s=26, color=colour, marker=marker, alpha=0.85, linewidths=0, label=label)
     panel.set_xscale("log")
     panel.set_yscale("log")
     ticks = (0.34, 0.4, 0.5, 0.7, 1.0, 1.5, 2.3)
-    panel.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
+    panel.set_yticks([*ticks, BLOWN_UP], [*(f"{tick:g}" for tick in ticks), "blown up"])
     panel.minorticks_off()
     _tidy(panel, "test cross-entropy after 10,000 steps", "learning rate at the start")
     panel.legend(frameon=False, fontsize=9)

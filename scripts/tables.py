@@ -56,7 +56,7 @@ def fashion_mnist(result: Result) -> str:
             numbers = (statistics.fmean(losses), statistics.median(losses), losses[0], losses[-1])
             cost = statistics.fmean(row["flops_ratio"] for row in rows)
             seconds = statistics.fmean(row["seconds"] for row in rows)
-            shown = [f"{number:.4f}" for number in numbers]
+            shown = [f"{number:.4f}" if number < 1000 else f"{number:.1e}" for number in numbers]
             nan = len(rows) - len(losses)
             body.append((name, str(len(rows)), *shown, str(nan), f"{cost:.2f}×", f"{seconds:.1f}"))
     return _table(head, body) + "\n\n" + _source(result)
