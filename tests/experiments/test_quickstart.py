@@ -25,7 +25,7 @@ def test_the_quick_run_ends_with_a_table_curves_and_the_line_to_browse_them(tmp_
 
     last = out.out.strip().splitlines()[-1]
     logdir = Path(last.partition("tensorboard --logdir ")[2])
-    assert list(logdir.glob("events.out.tfevents.*"))
+    assert list(logdir.glob("*/events.out.tfevents.*"))
     assert (logdir / "metrics.jsonl").read_text()
     assert (logdir / "curves.png").read_bytes().startswith(b"\x89PNG")
     assert json.loads((tmp_path / "quickstart.json").read_text())["rows"] == rows
