@@ -25,9 +25,11 @@ def test_the_quick_run_ends_with_a_table_curves_and_the_line_to_browse_them(tmp_
 
     last = out.out.strip().splitlines()[-1]
     logdir = Path(last.partition("tensorboard --logdir ")[2])
-    assert list(logdir.glob("*/events.out.tfevents.*"))
-    assert (logdir / "metrics.jsonl").read_text()
-    assert (logdir / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert logdir == tmp_path  # TensorBoard shows every run in it by its name
+    (run,) = (folder for folder in logdir.iterdir() if folder.is_dir())
+    assert list(run.glob("events.out.tfevents.*"))
+    assert (run / "metrics.jsonl").read_text()
+    assert (run / "curves.png").read_bytes().startswith(b"\x89PNG")
     assert json.loads((tmp_path / "quickstart.json").read_text())["rows"] == rows
     assert "\r" not in out.err  # no bar where the output is no terminal
 
