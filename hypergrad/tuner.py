@@ -225,17 +225,18 @@ class Tuner:
             "coordinates": self._coordinates.state_dict(),
             "live": ride.live.state_dict(),
             "tangents": ride.tangents.state_dict(),
+            "used": {"values": dict(ride.used[0]), "slopes": ride.used[1]},
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a state. Raises ValueError where it is that of another model or of other hyperparameters."""
         try:
             sizes, names = list(state["sizes"]), list(state["coordinates"]["names"])
-            missing = self.state_dict().keys() - state.keys()
+            missing = _missing(self.state_dict(), state)
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError("this is not the state_dict of a hypergrad.Tuner.") from error
         if missing:
-            raise ValueError(f"this state_dict is incomplete: it lacks {', '.join(sorted(missing))}.")
+            raise ValueError(f"this state_dict is incomplete: it lacks {', '.join(missing)}.")
         if sizes != self._transition.sizes:
             raise ValueError(
                 "this state_dict belongs to another model: the optimizer's parameters differ in number or size."
@@ -256,6 +257,7 @@ class Tuner:
         ride.live.load_state_dict(state["live"])
         ride.choose_what_is_tuned()
         ride.tangents.load_state_dict(state["tangents"])
+        ride.used = dict(state["used"]["values"]), state["used"]["slopes"].clone()
         self._windows.reset()
 
     def _hparams(self, every: int, hyper_lr: float, seed: int) -> dict[str, Any]:
@@ -301,6 +303,15 @@ _STATS = (
     "false_alarms",
     "capped",
 )
+
+
+def _missing(mine: Mapping[str, Any], state: Mapping[str, Any]) -> list[str]:
+    """What a tuner's state_dict lacks, two levels deep."""
+    out = [name for name in mine if name not in state]
+    for name in ("guard", "coordinates", "live", "tangents", "used"):
+        if name in state:
+            out += [f"{name}/{key}" for key in mine[name] if key not in state[name]]
+    return out
 
 
 def _check_numbers(mode: str, horizon: int, every: int, hyper_lr: float, total_steps: int | None) -> None:

@@ -20,7 +20,7 @@ from hypergrad.modes.stretch import Directions, Meter, Stretch
 from hypergrad.modes.unrolled import Snapshot, Tape, adjoint, default_every
 from hypergrad.problem import takes_step
 from hypergrad.updates.rule import Tensors
-from hypergrad.updates.transition import Transition, Values
+from hypergrad.updates.transition import State, Transition, Values
 
 if TYPE_CHECKING:
     from hypergrad.ride import Ride
@@ -46,7 +46,7 @@ class Windows:
         self.batches: list[Any] = []
         self.values: list[Values] = []
         self.scales: list[Tensor] = []
-        self.theta: Tensor | None = None  # after the last step of the window
+        self.after: State | None = None  # after the last step of the window
 
     def step(self, batch: Any) -> Tensor:
         ride = self.ride
@@ -60,7 +60,7 @@ class Windows:
         if ride.t == before:  # GradScaler skipped the step
             self.reset()
         if self.batches:
-            self.theta = ride.transition.flatten(ride.transition.params)
+            self.after = ride.transition.read()
             self.tape.losses.append(loss.detach())
             self.values.append(self._with_clip(ride.used[0]))
             self.scales.append(ride.used[1])
@@ -89,12 +89,13 @@ class Windows:
             scaler.update()
 
     def _record(self, batch: Any) -> None:
-        """Keep what a replay of this step needs. Where weights were changed from outside, a new window begins."""
+        """Keep what a replay of this step needs. Where the state was changed from outside, a new window begins."""
         problem, transition = self.ride.problem, self.ride.transition
-        if self.theta is not None and not torch.equal(self.theta, transition.flatten(transition.params)):
+        state = transition.read()
+        if self.after is not None and not state.equals(self.after):
             self.reset()
         if len(self.batches) % self.tape.every == 0:
-            self.tape.snapshots.append(Snapshot(transition.read(), problem.read_buffers()))
+            self.tape.snapshots.append(Snapshot(state, problem.read_buffers()))
         self.tape.rng.append(problem.rng())
         self.batches.append(batch)
 
@@ -112,6 +113,7 @@ class Windows:
         shift = ride.t - steps if per_step else ride.t
 
         def val_loss(t: int) -> Tensor:
+            ride.problem.rng().seed(ride.hyper.seed + shift + t)  # a stream of its own, as in HyperSteps.take
             return ride.hyper.validation(shift + t) if takes_step(ride.hyper.validation) else ride.hyper.validation()
 
         return Stretch(ride.problem, transition, batches, values, directions, val_loss, (steps,))

@@ -86,6 +86,26 @@ def test_validation_batches_drawn_by_a_loader_differ_and_leave_trainings_stream_
     assert len(set(seen[-STEPS // 2 :])) == STEPS // 2
 
 
+@pytest.mark.parametrize("mode", ["forward", "unrolled", "implicit"])
+def test_validation_batches_differ_where_training_draws_nothing(mode: str) -> None:
+    _, (x, y) = data()
+    model, seen = nn.Linear(5, 1), []
+
+    def val_loss() -> Tensor:
+        rows = torch.randperm(9)[:3]
+        seen.append(tuple(rows.tolist()))
+        return mse(model, (x[rows], y[rows]))
+
+    opt = torch.optim.SGD(model.parameters(), lr=0.01)
+    tuner = hypergrad.Tuner(model, opt, val_loss, tune=("lr",), loss=mse, mode=mode, every=3, horizon=3)
+    rng = torch.get_rng_state()
+    seen.clear()
+    for batch in data()[0]:
+        tuner.step(batch)
+    assert len(set(seen)) == len(seen) >= 3
+    assert torch.equal(rng, torch.get_rng_state())
+
+
 # ---- what happens to gradients between backward and step
 
 

@@ -41,6 +41,12 @@ class State:
     slots: Tensors
     counts: tuple[int, ...]
 
+    def equals(self, other: State) -> bool:
+        """Bit for bit."""
+        same = self.counts == other.counts and self.slots.keys() == other.slots.keys()
+        pairs = [(self.theta, other.theta), *((x, other.slots[name]) for name, x in self.slots.items())] if same else []
+        return same and all(torch.equal(a, b) for a, b in pairs)
+
     def like(self, theta: Tensor, slots: Tensors, active: Sequence[bool]) -> State:
         return State(theta, slots, tuple(c + a for c, a in zip(self.counts, active, strict=True)))
 
