@@ -217,38 +217,6 @@ def test_full_backward_hook_is_refused() -> None:
     assert tuner.stats["steps"] == 0
 
 
-class Heads(nn.Module):
-    """Every other batch is for the other head."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.body, self.heads, self.calls = nn.Linear(5, 8), nn.ModuleList(nn.Linear(8, 1) for _ in range(2)), 0
-
-    def forward(self, x: Tensor) -> Tensor:
-        self.calls += self.training
-        return self.heads[self.calls // 2 % 2](self.body(x).tanh())
-
-
-@pytest.mark.parametrize("set_to_none", [False, True])
-@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.AdamW])
-def test_parameter_that_some_steps_do_not_use(kind: Any, set_to_none: bool) -> None:
-    """Where zeros are kept it goes on moving by momentum and decay, where they are not it stands still."""
-
-    def make() -> Any:
-        model = Heads()
-        kw = {"momentum": 0.8} if kind is torch.optim.SGD else {"eps": 1e-3}
-        parts = [{"params": model.body.parameters()}, {"params": model.heads.parameters(), "lr": 0.02}]
-        return model, kind(parts, lr=0.03, weight_decay=0.02, **kw)
-
-    def train(model: Any, opt: Any, backward: Backward) -> None:
-        model.calls = 0
-        ordinary(model, opt, backward, set_to_none)
-        model.calls = 0
-
-    matches_differences(make, train, every=STEPS)
-
-
 def test_momentum_written_from_0_during_the_run() -> None:
     def train(model: Any, opt: Any, backward: Backward) -> None:
         for t, batch in enumerate(data()[0]):
