@@ -1,0 +1,175 @@
+"""What a workload is, and the two ways of training it: plain, and tuned by hypergrad.
+
+Terms: a *rung* is a fraction of the run at which the whole validation set is read; L is the workload's loss.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import hypergrad
+from experiments.datasets import Data
+from experiments.flops import gradient_evaluations
+
+RUNGS = {"val_16th": 16, "val_8th": 8, "val_4th": 4, "val_half": 2, "val": 1}  # after steps / number
+VAL_BATCH = 250  # examples of one val_loss(); smaller validation sets are taken whole
+EVAL_BATCH = 2500  # examples of one forward pass of evaluate()
+OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
+    "SGD": lambda groups, **hyper: torch.optim.SGD(groups, momentum=0.9, **hyper),
+    "AdamW": torch.optim.AdamW,
+    "RMSprop": torch.optim.RMSprop,
+}
+Batch = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class Workload:
+    """One row of the table: a data set, a model, a loss and an optimizer.
+
+    Attributes:
+        optimizer: a name of OPTIMIZERS; all of its numbers except lr and weight decay are fixed there.
+        data: `data(full)`: fixed data and splits; `full` asks for the larger version.
+        model: `model(data, full)`: a fresh model, initialised from torch's global random numbers.
+        loss: `loss(outputs, targets)` → scalar.
+        groups: `groups(model)` → the param groups; one group of all parameters where None.
+    """
+
+    name: str
+    title: str
+    optimizer: str
+    data: Callable[[bool], Data]
+    model: Callable[[Data, bool], nn.Module]
+    loss: Callable[[Tensor, Tensor], Tensor]
+    steps: int
+    full_steps: int
+    batch: int = 50
+    groups: Callable[[nn.Module], list[dict[str, Any]]] | None = None
+
+    def build(self, seed: int, full: bool = False, steps: int | None = None) -> Task:
+        """One run's model and batches; `seed` decides the initialisation and the order of the batches."""
+        data = self.data(full)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            model = self.model(data, full)
+        return Task(self, data, model, seed, steps or (self.full_steps if full else self.steps))
+
+
+@dataclass
+class Task:
+    """A workload about to be trained once."""
+
+    workload: Workload
+    data: Data
+    model: nn.Module
+    seed: int
+    steps: int
+
+    def make_optimizer(self, lr: float, weight_decay: float) -> torch.optim.Optimizer:
+        groups = self.workload.groups(self.model) if self.workload.groups else [{"params": [*self.model.parameters()]}]
+        return OPTIMIZERS[self.workload.optimizer](groups, lr=lr, weight_decay=weight_decay)
+
+    def batches(self) -> Iterator[Batch]:
+        """`steps` batches, epoch after epoch in an order of this task's own seed; an epoch's odd end is left out."""
+        x, y = self.data.train
+        size, draws = min(self.workload.batch, len(y)), torch.Generator().manual_seed(self.seed)
+        per_epoch, order = len(y) // size, torch.empty(0)
+        for step in range(self.steps):
+            at = step % per_epoch * size
+            if at == 0:
+                order = torch.randperm(len(y), generator=draws)
+            yield x[order[at : at + size]], y[order[at : at + size]]
+
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        return self.workload.loss(model(batch[0]), batch[1])
+
+    def val_loss(self) -> Tensor:
+        """L on a validation batch drawn with torch's global random numbers, the model in the mode that it is in."""
+        x, y = self.data.val
+        if len(y) <= 2 * VAL_BATCH:
+            return self.loss(self.model, (x, y))
+        picked = torch.randint(len(y), (VAL_BATCH,))
+        return self.loss(self.model, (x[picked], y[picked]))
+
+    @torch.no_grad()
+    def evaluate(self, split: str) -> float:
+        """L on all of "val" or "test", in eval mode; the model's mode is put back."""
+        x, y = getattr(self.data, split)
+        training = self.model.training
+        self.model.eval()
+        chunks = zip(x.split(EVAL_BATCH), y.split(EVAL_BATCH))
+        total = sum(self.loss(self.model, chunk).item() * len(chunk[1]) for chunk in chunks)
+        self.model.train(training)
+        return total / len(y)
+
+
+def train(task: Task, lr: float, weight_decay: float, *, decay: bool = True, initial: bool = False) -> dict[str, Any]:
+    """The plain run: fixed values, lr decaying linearly to zero (constant without `decay`).
+
+    Returns:
+        The validation loss at every rung of RUNGS, `test` after the last step, `seconds` of training; with `initial` also
+        `initial_val` and `initial_test`. A run whose training loss stops being finite ends there; what it lacks is NaN.
+    """
+    before = {f"initial_{split}": task.evaluate(split) for split in ("val", "test")} if initial else {}
+    optimizer = task.make_optimizer(lr, weight_decay)
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=task.steps) if decay else None
+    return before | fit(task, optimizer, Tensor.backward, schedule.step if schedule else None)
+
+
+def train_tuned(
+    task: Task, lr: float, weight_decay: float, tune: Sequence[str] = ("lr", "weight_decay"), **options: Any
+) -> dict[str, Any]:
+    """The same run with a `hypergrad.Tuner`, which brings its own shape of lr; `options` go to it.
+
+    Returns:
+        What `train` returns; `end_lr`, `end_weight_decay`, … (the geometric mean over param groups); `gradient_evaluations`
+        and `rollbacks`.
+    """
+    optimizer = task.make_optimizer(lr, weight_decay)
+    options = {"total_steps": task.steps, "seed": task.seed} | options
+    tuner = hypergrad.Tuner(task.model, optimizer, task.val_loss, tune=tune, **options)
+    row = fit(task, optimizer, tuner.backward, to_the_end=True)
+    ended = {f"end_{name}": values.log().mean().exp().item() for name, values in tuner.values.items()}
+    tuner.close()
+    row |= ended | {"gradient_evaluations": gradient_evaluations(tuner.stats), "rollbacks": tuner.stats["rollbacks"]}
+    return row
+
+
+def fit(
+    task: Task,
+    optimizer: torch.optim.Optimizer,
+    backward: Callable[[Tensor], None],
+    after_step: Callable[[], None] | None = None,
+    to_the_end: bool = False,
+) -> dict[str, Any]:
+    """The training loop of every experiment on workloads: what `train` returns, for any optimizer and `backward`.
+
+    Args:
+        to_the_end: go on after a loss that is not finite (where something rolls it back).
+    """
+    model, at = task.model, {name: max(task.steps // part, 1) for name, part in RUNGS.items()}
+    row = dict.fromkeys([*RUNGS, "test"], math.nan)
+    seconds, began = 0.0, time.perf_counter()
+    for step, batch in enumerate(task.batches(), start=1):
+        loss = task.loss(model, batch)
+        optimizer.zero_grad()
+        backward(loss)
+        optimizer.step()
+        if after_step:
+            after_step()
+        if not (to_the_end or math.isfinite(loss.item())):
+            break
+        if step in at.values():
+            seconds += time.perf_counter() - began
+            val = task.evaluate("val")
+            row |= {name: val for name, rung in at.items() if rung == step}
+            began = time.perf_counter()
+    else:
+        row["test"] = task.evaluate("test")
+    return row | {"seconds": round(seconds, 3)}
