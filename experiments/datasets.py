@@ -18,6 +18,7 @@ IDX_FILES = (
     "t10k-labels-idx1-ubyte",
 )
 DEBIAN = Path("/usr/share/datasets/fashion-mnist")
+UCI_SETS = ("energy", "kin8nm", "power")
 
 
 class Split(NamedTuple):
@@ -89,6 +90,35 @@ def find_fashion_mnist(data_dir: str | None = None, download: bool = True) -> Pa
         f"Download by torchvision: {failure}.\n"
         "Pass --data-dir with the folder that holds them, or `apt-get install dataset-fashion-mnist` on Debian."
     )
+
+
+def uci(name: str, data_dir: str | Path) -> tuple[Data, float]:
+    """A regression set of the UCI repository from ``<data_dir>/<name>.npz``: x [n, d] and y [n], standardised.
+
+    Mean and standard deviation of every input and of the output are those of training and validation rows together.
+
+    Returns:
+        the set, and the standard deviation of y: times its square a mean squared error is one in original units.
+
+    Raises:
+        FileNotFoundError: saying what the file has to hold.
+    """
+    path = Path(data_dir, f"{name}.npz")
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{path} was not found. Pass --data-dir with a folder of {', '.join(f'{each}.npz' for each in UCI_SETS)}, each with "
+            "arrays x [n, d], y [n] and split: the numbers of training, validation and test rows, which lie in that order."
+        )
+    with np.load(path) as file:
+        x, y, split = torch.from_numpy(file["x"]).double(), torch.from_numpy(file["y"]).double(), file["split"].tolist()
+    if sum(split) != len(x) or len(x) != len(y):
+        raise ValueError(f"{path}: split {split} does not add up to the {len(x)} rows of x and {len(y)} of y")
+    seen = split[0] + split[1]
+    std, mean = torch.std_mean(x[:seen], dim=0, correction=0)
+    y_std, y_mean = torch.std_mean(y[:seen], correction=0)
+    std[std == 0] = 1
+    parts = zip(((x - mean) / std).float().split(split), ((y - y_mean) / y_std).float().split(split))
+    return Data(*(Split(*part) for part in parts)), float(y_std)
 
 
 def write_idx(folder: Path, name: str, array: np.ndarray) -> None:
