@@ -31,7 +31,7 @@ _ROWS = (
         data=data.fashion,
         model=lambda data, full: models.mlp(784, 10),
         loss=cross_entropy,
-        steps=2000,
+        steps=1500,
         full_steps=10_000,
     ),
     Workload(
@@ -41,7 +41,7 @@ _ROWS = (
         data=data.fashion,
         model=lambda data, full: models.mlp(784, 50, 10),
         loss=cross_entropy,
-        steps=1500,
+        steps=1200,
         full_steps=10_000,
     ),
     Workload(
@@ -91,7 +91,7 @@ _ROWS = (
         data=data.digits,
         model=lambda data, full: models.mlp(64, 256 if full else 64, 10),
         loss=cross_entropy,
-        steps=1500,
+        steps=1200,
         full_steps=6000,
     ),
     Workload(
@@ -123,7 +123,7 @@ _ROWS = (
         loss=_next_character,
         steps=600,
         full_steps=4000,
-        batch=16,
+        batch=8,
     ),
     Workload(
         name="matrix_factorisation",

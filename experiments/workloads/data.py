@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import random
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -21,14 +22,16 @@ from experiments.datasets import Data, Split
 Sizes = tuple[int, int, int]
 LABELS_AT_RANDOM = 0.1  # of the digits
 ACTION_NOISE = 0.3  # standard deviation of the expert's actions, which lie in [-1, 1]
-CHARACTERS, CONTEXT, PIECE = 96, 32, 321  # printable ASCII and line ends; what GPT sees; the text is dealt out in pieces
+CHARACTERS = 96  # printable ASCII, and line ends
+CONTEXT = 32  # characters that GPT sees
+PIECE = 321  # characters of the pieces in which the text is dealt out
 
 
 def cut(x: Tensor, y: Tensor, sizes: Sizes) -> Data:
     """Training, validation and test examples, one after the other."""
     ends = np.cumsum([0, *sizes])
     assert ends[-1] <= len(y)
-    return Data(*(Split(x[a:b].contiguous(), y[a:b].contiguous()) for a, b in zip(ends, ends[1:])))
+    return Data(*(Split(x[a:b].contiguous(), y[a:b].contiguous()) for a, b in pairwise(ends)))
 
 
 def standardised(data: Data, targets: bool = False) -> Data:
@@ -47,8 +50,8 @@ def fashion(full: bool, train: int = 10_000, val: int = 5000) -> Data:
     whole = datasets.fashion_mnist()
     if full:
         return whole
-    few = [Split(x[:n].clone(), y[:n].clone()) for (x, y), n in zip(whole, (train, val))]
-    return Data(*few, whole.test)
+    few, fewer = (Split(x[:n].clone(), y[:n].clone()) for (x, y), n in zip(whole, (train, val)))
+    return Data(few, fewer, whole.test)
 
 
 @cache
@@ -67,8 +70,9 @@ def mnist1d(full: bool) -> Data:
     """MNIST-1D (Greydanus 2020, arXiv 2011.14439), generated: 4000 (`full`: 10,000) training, 2000 validation, 4000 test."""
     from mnist1d.data import get_dataset_args, make_dataset
 
-    arguments, states = get_dataset_args(), (random.getstate(), np.random.get_state())  # noqa: NPY002
-    arguments.num_samples, arguments.train_split = 16_000 if full else 10_000, 1.0
+    states = random.getstate(), np.random.get_state()  # noqa: NPY002
+    arguments = get_dataset_args()
+    vars(arguments).update(num_samples=16_000 if full else 10_000, train_split=1.0)
     made = make_dataset(arguments)  # it seeds the global random numbers
     random.setstate(states[0])
     np.random.set_state(states[1])  # noqa: NPY002
@@ -152,9 +156,9 @@ def ratings(full: bool) -> Data:
 def expert(full: bool) -> Data:
     """A cart-pole near upright under its linear-quadratic regulator with saturation, seen acting: state → noisy action.
 
-    s = (cart position, its velocity, pole angle, its velocity), linearised and discretised at 0.05 s; a = clip(−K s, −1, 1), K the
-    regulator of cost Σ |s|² + a². Noise of ACTION_NOISE is put on a and acts on the pole too. 25 steps a trajectory;
-    the first trajectories train (600 steps; `full`: 5000), the rest validate (2000) and test (4000).
+    s = (cart position, its velocity, pole angle, its velocity), linearised and discretised at 0.05 s; a = clip(−K s, −1, 1),
+    K the regulator of cost Σ |s|² + a². Noise of ACTION_NOISE is put on a and acts on the pole too. 15 steps a
+    trajectory; the first trajectories train (600 steps; `full`: 5000), the rest validate (2000) and test (4000).
     """
     from scipy.linalg import solve_discrete_are
 
@@ -165,8 +169,8 @@ def expert(full: bool) -> Data:
     gain = np.linalg.solve(np.eye(1) + b.T @ cost @ b, b.T @ cost @ a)
     rng, train = np.random.default_rng(0), 5000 if full else 600
     states, actions = [], []
-    s = rng.normal(size=((train + 6000) // 25, 4)) * np.array([0.5, 0.5, 0.2, 0.5])
-    for _ in range(25):
+    s = rng.normal(size=((train + 6000) // 15, 4)) * np.array([1.5, 1.5, 0.3, 1.0])
+    for _ in range(15):
         action = np.clip(-s @ gain.T, -1, 1) + ACTION_NOISE * rng.normal(size=(len(s), 1))
         states.append(s)
         actions.append(action)

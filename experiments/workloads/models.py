@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -10,11 +11,11 @@ from torch import Tensor, nn
 from experiments.workloads.data import CHARACTERS, CONTEXT
 
 
-def mlp(*widths: int) -> nn.Sequential:
+def mlp(*widths: int, bias: bool = True) -> nn.Sequential:
     """Linear layers of these widths with ReLU between them."""
     layers: list[nn.Module] = []
-    for wide, narrow in zip(widths, widths[1:]):
-        layers += [nn.Linear(wide, narrow), nn.ReLU()]
+    for wide, narrow in pairwise(widths):
+        layers += [nn.Linear(wide, narrow, bias), nn.ReLU()]
     return nn.Sequential(*layers[:-1])
 
 
@@ -67,8 +68,8 @@ class Block(nn.Module):
         super().__init__()
         self.heads, self.scale = heads, 1 / math.sqrt(width // heads)
         self.before_attention, self.before_mlp = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
-        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+        self.qkv, self.out = nn.Linear(width, 3 * width, bias=False), nn.Linear(width, width, bias=False)
+        self.mlp = mlp(width, 4 * width, width, bias=False)
         self.register_buffer("future", torch.ones(CONTEXT, CONTEXT, dtype=torch.bool).triu(1), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
