@@ -43,15 +43,26 @@ def environment(device: str = "cpu") -> dict[str, Any]:
     }
 
 
-def write(path: Path, command: str, rows: list[dict[str, Any]], device: str = "cpu") -> None:
-    """Write a result file in one move; numbers that are not finite become null."""
-    save(path, {"command": command, "environment": environment(device), "rows": [finite(row) for row in rows]})
+def write(
+    path: Path, command: str, rows: list[dict[str, Any]], device: str = "cpu", one_line_a_row: bool = False
+) -> None:
+    """Write a result file in one move; numbers that are not finite become null. `one_line_a_row` is for large files."""
+    head, rows = {"command": command, "environment": environment(device)}, [finite(row) for row in rows]
+    if one_line_a_row:
+        lines = ",\n  ".join(json.dumps(row, ensure_ascii=False, allow_nan=False) for row in rows)
+        _replace(path, f'{json.dumps(head, indent=1, ensure_ascii=False)[:-2]},\n "rows": [\n  {lines}\n ]\n}}\n')
+    else:
+        save(path, head | {"rows": rows})
 
 
 def save(path: Path, content: dict[str, Any] | list[Any]) -> None:
+    _replace(path, json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def _replace(path: Path, text: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(path.name + ".tmp")
-    draft.write_text(json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
+    draft.write_text(text, encoding="utf-8")
     draft.replace(path)
 
 

@@ -27,7 +27,8 @@ def sweep(run: Callable[[Row], Row], todo: list[Row], path: Path, jobs: int = 1)
         jobs: processes; 1 runs in this one. Each uses one thread.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    left = [item for item in todo if not any(item.items() <= row.items() for row in finished(path))]
+    kept = finished(path)
+    left = [item for item in todo if not any(item.items() <= row.items() for row in kept)]
     with path.open("a", encoding="utf-8") as file:
         if path.stat().st_size and not path.read_bytes().endswith(b"\n"):
             file.write("\n")

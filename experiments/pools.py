@@ -1,0 +1,160 @@
+"""Pools of plain runs of every workload: what any search over lr and weight decay can find, and the floor L*.
+
+    python -m experiments.pools [--workloads mlp_digits diabetes] [--jobs 2] [--quick]
+
+A workload's pool is a grid (20 lr × 10 weight decays, the same for all, seed 0) and 128 random trials, each a plain run with lr
+decaying linearly to zero. The grid's winner by validation loss is run on five fresh seeds:
+
+    L* = their mean test loss,   σ = its standard deviation over them,   L0 = their mean test loss before training.
+
+`pools.json` has a row for every run and, with `kind` "summary", one for each workload. Runs are never repeated: searches are
+resampled from the pool.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from experiments import results
+from experiments.arguments import arg, command, parse
+from experiments.sweep import finished, sweep
+from experiments.workloads import RUNGS, WORKLOADS, train
+
+Row = dict[str, Any]
+GRID_SEED, TRIAL_SEED, FRESH_SEED = 0, 1000, 2000  # the first of each kind
+GRID_LR, GRID_WD = (-5, 1), (-7, -1)  # exponents of ten
+TRIAL_LR, TRIAL_WD = (-6, 1), (-7, -1)
+DIGITS = 6  # that pools.json keeps of a number
+
+
+@dataclass
+class Args:
+    """Run the grid, the winner on fresh seeds, and random trials of each workload. Finished runs are kept."""
+
+    workloads: tuple = arg(tuple(WORKLOADS), "any of them", quick=("mlp_digits", "diabetes"))
+    grid_lr: int = arg(20, "learning rates of the grid, 1e-5 … 10", quick=2)
+    grid_wd: int = arg(10, "weight decays of the grid, 1e-7 … 0.1", quick=2)
+    trials: int = arg(128, "random trials", quick=2)
+    fresh: int = arg(5, "fresh seeds of the grid's winner", quick=2)
+    steps: int = arg(0, "training steps of a run; 0: the workload's own", quick=20)
+    full: bool = arg(False, "the larger version of each workload")
+    jobs: int = arg(os.cpu_count() or 1, "processes, each with one thread", quick=1)
+    out: str = arg("runs/pools", "folder of finished runs and result", quick="runs/pools_quick")
+    quick: bool = arg(False, "a few steps of a few runs: a test of the machinery")
+
+
+def grid(lrs: int, wds: int) -> list[Row]:
+    """The grid's points, log-spaced."""
+    return [
+        {"lr": significant(lr), "weight_decay": significant(wd), "seed": GRID_SEED}
+        for lr in np.logspace(*GRID_LR, lrs)
+        for wd in np.logspace(*GRID_WD, wds)
+    ]
+
+
+def trial(number: int) -> Row:
+    """A random trial: log-uniform lr and weight decay; its seed is also that of its run."""
+    rng = np.random.default_rng(TRIAL_SEED + number)
+    lr, wd = 10 ** rng.uniform(*TRIAL_LR), 10 ** rng.uniform(*TRIAL_WD)
+    return {"lr": significant(lr), "weight_decay": significant(wd), "seed": TRIAL_SEED + number}
+
+
+def significant(x: float, digits: int = DIGITS) -> float:
+    return float(f"{x:.{digits}g}")
+
+
+def run(item: Row, full: bool) -> Row:
+    """One item of the sweep."""
+    task = WORKLOADS[item["workload"]].build(item["seed"], full, item["steps"])
+    return item | train(task, item["lr"], item["weight_decay"], initial=item["kind"] == "fresh")
+
+
+def best(rows: list[Row]) -> Row | None:
+    """The row of lowest validation loss at its end; diverged runs have none."""
+    return min((row for row in rows if row["val"] is not None), key=lambda row: row["val"], default=None)
+
+
+def summary(rows: list[Row]) -> Row | None:
+    """L*, σ and L0 of one workload's rows; None while its fresh seeds are not there."""
+    fresh = [row for row in rows if row["kind"] == "fresh"]
+    winner = best([row for row in rows if row["kind"] == "grid"])
+    if not fresh or winner is None:
+        return None
+    losses = [math.nan if row["test"] is None else row["test"] for row in fresh]
+    same = {key: winner[key] for key in ("workload", "lr", "weight_decay", "steps")}
+    numbers = {
+        "l_star": float(np.mean(losses)),
+        "sigma": float(np.std(losses, ddof=min(1, len(losses) - 1))),
+        "l0": float(np.mean([row["initial_test"] for row in fresh])),
+        "val_star": float(np.mean([math.nan if row["val"] is None else row["val"] for row in fresh])),
+    }
+    return same | {"kind": "summary", "seeds": len(fresh)} | numbers
+
+
+def summaries(folder: Path = results.FOLDER, full: bool = False) -> dict[str, Row]:
+    """Workload → its summary row, of the pools.json in `folder`; empty where there is none."""
+    pools = results.load("pools_full.json" if full else "pools.json", folder)
+    return {row["workload"]: row for row in pools["rows"] if row["kind"] == "summary"} if pools else {}
+
+
+def compact(row: Row) -> Row:
+    kept = ["workload", "kind", "lr", "weight_decay", "seed", "steps", *RUNGS, "test", "initial_test"]
+    row = row if row["kind"] == "summary" else {key: row[key] for key in kept if key in row}
+    return {key: significant(x) if isinstance(x, float) and math.isfinite(x) else x for key, x in row.items()}
+
+
+def main(args: Args) -> list[Row]:
+    unknown = [name for name in args.workloads if name not in WORKLOADS]
+    if unknown:
+        raise SystemExit(f"--workloads: unknown {', '.join(unknown)}; choose from {', '.join(WORKLOADS)}")
+    if min(args.grid_lr, args.grid_wd, args.fresh, args.jobs) < 1:
+        raise SystemExit("--grid-lr, --grid-wd, --fresh and --jobs are at least 1")
+    name = "pools_full" if args.full else "pools"
+    out = Path(args.out)
+    path = out / f"{name}.jsonl"
+
+    def sweep_of(workload: str, kind: str, points: list[Row]) -> list[Row]:
+        row = WORKLOADS[workload]
+        same = {"workload": workload, "kind": kind, "steps": args.steps or (row.full_steps if args.full else row.steps)}
+        todo = [same | point for point in points]
+        rows = sweep(partial(run, full=args.full), todo, path, min(args.jobs, len(todo))) if todo else []
+        return [row for row in rows if same.items() <= row.items()]
+
+    def publish() -> list[Row]:
+        rows = sorted(finished(path), key=lambda row: (row["workload"], row["kind"], row["seed"], row["lr"]))
+        ends = (summary([row for row in rows if row["workload"] == workload]) for workload in WORKLOADS)
+        rows = [compact(row) for row in (*(end for end in ends if end), *rows)]
+        results.write(out / f"{name}.json", command(args), rows, one_line_a_row=True)
+        return rows
+
+    for workload in args.workloads:  # what L* needs comes first
+        winner = best(sweep_of(workload, "grid", grid(args.grid_lr, args.grid_wd)))
+        if winner:
+            point = {key: winner[key] for key in ("lr", "weight_decay")}
+            sweep_of(workload, "fresh", [point | {"seed": FRESH_SEED + i} for i in range(args.fresh)])
+        publish()
+    for workload in args.workloads:
+        sweep_of(workload, "random", [trial(i) for i in range(args.trials)])
+        publish()
+
+    rows = publish()
+    print(f"\n{'workload':<22}{'runs':>6}{'best lr':>10}{'best wd':>10}{'L0':>9}{'L*':>9}{'sigma':>10}")
+    for row in rows:
+        if row["kind"] == "summary":
+            runs = sum(other["workload"] == row["workload"] for other in rows) - 1
+            print(
+                f"{row['workload']:<22}{runs:>6}{row['lr']:>10.2g}{row['weight_decay']:>10.2g}"
+                f"{row['l0']:>9.4g}{row['l_star']:>9.4g}{row['sigma']:>10.2g}"
+            )
+    return rows
+
+
+if __name__ == "__main__":
+    main(parse(Args))
