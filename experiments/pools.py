@@ -5,9 +5,9 @@
 A workload's pool is a grid (20 lr × 10 weight decays, the same for all, seed 0) and 128 random trials, each a plain run with lr
 decaying linearly to zero. The grid's winner by validation loss is run on five fresh seeds:
 
-    L* = their mean test loss,   σ = its standard deviation over them,   L0 = their mean test loss before training.
+    L* = their mean test loss,   σ = its standard deviation over them,   L0 = their mean test loss before training,
 
-`pools.json` has a row for every run and, with `kind` "summary", one for each workload. Runs are never repeated: searches are
+and the same of the validation loss (`val_l_star`, …). `pools.json` has a row for every run and, with `kind` "summary", one for each workload. Runs are never repeated: searches are
 resampled from the pool.
 """
 
@@ -87,14 +87,13 @@ def summary(rows: list[Row]) -> Row | None:
     winner = best([row for row in rows if row["kind"] == "grid"])
     if not fresh or winner is None:
         return None
-    losses = [math.nan if row["test"] is None else row["test"] for row in fresh]
     same = {key: winner[key] for key in ("workload", "lr", "weight_decay", "steps")}
-    numbers = {
-        "l_star": float(np.mean(losses)),
-        "sigma": float(np.std(losses, ddof=min(1, len(losses) - 1))),
-        "l0": float(np.mean([row["initial_test"] for row in fresh])),
-        "val_star": float(np.mean([math.nan if row["val"] is None else row["val"] for row in fresh])),
-    }
+    numbers = {}
+    for split, prefix in (("test", ""), ("val", "val_")):
+        losses = [math.nan if row[split] is None else row[split] for row in fresh]
+        numbers[f"{prefix}l_star"] = float(np.mean(losses))
+        numbers[f"{prefix}sigma"] = float(np.std(losses, ddof=min(1, len(losses) - 1)))
+        numbers[f"{prefix}l0"] = float(np.mean([row[f"initial_{split}"] for row in fresh]))
     return same | {"kind": "summary", "seeds": len(fresh)} | numbers
 
 
@@ -105,7 +104,7 @@ def summaries(folder: Path = results.FOLDER, full: bool = False) -> dict[str, Ro
 
 
 def compact(row: Row) -> Row:
-    kept = ["workload", "kind", "lr", "weight_decay", "seed", "steps", *RUNGS, "test", "initial_test"]
+    kept = ["workload", "kind", "lr", "weight_decay", "seed", "steps", *RUNGS, "test", "initial_val", "initial_test"]
     row = row if row["kind"] == "summary" else {key: row[key] for key in kept if key in row}
     return {key: significant(x) if isinstance(x, float) and math.isfinite(x) else x for key, x in row.items()}
 
