@@ -7,8 +7,8 @@ decaying linearly to zero. The grid's winner by validation loss is run on five f
 
     L* = their mean test loss,   σ = its standard deviation over them,   L0 = their mean test loss before training,
 
-and the same of the validation loss (`val_l_star`, …). `pools.json` has a row for every run and, with `kind` "summary", one for each workload. Runs are never repeated: searches are
-resampled from the pool.
+and the same of the validation loss (`val_l_star`, …). `pools.json` has a row for every run and, with `kind` "summary", one
+for each workload. Searches are resampled from the pool: no run of it is made twice.
 """
 
 from __future__ import annotations
