@@ -6,6 +6,7 @@ too well shows.
 
 from __future__ import annotations
 
+import math
 import random
 from functools import cache
 from itertools import pairwise
@@ -169,7 +170,7 @@ def expert(full: bool) -> Data:
     gain = np.linalg.solve(np.eye(1) + b.T @ cost @ b, b.T @ cost @ a)
     rng, train = np.random.default_rng(0), 5000 if full else 600
     states, actions = [], []
-    s = rng.normal(size=((train + 6000) // 15, 4)) * np.array([1.5, 1.5, 0.3, 1.0])
+    s = rng.normal(size=(math.ceil((train + 6000) / 15), 4)) * np.array([1.5, 1.5, 0.3, 1.0])
     for _ in range(15):
         action = np.clip(-s @ gain.T, -1, 1) + ACTION_NOISE * rng.normal(size=(len(s), 1))
         states.append(s)
