@@ -31,6 +31,7 @@ Row = dict[str, Any]
 GRID_SEED, TRIAL_SEED, FRESH_SEED = 0, 1000, 2000  # the first of each kind
 GRID_LR, GRID_WD = (-5, 1), (-7, -1)  # exponents of ten
 TRIAL_LR, TRIAL_WD = (-6, 1), (-7, -1)
+TRIALS_AT_ONCE = 32  # of one workload: an interrupted pool has about as many of each
 DIGITS = 6  # that pools.json keeps of a number
 
 
@@ -139,8 +140,10 @@ def main(args: Args) -> list[Row]:
             point = {key: winner[key] for key in ("lr", "weight_decay")}
             sweep_of(workload, "fresh", [point | {"seed": FRESH_SEED + i} for i in range(args.fresh)])
         publish()
-    for workload in args.workloads:
-        sweep_of(workload, "random", [trial(i) for i in range(args.trials)])
+    for first in range(0, args.trials, TRIALS_AT_ONCE):
+        for workload in args.workloads:
+            last = min(first + TRIALS_AT_ONCE, args.trials)
+            sweep_of(workload, "random", [trial(i) for i in range(first, last)])
         publish()
 
     rows = publish()
