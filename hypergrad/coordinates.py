@@ -1,20 +1,19 @@
-"""The vector φ of all numbers that a tuner moves: where each is written, its transform, and Adam on φ."""
+"""The vector φ of all numbers that a tuner moves: where each is written, and its transform."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from hypergrad.descent import Descent
 from hypergrad.hyperparameters import START_FROM_ZERO, Hyperparameter
 from hypergrad.modes.stretch import Directions, Entry
 from hypergrad.updates.rule import Tensors
 from hypergrad.updates.transition import Transition, parts
-
-BETA1, BETA2 = 0.9, 0.99  # of Adam on φ
-OUTLIER, SETTLED = 4.0, 10  # after so many steps a hypergradient counts for at most so many times the usual one
 
 
 class Coordinates:
@@ -25,7 +24,7 @@ class Coordinates:
         spec: name → Hyperparameter, for names of param groups.
         hyper_spec: name → Hyperparameter, for tensors in the loss.
         hypers: name → leaf tensor of those, written in place.
-        hyper_lr: step size of Adam on φ.
+        hyper_lr: step size on φ.
 
     Numbers that are 0 in some groups only are left alone there; `notes` says where 0 was replaced by a start.
     """
@@ -38,7 +37,7 @@ class Coordinates:
         hypers: Tensors,
         hyper_lr: float,
     ):
-        self.transition, self.hypers, self.hyper_lr = transition, hypers, hyper_lr
+        self.transition, self.hypers = transition, hypers
         self.notes: list[str] = []
         self.directions = Directions(transition, [*spec, *hyper_spec], hypers)
         found = transition.values()
@@ -59,7 +58,8 @@ class Coordinates:
         self.low, self.high = limits[:, 0], limits[:, 1]
         self.phi = self._each("to_free", self.value)
         self._slope = self.value, self._each("slope", self.value)
-        self.m, self.s, self.count = torch.zeros_like(self.phi), torch.zeros_like(self.phi), torch.zeros_like(self.phi)
+        is_lr = [e.name == "lr" and kind.kind == "positive" for e, kind in zip(kept, self.kinds, strict=True)]
+        self.descent = Descent(is_lr, hyper_lr)
         self.moving: list[int] = list(range(len(kept)))  # the numbers that are tuned at present
         self.tuned = self.directions  # their directions
 
@@ -128,26 +128,25 @@ class Coordinates:
         return self._slope[1].clone()
 
     def step(self, gradient: Tensor, too_high: Tensor | None = None) -> None:
-        """One step of Adam on φ down `gradient` [k] (dL/dφ), for the numbers that are tuned at present.
+        """One step down `gradient` [k] (dL/dφ), of the numbers that are tuned at present.
+
+        While lr is tuned and weight decay waits for its turn, their product stays: it is what decays the weights.
 
         Args:
             too_high: [k], numbers that step down by hyper_lr whatever their gradient says.
         """
-        g = gradient.to("cpu", torch.float64)
-        tuned = torch.zeros(len(self), dtype=torch.bool).index_fill(
-            0, torch.tensor(self.moving, dtype=torch.long), True
-        )
-        moves = tuned & torch.isfinite(g)
-        rms = (self.s / (1 - BETA2**self.count)).sqrt()  # NaN before the first step: no bound
-        g = torch.where(self.count > SETTLED, g.clamp(-OUTLIER * rms, OUTLIER * rms), g)
-        self.count = self.count + moves
-        self.m = torch.where(moves, self.m.lerp(g, 1 - BETA1), self.m)
-        self.s = torch.where(moves, self.s.lerp(g * g, 1 - BETA2), self.s)
-        m, s = self.m / (1 - BETA1**self.count), self.s / (1 - BETA2**self.count)
-        step = torch.where(moves & (s > 0), m / s.sqrt().clamp_min(1e-300), 0)
-        if too_high is not None:
-            step, self.m = torch.where(tuned & too_high, 1.0, step), torch.where(tuned & too_high, 0, self.m)
-        self.move(self.phi - self.hyper_lr * step)
+        moves = torch.zeros(len(self), dtype=torch.bool)
+        moves[self.moving] = True
+        too_high = moves & too_high if too_high is not None else torch.zeros_like(moves)
+        phi = self.descent.step(self.phi, gradient.to("cpu", torch.float64), moves, too_high)
+        change = phi.clamp(self.low, self.high) - self.phi
+        for i, entry in enumerate(self.entries):
+            if entry.name == "weight_decay" and not moves[i] and not self.given[i]:
+                same_group = (
+                    j for j in self.moving if self.entries[j].name == "lr" and self.entries[j].group == entry.group
+                )
+                phi[i] -= sum(float(change[j]) for j in same_group)
+        self.move(phi)
 
     def move(self, phi: Tensor) -> None:
         """Set φ, kept within bounds."""
@@ -160,8 +159,14 @@ class Coordinates:
         """Multiply the values of one positive hyperparameter; forget its momentum. False if it is not tuned."""
         mine = torch.tensor([entry.name == name for entry in self.entries])
         self.move(torch.where(mine, self.phi + torch.tensor(factor).log(), self.phi))
-        self.m = torch.where(mine, 0, self.m)
+        self.descent.turn(mine)
         return bool(mine.any())
+
+    def scale_number(self, j: int, factor: float) -> None:
+        """Multiply the value of one positive number."""
+        phi = self.phi.clone()
+        phi[j] += math.log(factor)
+        self.move(phi)
 
     def write_hypers(self) -> None:
         """Write the tensors in the loss, in place."""
@@ -175,16 +180,14 @@ class Coordinates:
             "names": self.labels,
             "phi": self.phi.clone(),
             "value": self.value.clone(),
-            "m": self.m.clone(),
-            "s": self.s.clone(),
-            "count": self.count.clone(),
+            "descent": self.descent.state_dict(),
             "low": self.low.clone(),
             "high": self.high.clone(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.phi, self.value = state["phi"].clone(), state["value"].clone()
-        self.m, self.s, self.count = state["m"].clone(), state["s"].clone(), state["count"].clone()
+        self.descent.load_state_dict(state["descent"])
         self.low, self.high = state["low"].clone(), state["high"].clone()
         self.write_hypers()
 

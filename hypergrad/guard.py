@@ -14,7 +14,8 @@ from hypergrad.updates.transition import State, Transition
 
 # With L₀ the larger of the first training loss and the validation loss before the first step, a blow-up is
 BLOW_UP = 10.0  # a training loss above so many L₀, or
-DRIFT = 1.5  # a running mean of the training loss above so many L₀,
+DRIFT = 1.5  # a running mean of the training loss above so many L₀, or
+LOST = 0.5  # the same mean above L* + so much of the progress L₀ − L*, L* its least so far, and above L* + 2 standard deviations
 HORIZON = 20  # taken over about so many steps, once it has seen so many
 LR_CUT = 4.0  # lr is divided by this at a roll-back
 NEVER = 10**9
@@ -42,7 +43,8 @@ class Guard:
     def __init__(self, transition: Transition, problem: Problem, reference: float):
         self.transition, self.problem = transition, problem
         self.reference = abs(reference) if math.isfinite(reference) else 0.0  # L₀
-        self.mean = 0.0  # running, of the training loss
+        self.mean = self.variance = 0.0  # running, of the training loss
+        self.best = math.inf  # least mean so far, L*
         self.seen = self.bad_in_a_row = 0
         self.restored = False  # the weights of this step are those that were rolled back to
         self.good: deque[_Good] = deque(maxlen=2)
@@ -67,20 +69,33 @@ class Guard:
         if self.seen == 0 and not self.good:
             self.reference = max(self.reference, abs(loss))
         restored, self.restored = self.restored, False
-        if restored and loss > DRIFT * self.reference:  # the weights are good ones: it is the data that has changed
-            self.reference = loss
+        if restored and loss > self._threshold():  # the weights are good ones: it is the data that has changed
+            self.reference, self.best = max(self.reference, loss), math.inf
             return "false alarm"
         self.seen += 1
-        self.mean += max(1 / HORIZON, 1 / self.seen) * (loss - self.mean)
-        drifted = self.seen >= HORIZON and self.mean > DRIFT * self.reference
-        return "blow-up" if self.reference > 0 and (loss > BLOW_UP * self.reference or drifted) else "good"
+        share, off = max(1 / HORIZON, 1 / self.seen), loss - self.mean
+        self.mean += share * off
+        self.variance += share * (off * off - self.variance)
+        settled = self.seen >= HORIZON
+        if settled:
+            self.best = min(self.best, self.mean)
+        lost = settled and self.mean > self._threshold()
+        return "blow-up" if self.reference > 0 and (loss > BLOW_UP * self.reference or lost) else "good"
+
+    def _threshold(self) -> float:
+        """The mean loss from which on the run is lost."""
+        drift, progress = DRIFT * self.reference, self.reference - self.best
+        if progress <= 0 or self.best == math.inf:
+            return drift
+        return min(drift, self.best + max(LOST * progress, 2 * math.sqrt(self.variance)))
 
     def keep(self, state: State) -> None:
-        """Note a state as good, if the loss has not risen since the start.
+        """Note a state as good, if the loss has kept most of the progress it made.
 
         Its tensors are never written to, so nothing is copied but the buffers.
         """
-        if self.mean <= self.reference or not self.good:
+        kept = self.best + LOST / 2 * (self.reference - self.best)
+        if self.mean <= (self.reference if math.isinf(self.best) else max(kept, self.best)) or not self.good:
             self.good.append(_Good(state, self.problem.read_buffers()))
 
     def mend_buffers(self) -> None:
@@ -95,13 +110,14 @@ class Guard:
         good = self.good[0]
         self.good.clear()
         self.good.append(good)
-        self.mean, self.seen, self.bad_in_a_row, self.restored = 0.0, 0, 0, True
+        self.mean, self.variance, self.seen, self.bad_in_a_row, self.restored = 0.0, 0.0, 0, 0, True
         self.problem.write_buffers(good.buffers)
         self.transition.write(good.state)
         return True
 
     def state_dict(self) -> dict[str, float]:
-        return {"reference": self.reference, "mean": self.mean, "seen": self.seen}
+        return {name: getattr(self, name) for name in ("reference", "mean", "variance", "best", "seen")}
 
     def load_state_dict(self, state: dict[str, float]) -> None:
         self.reference, self.mean, self.seen = float(state["reference"]), float(state["mean"]), int(state["seen"])
+        self.variance, self.best = float(state["variance"]), float(state["best"])

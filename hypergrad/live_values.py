@@ -49,6 +49,12 @@ class LiveValues:
             "total_steps gives lr a shape of hypergrad's own, and a scheduler (or the loop) writes lr too: leave out one of them."
         )
 
+    def writes_lr_alone(self) -> bool:
+        """Whether lr is tuned from the groups' own values, and nothing else writes it."""
+        mine = [j for j, entry in enumerate(self.coordinates.entries) if entry.name == "lr"]
+        alone = not any(self.coordinates.given[j] for j in mine) and not any(n == "lr" for n, _ in self.multiplies)
+        return bool(mine) and alone
+
     def shape(self, t: int) -> float:
         return 1.0 if self.total is None else decay_to_zero(t, self.total)
 
@@ -129,7 +135,7 @@ class LiveValues:
         coordinates.phi, coordinates.value = coordinates.phi.clone(), coordinates.value.clone()
         coordinates.phi[j], coordinates.value[j] = 0.0, 1.0
         coordinates.low[j], coordinates.high[j] = -math.inf, math.inf
-        coordinates.m[j] = coordinates.s[j] = coordinates.count[j] = torch.zeros(())
+        coordinates.descent.forget(j)
 
 
 def plain(value: Any) -> Any:

@@ -74,10 +74,11 @@ class Journal:
         if self.recorder is not None:
             self.recorder.scalars(step, {**values, "time/step_ms": elapsed})
 
-    def note(self, step: int, message: str) -> None:
+    def note(self, step: int, message: str, warn: bool = True) -> None:
         if self.recorder is not None:
             self.recorder.text(step, message)
-        warnings.warn(message, stacklevel=4)
+        if warn:
+            warnings.warn(message, stacklevel=4)
 
     def note_once(self, step: int, message: str) -> None:
         if message not in self.said:

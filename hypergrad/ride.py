@@ -17,7 +17,8 @@ from hypergrad.guard import LR_CUT, Guard
 from hypergrad.hyper_steps import HyperSteps
 from hypergrad.live_values import LiveValues
 from hypergrad.schedules import tuned_at
-from hypergrad.updates.transition import State, Values
+from hypergrad.updates.transition import State, Tangent, Values
+from hypergrad.warm_start import WarmStart, sensible
 
 if TYPE_CHECKING:
     from hypergrad.windows import Windows
@@ -33,8 +34,17 @@ class Ride:
 
     windows: Windows  # set by the tuner: whole steps ride on this ride
 
-    def __init__(self, hyper: HyperSteps, live: LiveValues, guard: Guard, mode: str, every: int, total: int | None):
-        self.hyper, self.live, self.guard = hyper, live, guard
+    def __init__(
+        self,
+        hyper: HyperSteps,
+        live: LiveValues,
+        guard: Guard,
+        warm: WarmStart,
+        mode: str,
+        every: int,
+        total: int | None,
+    ):
+        self.hyper, self.live, self.guard, self.warm = hyper, live, guard, warm
         self.problem, self.coordinates, self.tangents = hyper.problem, hyper.coordinates, hyper.tangents
         self.transition, self.journal, self.stats = hyper.transition, hyper.journal, hyper.stats
         self.optimizers, self.mode, self.every, self.total = hyper.transition.optimizers, mode, every, total
@@ -53,6 +63,10 @@ class Ride:
             self._end_step()
         found_inf = getattr(self.optimizers[i], "found_inf", None)  # a fused optimizer is told here that it will skip
         self.skipped = found_inf is not None and bool(found_inf)
+        if self.warm.active and (self.hyper.frozen or any("initial_lr" in g for g in self.transition.groups)):
+            self.warm.active = False  # nothing is to move, or a scheduler came after the tuner: ours is a multiplier
+        if self.warm.active and not self.stepped and not self.void:
+            self._look()
         never = self.hyper.frozen and self.total is None and not self.stats["hyper_steps"]
         self.live.write(i, self.t, untouched=never)
         self.transition.refresh()
@@ -87,10 +101,67 @@ class Ride:
         if dg is None:
             self._count_unknown(fresh is None)
         self.tangents.push(state, g, active, values, self.used[1], dg)
+        if self.warm.active and self.t == 0:
+            self._start_small(i, state, g, active, dg)
+        if self.warm.sizes_decay and self.total is not None and len(self.optimizers) == 1:
+            self._size_decay(state, g, active, values)
+        self.warm.sizes_decay = False
         if loss is not None and not self.stepped:
             self.hyper.losses.append(loss)
         if fresh is not None:
             fresh.stepped.add(i)
+
+    # lr is its tuned value times a shape; the warm start sets their product, and at its end the value
+    def _look(self) -> None:
+        """Before a step of the warm start: the lr that it is taken with."""
+        pending, tangent = self.tangents.pending, self.tangents.tangent
+        if pending is None or pending.dg is None or tangent is None:
+            return
+        rows = self._lr_rows()
+        z, hz = tangent.theta[rows].sum(0), pending.dg[rows].sum(0) / pending.scale
+        factor = self.warm.look(z, self.transition.flatten(pending.left) / pending.scale, hz)
+        now = self.live.shape(self.t) if self.warm.active else 1.0
+        self.coordinates.scale("lr", factor * self.live.shape(self.t - 1) / now)
+        if not self.warm.active:
+            self.warm.sizes_decay = True
+            names = [f"{x:.3g}" for e, x in zip(self.coordinates.entries, self.coordinates.value) if e.name == "lr"]
+            self.journal.note(
+                self.t, f"lr starts from {', '.join(names)}: slope and curvature along the first steps.", warn=False
+            )
+
+    def _lr_rows(self) -> list[int]:
+        return [k for k, j in enumerate(self.coordinates.moving) if self.coordinates.entries[j].name == "lr"]
+
+    def _start_small(self, i: int, state: State, g: Tensor, active: tuple[bool, ...], dg: Tensor | None) -> None:
+        """The first step of optimizer i, made tiny. Repeated, as a tangent far too large is not told from one at the cap."""
+        norm = float(torch.linalg.vector_norm(state.theta))
+        for _ in range(20):
+            assert self.tangents.tangent is not None
+            moved = torch.linalg.vector_norm(self.tangents.tangent.theta[self._lr_rows()].sum(0))
+            factor = self.warm.first(float(moved), norm)
+            if abs(factor - 1) < 0.01:
+                break
+            self.coordinates.scale("lr", factor)
+            self.live.write(i, self.t, untouched=False)
+            self.tangents.forget()
+            self.tangents.push(state, g, active, self._use(i), self.used[1], dg)
+        self.tangents.take_hits()
+
+    # A step with no tangents but weight decay's own: z = dθ/dlog wd is what decay does in it, −rate·θ; momentum adds to it later
+    def _size_decay(self, state: State, g: Tensor, active: tuple[bool, ...], values: Values) -> None:
+        """Bring weight decay, where its start is a hint, to a size that makes sense in what is left of the run."""
+        assert self.total is not None
+        all_of = self.coordinates.directions
+        seeds, _ = all_of.seeds(0, self.live.slopes(self.t).to(state.theta))
+        zero = Tangent.zeros(state, len(all_of))
+        z = self.transition.jvp(state, g, active, values, zero, torch.zeros_like(zero.theta), seeds).theta
+        left = sum(self.live.shape(t) for t in range(self.t, self.total)) / self.live.shape(self.t)
+        for j, entry in enumerate(self.coordinates.entries):
+            if entry.name != "weight_decay" or self.coordinates.given[j]:
+                continue
+            theta = torch.where(z[j] == 0, 0, state.theta)
+            rate = -float(theta @ z[j]) / max(float(theta @ theta), 1e-300) / (1 - self.warm.momentum)
+            self.coordinates.scale_number(j, sensible(rate * left))
 
     def _use(self, i: int) -> Values:
         """Note the values of this step as optimizer i uses them, and dx/dφ."""
@@ -163,6 +234,7 @@ class Ride:
         if self.mode == "forward" and self.t % self.every == 0:
             self.hyper.take(self.t)
         if self.choose_what_is_tuned():
+            self.warm.sizes_decay = self.warm.began
             self.tangents.forget()
             if self.tangents.pending is not None:
                 self.tangents.pending.dg = None

@@ -24,7 +24,7 @@ from hypergrad.graph import Linearization, grad_or_none, survey
 from hypergrad.updates.clip import TORCH_EPS, total_norm
 from hypergrad.updates.transition import State, Tangent, Transition, Values
 
-CAP = 1.0  # a tangent (per unit of log value) is not let grow beyond so many times the norm of the weights
+CAP = 2.0  # a tangent (per unit of log value) is not let grow beyond so many times the norm of the weights
 AVERAGE_SHARE = 0.1  # the running average looks back over so much of the run so far
 
 

@@ -24,6 +24,7 @@ from hypergrad.recording import Journal
 from hypergrad.ride import Ride
 from hypergrad.tangents import Tangents
 from hypergrad.updates.transition import CLIPS, Transition
+from hypergrad.warm_start import WarmStart
 from hypergrad.windows import Windows
 
 
@@ -55,6 +56,8 @@ class Tuner:
         scaler: the loop's GradScaler, if it has one.
         average: while lr, momentum, … are tuned, take the validation loss at a running average of the weights, which looks
             back over a tenth of the run so far; its tangent is the same average of the tangents.
+        warm_start: take lr's start (unless given by Hyperparameter(start=…), or written by a scheduler) as a hint only, and find
+            it from slope and curvature along the first steps.
         seed: of the random numbers that val_loss draws, a stream of its own; recorded with the run.
         log_dir: folder for TensorBoard events and `metrics.jsonl`.
 
@@ -100,6 +103,7 @@ class Tuner:
         clip_norm: float | None = None,
         scaler: Any = None,
         average: bool = True,
+        warm_start: bool = True,
         seed: int = 0,
         log_dir: str | Path | None = None,
     ):
@@ -135,7 +139,9 @@ class Tuner:
         self._hyper = HyperSteps(
             self._problem, self._coordinates, tangents, self._journal, val_loss, average, int(seed), self.stats
         )
-        self._ride = Ride(self._hyper, live, Guard(transition, self._problem, before), mode, every, total_steps)
+        guard = Guard(transition, self._problem, before)
+        warm = WarmStart(warm_start and mode == "forward" and live.writes_lr_alone(), _largest_momentum(transition))
+        self._ride = Ride(self._hyper, live, guard, warm, mode, every, total_steps)
         self._windows = self._ride.windows = Windows(self._ride, horizon)
         self._closed = False
         for note in [*self._coordinates.notes, *notes]:
@@ -222,6 +228,7 @@ class Tuner:
             "val_loss": self.val_loss,
             "stats": {**self.stats, **ride.tangents.counts},
             "guard": ride.guard.state_dict(),
+            "warm": ride.warm.state_dict(),
             "coordinates": self._coordinates.state_dict(),
             "live": ride.live.state_dict(),
             "tangents": ride.tangents.state_dict(),
@@ -253,6 +260,7 @@ class Tuner:
         counts.update({k: v for k, v in state["stats"].items() if k in counts})
         self.stats.update({k: v for k, v in state["stats"].items() if k in self.stats})
         ride.guard.load_state_dict(state["guard"])
+        ride.warm.load_state_dict(state["warm"])
         self._coordinates.load_state_dict(state["coordinates"])
         ride.live.load_state_dict(state["live"])
         ride.choose_what_is_tuned()
@@ -308,10 +316,14 @@ _STATS = (
 def _missing(mine: Mapping[str, Any], state: Mapping[str, Any]) -> list[str]:
     """What a tuner's state_dict lacks, two levels deep."""
     out = [name for name in mine if name not in state]
-    for name in ("guard", "coordinates", "live", "tangents", "used"):
+    for name in ("guard", "warm", "coordinates", "live", "tangents", "used"):
         if name in state:
             out += [f"{name}/{key}" for key in mine[name] if key not in state[name]]
     return out
+
+
+def _largest_momentum(transition: Transition) -> float:
+    return max(x or 0.0 for x in transition.values().get("momentum", [0.0]))
 
 
 def _check_numbers(mode: str, horizon: int, every: int, hyper_lr: float, total_steps: int | None) -> None:

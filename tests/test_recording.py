@@ -73,6 +73,7 @@ def test_hparams_are_in_the_same_run(folder):
 def test_what_happened_is_said_in_both(folder):
     notes = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     said = [row["note"] for row in notes if "note" in row]
-    assert len(said) == 1
-    assert "not finite" in said[0]
+    assert len(said) == 2
+    assert said[0].startswith("lr starts from")
+    assert "not finite" in said[1]
     assert "notes/text_summary" in events(folder).Tags()["tensors"]

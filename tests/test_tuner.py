@@ -5,6 +5,7 @@ import warnings
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import pytest
@@ -12,6 +13,8 @@ import torch
 from torch import Tensor, nn
 
 import hypergrad
+
+as_given = partial(hypergrad.Tuner, warm_start=False)  # lr starts from the optimizer's own
 
 STEPS = 12
 FD_RTOL = 1e-6  # central differences in float64, Richardson-extrapolated
@@ -141,7 +144,7 @@ def attach(loop: Loop, model: nn.Sequential, opt: Any, **kw: Any) -> tuple[hyper
         return validate()
 
     options = {"every": STEPS, "average": False, "clip_norm": loop.clip_norm, "scaler": scaler, **loop.tuner, **kw}
-    return hypergrad.Tuner(model, opt, val_loss, tune=loop.wrt, **options), scaler
+    return as_given(model, opt, val_loss, tune=loop.wrt, **options), scaler
 
 
 @pytest.mark.parametrize("name", LOOPS)
@@ -225,7 +228,7 @@ def test_lambda_schedule_is_multiplied_exactly_twice():
     model = two_layers()
     opt = torch.optim.SGD(model.parameters(), lr=0.05)
     scheduler = torch.optim.lr_scheduler.LambdaLR(opt, lambda t: 1 / (1 + t))
-    tuner = hypergrad.Tuner(model, opt, validation(model), tune=("lr",), every=1000)
+    tuner = as_given(model, opt, validation(model), tune=("lr",), every=1000)
     tuner._coordinates.move(torch.tensor([math.log(2.0)], dtype=torch.float64))
     seen = []
     opt.register_step_pre_hook(lambda o, *_: seen.append(o.param_groups[0]["lr"]))
@@ -242,7 +245,7 @@ def test_backward_fills_every_leafs_grad_as_torch_does():
     a, b = two_layers(), two_layers()
     scale_a, scale_b = (torch.tensor(2.0, requires_grad=True) for _ in range(2))
     opt = torch.optim.SGD(a.parameters(), lr=0.1, momentum=0.9)
-    tuner = hypergrad.Tuner(a, opt, validation(a), tune=("lr",))
+    tuner = as_given(a, opt, validation(a), tune=("lr",))
     opt_b = torch.optim.SGD(b.parameters(), lr=0.1, momentum=0.9)
     for batch in data()[0]:
         for model, scale, optimizer, backward in (
@@ -294,7 +297,7 @@ def test_tensor_in_the_loss_is_tuned():
 def test_step_moves_hyperparameters_in_every_mode(mode):
     model = two_layers()
     opt = torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.5)
-    tuner = hypergrad.Tuner(
+    tuner = as_given(
         model, opt, validation(model), tune=("lr",), loss=mse, mode=mode, horizon=4, every=4, clip_norm=5.0
     )
     for _ in range(5):
@@ -317,7 +320,7 @@ def test_unrolled_window_is_the_hypergradient_of_its_stretch():
 
         torch.manual_seed(7)
         if online:
-            tuner = hypergrad.Tuner(model, opt, val_loss, loss=mse, mode="unrolled", horizon=STEPS, clip_norm=1.0)
+            tuner = as_given(model, opt, val_loss, loss=mse, mode="unrolled", horizon=STEPS, clip_norm=1.0)
             torch.manual_seed(7)
             for batch in data()[0]:
                 tuner.step(batch)
@@ -331,7 +334,7 @@ def test_unrolled_window_is_the_hypergradient_of_its_stretch():
 def test_plain_backward_is_counted_and_warned_of_once_and_trains_as_without():
     a, b = two_layers(), two_layers()
     opt_a, opt_b = sgd(momentum=0.9)(a), sgd(momentum=0.9)(b)
-    tuner = hypergrad.Tuner(a, opt_a, validation(a), every=1000)
+    tuner = as_given(a, opt_a, validation(a), every=1000)
     with pytest.warns(UserWarning, match="tuner.backward") as caught:
         for batch in data()[0]:
             for model, opt in ((a, opt_a), (b, opt_b)):
@@ -347,7 +350,7 @@ def test_plain_backward_is_counted_and_warned_of_once_and_trains_as_without():
 def test_unknown_change_of_gradients_is_counted_and_resets_the_tangents():
     model = two_layers()
     opt = sgd()(model)
-    tuner = hypergrad.Tuner(model, opt, validation(model), every=1000)
+    tuner = as_given(model, opt, validation(model), every=1000)
     with pytest.warns(UserWarning, match="clip_norm"):
         for batch in data()[0][:3]:
             opt.zero_grad()
@@ -364,7 +367,7 @@ def test_accumulated_product_is_dropped_with_the_gradients():
     for to_none in (True, False):
         model = two_layers()
         opt = sgd()(model)
-        tuner = hypergrad.Tuner(model, opt, validation(model), every=1000)
+        tuner = as_given(model, opt, validation(model), every=1000)
         for batch in data()[0][:4]:
             opt.zero_grad(set_to_none=to_none)
             tuner.backward(mse(model, batch))
@@ -381,7 +384,7 @@ def test_step_skipped_by_a_scaler_leaves_no_trace():
         model = two_layers()
         opt = sgd(momentum=0.8)(model)
         scaler = torch.amp.GradScaler("cpu", init_scale=64.0)
-        tuner = hypergrad.Tuner(model, opt, validation(model), every=4, scaler=scaler, average=False)
+        tuner = as_given(model, opt, validation(model), every=4, scaler=scaler, average=False)
         for i, (x, y) in enumerate(data()[0][:8]):
             for factor in (math.inf, 1.0) if overflow and i == 5 else (1.0,):
                 torch.manual_seed(i)
@@ -402,7 +405,7 @@ def test_step_skipped_by_a_scaler_leaves_no_trace():
 def test_bad_batch_does_nothing(bad, kind):
     model = two_layers()
     opt = kind(model.parameters(), lr=0.01)
-    tuner = hypergrad.Tuner(model, opt, validation(model), tune=("lr",), every=2)
+    tuner = as_given(model, opt, validation(model), tune=("lr",), every=2)
     batches = data()[0]
     for i, (x, y) in enumerate(batches):
         before = [p.detach().clone() for p in model.parameters()]
@@ -422,7 +425,7 @@ def test_bad_batch_does_nothing(bad, kind):
 def test_blow_up_is_rolled_back():
     model = two_layers()
     opt = torch.optim.SGD(model.parameters(), lr=100.0, momentum=0.9)
-    tuner = hypergrad.Tuner(model, opt, validation(model), tune=("lr",), every=5)
+    tuner = as_given(model, opt, validation(model), tune=("lr",), every=5)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for _ in range(20):
@@ -445,7 +448,7 @@ def test_nan_validation_loss_moves_nothing():
         calls.append(0)
         return real() * (1 if len(calls) == 1 else math.nan)
 
-    tuner = hypergrad.Tuner(model, opt, val_loss, every=3)
+    tuner = as_given(model, opt, val_loss, every=3)
     start = tuner.values
     with pytest.warns(UserWarning, match="not finite"):
         for batch in data()[0]:
@@ -460,7 +463,7 @@ def test_zero_in_all_groups_starts_small_and_says_so():
     model = two_layers()
     opt = torch.optim.SGD(groups(model), lr=0.1)
     with pytest.warns(UserWarning, match="weight_decay is 0"):
-        tuner = hypergrad.Tuner(model, opt, validation(model))
+        tuner = as_given(model, opt, validation(model))
     assert tuner.values["weight_decay"].tolist() == [1e-5, 1e-5]
 
 
@@ -469,7 +472,7 @@ def test_zero_in_some_groups_stays_zero():
     parts = groups(model)
     parts[0]["weight_decay"] = 0.0
     opt = torch.optim.SGD(parts, lr=0.1, weight_decay=0.01)
-    tuner = hypergrad.Tuner(model, opt, validation(model), every=2)
+    tuner = as_given(model, opt, validation(model), every=2)
     for batch in data()[0]:
         opt.zero_grad()
         tuner.backward(mse(model, batch))
@@ -481,7 +484,7 @@ def test_zero_in_some_groups_stays_zero():
 def test_total_steps_gives_a_shape_that_ends_near_zero():
     model = two_layers()
     opt = torch.optim.SGD(model.parameters(), lr=0.1)
-    tuner = hypergrad.Tuner(model, opt, validation(model), tune=("lr",), total_steps=STEPS, every=1000)
+    tuner = as_given(model, opt, validation(model), tune=("lr",), total_steps=STEPS, every=1000)
     used = []
     opt.register_step_post_hook(lambda o, *_: used.append(o.param_groups[0]["lr"]))
     for batch in data()[0]:
@@ -494,7 +497,7 @@ def test_total_steps_gives_a_shape_that_ends_near_zero():
 def test_averaged_weights_are_put_in_and_taken_out():
     model = two_layers()
     opt = sgd()(model)
-    tuner = hypergrad.Tuner(model, opt, validation(model), every=4)
+    tuner = as_given(model, opt, validation(model), every=4)
     for batch in data()[0]:
         opt.zero_grad()
         tuner.backward(mse(model, batch))
@@ -518,7 +521,7 @@ def test_averaged_tangent_is_the_tangent_of_the_average():
             torch.manual_seed(11)
             return validate()
 
-        tuner = hypergrad.Tuner(model, opt, val_loss, tune=("lr",), every=STEPS)
+        tuner = as_given(model, opt, val_loss, tune=("lr",), every=STEPS)
         if not tuned:
             tuner.freeze()
         torch.manual_seed(7)
@@ -537,7 +540,7 @@ def test_state_dict_resumes_exactly(tmp_path):
     def make() -> Any:
         model = two_layers()
         opt = sgd(momentum=0.9)(model)
-        return model, opt, hypergrad.Tuner(model, opt, validation(model), every=3)
+        return model, opt, as_given(model, opt, validation(model), every=3)
 
     def train(model: Any, opt: Any, tuner: Any, batches: Any, seed: int) -> None:
         torch.manual_seed(seed)
@@ -564,8 +567,8 @@ def test_state_dict_resumes_exactly(tmp_path):
 def test_state_dict_of_another_model_is_refused():
     a, b = two_layers(), nn.Linear(3, 1)
     opt_b = torch.optim.SGD(b.parameters(), lr=0.1, weight_decay=0.1)
-    tuner_a = hypergrad.Tuner(a, sgd()(a), validation(a))
-    tuner_b = hypergrad.Tuner(b, opt_b, lambda: b(torch.ones(1, 3)).sum())
+    tuner_a = as_given(a, sgd()(a), validation(a))
+    tuner_b = as_given(b, opt_b, lambda: b(torch.ones(1, 3)).sum())
     with pytest.raises(ValueError, match="another model"):
         tuner_b.load_state_dict(tuner_a.state_dict())
     with pytest.raises(ValueError, match="not the state_dict"):
@@ -575,7 +578,7 @@ def test_state_dict_of_another_model_is_refused():
 def test_close_takes_every_hook_off():
     model = two_layers()
     opt = sgd()(model)
-    tuner = hypergrad.Tuner(model, opt, validation(model))
+    tuner = as_given(model, opt, validation(model))
     assert opt._optimizer_step_pre_hooks and opt._optimizer_step_post_hooks
     tuner.close()
     assert not opt._optimizer_step_pre_hooks and not opt._optimizer_step_post_hooks
@@ -593,7 +596,7 @@ def test_two_optimizers_are_one_transition():
         parts = groups(model)
         kw = {"lr": 0.05, "weight_decay": 0.01, "momentum": 0.9}
         opts = [torch.optim.SGD([part], **kw) for part in parts] if split else [torch.optim.SGD(parts, **kw)]
-        tuner = hypergrad.Tuner(model, opts, validation(model), every=STEPS, average=False)
+        tuner = as_given(model, opts, validation(model), every=STEPS, average=False)
         torch.manual_seed(7)
         for batch in data()[0]:
             for opt in opts:
@@ -610,7 +613,7 @@ def test_graph_is_freed_after_backward_and_step():
     """Activations of a step do not outlive it, though the loop still holds loss and output."""
     model = two_layers()
     opt = sgd(momentum=0.9)(model)
-    tuner = hypergrad.Tuner(model, opt, validation(model), every=3)
+    tuner = as_given(model, opt, validation(model), every=3)
     alive: list[Any] = []
     model[1].register_forward_hook(lambda m, a, out: alive.append(weakref.ref(out)))
     for batch in data()[0]:
@@ -626,7 +629,7 @@ def test_window_is_freed():
     model = two_layers()
     opt = sgd(momentum=0.9)(model)
     alive: list[Any] = []
-    tuner = hypergrad.Tuner(model, opt, validation(model), loss=mse, mode="unrolled", horizon=4)
+    tuner = as_given(model, opt, validation(model), loss=mse, mode="unrolled", horizon=4)
     model[1].register_forward_hook(lambda m, a, out: alive.append(weakref.ref(out)))
     for batch in data()[0]:
         tuner.step(batch)
@@ -654,7 +657,7 @@ def test_bad_arguments_raise_before_anything_changes(name):
     opt = sgd()(model)
     before = repr(opt.state_dict())
     with pytest.raises(error, match=message):
-        hypergrad.Tuner(model, opt, validation(model), **arguments)
+        as_given(model, opt, validation(model), **arguments)
     assert repr(opt.state_dict()) == before
     assert not opt._optimizer_step_pre_hooks
 
@@ -664,10 +667,10 @@ def test_bad_losses():
     opt = sgd()(model)
     other = nn.Linear(2, 2)
     with pytest.raises(ValueError, match="shares no parameter"):
-        hypergrad.Tuner(model, opt, lambda: other(torch.ones(1, 2)).sum())
+        as_given(model, opt, lambda: other(torch.ones(1, 2)).sum())
     with pytest.raises(ValueError, match="scalar"):
-        hypergrad.Tuner(model, opt, lambda: model(torch.ones(3, 5)))
-    tuner = hypergrad.Tuner(model, opt, validation(model), loss=mse)
+        as_given(model, opt, lambda: model(torch.ones(3, 5)))
+    tuner = as_given(model, opt, validation(model), loss=mse)
     with pytest.raises(ValueError, match="scalar"):
         tuner.backward(model(torch.ones(3, 5)))
     with pytest.raises(ValueError, match="does not depend"):
@@ -679,14 +682,14 @@ def test_bad_losses():
     with pytest.raises(NotImplementedError, match="create_graph"):
         tuner.backward(mse(model, data()[0][0]), create_graph=True)
     with pytest.raises(NotImplementedError, match="LBFGS"):
-        hypergrad.Tuner(model, torch.optim.LBFGS(model.parameters()), validation(model))
+        as_given(model, torch.optim.LBFGS(model.parameters()), validation(model))
     assert all(p.grad is None for p in model.parameters())
 
 
 def test_backward_twice_on_a_freed_graph_raises():
     model = two_layers()
     opt = sgd()(model)
-    tuner = hypergrad.Tuner(model, opt, validation(model), every=1000)
+    tuner = as_given(model, opt, validation(model), every=1000)
     for batch in data()[0][:3]:
         opt.zero_grad()
         loss = mse(model, batch)
@@ -718,9 +721,9 @@ def test_batchnorm_in_eval_mode_is_said_in_forward_mode_and_right_in_unrolled_mo
 
     model, opt, val_loss = make()
     with pytest.warns(UserWarning, match="BatchNorm in eval mode"):
-        hypergrad.Tuner(model, opt, val_loss, tune=("lr",))
+        as_given(model, opt, val_loss, tune=("lr",))
     model, opt, val_loss = make()
-    tuner = hypergrad.Tuner(model, opt, val_loss, tune=("lr",), loss=mse, mode="unrolled", horizon=STEPS)
+    tuner = as_given(model, opt, val_loss, tune=("lr",), loss=mse, mode="unrolled", horizon=STEPS)
     for batch in data()[0]:
         tuner.step(batch)
     model, opt, val_loss = make()

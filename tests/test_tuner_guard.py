@@ -11,8 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import hypergrad
-from tests.test_tuner import data, float64, mse, sgd, two_layers, validation
+from tests.test_tuner import as_given, data, float64, mse, sgd, two_layers, validation
 
 __all__ = ["float64"]  # the fixture
 STEPS = 300
@@ -54,7 +53,7 @@ def ends_at(loss: Callable[[nn.Module, int], Tensor], lr: float, tuned: bool, **
     def val_loss() -> Tensor:
         return -loss(model, 10**6) if sgd else mse(model, easy)
 
-    tuner = hypergrad.Tuner(model, opt, val_loss, tune=("lr",), hyper_lr=1e-6)
+    tuner = as_given(model, opt, val_loss, tune=("lr",), hyper_lr=1e-6)
     if not tuned:
         tuner.close()
     last = []
@@ -112,7 +111,7 @@ def test_overflows_of_a_scaler_in_a_row_are_no_blow_up(fused: bool) -> None:
     model = two_layers()
     opt = torch.optim.AdamW(model.parameters(), lr=0.01, fused=fused)
     scaler = torch.amp.GradScaler("cpu", init_scale=64.0)
-    tuner = hypergrad.Tuner(model, opt, validation(model), tune=("lr",), every=4, scaler=scaler)
+    tuner = as_given(model, opt, validation(model), tune=("lr",), every=4, scaler=scaler)
     for i, (x, y) in enumerate(data()[0]):
         opt.zero_grad()
         tuner.backward(scaler.scale(mse(model, (x * math.inf if 3 <= i < 7 else x, y))))
@@ -130,7 +129,7 @@ def test_fused_and_unfused_are_tuned_alike_under_a_scaler_that_skips() -> None:
         model = two_layers()
         opt = torch.optim.AdamW(model.parameters(), lr=0.01, fused=fused)
         scaler = torch.amp.GradScaler("cpu", init_scale=64.0)
-        tuner = hypergrad.Tuner(model, opt, validation(model), every=4, scaler=scaler)
+        tuner = as_given(model, opt, validation(model), every=4, scaler=scaler)
         torch.manual_seed(7)
         for i, (x, y) in enumerate(data()[0]):
             opt.zero_grad()
@@ -147,7 +146,7 @@ def test_bad_data_for_a_while_is_told_from_a_blow_up() -> None:
     """Ten batches that are not finite in a row: passed over, and lr is where it was before them."""
     model = two_layers()
     opt = sgd()(model)
-    tuner = hypergrad.Tuner(model, opt, validation(model), tune=("lr",), every=1000)
+    tuner = as_given(model, opt, validation(model), tune=("lr",), every=1000)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for i, (x, y) in enumerate(data()[0] * 2):
@@ -161,7 +160,7 @@ def test_bad_data_for_a_while_is_told_from_a_blow_up() -> None:
 def test_roll_back_says_so_where_lr_is_not_tuned() -> None:
     model = two_layers()
     opt = torch.optim.SGD(model.parameters(), lr=100.0, momentum=0.9, weight_decay=0.01)
-    tuner = hypergrad.Tuner(model, opt, validation(model), tune=("weight_decay",), every=5)
+    tuner = as_given(model, opt, validation(model), tune=("weight_decay",), every=5)
     with pytest.warns(UserWarning, match="blow-up") as caught:
         for batch in data()[0]:
             opt.zero_grad()

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import hypergrad
-from tests.test_tuner import STEPS, data, float64, mse, two_layers, validation
+from tests.test_tuner import STEPS, as_given, data, float64, mse, two_layers, validation
 from tests.test_tuner_regressions import Backward, matches_differences, ordinary
 
 __all__ = ["float64"]  # the fixture
@@ -97,7 +97,7 @@ def test_frozen_tuner_leaves_a_buffer_that_is_replaced_bit_identical() -> None:
     results = []
     for tuned in (False, True):
         model, opt = centred()
-        tuner = hypergrad.Tuner(model, opt, validation(model), every=2)
+        tuner = as_given(model, opt, validation(model), every=2)
         tuner.freeze() if tuned else tuner.close()
         torch.manual_seed(7)
         ordinary(model, opt, tuner.backward)
@@ -108,7 +108,7 @@ def test_frozen_tuner_leaves_a_buffer_that_is_replaced_bit_identical() -> None:
 def test_linear_loss_frees_its_graph() -> None:
     model = nn.Linear(5, 1)
     opt = torch.optim.SGD(model.parameters(), lr=0.01)
-    tuner = hypergrad.Tuner(model, opt, validation(model), tune=("lr",), every=2)
+    tuner = as_given(model, opt, validation(model), tune=("lr",), every=2)
     for x, _ in data()[0]:
         opt.zero_grad()
         loss = model(x).sum()
@@ -154,7 +154,7 @@ def test_layer_trains_bit_identically_under_a_frozen_tuner(layer: str, dtype: to
         torch.manual_seed(0)
         model = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), LAYERS[layer](), nn.Flatten(), nn.Linear(144, 2))
         opt, grads = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9), []
-        tuner = hypergrad.Tuner(model, opt, lambda model=model: mse(model, batches[0]), tune=("lr",), every=3)
+        tuner = as_given(model, opt, lambda model=model: mse(model, batches[0]), tune=("lr",), every=3)
         tuner.freeze() if tuned else tuner.close()
         torch.manual_seed(7)
         for batch in batches:
@@ -197,7 +197,7 @@ def test_layer_of_sequences_trains_bit_identically_under_a_frozen_tuner(name: st
             return (((out[0] if isinstance(out, tuple) else out) - batch[1]) ** 2).mean()
 
         opt = torch.optim.AdamW(model.parameters(), lr=0.01)
-        tuner = hypergrad.Tuner(model, opt, lambda loss=loss: loss(batches[0]), tune=("lr",), every=3)
+        tuner = as_given(model, opt, lambda loss=loss: loss(batches[0]), tune=("lr",), every=3)
         tuner.freeze() if tuned else tuner.close()
         torch.manual_seed(7)
         for batch in batches:

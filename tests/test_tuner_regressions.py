@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import hypergrad
-from tests.test_tuner import FD_RTOL, STEPS, Loop, attach, data, float64, mse, sgd, two_layers, validation
+from tests.test_tuner import FD_RTOL, STEPS, Loop, as_given, attach, data, float64, mse, sgd, two_layers, validation
 from tests.test_tuner_several_optimizers import slope
 
 __all__ = ["float64"]  # the fixture
@@ -41,7 +41,7 @@ def matches_differences(
         torch.manual_seed(11)
         return validate()
 
-    tuner = hypergrad.Tuner(model, opt, val_loss, tune=wrt, **{"every": STEPS, "average": False, **options})
+    tuner = as_given(model, opt, val_loss, tune=wrt, **{"every": STEPS, "average": False, **options})
     torch.manual_seed(7)
     train(model, opt, tuner.backward)
     assert tuner.stats["plain_steps"] == tuner.stats["changed_gradients"] == tuner.stats["capped"] == 0
@@ -77,7 +77,7 @@ def test_validation_batches_drawn_by_a_loader_differ_and_leave_trainings_stream_
             seen.append(float(batch[0].sum()))
             return mse(model, batch)
 
-        tuner = hypergrad.Tuner(model, opt, val_loss, every=2)
+        tuner = as_given(model, opt, val_loss, every=2)
         tuner.freeze() if tuned else tuner.close()
         torch.manual_seed(7)
         ordinary(model, opt, tuner.backward)
@@ -97,7 +97,7 @@ def test_validation_batches_differ_where_training_draws_nothing(mode: str) -> No
         return mse(model, (x[rows], y[rows]))
 
     opt = torch.optim.SGD(model.parameters(), lr=0.01)
-    tuner = hypergrad.Tuner(model, opt, val_loss, tune=("lr",), loss=mse, mode=mode, every=3, horizon=3)
+    tuner = as_given(model, opt, val_loss, tune=("lr",), loss=mse, mode=mode, every=3, horizon=3)
     rng = torch.get_rng_state()
     seen.clear()
     for batch in data()[0]:
@@ -151,7 +151,7 @@ def test_clipping_between_accumulated_backwards_is_counted_and_said() -> None:
 def test_closure_is_refused_before_anything_changes() -> None:
     model = two_layers()
     opt = sgd()(model)
-    tuner = hypergrad.Tuner(model, opt, validation(model))
+    tuner = as_given(model, opt, validation(model))
     before, values, calls = [p.clone() for p in model.parameters()], repr(opt.state_dict()), []
 
     def closure() -> Tensor:
@@ -202,7 +202,7 @@ def test_hooks_on_parameters_run_once_a_backward(inexact: bool) -> None:
         model[1] = nn.SiLU()
     opt, calls = sgd()(model), []
     model[3].weight.register_post_accumulate_grad_hook(lambda p: calls.append(p.grad is not None))
-    tuner = hypergrad.Tuner(model, opt, validation(model), every=1000)
+    tuner = as_given(model, opt, validation(model), every=1000)
     ordinary(model, opt, tuner.backward)
     assert calls == [True] * STEPS
 
@@ -210,7 +210,7 @@ def test_hooks_on_parameters_run_once_a_backward(inexact: bool) -> None:
 def test_full_backward_hook_is_refused() -> None:
     model = two_layers()
     opt = sgd()(model)
-    tuner = hypergrad.Tuner(model, opt, validation(model))
+    tuner = as_given(model, opt, validation(model))
     model[0].register_full_backward_hook(lambda *_: None)
     with pytest.raises(NotImplementedError, match="full backward hook"):
         ordinary(model, opt, tuner.backward)
@@ -237,7 +237,7 @@ def test_momentum_written_from_0_during_the_run() -> None:
 def test_tuner_is_freed_by_reference_count_and_takes_its_hooks_along(mode: str, tmp_path: Any) -> None:
     model = two_layers()
     opt = sgd()(model)
-    tuner = hypergrad.Tuner(
+    tuner = as_given(
         model,
         opt,
         validation(model),
@@ -258,21 +258,21 @@ def test_tuner_is_freed_by_reference_count_and_takes_its_hooks_along(mode: str, 
     finally:
         gc.enable()
     assert not opt._optimizer_step_pre_hooks and not opt._optimizer_step_post_hooks
-    hypergrad.Tuner(model, opt, validation(model))  # the optimizer is free again
+    as_given(model, opt, validation(model))  # the optimizer is free again
 
 
 def test_second_tuner_of_an_optimizer_is_refused_until_the_first_is_closed() -> None:
     model = two_layers()
     opt = sgd()(model)
-    first = hypergrad.Tuner(model, opt, validation(model))
+    first = as_given(model, opt, validation(model))
     with pytest.raises(ValueError, match="close"):
-        hypergrad.Tuner(model, opt, validation(model))
+        as_given(model, opt, validation(model))
     with pytest.raises(ValueError, match="close"):
-        hypergrad.Tuner(model, [torch.optim.SGD([nn.Parameter(torch.ones(1))]), opt], validation(model))
+        as_given(model, [torch.optim.SGD([nn.Parameter(torch.ones(1))]), opt], validation(model))
     first.close()
-    second = hypergrad.Tuner(model, opt, validation(model))
+    second = as_given(model, opt, validation(model))
     first.close()  # once more: it leaves the second alone
     with pytest.raises(ValueError, match="close"):
-        hypergrad.Tuner(model, opt, validation(model))
+        as_given(model, opt, validation(model))
     ordinary(model, opt, second.backward)
     assert second.stats["steps"] == STEPS and second.stats["plain_steps"] == 0

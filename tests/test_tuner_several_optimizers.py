@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import ExponentialLR, LambdaLR
 
 import hypergrad
-from tests.test_tuner import FD_RTOL, STEPS, data, float64, groups, mse, two_layers, validation
+from tests.test_tuner import FD_RTOL, STEPS, as_given, data, float64, groups, mse, two_layers, validation
 
 __all__ = ["float64"]  # the fixture
 Loop = Callable[[nn.Sequential, list[Any], Callable[[Tensor], None], Any], None]
@@ -133,7 +133,7 @@ def tuned(loop: Loop, wrt: tuple[str, ...] = ("lr", "weight_decay"), **options: 
 
     scaler = torch.amp.GradScaler("cpu", init_scale=64.0) if options.pop("scaler", False) else None
     options = {"every": STEPS, "average": False} | options
-    tuner = hypergrad.Tuner(model, opts, val_loss, tune=wrt, scaler=scaler, **options)
+    tuner = as_given(model, opts, val_loss, tune=wrt, scaler=scaler, **options)
     torch.manual_seed(7)
     loop(model, opts, tuner.backward, scaler)
     assert tuner.stats["hyper_steps"] == 1
@@ -224,7 +224,7 @@ def test_several_optimizers_survive_a_blow_up(scaled: bool) -> None:
     scaler = torch.amp.GradScaler("cpu", init_scale=64.0) if scaled else None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        tuner = hypergrad.Tuner(model, opts, validation(model), tune=("lr",), every=5, scaler=scaler)
+        tuner = as_given(model, opts, validation(model), tune=("lr",), every=5, scaler=scaler)
         for _ in range(20):
             together()(model, opts, tuner.backward, scaler)
     assert tuner.stats["rollbacks"] > 0
@@ -241,7 +241,7 @@ def test_several_optimizers_frozen_train_bit_identically() -> None:
             backward: Callable[[Tensor], None] = Tensor.backward
             if watched:
                 arguments = {"clip_norm": options.get("clip_norm"), "scaler": scaler}
-                tuner = hypergrad.Tuner(model, opts, validation(model), every=2, **arguments)
+                tuner = as_given(model, opts, validation(model), every=2, **arguments)
                 tuner.freeze()
                 backward = tuner.backward
             torch.manual_seed(7)
