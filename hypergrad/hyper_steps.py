@@ -47,7 +47,10 @@ class HyperSteps:
         self.losses: list[Tensor] = []  # of the training steps since the last record
 
     def take(self, t: int) -> None:
-        """One hyperparameter step from the tangents, after t training steps."""
+        """One hyperparameter step from the tangents, after t training steps; only a look once nothing is tuned any more."""
+        if not self.coordinates.moving:
+            self.val_loss = float(self.problem.look(self.validation, t, self.seed + t))
+            return self._record(t, torch.zeros(len(self.coordinates), dtype=torch.float64))
         with self._where() as tangent:
             value, of_params, of_hypers, _ = self.problem.validate(self.validation, t, self.seed + t)
         gradient = torch.zeros(len(self.coordinates), dtype=torch.float64)
@@ -59,7 +62,7 @@ class HyperSteps:
             if entry.group is None:
                 direct = of_hypers[list(self.problem.hypers).index(entry.name)]
                 gradient[j] += 0 if direct is None else float(direct[entry.index]) * slope[j]
-        self.move(t, float(value), gradient)
+        return self.move(t, float(value), gradient)
 
     @contextmanager
     def _where(self) -> Iterator[Tensor | None]:

@@ -218,3 +218,14 @@ class Problem:
         read = self.stats is not None and any(g is not None for g in of_stats)
         flat = self.stats.flat(of_stats) if read and self.stats else None
         return Validation(loss.detach(), of_params, grads[len(self.params) : len(inputs)], flat)
+
+    @torch.no_grad()
+    def look(self, val_loss: Callable[..., Tensor], t: int, seed: int) -> Tensor:
+        """The validation loss alone; random numbers and buffers are as before afterwards."""
+        buffers, rng = self.read_buffers(), self.rng()
+        try:
+            rng.seed(seed)
+            return (val_loss(t) if takes_step(val_loss) else val_loss()).detach()
+        finally:
+            self.write_buffers(buffers)
+            rng.restore()

@@ -11,6 +11,7 @@ from collections.abc import Collection
 
 WARMUP_SHARE = 0.01  # of the steps
 STEP_SHARE = 0.3  # of the steps, in which lr, momentum, betas, … are tuned
+SETTLED_SHARE = 0.9  # of the steps, after which nothing is tuned: lr is small, and there is nothing left to win
 STEP_NAMES = frozenset({"lr", "momentum", "dampening", "betas", "alpha", "eps"})
 
 
@@ -39,7 +40,11 @@ def tuned_at(t: int, total: int | None, names: Collection[str]) -> frozenset[str
         (['lr'], ['weight_decay'])
         >>> sorted(tuned_at(0, None, ("lr", "weight_decay"))), sorted(tuned_at(0, 100, ("weight_decay",)))
         (['lr', 'weight_decay'], ['weight_decay'])
+        >>> tuned_at(90, 100, ("lr", "weight_decay"))
+        frozenset()
     """
+    if total is not None and t >= SETTLED_SHARE * total:
+        return frozenset()
     early = STEP_NAMES.intersection(names)
     late = frozenset(names) - early
     if total is None or not early or not late:

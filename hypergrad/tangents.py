@@ -64,7 +64,7 @@ class Tangents:
         params, hypers = self.transition.params, list(self.coordinates.hypers.values())
         found = survey(loss, self.model)
         others = [x for x in (found.leaves if inputs is None else inputs) if id(x) not in self._own]
-        products = self.tangent is not None or bool(hypers)
+        products = bool(self.coordinates.moving) and (self.tangent is not None or bool(hypers))
         plain = None
         if products and not found.exact:  # one pass more, for a gradient that is torch's to the last bit
             plain = grad_or_none([loss], [*params, *others], retain_graph=True)
@@ -183,6 +183,8 @@ class Tangents:
     ) -> None:
         """Take the tangents through one step. dg None: unknown, so they start again from zero at this step."""
         directions = self.coordinates.tuned
+        if not len(directions):
+            return self.forget()
         if self.tangent is None or dg is None:
             self.forget()
             self.tangent = Tangent.zeros(state, len(directions))
@@ -192,7 +194,7 @@ class Tangents:
                 self.tangent.slots[name] = x.new_zeros(len(directions), x.numel())
         seeds, _ = directions.seeds(0, scale[self.coordinates.moving].to(state.theta))
         self.tangent = self.transition.jvp(state, g, active, values, self.tangent, dg, seeds)
-        self._bound(torch.linalg.vector_norm(state.theta))
+        return self._bound(torch.linalg.vector_norm(state.theta))
 
     def _bound(self, norm: Tensor) -> None:
         """Cap every tangent at CAP times the norm of the weights; one that is not finite starts again from zero."""
