@@ -93,14 +93,34 @@ class HyperSteps:
         self._record(t, gradient)
 
     def _record(self, t: int, gradient: Tensor) -> None:
-        coordinates, row = self.coordinates, {}
+        losses, self.losses = self.losses, []
+        if self.journal.recorder is None:
+            return
+        coordinates, row = self.coordinates, self._diagnosis()
         for j, label in enumerate(coordinates.labels):
             row["hyper/" + label] = float(coordinates.value[j])
             if coordinates.kinds[j].kind == "positive":  # charts are linear: these move by orders of magnitude
                 row["log10/" + label] = math.log10(row["hyper/" + label])
             if j in coordinates.moving:
                 row["hypergrad/" + label] = float(gradient[j])
-        losses, self.losses = self.losses, []
         if losses:
             row["loss/train"] = float(torch.stack(losses).mean())
         self.journal.scalars(t, {"loss/val": self.val_loss, **row})
+
+    def _diagnosis(self) -> dict[str, float]:
+        """Whether the hypergradients are to be believed, and what they cost so far in gradients per training step."""
+        mean, noise, row = self.coordinates.descent.smoothed(), self.coordinates.descent.noise(), {}
+        for j in self.coordinates.moving:
+            if math.isfinite(mean[j]):
+                band = {"mean": mean[j], "low": mean[j] - noise[j], "high": mean[j] + noise[j]}
+                row |= {f"band/{self.coordinates.labels[j]}/{name}": float(x) for name, x in band.items()}
+        if self.tangents.tangent is not None:
+            weights = torch.cat([p.detach().reshape(-1) for p in self.transition.params])
+            sizes = torch.linalg.vector_norm(self.tangents.tangent.theta, dim=1) / torch.linalg.vector_norm(weights)
+            for j, size in zip(self.coordinates.moving, sizes.tolist(), strict=True):
+                row[f"tangent/{self.coordinates.labels[j]}"] = size
+        spent = self.stats["gradients"] + 2 * self.stats["hessian_products"] + self.stats["val_evaluations"]
+        row["cost/gradients_per_step"] = spent / max(self.stats["steps"], 1)
+        row["events/rollbacks"] = self.stats["rollbacks"]
+        row["events/steps_passed_over"] = self.stats["nonfinite_steps"]
+        return row

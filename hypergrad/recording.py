@@ -28,15 +28,27 @@ class Recorder:
         self.writer = SummaryWriter(str(self.folder))
         self.closed = False
         self.last: dict[str, float] = {}
+        self.bands: set[str] = set()
         self.step = 0
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        self._lay_out(values)
         for tag, value in values.items():
             self.writer.add_scalar(tag, value, step)
         finite = {tag: value if math.isfinite(value) else None for tag, value in values.items()}  # JSON has no NaN
         self._line({"step": step, **finite})
         self.last.update(values)
         self.step = step
+
+    def _lay_out(self, values: Mapping[str, float]) -> None:
+        """Hypergradients with their standard errors: margin charts in the Custom Scalars tab."""
+        named = [tag.removesuffix("/mean") for tag in values if tag.startswith("band/") and tag.endswith("/mean")]
+        if not self.bands.issuperset(named):
+            self.bands.update(named)
+            charts = {
+                tag[5:]: ["Margin", [f"{tag}/{x}" for x in ("mean", "low", "high")]] for tag in sorted(self.bands)
+            }
+            self.writer.add_custom_scalars({"hypergradient, mean and standard error": charts})
 
     def text(self, step: int, message: str) -> None:
         """A sentence in TensorBoard's Text tab, and in the JSON lines."""

@@ -52,10 +52,25 @@ def test_scalars_are_those_of_the_json_lines(folder):
         for g in "01"
     }
     expected |= {f"log10/{name}/{g}" for name in ("lr", "weight_decay") for g in "01"}
+    numbers = {f"{name}/{g}" for name in ("lr", "weight_decay", "momentum") for g in "01"}
+    expected |= {f"band/{x}/{part}" for x in numbers for part in ("mean", "low", "high")} | {
+        f"tangent/{x}" for x in numbers
+    }
+    expected |= {"cost/gradients_per_step", "events/rollbacks", "events/steps_passed_over"}
     assert expected == set(scalars[0]) - {"step"} == set(reader.Tags()["scalars"])
     for tag in expected:
         written = {e.step: e.value for e in reader.Scalars(tag)}
         assert written == {row["step"]: pytest.approx(row[tag], rel=1e-6) for row in scalars}, tag
+
+
+def test_noise_bands_hold_the_mean_and_the_cost_counts_products(folder):
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    last = [row for row in rows if "loss/val" in row][-1]
+    for x in ("lr/0", "weight_decay/1"):
+        assert last[f"band/{x}/low"] <= last[f"band/{x}/mean"] <= last[f"band/{x}/high"]
+        assert last[f"tangent/{x}"] > 0
+    assert last["events/steps_passed_over"] == 1
+    assert 1 < last["cost/gradients_per_step"] < 20  # six numbers are tuned at once
 
 
 def test_hparams_are_in_the_same_run(folder):
