@@ -68,6 +68,74 @@ def fashion_mnist(rows: Rows) -> Figure:
     return figure
 
 
+# The searches of the shootout: what their names begin with, legend, marker, colour, where labels stand, what joins numbers.
+FAMILIES = (
+    ("random_", "best of k random", "o", OTHERS[1], (4, 5), ""),
+    ("halving_", "successive halving: trials/by", "s", OTHERS[2], (-9, -13), "/"),
+    ("first_", "first 1/16 of n, then the top k: n→k", "^", "#7d5ba6", (5, 4), "→"),
+    ("grid", "grid of 200", "*", "#444444", (-8, 7), ""),
+)
+
+
+def shootout(rows: Rows) -> Figure:
+    """Quality over cost of each method that was run on every workload: geometric mean regret, in plain runs, log axes."""
+    ends = [row for row in rows if row["kind"] == "summary"]
+    everywhere = max(row["workloads"] for row in ends)
+    ends = [row for row in ends if row["workloads"] == everywhere]
+    figure = Figure(figsize=(10, 5.6), layout="constrained")
+    panel = figure.subplots()
+    panel.set_xscale("log")
+    panel.set_yscale("log")
+    panel.set_xlim(0.16, 300)
+    low, high = min(row["low"] for row in ends), max(row["high"] for row in ends)
+    panel.set_ylim(low / 1.02, high * 1.03)
+    ticks = [tick for tick in (1, 1.05, 1.1, 1.2, 1.35, 1.5, 1.75, 2, 2.5, 3, 4, 5) if tick < high]
+    panel.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
+    costs = (1, 2, 4, 8, 16, 32, 64, 200)
+    panel.set_xticks(costs, [f"{cost}×" for cost in costs])
+    panel.minorticks_off()
+    for prefix, legend, marker, colour, offset, joint in FAMILIES:
+        own = sorted((row for row in ends if row["method"].startswith(prefix)), key=lambda row: row["cost"])
+        _points(panel, own, marker, colour, legend)
+        if prefix == "random_":
+            panel.plot(
+                [row["cost"] for row in own], [row["regret"] for row in own], color=colour, lw=1, ls="--", zorder=1
+            )
+        for row in own:
+            short = joint.join(row["method"].split("_")[1:])
+            at = (row["cost"], row["regret"])
+            panel.annotate(short, at, xytext=offset, textcoords="offset points", fontsize=7.5, color=colour)
+    live = [row for row in ends if not row["method"].startswith(tuple(family[0] for family in FAMILIES))]
+    tuned = [row for row in live if row["method"] == "hypergrad"]
+    others = [row for row in live if row not in tuned]
+    _points(panel, others, "o", OTHERS[0], "one live run")
+    _points(panel, tuned, "D", TUNED, "hypergrad, its defaults")
+    _labels(panel, others, 0.75)
+    _tidy(panel, "regret: test loss over that of the best of a grid of 200 (bars: 5–95 %)", "cost in plain runs")
+    panel.legend(frameon=False, fontsize=8)
+    return figure
+
+
+def _points(panel: Axes, rows: Rows, marker: str, colour: str, legend: str) -> None:
+    for row in rows:
+        panel.plot([row["cost"]] * 2, [row["low"], row["high"]], color=colour, linewidth=1, alpha=0.45)
+    if rows:
+        x, y = ([row[name] for row in rows] for name in ("cost", "regret"))
+        panel.scatter(x, y, s=42, marker=marker, color=colour, linewidths=0, label=legend, zorder=3)
+
+
+def _labels(panel: Axes, rows: Rows, x: float) -> None:
+    """Titles in a column that ends at x, pushed apart, with a thin line to the point of each."""
+    bottom, top = (math.log(limit) for limit in panel.get_ylim())
+    room, floor = (top - bottom) / 26, -math.inf
+    for row in sorted(rows, key=lambda row: row["regret"]):
+        floor = max(math.log(row["regret"]), floor + room)
+        line = {"arrowstyle": "-", "color": OTHERS[1], "linewidth": 0.5, "shrinkB": 3}
+        at, text = (row["cost"], row["regret"]), (x, math.exp(floor))
+        look = {"fontsize": 8, "ha": "right", "va": "center", "color": OTHERS[0]}
+        panel.annotate(row["title"], at, xytext=text, arrowprops=line, **look)
+
+
 def _tidy(panel: Axes, title: str, xlabel: str) -> None:
     panel.set_title(title, fontsize=10, loc="left")
     panel.set_xlabel(xlabel, fontsize=9)

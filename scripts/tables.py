@@ -62,6 +62,20 @@ def fashion_mnist(result: Result) -> str:
     return _table(head, body) + "\n\n" + _source(result)
 
 
+def shootout(result: Result) -> str:
+    head = ("method", "regret, mean", "5–95 %", "worst workload", "on TPE's four", "lost runs", "cost, plain runs")
+    body = []
+    everywhere = max(row["workloads"] for row in result["rows"] if row["kind"] == "summary")
+    for row in results.select(result["rows"], {"kind": "summary"}):
+        all_there = row["workloads"] == everywhere
+        four = "–" if row["regret_four"] is None else f"{row['regret_four']:.3f}"
+        spread = f"{row['low']:.3f}–{row['high']:.3f}" if all_there else "–"
+        numbers = (f"{row['regret']:.3f}", spread, f"{row['worst']:.2f}") if all_there else ("–", "–", "–")
+        cost = f"{row['cost']:.3g}×" if row["cost"] < 1000 else f"{row['cost']:,.0f}×"
+        body.append((row["title"], *numbers, four, f"{row['lost']:.1%}", cost))
+    return _table(head, body) + "\n\n" + _source(result)
+
+
 def goals(rows: list[Result]) -> str:
     head = ("goal", "target", "reached", "met", "command")
     body = []
@@ -73,10 +87,15 @@ def goals(rows: list[Result]) -> str:
     return _table(head, body)
 
 
-TABLES: dict[str, Callable[[Result], str]] = {"quickstart": quickstart, "fashion_mnist": fashion_mnist}
+TABLES: dict[str, Callable[[Result], str]] = {
+    "quickstart": quickstart,
+    "fashion_mnist": fashion_mnist,
+    "shootout": shootout,
+}
 PLOTS: dict[str, tuple[str, Callable[[list[Result]], Any]]] = {
     "quickstart": ("quickstart_curves.json", figures.quickstart),
     "fashion_mnist": ("fashion_mnist.json", figures.fashion_mnist),
+    "shootout": ("shootout.json", figures.shootout),
 }
 
 
@@ -142,7 +161,7 @@ def _table(head: tuple[str, ...], body: list[tuple[str, ...]]) -> str:
 
 
 def _numeric(column: tuple[str, ...]) -> bool:
-    return all(re.match(r"^[\d.,eE+-]+[%×]?$", cell) for cell in column)
+    return all(re.match(r"^[\d.,eE+–-]+[%×]?$", cell) for cell in column)
 
 
 def _source(result: Result) -> str:
