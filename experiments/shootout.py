@@ -10,8 +10,7 @@ left out and named. With the L* and L0 of `pools.json`,
     regret   test loss / L*: 1 is what the grid's winner has on fresh seeds, at 200 times the cost
     lost     a run that ends without a finite test loss, or above L0, the loss before training. None is dropped: it has a null
              `test` or the one it has, and counts in every mean and worst as L0.
-    cost     gradient evaluations, in those of one plain run; `time`, training time in that of the same workload's
-             torch default (the machine was shared: a tenth of it is noise)
+    cost     gradient evaluations, in those of one plain run
 
 Rows by `kind`: "run" (workload, method, seed), "workload" (workload, method: mean, 5–95 % range and worst regret over seeds or
 resamples) and "summary" (method): `regret`, the geometric mean over workloads of the mean regret; `low`, `high`, the 5–95 %
@@ -88,13 +87,13 @@ def counted(test: np.ndarray, pool: Row) -> tuple[np.ndarray, np.ndarray]:
     return np.where(lost, pool["l0"], test) / pool["l_star"], lost
 
 
-def of_workload(method: str, workload: str, test: np.ndarray, pool: Row, cost: float, time: float | None) -> Row:
+def of_workload(method: str, workload: str, test: np.ndarray, pool: Row, cost: float) -> Row:
     """The row of kind "workload"; `regrets` is taken out again before it is written."""
     regrets, lost = counted(test, pool)
     low, high = np.quantile(regrets, (0.05, 0.95))
     row = {"kind": "workload", "workload": workload, "method": method, "title": title(method), "runs": len(test)}
     row |= {"regret": float(regrets.mean()), "low": float(low), "high": float(high), "worst": float(regrets.max())}
-    return row | {"lost": float(lost.mean()), "cost": cost, "time": time, "regrets": regrets}
+    return row | {"lost": float(lost.mean()), "cost": cost, "regrets": regrets}
 
 
 def summary(rows: list[Row]) -> Row:
@@ -104,7 +103,6 @@ def summary(rows: list[Row]) -> Row:
     low, high = np.quantile(together, (0.05, 0.95))
     worst = max(rows, key=lambda row: row["regret"])
     four = [row["regret"] for row in rows if row["workload"] in FOUR]
-    times = [row["time"] for row in rows if row["time"] is not None]
     return {
         "kind": "summary",
         "method": rows[0]["method"],
@@ -119,7 +117,6 @@ def summary(rows: list[Row]) -> Row:
         "worst_run": max(row["worst"] for row in rows),
         "lost": float(np.mean([row["lost"] for row in rows])),
         "cost": float(np.mean([row["cost"] for row in rows])),
-        "time": geometric_mean(times) if times else None,
         "regret_four": geometric_mean(four) if len(four) == len(FOUR) else None,
     }
 
@@ -138,33 +135,24 @@ def of_pool(args: Args, pools: dict[str, Row]) -> list[Row]:
         trials = [row for row in own if row["kind"] == "random"]
         fresh = np.array([row["test"] for row in own if row["kind"] == "fresh"], dtype=float)
         grid = sum(row["kind"] == "grid" for row in own)
-        out.append(of_workload(GRID, workload, fresh, pools[workload], grid, None))
+        out.append(of_workload(GRID, workload, fresh, pools[workload], grid))
         for place, (name, search) in enumerate(SEARCHES.items()):
             if search.trials <= len(trials):
                 test = resample(search, trials, args.resamples, np.random.default_rng([place, number]))
-                out.append(of_workload(name, workload, test, pools[workload], search.cost, None))
+                out.append(of_workload(name, workload, test, pools[workload], search.cost))
     return out
 
 
 def of_runs(runs: list[Row], pools: dict[str, Row]) -> list[Row]:
     """The live methods' rows of kind "workload"."""
-    seconds = {w: _median(runs, w, "default") for w in pools}
     out = []
     for workload, method in dict.fromkeys((row["workload"], row["method"]) for row in runs):
         own = [row for row in runs if (row["workload"], row["method"]) == (workload, method)]
         if workload in pools:
             test = np.array([row["test"] for row in own], dtype=float)
             cost = float(np.mean([row["gradient_evaluations"] / row["steps"] for row in own]))
-            plain, its = seconds[workload], _median(runs, workload, method)
-            time = its / plain if plain and its else None
-            out.append(of_workload(method, workload, test, pools[workload], cost, time))
+            out.append(of_workload(method, workload, test, pools[workload], cost))
     return out
-
-
-def _median(runs: list[Row], workload: str, method: str) -> float | None:
-    """Seconds of the runs that went to their end."""
-    own = [row["seconds"] for row in runs if (row["workload"], row["method"]) == (workload, method) and row["test"]]
-    return float(np.median(own)) if own else None
 
 
 def items(args: Args) -> list[Row]:
@@ -223,14 +211,12 @@ def main(args: Args) -> list[Row]:
     rows += [{"kind": "run"} | row for row in runs]
     results.write(out / "shootout.json", command(args), rows, one_line_a_row=True)
 
-    print(f"\n{'method':<34}{'regret':>8}{'5 %':>8}{'95 %':>8}{'worst':>8}{'lost':>7}{'cost':>7}{'time':>6}{'four':>8}")
+    print(f"\n{'method':<34}{'regret':>8}{'5 %':>8}{'95 %':>8}{'worst':>8}{'lost':>7}{'cost':>7}{'four':>8}")
     for row in rows[: len(ends)]:
-        time, four = (
-            "–" if row[k] is None else format(row[k], f) for k, f in (("time", ".2f"), ("regret_four", ".3f"))
-        )
+        four = "–" if row["regret_four"] is None else f"{row['regret_four']:.3f}"
         print(
             f"{row['title']:<34}{row['regret']:>8.3f}{row['low']:>8.3f}{row['high']:>8.3f}{row['worst']:>8.3f}"
-            f"{row['lost']:>7.1%}{row['cost']:>7.2f}{time:>6}{four:>8}  {row['workloads']} × {row['runs']}"
+            f"{row['lost']:>7.1%}{row['cost']:>7.2f}{four:>8}  {row['workloads']} × {row['runs']}"
         )
     return rows
 

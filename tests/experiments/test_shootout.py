@@ -61,7 +61,7 @@ def test_lost_runs_count_as_the_loss_before_training():
 
 def test_a_summary_is_over_workloads():
     rows = [
-        shootout.of_workload("dog", workload, np.array(test), POOL, 1.0, None)
+        shootout.of_workload("dog", workload, np.array(test), POOL, 1.0)
         for workload, test in (("diabetes", [1.0, 1.0]), ("cloning", [4.0, 2.0]))
     ]
     end = shootout.summary(rows)
