@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 from torch.utils.flop_counter import FlopCounterMode
+
+from hypergrad.hyper_steps import gradient_evaluations
+
+__all__ = ["count", "gradient_evaluations", "whole_run"]
 
 
 def count(run: Callable[[], object]) -> int:
@@ -24,11 +28,3 @@ def whole_run(run: Callable[[int], object], steps: int, short: int = 300) -> flo
         return float(count(lambda: run(steps)))
     first, second = count(lambda: run(short)), count(lambda: run(2 * short))
     return first + (second - first) / short * (steps - short)
-
-
-def gradient_evaluations(stats: Mapping[str, int]) -> int:
-    """What ``tuner.stats`` amounts to in gradients of a loss; a Hessian-vector product counts as two of them.
-
-    A forward and a backward pass are 3 products with each weight matrix, a Hessian-vector product is 4 more.
-    """
-    return stats["gradients"] + 2 * stats["hessian_products"] + stats["val_evaluations"]

@@ -113,7 +113,7 @@ def main(args: Args) -> list[Row]:
             "start_lr": significant(lr),
             "start_weight_decay": significant(wd),
             "seed": seed,
-            "steps": args.steps or (WORKLOADS[name].full_steps if args.full else WORKLOADS[name].steps),
+            "steps": WORKLOADS[name].length(args.full, args.steps),
             "full": args.full,
         }
         for name in args.workloads

@@ -122,7 +122,7 @@ def main(args: Args) -> list[Row]:
 
     def sweep_of(workload: str, kind: str, points: list[Row]) -> list[Row]:
         row = WORKLOADS[workload]
-        same = {"workload": workload, "kind": kind, "steps": args.steps or (row.full_steps if args.full else row.steps)}
+        same = {"workload": workload, "kind": kind, "steps": row.length(args.full, args.steps)}
         todo = [same | point for point in points]
         rows = sweep(partial(run, full=args.full), todo, path, min(args.jobs, len(todo))) if todo else []
         return [row for row in rows if same.items() <= row.items()]

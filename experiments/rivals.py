@@ -34,7 +34,6 @@ from torch import Tensor, nn
 
 from experiments.pools import TRIAL_LR, TRIAL_WD
 from experiments.workloads import RUNGS, Task, fit, train, train_tuned
-from experiments.workloads.task import OPTIMIZERS
 
 Row = dict[str, Any]
 DEFAULTS = {"SGD": (1e-3, 0.0), "AdamW": (1e-3, 1e-2), "RMSprop": (1e-2, 0.0)}  # torch's lr and weight decay
@@ -63,10 +62,6 @@ class AtAverage(Task):
             return super().evaluate(split)
 
 
-def _groups(task: Task) -> list[dict[str, Any]]:
-    return task.workload.groups(task.model) if task.workload.groups else [{"params": [*task.model.parameters()]}]
-
-
 def _is_sgd(task: Task) -> bool:
     return task.workload.optimizer == "SGD"
 
@@ -88,24 +83,24 @@ def default(task: Task) -> Row:
 def dadaptation(task: Task) -> Row:
     package = import_module("dadaptation")
     if _is_sgd(task):
-        return _decayed(task, package.DAdaptSGD(_groups(task), momentum=0.9))
-    return _decayed(task, package.DAdaptAdam(_groups(task), weight_decay=_weight_decay(task), decouple=True))
+        return _decayed(task, package.DAdaptSGD(task.param_groups(), momentum=0.9))
+    return _decayed(task, package.DAdaptAdam(task.param_groups(), weight_decay=_weight_decay(task), decouple=True))
 
 
 def prodigy(task: Task) -> Row:
-    return _decayed(task, import_module("prodigyopt").Prodigy(_groups(task), weight_decay=_weight_decay(task)))
+    return _decayed(task, import_module("prodigyopt").Prodigy(task.param_groups(), weight_decay=_weight_decay(task)))
 
 
 def mechanic(task: Task) -> Row:
     kinds = {"SGD": torch.optim.SGD, "AdamW": torch.optim.AdamW, "RMSprop": torch.optim.RMSprop}
     more = {"momentum": 0.9} if _is_sgd(task) else {}
     tuned = import_module("mechanic_pytorch").mechanize(kinds[task.workload.optimizer])
-    return _decayed(task, tuned(_groups(task), lr=1.0, weight_decay=_weight_decay(task), **more))
+    return _decayed(task, tuned(task.param_groups(), lr=1.0, weight_decay=_weight_decay(task), **more))
 
 
 def dog(task: Task) -> Row:
     package = import_module("dog")
-    optimizer = package.DoG(_groups(task), reps_rel=DOG_STEP[_has_batchnorm(task.model)])
+    optimizer = package.DoG(task.param_groups(), reps_rel=DOG_STEP[_has_batchnorm(task.model)])
     averager = package.PolynomialDecayAverager(task.model)
 
     @contextmanager
@@ -123,9 +118,9 @@ def dog(task: Task) -> Row:
 def schedule_free(task: Task) -> Row:
     package = import_module("schedulefree")
     if _is_sgd(task):
-        optimizer = package.SGDScheduleFree(_groups(task))
+        optimizer = package.SGDScheduleFree(task.param_groups())
     else:
-        optimizer = package.AdamWScheduleFree(_groups(task), weight_decay=_weight_decay(task))
+        optimizer = package.AdamWScheduleFree(task.param_groups(), weight_decay=_weight_decay(task))
 
     @contextmanager
     def average(at: Task) -> Iterator[None]:
@@ -171,7 +166,7 @@ class HypergradientDescent:
 
 def hd(task: Task) -> Row:
     lr, weight_decay = DEFAULTS[task.workload.optimizer]
-    inner = OPTIMIZERS[task.workload.optimizer](_groups(task), lr=lr, weight_decay=weight_decay)
+    inner = task.make_optimizer(lr, weight_decay)
     optimizer: Any = HypergradientDescent(inner, HD_BETA[task.workload.optimizer])
     return fit(task, optimizer, Tensor.backward)
 

@@ -166,8 +166,7 @@ def items(args: Args) -> list[Row]:
         of_tpe = method == TPE
         for seed in range(args.tpe_seeds if of_tpe else args.seeds):
             for workload in (w for w in args.workloads if not of_tpe or w in FOUR):
-                row = WORKLOADS[workload]
-                steps = args.steps or (row.full_steps if args.full else row.steps)
+                steps = WORKLOADS[workload].length(args.full, args.steps)
                 item = {"workload": workload, "method": method, "seed": args.seed + seed, "steps": steps}
                 item |= {"full": args.full} | ({"trials": args.trials} if of_tpe else {})
                 if method not in (*missing, "none"):
@@ -179,7 +178,7 @@ def gathered(args: Args, path: Path) -> list[Row]:
     """Every kept run of these workloads at this length, method by method."""
     order = [*METHODS, TPE]
     kept = [row for row in finished(path) if row["workload"] in args.workloads and row["full"] == args.full]
-    steps = {w: args.steps or (WORKLOADS[w].full_steps if args.full else WORKLOADS[w].steps) for w in args.workloads}
+    steps = {w: WORKLOADS[w].length(args.full, args.steps) for w in args.workloads}
     kept = [row for row in kept if row["steps"] == steps[row["workload"]] and row["method"] in order]
     kept = [row for row in kept if row.get("trials", args.trials) == args.trials]
     names = list(WORKLOADS)

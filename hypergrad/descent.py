@@ -46,8 +46,9 @@ class Descent:
             moves: the numbers that are tuned at present; the rest stay.
             too_high: numbers that step down by hyper_lr whatever their gradient says.
         """
-        agreed = self._follow(phi, gradient, moves & torch.isfinite(gradient))
-        moves = moves & torch.isfinite(gradient) & (self.s > 0)
+        moves = moves & torch.isfinite(gradient)
+        agreed = self._follow(phi, gradient, moves)
+        moves = moves & (self.s > 0)
         m, s = self.m / (1 - BETA1**self.count), self.s / (1 - BETA2**self.count)
         down = torch.where(moves, m / s.sqrt().clamp_min(1e-300), 0)
         descent = torch.where(self.climbs, DOWN, 1.0) * self.pace.clamp(max=1)

@@ -32,9 +32,9 @@ class Guard:
     """Judges every step before it is taken, and keeps the last good states.
 
     A *bad batch* is a loss or gradient that is not finite with weights that are: the step is passed over. A *blow-up* is
-    weights that are not finite, losses far above L₀ (see BLOW_UP, DRIFT), or PATIENCE bad batches in a row. A roll-back after
-    which the loss is as high at the good weights was a *false alarm* (L₀ becomes that loss), or it was *bad data* where the
-    loss is not finite there either.
+    weights that are not finite, losses far above L₀ or above what they had come to (see BLOW_UP, DRIFT, LOST), or PATIENCE bad
+    batches in a row. A roll-back after which the loss is as high at the good weights was a *false alarm* (L₀ becomes that loss),
+    or it was *bad data* where the loss is not finite there either.
 
     Args:
         reference: the validation loss before the first step.
@@ -94,8 +94,8 @@ class Guard:
 
         Its tensors are never written to, so nothing is copied but the buffers.
         """
-        kept = self.best + LOST / 2 * (self.reference - self.best)
-        if self.mean <= (self.reference if math.isinf(self.best) else max(kept, self.best)) or not self.good:
+        progress = 0.0 if math.isinf(self.best) else max(self.reference - self.best, 0.0)
+        if self.mean <= self.reference - (1 - LOST / 2) * progress or not self.good:
             self.good.append(_Good(state, self.problem.read_buffers()))
 
     def mend_buffers(self) -> None:

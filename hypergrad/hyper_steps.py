@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -115,12 +115,20 @@ class HyperSteps:
                 band = {"mean": mean[j], "low": mean[j] - noise[j], "high": mean[j] + noise[j]}
                 row |= {f"band/{self.coordinates.labels[j]}/{name}": float(x) for name, x in band.items()}
         if self.tangents.tangent is not None:
-            weights = torch.cat([p.detach().reshape(-1) for p in self.transition.params])
+            weights = self.transition.flatten(self.transition.params)
             sizes = torch.linalg.vector_norm(self.tangents.tangent.theta, dim=1) / torch.linalg.vector_norm(weights)
             for j, size in zip(self.coordinates.moving, sizes.tolist(), strict=True):
                 row[f"tangent/{self.coordinates.labels[j]}"] = size
-        spent = self.stats["gradients"] + 2 * self.stats["hessian_products"] + self.stats["val_evaluations"]
-        row["cost/gradients_per_step"] = spent / max(self.stats["steps"], 1)
+        row["cost/gradients_per_step"] = gradient_evaluations(self.stats) / max(self.stats["steps"], 1)
         row["events/rollbacks"] = self.stats["rollbacks"]
         row["events/steps_passed_over"] = self.stats["nonfinite_steps"]
         return row
+
+
+def gradient_evaluations(stats: Mapping[str, int]) -> int:
+    """What `tuner.stats` amounts to in gradients of a loss; a Hessian-vector product counts as two of them.
+
+    A forward and a backward pass are 3 products with each weight matrix, a Hessian-vector product is 4 more. A validation loss
+    without its gradient, as in the last tenth of a run, is not counted.
+    """
+    return stats["gradients"] + 2 * stats["hessian_products"] + stats["val_evaluations"]

@@ -197,19 +197,11 @@ class Problem:
         Random numbers and buffers are as before afterwards. With a seed the loss draws from a stream of its own: put back
         to where training stands it might see the same validation batch every time.
         """
-        buffers, rng = self.read_buffers(), self.rng()
         inputs = [*self.params, *self.hypers.values()]
-        try:
-            if seed is not None:
-                rng.seed(seed)
-            with torch.enable_grad(), self.stats.as_leaves() if self.stats else nullcontext([]) as leaves:
-                loss = val_loss(t) if takes_step(val_loss) else val_loss()
-                check_scalar(loss, "val_loss()")
-                with without_hooks(inputs):
-                    grads = grad_or_none([loss], [*inputs, *leaves])
-        finally:
-            self.write_buffers(buffers)
-            rng.restore()
+        with self._aside(seed), self.stats.as_leaves() if self.stats else nullcontext([]) as leaves:
+            loss = self._call(val_loss, t)
+            with without_hooks(inputs):
+                grads = grad_or_none([loss], [*inputs, *leaves])
         of_params, of_stats = grads[: len(self.params)], grads[len(inputs) :]
         if all(g is None for g in of_params):
             raise ValueError(
@@ -219,13 +211,26 @@ class Problem:
         flat = self.stats.flat(of_stats) if read and self.stats else None
         return Validation(loss.detach(), of_params, grads[len(self.params) : len(inputs)], flat)
 
-    @torch.no_grad()
     def look(self, val_loss: Callable[..., Tensor], t: int, seed: int) -> Tensor:
-        """The validation loss alone; random numbers and buffers are as before afterwards."""
+        """The validation loss alone."""
+        with self._aside(seed):
+            return self._call(val_loss, t).detach()
+
+    @contextmanager
+    def _aside(self, seed: int | None) -> Iterator[None]:
+        """With gradients enabled; random numbers and buffers are put back, and drawn from a stream of its own with a seed."""
         buffers, rng = self.read_buffers(), self.rng()
         try:
-            rng.seed(seed)
-            return (val_loss(t) if takes_step(val_loss) else val_loss()).detach()
+            if seed is not None:
+                rng.seed(seed)
+            with torch.enable_grad():
+                yield
         finally:
             self.write_buffers(buffers)
             rng.restore()
+
+    @staticmethod
+    def _call(val_loss: Callable[..., Tensor], t: int) -> Tensor:
+        loss = val_loss(t) if takes_step(val_loss) else val_loss()
+        check_scalar(loss, "val_loss()")
+        return loss

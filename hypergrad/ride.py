@@ -103,7 +103,7 @@ class Ride:
         self.tangents.push(state, g, active, values, self.used[1], dg)
         if self.warm.active and self.t == 0:
             self._start_small(i, state, g, active, dg)
-        if self.warm.sizes_decay and self.total is not None and len(self.optimizers) == 1:
+        if self.warm.sizes_decay and self.total is not None and len(self.optimizers) == 1 and not self.hyper.frozen:
             self._size_decay(state, g, active, values)
         self.warm.sizes_decay = False
         if loss is not None and not self.stepped:
@@ -234,7 +234,8 @@ class Ride:
         if self.mode == "forward" and self.t % self.every == 0:
             self.hyper.take(self.t)
         if self.choose_what_is_tuned():
-            self.warm.sizes_decay = self.warm.began
+            moving = (self.coordinates.entries[j].name for j in self.coordinates.moving)
+            self.warm.sizes_decay = self.warm.began and "weight_decay" in moving  # its turn begins
             self.tangents.forget()
             if self.tangents.pending is not None:
                 self.tangents.pending.dg = None

@@ -11,6 +11,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from hypergrad.guard import Guard
+from hypergrad.problem import Problem
+from hypergrad.updates.transition import Transition
 from tests.test_tuner import as_given, data, float64, mse, sgd, two_layers, validation
 
 __all__ = ["float64"]  # the fixture
@@ -169,3 +172,38 @@ def test_roll_back_says_so_where_lr_is_not_tuned() -> None:
     said = [str(w.message) for w in caught if "blow-up" in str(w.message)]
     assert opt.param_groups[0]["lr"] == 100.0
     assert all("lr is not tuned" in message and "divided" not in message for message in said)
+
+
+def guard_after(losses: list[float]) -> tuple[list[str], Any]:
+    """Verdicts on a series of training losses, and the guard; its states are kept as a ride keeps them."""
+    model = nn.Linear(2, 1)
+    transition = Transition([torch.optim.SGD(model.parameters(), lr=0.1)], frozenset({"lr"}))
+    guard = Guard(transition, Problem(model, transition.params, None, {}), losses[0])
+    verdicts, g = [], torch.zeros(3)
+    for loss in losses:
+        verdicts.append(guard.judge(loss, g, torch.zeros(3)))
+        guard.keep(transition.read())
+    return verdicts, guard
+
+
+def test_progress_that_is_lost_again_is_a_blow_up():
+    """From 2.3 to 0.1, and back to 2.2: below the loss at the start, and yet the run is lost."""
+    verdicts, _ = guard_after([2.3] * 5 + [0.1] * 60 + [2.2] * 40)
+    assert set(verdicts[:65]) == {"good"}
+    assert "blow-up" in verdicts[65:]
+
+
+def test_a_loss_that_gives_back_a_little_or_is_all_noise_is_none():
+    little, _ = guard_after([2.3] * 5 + [0.1] * 60 + [0.9] * 40)
+    noise = (500 + 22 * torch.randn(2000, generator=torch.Generator().manual_seed(0))).tolist()
+    assert set(little) == set(guard_after(noise)[0]) == {"good"}
+
+
+def test_lost_progress_at_the_good_weights_too_is_the_data():
+    verdicts, guard = guard_after([2.3] * 5 + [0.1] * 60)
+    while guard.judge(2.2, torch.zeros(3), torch.zeros(3)) != "blow-up":
+        pass
+    assert guard.roll_back()
+    assert guard.judge(2.2, torch.zeros(3), torch.zeros(3)) == "false alarm"
+    assert guard.judge(2.2, torch.zeros(3), torch.zeros(3)) == "good"
+    assert set(verdicts) == {"good"}

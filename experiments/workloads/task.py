@@ -58,7 +58,11 @@ class Workload:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             model = self.model(data, full)
-        return Task(self, data, model, seed, steps or (self.full_steps if full else self.steps))
+        return Task(self, data, model, seed, self.length(full, steps))
+
+    def length(self, full: bool = False, steps: int | None = None) -> int:
+        """Training steps of one run: `steps`, or the workload's own where that is 0 or None."""
+        return steps or (self.full_steps if full else self.steps)
 
 
 @dataclass
@@ -72,8 +76,10 @@ class Task:
     steps: int
 
     def make_optimizer(self, lr: float, weight_decay: float) -> torch.optim.Optimizer:
-        groups = self.workload.groups(self.model) if self.workload.groups else [{"params": [*self.model.parameters()]}]
-        return OPTIMIZERS[self.workload.optimizer](groups, lr=lr, weight_decay=weight_decay)
+        return OPTIMIZERS[self.workload.optimizer](self.param_groups(), lr=lr, weight_decay=weight_decay)
+
+    def param_groups(self) -> list[dict[str, Any]]:
+        return self.workload.groups(self.model) if self.workload.groups else [{"params": [*self.model.parameters()]}]
 
     def batches(self) -> Iterator[Batch]:
         """`steps` batches, epoch after epoch in an order of this task's own seed; an epoch's odd end is left out."""
