@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_map
 from hypergrad.exact import Optimizers, as_optimizers, hypergradient, leaves
 from hypergrad.precision import Promote, all_params, in_float64, to_double
 from hypergrad.problem import Rng, takes_step
-from hypergrad.updates.transition import parts
+from hypergrad.updates.binding import parts
 
 RTOL = 1e-5  # agreement asked for; Richardson differences of a smooth loss reach 1e-8
 STEP = 1e-4  # of the differences, relative to the value (absolute below 1e-3)

@@ -12,8 +12,9 @@ from torch import Tensor
 from hypergrad.descent import Descent
 from hypergrad.hyperparameters import START_FROM_ZERO, Hyperparameter
 from hypergrad.modes.stretch import Directions, Entry
+from hypergrad.updates.binding import parts
 from hypergrad.updates.rule import Tensors
-from hypergrad.updates.transition import Transition, parts
+from hypergrad.updates.transition import Transition
 
 
 class Coordinates:

@@ -13,8 +13,9 @@ from hypergrad.hyperparameters import Hyperparameter
 from hypergrad.modes import MODES, OPTIONS, Result
 from hypergrad.modes.stretch import Directions, Stretch
 from hypergrad.problem import Problem, Rng
+from hypergrad.updates.binding import Values, parts
 from hypergrad.updates.rule import Tensors
-from hypergrad.updates.transition import CLIPS, Transition, Values, parts
+from hypergrad.updates.transition import CLIPS, Transition
 
 Optimizers = torch.optim.Optimizer | Sequence[torch.optim.Optimizer]
 

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from hypergrad.problem import Problem, Saved
-from hypergrad.updates.transition import State, Transition
+from hypergrad.updates.binding import State
+from hypergrad.updates.transition import Transition
 
 # With L₀ the larger of the first training loss and the validation loss before the first step, a blow-up is
 BLOW_UP = 10.0  # a training loss above so many L₀, or

@@ -17,7 +17,8 @@ from hypergrad.guard import LR_CUT, Guard
 from hypergrad.hyper_steps import HyperSteps
 from hypergrad.live_values import LiveValues
 from hypergrad.schedules import tuned_at
-from hypergrad.updates.transition import State, Tangent, Values
+from hypergrad.updates.binding import State, Values
+from hypergrad.updates.transition import Tangent
 from hypergrad.warm_start import WarmStart, sensible
 
 if TYPE_CHECKING:

@@ -21,8 +21,9 @@ from torch import Tensor
 
 from hypergrad.coordinates import Coordinates
 from hypergrad.graph import Linearization, grad_or_none, survey
+from hypergrad.updates.binding import State, Values
 from hypergrad.updates.clip import TORCH_EPS, total_norm
-from hypergrad.updates.transition import State, Tangent, Transition, Values
+from hypergrad.updates.transition import Tangent, Transition
 
 CAP = 2.0  # a tangent (per unit of log value) is not let grow beyond so many times the norm of the weights
 AVERAGE_SHARE = 0.1  # the running average looks back over so much of the run so far

@@ -19,8 +19,9 @@ from hypergrad.modes.implicit import implicit
 from hypergrad.modes.stretch import Directions, Meter, Stretch
 from hypergrad.modes.unrolled import Snapshot, Tape, adjoint, default_every
 from hypergrad.problem import takes_step
+from hypergrad.updates.binding import State, Values
 from hypergrad.updates.rule import Tensors
-from hypergrad.updates.transition import State, Transition, Values
+from hypergrad.updates.transition import Transition
 
 if TYPE_CHECKING:
     from hypergrad.ride import Ride

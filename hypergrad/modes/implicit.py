@@ -23,7 +23,8 @@ from torch import Tensor
 from hypergrad.modes.stretch import Meter, Result, Stretch, evaluation
 from hypergrad.modes.unrolled import Total, pull, train
 from hypergrad.solvers import Solve, cg
-from hypergrad.updates.transition import State, Tangent
+from hypergrad.updates.binding import State
+from hypergrad.updates.transition import Tangent
 
 
 def implicit(stretch: Stretch, solver: Solve | None = None, look_back: int | None = None) -> Result:

@@ -18,8 +18,9 @@ from torch import Tensor
 
 from hypergrad.graph import Linearization
 from hypergrad.problem import Problem
+from hypergrad.updates.binding import State, Values, parts
 from hypergrad.updates.rule import Tensors
-from hypergrad.updates.transition import CLIPS, State, Transition, Values, parts
+from hypergrad.updates.transition import CLIPS, Transition
 
 
 @dataclass

@@ -20,8 +20,9 @@ from torch import Tensor
 
 from hypergrad.modes.stretch import Meter, Result, Stretch, evaluation
 from hypergrad.problem import Rng, Saved
+from hypergrad.updates.binding import State, parts
 from hypergrad.updates.rule import Tensors
-from hypergrad.updates.transition import CLIPS, State, Tangent, parts
+from hypergrad.updates.transition import CLIPS, Tangent
 
 REPLAY_RTOL = 1e-3  # bit-identical on CPU; kernels on a GPU may add up in another order
 

@@ -1,8 +1,7 @@
-"""A live `torch.optim` optimizer (or several) as a pure function of flat tensors.
+"""A step of live optimizers as a pure function of flat tensors, and its derivatives.
 
-All parameters are joined into one vector θ of length n, and so is each of the optimizer's tensors (a *slot*). A step
-applies each group's rule to the ranges of that vector that share hyperparameters and step number; parameters without
-a gradient are passed over, as `torch.optim` does. Tangents are [k, n], adjoints [n].
+A step applies each group's rule to the ranges of θ that share hyperparameters and step number; parameters without a gradient
+are passed over, as `torch.optim` does. Tangents are [k, n], adjoints [n].
 """
 
 from __future__ import annotations
@@ -14,41 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hypergrad.updates import rule_of
+from hypergrad.updates.binding import Binding, State, Values, parts
 from hypergrad.updates.clip import Clip, ClipNorm, ClipValue
-from hypergrad.updates.rule import Tensors, UpdateRule
+from hypergrad.updates.rule import Tensors
 
-# names in param_groups whose value is several numbers: name -> the rule's names of them
-PARTS = {"betas": ("beta1", "beta2")}
 CLIPS: dict[str, type[Clip]] = {"clip_norm": ClipNorm, "clip_value": ClipValue}
 
 WELL_CONDITIONED_EPS = 1e-3  # from here on d/d(weight decay) through g/(√v + eps) at g = v = 0 is of ordinary size
-
-# values[name][group] is a number, a tuple of numbers (betas) or None (the group has no such name); a clip's
-# threshold is values["clip_norm"][0].
-Values = dict[str, list[Any]]
-
-
-def parts(name: str) -> tuple[str, ...]:
-    return PARTS.get(name, (name,))
-
-
-@dataclass
-class State:
-    """θ, slots and the number of steps each parameter has taken. Never changed in place."""
-
-    theta: Tensor
-    slots: Tensors
-    counts: tuple[int, ...]
-
-    def equals(self, other: State) -> bool:
-        """Bit for bit."""
-        same = self.counts == other.counts and self.slots.keys() == other.slots.keys()
-        pairs = [(self.theta, other.theta), *((x, other.slots[name]) for name, x in self.slots.items())] if same else []
-        return same and all(torch.equal(a, b) for a, b in pairs)
-
-    def like(self, theta: Tensor, slots: Tensors, active: Sequence[bool]) -> State:
-        return State(theta, slots, tuple(c + a for c, a in zip(self.counts, active, strict=True)))
 
 
 @dataclass
@@ -97,121 +68,18 @@ class _Pieces:
         return out
 
 
-class Transition:
+class Transition(Binding):
     """The transition stage of one or several live optimizers, with an optional clipping stage in front.
 
     Args:
-        optimizers: live `torch.optim` optimizers; their groups are numbered through.
-        wrt: names that will be differentiated (a rule may keep more state for them).
+        optimizers, wrt: as of a `Binding`.
         clip: name of the clipping stage, None for none.
     """
 
     def __init__(self, optimizers: Sequence[torch.optim.Optimizer], wrt: frozenset[str], clip: str | None = None):
-        self.optimizers, self.wrt = list(optimizers), wrt
-        self.optimizer_of_group = [i for i, opt in enumerate(optimizers) for _ in opt.param_groups]
-        self.rules: list[UpdateRule] = [
-            rule_of(opt).from_group(group, wrt) for opt in optimizers for group in opt.param_groups
-        ]
-        self.params: list[Tensor] = [p for group in self.groups for p in group["params"]]
-        _check_params(self.params)
-        self.group_of = [i for i, group in enumerate(self.groups) for _ in group["params"]]
-        self.sizes = [p.numel() for p in self.params]
-        ends = torch.tensor(self.sizes).cumsum(0).tolist()
-        self.ranges = [(end - size, end) for end, size in zip(ends, self.sizes, strict=True)]
-        self.slot_names = tuple(dict.fromkeys(name for rule in self.rules for name in rule.slots))
-        known = {name for rule in self.rules for name in rule.hyperparameters}
-        self.names = [
-            name for name in dict.fromkeys(n for g in self.groups for n in g) if known.issuperset(parts(name))
-        ]
+        super().__init__(optimizers, wrt)
         self.clip: Clip | None = None if clip is None else CLIPS[clip]()
         self._plans: dict[Any, list[Run]] = {}
-
-    # ---- flat vectors and the live optimizer
-
-    @property
-    def groups(self) -> list[dict[str, Any]]:
-        """The param groups of all optimizers, numbered through. Read anew: load_state_dict replaces them."""
-        return [group for opt in self.optimizers for group in opt.param_groups]
-
-    def flatten(self, tensors: Sequence[Tensor | None]) -> Tensor:
-        """One flat detached vector of tensors shaped like the parameters; None counts as zero."""
-        return torch.cat(
-            [
-                p.new_zeros(p.numel()) if x is None else x.detach().reshape(-1)
-                for p, x in zip(self.params, tensors, strict=True)
-            ]
-        )
-
-    def split(self, flat: Tensor) -> list[Tensor]:
-        """Views of a flat vector [n] (or of one row of a tangent), shaped like the parameters."""
-        return [x.view(p.shape) for p, x in zip(self.params, flat.split(self.sizes), strict=True)]
-
-    def load(self, theta: Tensor) -> None:
-        """Write θ into the live parameters, in place."""
-        with torch.no_grad():
-            for p, x in zip(self.params, self.split(theta), strict=True):
-                p.copy_(x)
-
-    def live_state(self, p: Tensor, group: int) -> dict[str, Any]:
-        return self.optimizers[self.optimizer_of_group[group]].state.get(p, {})
-
-    def counts(self) -> tuple[int, ...]:
-        """Steps each parameter has taken. SGD keeps none; there, whether a momentum buffer exists is what matters."""
-        out, steps = [0] * len(self.params), []
-        for i, (p, group) in enumerate(zip(self.params, self.group_of, strict=True)):
-            state = self.live_state(p, group)
-            if torch.is_tensor(state.get("step")):
-                steps.append((i, state["step"]))
-            else:
-                out[i] = int(state.get("step", state.get("momentum_buffer") is not None))
-        if steps:
-            for (i, _), t in zip(steps, torch.stack([s for _, s in steps]).tolist(), strict=True):
-                out[i] = int(t)
-        return tuple(out)
-
-    def slots(self) -> Tensors:
-        """The optimizer's tensors, flat; zeros where there are none yet."""
-        live = [self.live_state(p, group) for p, group in zip(self.params, self.group_of, strict=True)]
-        return {name: self.flatten([state.get(name) for state in live]) for name in self.slot_names}
-
-    def read(self) -> State:
-        return State(self.flatten(self.params), self.slots(), self.counts())
-
-    def write(self, state: State) -> None:
-        """Write θ, slots and step counts into the live optimizers, in place.
-
-        A parameter that had taken no step in `state` gets an empty optimizer state, as torch.optim has it then.
-        """
-        self.load(state.theta)
-        slots = {name: self.split(x) for name, x in state.slots.items()}
-        for i, (p, group) in enumerate(zip(self.params, self.group_of, strict=True)):
-            live = self.optimizers[self.optimizer_of_group[group]].state
-            if state.counts[i] == 0:
-                live.pop(p, None)
-                continue
-            for name in self.rules[group].slots:
-                if torch.is_tensor(live[p].get(name)):
-                    live[p][name].copy_(slots[name][i])
-            if torch.is_tensor(live[p].get("step")):
-                live[p]["step"].fill_(state.counts[i])
-
-    def values(self) -> Values:
-        """The hyperparameters' present values, read from the param groups."""
-        groups = self.groups
-        return {name: [_number(group.get(name)) for group in groups] for name in self.names}
-
-    @property
-    def maximizes(self) -> bool:
-        return any(getattr(rule, "maximize", False) for rule in self.rules)
-
-    def refresh(self) -> None:
-        """Read the groups' flags anew: a momentum that was 0 and is not any more needs its buffer."""
-        rules = [rule_of(opt).from_group(group, self.wrt) for opt in self.optimizers for group in opt.param_groups]
-        if rules != self.rules:
-            self.rules = rules
-            self.slot_names = tuple(dict.fromkeys(name for rule in rules for name in rule.slots))
-
-    # ---- the step and its derivatives
 
     def plan(self, counts: tuple[int, ...], active: tuple[bool, ...]) -> list[Run]:
         """The ranges of one step: neighbours in a group with the same step number are one range."""
@@ -335,24 +203,3 @@ class Transition:
             if any(bool(((g[a:b] == 0) & (state.slots[slot][a:b] == 0)).any()) for a, b in mine):
                 out.append(i)
         return out
-
-
-def _number(value: Any) -> Any:
-    if isinstance(value, (tuple, list)):
-        return tuple(float(v) for v in value)
-    return None if value is None else float(value)
-
-
-def _check_params(params: Sequence[Tensor]) -> None:
-    if not params:
-        raise ValueError("the optimizer holds no parameters.")
-    if len({id(p) for p in params}) != len(params):
-        raise ValueError("a parameter appears in two param groups: give it to one group of one optimizer.")
-    kinds = {(p.dtype, p.device) for p in params}
-    if len(kinds) > 1:
-        raise NotImplementedError(
-            f"the optimizer's parameters have several dtypes or devices ({sorted(map(str, kinds))}): "
-            "give all of them one dtype and one device."
-        )
-    if not params[0].is_floating_point():
-        raise NotImplementedError(f"parameters of dtype {params[0].dtype}: use a real floating dtype.")

@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from hypergrad.updates.transition import State, Transition
+from hypergrad.updates.binding import State
+from hypergrad.updates.transition import Transition
 from tests.problems import DEVICE
 
 STEPS = 100
