@@ -21,6 +21,7 @@ from torch import Tensor
 
 from hypergrad.coordinates import Coordinates
 from hypergrad.graph import Linearization, grad_or_none, survey
+from hypergrad.secant import Secant
 from hypergrad.updates.binding import State, Values
 from hypergrad.updates.clip import TORCH_EPS, total_norm
 from hypergrad.updates.transition import Tangent, Transition
@@ -45,10 +46,16 @@ class Tangents:
     """The forward mode of a live loop."""
 
     def __init__(
-        self, transition: Transition, coordinates: Coordinates, model: torch.nn.Module, scaler: Any, clip_norm: Any
+        self,
+        transition: Transition,
+        coordinates: Coordinates,
+        model: torch.nn.Module,
+        scaler: Any,
+        clip_norm: Any,
+        secant: Secant | None = None,
     ):
         self.transition, self.coordinates, self.model = transition, coordinates, model
-        self.scaler, self.clip_norm = scaler, clip_norm
+        self.scaler, self.clip_norm, self.secant = scaler, clip_norm, secant  # None: every product is formed
         self.tangent: Tangent | None = None  # None: zero
         self.average: Tensor | None = None  # θ̄ [n]
         self.average_tangent: Tensor | None = None  # dθ̄/dφ [k, n]; None: zero
@@ -65,12 +72,16 @@ class Tangents:
         params, hypers = self.transition.params, list(self.coordinates.hypers.values())
         found = survey(loss, self.model)
         others = [x for x in (found.leaves if inputs is None else inputs) if id(x) not in self._own]
-        products = bool(self.coordinates.moving) and (self.tangent is not None or bool(hypers))
+        k = len(self.coordinates.moving)
+        due = list(range(k)) if self.secant is None else self.secant.due(self.counts["gradients"], k)
+        products = bool(due) and (self.tangent is not None or bool(hypers))
         plain = None
         if products and not found.exact:  # one pass more, for a gradient that is torch's to the last bit
             plain = grad_or_none([loss], [*params, *others], retain_graph=True)
         lin = Linearization(loss, params, [*hypers, *others], products, retain_graph)
-        dg = self._gradient_tangent(lin, len(others), retain_graph) if products else None
+        dg = self._gradient_tangent(lin, len(others), retain_graph, due) if products else None
+        if self.secant is not None and self.tangent is not None:
+            dg = self.secant.completed(self.tangent.theta, dg, due, scale)
         grads = plain or [*lin.grads, *lin.extra_grads[len(hypers) :]]
         if inputs is not None:
             chosen = {id(x) for x in inputs}
@@ -91,11 +102,13 @@ class Tangents:
         left = [None if p.grad is None or (g is None and x is None) else p.grad.clone() for p, g, x in pairs]
         return Pending(left, dg, loss if old.stepped else torch.maximum(old.loss, loss), scale, changed=old.changed)
 
-    def _gradient_tangent(self, lin: Linearization, n_others: int, retain_graph: bool) -> Tensor | None:
+    def _gradient_tangent(
+        self, lin: Linearization, n_others: int, retain_graph: bool, due: Sequence[int]
+    ) -> Tensor | None:
         transition, directions = self.transition, self.coordinates.tuned
         slope = self.coordinates.slope()[self.coordinates.moving].tolist() if self.coordinates.hypers else []
         jobs = []
-        for j in range(len(directions)):
+        for j in due:
             extra = directions.into_loss(j, 0)
             if extra is not None:
                 extra = [None if x is None else x * slope[j] for x in extra] + [None] * n_others
@@ -195,6 +208,8 @@ class Tangents:
                 self.tangent.slots[name] = x.new_zeros(len(directions), x.numel())
         seeds, _ = directions.seeds(0, scale[self.coordinates.moving].to(state.theta))
         self.tangent = self.transition.jvp(state, g, active, values, self.tangent, dg, seeds)
+        if self.secant is not None:
+            self.tangent = self.secant.faded(self.tangent)
         return self._bound(torch.linalg.vector_norm(state.theta))
 
     def _bound(self, norm: Tensor) -> None:
@@ -253,6 +268,7 @@ class Tangents:
             "slots": None if tangent is None else dict(tangent.slots),
             "average": self.average,
             "average_tangent": self.average_tangent,
+            **({} if self.secant is None else {"secant": self.secant.state_dict()}),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -265,6 +281,8 @@ class Tangents:
         if state["theta"] is not None:
             self.tangent = Tangent(here(state["theta"]), {name: here(x) for name, x in state["slots"].items()})
         self.average, self.average_tangent = here(state["average"]), here(state["average_tangent"])
+        if self.secant is not None:
+            self.secant.load_state_dict(state["secant"], like)
         self.pending = None
 
 
