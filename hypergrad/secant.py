@@ -1,7 +1,7 @@
 """Tangents (nearly) without Hessian products: a matrix B of low rank stands in for the Hessian H between the few that are formed.
 
 One product y = Hv, along one of the tangents in turn, in every GAP-th gradient; every one in the warm start. Each is taken into
-B = Σ_i u_i u_iᵀ/c_i (a secant update of rank one, as in quasi-Newton methods), of which the last RANK terms are kept:
+B = Σ_i u_i u_iᵀ/c_i (a secant update of rank one, as in quasi-Newton methods), of which the last RANK are kept:
 
     vᵀBv < vᵀy    u = y − Bv, c = uᵀv > 0, B ← B + u uᵀ/c     then Bv = y
     vᵀBv ≥ vᵀy    B ← B · max(vᵀy/vᵀBv, ½)                    B claims too much curvature along v: then vᵀBv = vᵀy
@@ -68,6 +68,8 @@ class Secant:
 
     def learn(self, v: Tensor, y: Tensor) -> None:
         """Take y = Hv into B."""
+        if self.u is not None and self.c is not None and len(self.u) == RANK:
+            self.u, self.c = self.u[1:], self.c[1:]
         bv = self.times(v[None])[0]
         u = y - bv
         c, true, claimed, size = torch.stack([u @ v, y @ v, bv @ v, u.norm() * v.norm()]).tolist()
@@ -77,7 +79,7 @@ class Secant:
             return
         new_u, new_c = u[None], u.new_tensor([c])
         if self.u is not None and self.c is not None:
-            new_u, new_c = torch.cat([self.u, new_u])[-RANK:], torch.cat([self.c, new_c])[-RANK:]
+            new_u, new_c = torch.cat([self.u, new_u]), torch.cat([self.c, new_c])
         self.u, self.c = new_u, new_c
 
     def faded(self, z: Tangent) -> Tangent:

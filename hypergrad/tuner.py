@@ -60,13 +60,13 @@ class Tuner:
             back over a tenth of the run so far; its tangent is the same average of the tangents.
         warm_start: take lr's start (unless given by Hyperparameter(start=…), or written by a scheduler) as a hint only, and find
             it from slope and curvature along the first steps.
-        curvature: "exact" forms one Hessian-vector product a step and tuned number, at twice the price of a gradient each: tangents
-            are exact. "free", for large models, forms one in 40 steps, whatever is tuned, besides those of the warm start (30
-            steps at most); in between a positive semi-definite matrix B of rank 8 stands for H, with Bv = Hv along the
-            tangent v last measured, and z' = 0.98 ((∂Φ/∂s) z + ∂Φ/∂φ) with Hz := Bz. With k numbers in the warm start, T steps cost
-            at most 1.1 T + 60 k gradients. B takes 8 copies of the weights. Hypergradients are then approximate: their
-            horizon is about 50 steps, and curvature that was never measured counts as 0, so that lr may end off by a
-            factor of a few, and a weight decay typed far too high may stay too high. Only numbers of param groups, mode="forward".
+        curvature: "exact" forms one Hessian-vector product Hz a step and tuned number, at the price of two gradients. "free", for
+            large models, forms one in 40 gradients, whatever is tuned, besides those of the warm start (at most 30 a number). In
+            between Hz := Bz, B positive semi-definite of rank 8 with Bv = Hv along the tangent v last measured, and tangents
+            forget: z' = 0.98 ((∂Φ/∂s) z + ∂Φ/∂φ). T steps then cost at most 1.1 T + 60 k gradients with k numbers in the warm
+            start; B takes 8 copies of the weights. Its hypergradients are approximate: they look back about 50 steps, and
+            curvature never measured counts as 0, so lr may end a factor of a few off, and a weight decay typed far too high may
+            stay too high. Only for numbers in param groups and mode="forward".
         seed: of the random numbers that val_loss draws, a stream of its own; recorded with the run.
         log_dir: folder for TensorBoard events and `metrics.jsonl`.
 
