@@ -50,7 +50,7 @@ class Secant:
 
     def times(self, z: Tensor) -> Tensor:
         """B z, for the rows of z [k, n]."""
-        return torch.zeros_like(z) if self.u is None else (z @ self.u.T / self.c) @ self.u
+        return torch.zeros_like(z) if self.u is None or self.c is None else (z @ self.u.T / self.c) @ self.u
 
     def completed(self, z: Tensor, measured: Tensor | None, due: list[int], scale: float) -> Tensor:
         """Tangents of the gradient [k, n] along z: as `measured` in the rows that were due, B z in the rest.
