@@ -121,7 +121,7 @@ class HyperSteps:
                 row[f"tangent/{self.coordinates.labels[j]}"] = size
         row["cost/gradients_per_step"] = gradient_evaluations(self.stats) / max(self.stats["steps"], 1)
         row["events/rollbacks"] = self.stats["rollbacks"]
-        row["events/steps_passed_over"] = self.stats["nonfinite_steps"]
+        row["events/steps_passed_over"] = self.stats["nonfinite_steps"] + self.stats["spikes"]
         return row
 
 

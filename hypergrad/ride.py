@@ -102,7 +102,7 @@ class Ride:
         if dg is None:
             self._count_unknown(fresh is None)
         self.tangents.push(state, g, active, values, self.used[1], dg)
-        if self.warm.active and self.t == 0:
+        if self.warm.active and self.t == self.stats["nonfinite_steps"] + self.stats["spikes"]:  # the first step taken
             self._start_small(i, state, g, active, dg)
         if self.warm.sizes_decay and self.total is not None and len(self.optimizers) == 1 and not self.hyper.frozen:
             self._size_decay(state, g, active, values)
@@ -120,7 +120,8 @@ class Ride:
             return
         rows = self._lr_rows()
         z, hz = tangent.theta[rows].sum(0), pending.dg[rows].sum(0) / pending.scale
-        factor = self.warm.look(z, self.transition.flatten(pending.left) / pending.scale, hz)
+        doubtful = self.guard.doubts(float(pending.loss) / pending.scale)  # the step will be passed over, lr stays
+        factor = 1.0 if doubtful else self.warm.look(z, self.transition.flatten(pending.left) / pending.scale, hz)
         now = self.live.shape(self.t) if self.warm.active else 1.0
         self.coordinates.scale("lr", factor * self.live.shape(self.t - 1) / now)
         if not self.warm.active:
@@ -194,19 +195,24 @@ class Ride:
         if verdict == "false alarm":
             return True
         if verdict == "good":
-            if not self.stepped and self.t % self.every == 0:
+            if not self.stepped and (self.t % self.every == 0 or not self.guard.good):
                 self.guard.keep(state)
             return True
         self.void, self.tangents.pending = True, None
         self._drop_gradients(i)
         self.windows.reset()
-        if verdict in ("bad batch", "bad data"):
+        self.guard.mend_buffers()
+        if verdict == "spike":
+            self.stats["spikes"] += 1
+            self.journal.note_once(
+                self.t, "a loss was far above the first: the step was passed over (tuner.stats['spikes'])."
+            )
+        elif verdict != "blow-up" or not self.guard.roll_back():
             self.stats["nonfinite_steps"] += 1
-            self.guard.mend_buffers()
             self.journal.note_once(
                 self.t, "a loss or gradient was not finite: the step was passed over (tuner.stats['nonfinite_steps'])."
             )
-        elif self.guard.roll_back():
+        else:
             self.stats["rollbacks"] += 1
             cut = self.coordinates.scale("lr", 1 / LR_CUT)
             then = f"lr divided by {LR_CUT:g}" if cut else "lr is not tuned and stays: if this goes on, lower it"

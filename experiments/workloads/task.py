@@ -153,8 +153,9 @@ def train_tuned(
     row = fit(task, optimizer, tuner.backward, after_step, to_the_end=True, disturb=disturb)
     ended = {f"end_{name}": values.log().mean().exp().item() for name, values in tuner.values.items()}
     tuner.close()
-    counts = {"rollbacks": tuner.stats["rollbacks"], "passed_over": tuner.stats["nonfinite_steps"]}
-    return row | ended | {"gradient_evaluations": gradient_evaluations(tuner.stats)} | counts
+    stats = tuner.stats
+    counts = {"rollbacks": stats["rollbacks"], "passed_over": stats["nonfinite_steps"] + stats["spikes"]}
+    return row | ended | {"gradient_evaluations": gradient_evaluations(stats)} | counts
 
 
 def fit(
