@@ -35,7 +35,7 @@ from experiments.workloads import WORKLOADS, Batch, Task, train_tuned
 Row = dict[str, Any]
 Disturbed = tuple[Batch, float]  # a batch, and the factor on its loss
 SPIKE = 1e4
-SHORTEST = 20  # steps in which every disturbance has a step of its own
+SHORTEST = 50  # steps in which every disturbance has a step of its own
 
 
 def spike(batch: Batch, step: int) -> Disturbed:
@@ -78,7 +78,9 @@ CASES = {
     "lr_10": Case(lr=10.0),
     "lr_100": Case(lr=100.0),
     "spikes": Case(events=((spike, 0.1, 1), (spike, 0.5, 1), (spike, 0.9, 1))),
-    "nan": Case(events=((not_a_number, 0.1, 1), (not_a_number, 0.4, 1), (not_a_number, 0.9, 1), (not_a_number, 0.6, 2))),
+    "nan": Case(
+        events=((not_a_number, 0.1, 1), (not_a_number, 0.4, 1), (not_a_number, 0.9, 1), (not_a_number, 0.6, 2))
+    ),
     "first_steps": Case(events=((not_a_number, 1, 1), (spike, 4, 1), (not_a_number, 6, 1))),  # while lr is first found
     "shuffled": Case(events=((shuffled, 0.2, 5), (shuffled, 0.6, 20))),
 }
@@ -92,7 +94,7 @@ class Args:
     cases: tuple = arg(tuple(CASES), "any of them")
     seeds: int = arg(3, "runs of each case", quick=1)
     seed: int = arg(0, "the first of the seeds; test losses are read from 1000 on")
-    steps: int = arg(0, "training steps of a run; 0: the workload's own", quick=40)
+    steps: int = arg(0, "training steps of a run; 0: the workload's own", quick=SHORTEST)
     full: bool = arg(False, "the larger version of each workload")
     jobs: int = arg(os.cpu_count() or 1, "processes, each with one thread", quick=1)
     pools: str = arg("", "folder of pools.json (default: experiments/results)")
