@@ -3,7 +3,8 @@
     python -m experiments.fashion_mnist [--starts 100] [--methods untuned tuned] [--quick]
 
 An MLP 784-50-10 is trained by SGD for 10,000 steps of 50 images from a random learning rate, weight decay and momentum.
-Each start is one row: how the same start ends untuned, and tuned by hypergrad while it trains. `test_loss` is the
+Each start is one row: how the same start ends untuned, and tuned by hypergrad while it trains; `--methods clarke` is the
+protocol's own method (clarke.py). `test_loss` is the
 cross-entropy on the whole test set, at the model's own weights after the last step.
 """
 
@@ -25,6 +26,7 @@ from torch.nn.functional import cross_entropy
 import hypergrad
 from experiments import datasets, flops, results
 from experiments.arguments import arg, command, parse
+from experiments.clarke import LookBack
 from experiments.sweep import sweep
 
 METHODS: dict[str, dict[str, Any]] = {
@@ -33,6 +35,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "tuned": {"tune": ("lr", "weight_decay")},
     "tuned_lr": {"tune": ("lr",)},
     "tuned_momentum": {"tune": ("lr", "weight_decay", "momentum")},
+    "clarke": {"look_back": ("lr", "weight_decay")},
+    "clarke_momentum": {"look_back": ("lr", "weight_decay", "momentum")},
 }
 BATCH, VAL_BATCH = 50, 250
 
@@ -75,11 +79,16 @@ def fit(data: datasets.Data, method: str, seed: int, steps: int) -> tuple[nn.Mod
         picked = torch.randint(len(data.val.y), (VAL_BATCH,), generator=draws, device=device)
         return cross_entropy(model(data.val.x[picked]), data.val.y[picked])
 
-    tuner = scheduler = None
+    def training_loss(model: nn.Module, batch: Tensor) -> Tensor:
+        return cross_entropy(model(data.train.x[batch]), data.train.y[batch])
+
+    tuner = scheduler = rival = None
     if "tune" in options:
         tuner = hypergrad.Tuner(
             model, optimizer, val_loss, tune=options["tune"], total_steps=steps, every=10, hyper_lr=0.1, seed=seed
         )
+    elif "look_back" in options:
+        rival = LookBack(model, optimizer, training_loss, val_loss, tune=options["look_back"], seed=seed)
     elif options.get("decay"):
         scheduler = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=steps)
     backward = tuner.backward if tuner else Tensor.backward
@@ -91,19 +100,24 @@ def fit(data: datasets.Data, method: str, seed: int, steps: int) -> tuple[nn.Mod
         if at == 0:
             order = torch.randperm(len(data.train.y), device=device)
         batch = order[at : at + BATCH]
-        loss = cross_entropy(model(data.train.x[batch]), data.train.y[batch])
+        if rival:
+            rival.look(batch)
+        loss = training_loss(model, batch)
         optimizer.zero_grad()
         backward(loss)
         optimizer.step()
+        if rival:
+            rival.move()
         if scheduler:
             scheduler.step()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
     row: dict[str, Any] = {f"start_{name}": value for name, value in hyper.items()}
-    ended = {name: values.item() for name, values in tuner.values.items()} if tuner else {}
+    tuning = tuner or rival
+    ended = {name: values.item() for name, values in tuning.values.items()} if tuning else {}
     row |= {f"end_{name}": ended.get(name, value) for name, value in hyper.items()}
-    row["gradient_evaluations"] = flops.gradient_evaluations(tuner.stats) if tuner else steps
+    row["gradient_evaluations"] = flops.gradient_evaluations(tuning.stats) if tuning else steps
     row["seconds"] = round(time.perf_counter() - began, 3)
     if tuner:
         tuner.close()
@@ -124,7 +138,7 @@ def load(data_dir: str | None, device: str) -> datasets.Data:
 @cache
 def flops_ratio(method: str, steps: int, data_dir: str | None, device: str) -> float:
     """FLOPs of a tuned run over those of the plain one; see flops.whole_run."""
-    if "tune" not in METHODS[method]:
+    if not {"tune", "look_back"} & METHODS[method].keys():
         return 1.0
     data = load(data_dir, device)
     tuned, plain = (flops.whole_run(partial(fit, data, name, 0), steps) for name in (method, "untuned"))
