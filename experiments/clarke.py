@@ -71,7 +71,9 @@ class LookBack:
             start = torch.tensor([float(group[name]) for group in optimizer.param_groups], dtype=torch.float64)
             self.phi[name] = PHI_OF[name](start)
             if not bool(self.phi[name].isfinite().all()):
-                raise ValueError(f"{name} starts at {start.tolist()}: a start must lie inside the range of its coordinate.")
+                raise ValueError(
+                    f"{name} starts at {start.tolist()}: a start must lie inside the range of its coordinate."
+                )
             self.phi[name].requires_grad_()
         self.adam = torch.optim.Adam(self.phi.values(), lr=hyper_lr)
         self.found: dict[str, Tensor] | None = None  # the hypergradient of the step under way
