@@ -6,12 +6,12 @@ Every tenth training step s′ = Φ(s, h), s the weights and the optimizer's own
     dL/dh  Σ_{j<5} (∂Φ/∂h)ᵀ ((∂Φ/∂s)ᵀ)ʲ ∂L/∂s       both Jacobians at this one step: the update map is taken for a fixed point
     φ      a step of Adam, 0.05, on φ = log₁₀ lr, log₁₀ weight decay, logit momentum
 
-Theirs: the series and its 5 terms, the 10 steps, Adam and its 0.05, the coordinates, an lr without a shape. Nothing is guarded
-and no value has a bound: a run that blows up ends in NaN, as theirs do.
+Theirs: the series and its 5 terms, the 10 steps, Adam and its 0.05, the coordinates, an lr without a shape; runs may end in NaN.
 
 Ours: the series comes from `hypergrad.hypergradient(mode="implicit", look_back=5)`, with s all of the optimizer's state, momentum
-buffer included, which serves SGD, AdamW and RMSprop alike; Adam's betas are torch's; the validation batch is the experiment's
-own, as large as hypergrad's; each param group has its own values, as in hypergrad.
+buffer included, which serves SGD, AdamW and RMSprop alike; each param group has its own values, as in hypergrad. Chosen
+without their code at hand: Adam's betas are torch's; the validation batch is the experiment's own, as large as hypergrad's;
+hypergradients are not clipped, values have no bounds.
 """
 
 from __future__ import annotations

@@ -36,9 +36,8 @@ class Regression:
 
     def __post_init__(self) -> None:
         draws = torch.Generator().manual_seed(1)
-        *self.batches, self.val = [
-            tuple(torch.randn(6, n, generator=draws, dtype=torch.float64) for n in (3, 1)) for _ in range(31)
-        ]
+        xs, ys = (torch.randn(31, 6, n, generator=draws, dtype=torch.float64) for n in (3, 1))
+        *self.batches, self.val = list(zip(xs, ys, strict=True))
         torch.manual_seed(0)
         self.model = nn.Sequential(nn.Linear(3, 2), nn.Tanh(), nn.Dropout(0.2), nn.Linear(2, 1)).double()
         self.optimizer = torch.optim.SGD(self.model.parameters(), **self.start)
