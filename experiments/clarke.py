@@ -77,7 +77,7 @@ class LookBack:
             self.phi[name].requires_grad_()
         self.adam = torch.optim.Adam(self.phi.values(), lr=hyper_lr)
         self.found: dict[str, Tensor] | None = None  # the hypergradient of the step under way
-        self.stats = dict.fromkeys(("gradients", "hessian_products", "val_evaluations"), 0)
+        self.stats: dict[str, int] = dict.fromkeys(("gradients", "hessian_products", "val_evaluations"), 0)
         self.t = 0
 
     @property
