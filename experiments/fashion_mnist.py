@@ -14,6 +14,8 @@ cross-entropy on the whole test set after the last step:
 The bar for each is "grid": 48 settings with lr decaying linearly to zero, the best by validation loss ("winner") on ten seeds
 that chose nothing, its weights averaged by the tuner's rule, and itself on training and validation images. `fashion_mnist.json`
 has a row for every run, `fashion_mnist_paths.json` what lr, weight decay and momentum were along the tuned ones.
+
+`--methods clarke` is the protocol's own method (clarke.py).
 """
 
 from __future__ import annotations
@@ -36,6 +38,7 @@ from torch.nn.functional import cross_entropy
 import hypergrad
 from experiments import datasets, flops, grid, results
 from experiments.arguments import arg, command, parse
+from experiments.clarke import LookBack
 from experiments.sweep import sweep
 from hypergrad.tangents import AVERAGE_SHARE
 
@@ -47,6 +50,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "tuned": {"tune": ("lr", "weight_decay")},
     "tuned_lr": {"tune": ("lr",)},
     "tuned_momentum": {"tune": ("lr", "weight_decay", "momentum")},
+    "clarke": {"look_back": ("lr", "weight_decay")},
+    "clarke_momentum": {"look_back": ("lr", "weight_decay", "momentum")},
 }
 CHOICES = tuple(name for name in METHODS if name != "winner")  # "grid" runs that too
 GRID = {
@@ -117,11 +122,16 @@ def fit(data: datasets.Data, method: str, seed: int, steps: int, hyper: Values |
         picked = torch.randint(len(data.val.y), (VAL_BATCH,), generator=draws, device=device)
         return cross_entropy(model(data.val.x[picked]), data.val.y[picked])
 
-    tuner = plan = average = None
+    def training_loss(model: nn.Module, batch: Tensor) -> Tensor:
+        return cross_entropy(model(data.train.x[batch]), data.train.y[batch])
+
+    tuner = rival = plan = average = None
     if "tune" in options:
         tuner = hypergrad.Tuner(
             model, optimizer, val_loss, tune=options["tune"], total_steps=steps, every=10, hyper_lr=0.1, seed=seed
         )
+    if "look_back" in options:
+        rival = LookBack(model, optimizer, training_loss, val_loss, tune=options["look_back"], seed=seed)
     if options.get("decay"):
         plan = lambda step: {"lr": hyper["lr"] * (1 - step / steps)}  # noqa: E731
     if options.get("average"):
@@ -129,11 +139,12 @@ def fit(data: datasets.Data, method: str, seed: int, steps: int, hyper: Values |
 
     began = time.perf_counter()
     backward = tuner.backward if tuner else Tensor.backward
-    values = train(data.train, model, optimizer, steps, backward, plan, average)
+    values = train(data.train, model, optimizer, steps, backward, plan, average, rival)
     row: Row = {f"start_{name}": value for name, value in hyper.items()}
-    ended = {name: values.item() for name, values in tuner.values.items()} if tuner else {}
+    tuning = tuner or rival
+    ended = {name: values.item() for name, values in tuning.values.items()} if tuning else {}
     row |= {f"end_{name}": ended.get(name, value) for name, value in hyper.items()}
-    row["gradient_evaluations"] = flops.gradient_evaluations(tuner.stats) if tuner else steps
+    row["gradient_evaluations"] = flops.gradient_evaluations(tuning.stats) if tuning else steps
     row["seconds"] = round(time.perf_counter() - began, 3)
     if tuner:
         with tuner.averaged():
@@ -158,12 +169,14 @@ def train(
     backward: Callable[[Tensor], Any] = Tensor.backward,
     plan: Callable[[int], Values] | None = None,
     average: nn.Module | None = None,
+    rival: LookBack | None = None,
 ) -> list[Values]:
     """Steps on shuffled batches of ``split``. Returns the values that each was taken with.
 
     Args:
         plan: step → values it is to be taken with.
         average: a copy of ``model``, made to follow its weights.
+        rival: tunes the optimizer's values as the loop goes on.
     """
     group, device, per_epoch = optimizer.param_groups[0], split.x.device, len(split.y) // BATCH
     used, order = [], torch.empty(0)
@@ -176,11 +189,15 @@ def train(
         if average:
             follow(average, model, step)
         batch = order[at : at + BATCH]
+        if rival:
+            rival.look(batch)
         loss = cross_entropy(model(split.x[batch]), split.y[batch])
         optimizer.zero_grad()
         backward(loss)
         optimizer.step()
         used.append({name: group[name] for name in VALUES})
+        if rival:
+            rival.move()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return used
@@ -208,7 +225,7 @@ def load(data_dir: str | None, device: str) -> datasets.Data:
 @cache
 def flops_ratio(method: str, steps: int, data_dir: str | None, device: str) -> float:
     """FLOPs of a tuned run over those of the plain one; see flops.whole_run."""
-    if "tune" not in METHODS[method]:
+    if not {"tune", "look_back"} & METHODS[method].keys():
         return 1.0
     data = load(data_dir, device)
     tuned, plain = (flops.whole_run(partial(fit, data, name, 0), steps) for name in (method, "untuned"))
