@@ -85,9 +85,8 @@ class HyperSteps:
             self.journal.note_once(t, "a validation loss or hypergradient was not finite: hyperparameters stayed.")
         elif not self.frozen:
             hit = self.tangents.take_hits()
-            self.coordinates.step(
-                gradient, hit & torch.tensor([e.name in _SAFE_DOWN for e in self.coordinates.entries])
-            )
+            safe_down = torch.tensor([e.name in _SAFE_DOWN for e in self.coordinates.entries])
+            self.coordinates.step(gradient, hit & safe_down, self.tangents.take_newton())
             self.coordinates.write_hypers()
             self.stats["hyper_steps"] += 1
         self._record(t)

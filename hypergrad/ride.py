@@ -19,7 +19,7 @@ from hypergrad.live_values import LiveValues
 from hypergrad.schedules import tuned_at
 from hypergrad.updates.binding import State, Values
 from hypergrad.updates.transition import Tangent
-from hypergrad.warm_start import WarmStart, sensible
+from hypergrad.warm_start import LEAST, MOST, WarmStart, sensible
 
 if TYPE_CHECKING:
     from hypergrad.windows import Windows
@@ -118,7 +118,7 @@ class Ride:
         pending, tangent = self.tangents.pending, self.tangents.tangent
         if pending is None or pending.dg is None or tangent is None:
             return
-        rows = self._lr_rows()
+        rows = self.coordinates.rows("lr")
         z, hz = tangent.theta[rows].sum(0), pending.dg[rows].sum(0) / pending.scale
         doubtful = self.guard.doubts(float(pending.loss) / pending.scale)  # the step will be passed over, lr stays
         factor = 1.0 if doubtful else self.warm.look(z, self.transition.flatten(pending.left) / pending.scale, hz)
@@ -131,15 +131,12 @@ class Ride:
                 self.t, f"lr starts from {', '.join(names)}: slope and curvature along the first steps.", warn=False
             )
 
-    def _lr_rows(self) -> list[int]:
-        return [k for k, j in enumerate(self.coordinates.moving) if self.coordinates.entries[j].name == "lr"]
-
     def _start_small(self, i: int, state: State, g: Tensor, active: tuple[bool, ...], dg: Tensor | None) -> None:
         """The first step of optimizer i, made tiny. Repeated, as a tangent far too large is not told from one at the cap."""
         norm = float(torch.linalg.vector_norm(state.theta))
         for _ in range(20):
             assert self.tangents.tangent is not None
-            moved = torch.linalg.vector_norm(self.tangents.tangent.theta[self._lr_rows()].sum(0))
+            moved = torch.linalg.vector_norm(self.tangents.tangent.theta[self.coordinates.rows("lr")].sum(0))
             factor = self.warm.first(float(moved), norm)
             if abs(factor - 1) < 0.01:
                 break
@@ -163,7 +160,10 @@ class Ride:
                 continue
             theta = torch.where(z[j] == 0, 0, state.theta)
             rate = -float(theta @ z[j]) / max(float(theta @ theta), 1e-300) / (1 - self.warm.momentum)
-            self.coordinates.scale_number(j, sensible(rate * left))
+            decayed, factor = rate * left, sensible(rate * left)
+            self.coordinates.scale_number(j, factor)
+            if j in self.coordinates.moving and decayed > 0:
+                self.coordinates.bound(j, LEAST / (factor * decayed), MOST / (factor * decayed))
 
     def _use(self, i: int) -> Values:
         """Note the values of this step as optimizer i uses them, and dx/dφ."""
