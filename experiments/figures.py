@@ -5,7 +5,10 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from matplotlib import colormaps
 from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 
 Rows = list[dict[str, Any]]
@@ -44,7 +47,9 @@ BLOWN_UP = 4.0  # where runs are drawn that end in NaN, or above this
 
 
 def fashion_mnist(rows: Rows) -> Figure:
-    """Where each start ends: test loss over the learning rate that it started from."""
+    """Where each start ends: test loss over the learning rate that it started from, beside the grid's winner."""
+    longest = max(row["steps"] for row in rows)
+    rows = [row for row in rows if row["steps"] == longest]
     figure = Figure(figsize=(7, 4.2), layout="constrained")
     panel = figure.subplots()
     shown = {
@@ -58,13 +63,48 @@ def fashion_mnist(rows: Rows) -> Figure:
         y = [BLOWN_UP if row["diverged"] else min(row["test_loss"], BLOWN_UP) for row in own]
         if own:
             panel.scatter(x, y, s=26, color=colour, marker=marker, alpha=0.85, linewidths=0, label=label)
+    won = [row["test_loss"] for row in rows if row["method"] == "winner" and not row["diverged"]]
+    if won:
+        tried = sum(row["method"] == "grid" for row in rows)
+        label = f"best of a grid of {tried}, mean of {len(won)} seeds"
+        panel.axhline(sum(won) / len(won), color=OTHERS[0], linewidth=1.2, linestyle="--", label=label)
     panel.set_xscale("log")
     panel.set_yscale("log")
     ticks = (0.34, 0.4, 0.5, 0.7, 1.0, 1.5, 2.3)
     panel.set_yticks([*ticks, BLOWN_UP], [*(f"{tick:g}" for tick in ticks), "blown up"])
     panel.minorticks_off()
-    _tidy(panel, "test cross-entropy after 10,000 steps", "learning rate at the start")
+    _tidy(panel, f"test cross-entropy after {longest:,} steps", "learning rate at the start")
     panel.legend(frameon=False, fontsize=9)
+    return figure
+
+
+def trajectories(rows: Rows) -> Figure:
+    """lr and weight decay along the tuned runs, each line coloured by where it starts, at the left edge.
+
+    lr is shown over (1 − momentum), how far steps in one direction go in the end, so that starts of any momentum compare.
+    """
+    runs: dict[int, Rows] = {}
+    for row in rows:
+        if row["method"] == "tuned":
+            runs.setdefault(row["seed"], []).append(row)
+    figure = Figure(figsize=(11, 3.9), layout="constrained")
+    effective = lambda row: row["lr"] / (1 - row["momentum"])  # noqa: E731
+    panels = (
+        (f"learning rate / (1 − momentum), {len(runs)} starts", effective),
+        ("weight decay", lambda row: row["weight_decay"]),
+    )
+    for panel, (title, value) in zip(figure.subplots(1, 2), panels):
+        lines = [[value(row) for row in run] for run in runs.values()]
+        starts = [math.log10(line[0]) for line in lines]
+        scale, colours = Normalize(min(starts), max(starts)), colormaps["viridis"]
+        for run, line, begun in zip(runs.values(), lines, starts):
+            panel.plot([row["step"] for row in run], line, color=colours(scale(begun)), linewidth=0.8, alpha=0.8)
+        panel.set_xscale("symlog", linthresh=1)
+        panel.set_yscale("log")
+        _tidy(panel, title, "steps done (0: the start)")
+        bar = figure.colorbar(ScalarMappable(scale, colours), ax=panel, pad=0.01, aspect=30)
+        bar.set_label("log10 of the start", fontsize=8)
+        bar.ax.tick_params(labelsize=8)
     return figure
 
 

@@ -99,14 +99,21 @@ def overall(rows: list[Row]) -> Row:
     }
 
 
-def main(args: Args) -> list[Row]:
+def check(args: Any) -> None:
+    """End with what to change where workloads, seeds or jobs of an experiment's arguments are wrong."""
     unknown = [name for name in args.workloads if name not in WORKLOADS]
     if unknown:
         raise SystemExit(f"--workloads: unknown {', '.join(unknown)}; choose from {', '.join(WORKLOADS)}")
-    if min(args.starts, args.seeds, args.jobs) < 1:
-        raise SystemExit("--starts, --seeds and --jobs are at least 1")
+    if min(args.seeds, args.jobs) < 1:
+        raise SystemExit("--seeds and --jobs are at least 1")
     if args.seed < UNSEEN < args.seed + args.seeds:
         raise SystemExit(f"--seed {args.seed}: seeds are all below {UNSEEN}, or none is")
+
+
+def main(args: Args) -> list[Row]:
+    check(args)
+    if args.starts < 1:
+        raise SystemExit("--starts is at least 1")
     todo = [
         {
             "workload": name,

@@ -13,6 +13,8 @@ default for the workload's optimizer; DoG, which is a form of SGD, has SGD's. A 
     schedule_free    schedulefree (Defazio et al. 2024)        no schedule; evaluated at its average, BatchNorm made anew there
     hd               none: 20 lines below (Baydin et al. 2018) torch's default lr to start from, β of the authors' MNIST runs
     gdtuo            gradient-descent-the-ultimate-optimizer   torch's default lr to start from, under SGD; it has no weight decay
+    clarke           none: experiments/clarke.py               torch's default lr and weight decay (1e-4 where that is 0) to start
+                     (Clarke et al. 2022)                      from, both tuned as published: no schedule
     hypergrad        this one                                  lr 1e-3, weight decay 1e-4
 
 and `tpe`, Optuna's default sampler over whole plain runs.
@@ -32,13 +34,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from experiments.clarke import LookBack
+from experiments.flops import gradient_evaluations
 from experiments.pools import TRIAL_LR, TRIAL_WD
 from experiments.workloads import RUNGS, Task, fit, train, train_tuned
+from experiments.workloads.task import Batch
 
 Row = dict[str, Any]
 DEFAULTS = {"SGD": (1e-3, 0.0), "AdamW": (1e-3, 1e-2), "RMSprop": (1e-2, 0.0)}  # torch's lr and weight decay
 HD_BETA = {"SGD": 1e-3, "AdamW": 1e-7, "RMSprop": 1e-7}  # of the authors' logistic regression and MLP; RMSprop as Adam
 DOG_STEP = {False: 1e-6, True: 1e-4}  # reps_rel without, with BatchNorm
+CLARKE_WD = 1e-4  # to start from where torch's default is 0, which has no logarithm
 BATCHES = 50  # forward passes that renew BatchNorm's statistics, as schedule-free's authors have it
 
 
@@ -202,6 +208,27 @@ def gdtuo(task: Task) -> Row:
         return fit(task, optimizer, lambda loss: loss.backward(create_graph=True))
 
 
+@dataclass
+class LookedAt(Task):
+    """A task whose batches are shown to `look` before they are trained on."""
+
+    look: Callable[[Batch], None]
+
+    def batches(self) -> Iterator[Batch]:
+        for batch in super().batches():
+            self.look(batch)
+            yield batch
+
+
+def clarke(task: Task) -> Row:
+    lr, weight_decay = DEFAULTS[task.workload.optimizer]
+    optimizer = task.make_optimizer(lr, weight_decay or CLARKE_WD)
+    rival = LookBack(task.model, optimizer, task.loss, task.val_loss, seed=task.seed)
+    row = fit(LookedAt(**vars(task), look=rival.look), optimizer, Tensor.backward, rival.move)
+    ended = {f"end_{name}": values.log().mean().exp().item() for name, values in rival.values.items()}
+    return row | ended | {"gradient_evaluations": gradient_evaluations(rival.stats)}
+
+
 def hypergrad(task: Task) -> Row:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # roll-backs are counted
@@ -217,6 +244,7 @@ METHODS: dict[str, Method] = {
     "mechanic": Method("Mechanic", mechanic, "mechanic-pytorch"),
     "schedule_free": Method("schedule-free", schedule_free, "schedulefree"),
     "hd": Method("hypergradient descent (Baydin)", hd),
+    "clarke": Method("look-back, Clarke et al.", clarke),
     "gdtuo": Method("gdtuo", gdtuo, "gradient-descent-the-ultimate-optimizer"),
 }
 

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 import hypergrad
-from experiments import datasets, flops, results
+from experiments import datasets, flops, grid, results
 from experiments.arguments import arg, command, parse
 from experiments.fashion_mnist import start
 from experiments.sweep import sweep
@@ -44,7 +44,7 @@ GRID = {
     "momentum": (0.0, 0.9),
     "weight_decay": (1e-5, 1e-4, 1e-3, 1e-2),
 }
-HIDDEN, GRID_SEED, FRESH_SEEDS = 50, 0, range(1, 11)
+HIDDEN, FRESH_SEEDS = 50, range(1, 11)
 Row = dict[str, Any]
 
 
@@ -139,26 +139,15 @@ def run(item: Row, data_dir: str) -> Row:
 # ---- the bar
 
 
-def grid(args: Args) -> list[Row]:
+def of_grid(args: Args) -> list[Row]:
     """Rows of the 48 settings on each set, and of each set's winner with fresh seeds."""
-    settings = [dict(zip(GRID, values)) for values in itertools.product(*GRID.values())]
-    key = {"method": "grid", "seed": GRID_SEED, "steps": args.steps}
-    path, do = Path(args.out, "uci_grid.jsonl"), partial(run, data_dir=args.data_dir)
-    rows = sweep(do, [{"set": name, **key, **each} for name in args.sets for each in settings], path, args.jobs)
-    winners = {name: winner(rows, name, args.steps) for name in args.sets}
-    key = {"method": "winner", "steps": args.steps}
-    todo = [{"set": name, **key, "seed": seed, **won} for name, won in winners.items() for seed in FRESH_SEEDS]
-    rows = sweep(do, todo, path, args.jobs)
+    cells = [{"set": name, "steps": args.steps} for name in args.sets]
+    fresh = [{"seed": seed} for seed in FRESH_SEEDS]
+    do, path = partial(run, data_dir=args.data_dir), Path(args.out, "uci_grid.jsonl")
+    rows = grid.measure(do, cells, GRID, "val_mse", fresh, path, args.jobs)
     rows.sort(key=lambda row: (row["set"], row["method"], row["steps"], *(row[name] for name in GRID), row["seed"]))
     results.write(Path(args.out, "uci_grid.json"), command(args), rows)
     return rows
-
-
-def winner(rows: list[Row], name: str, steps: int) -> dict[str, float]:
-    """The setting with the least validation error."""
-    own = results.select(rows, {"set": name, "method": "grid", "steps": steps, "diverged": False})
-    least = min(own, key=lambda row: row["val_mse"])
-    return {each: least[each] for each in GRID}
 
 
 def bar(rows: list[Row], name: str, steps: int) -> dict[str, float] | None:
@@ -188,8 +177,8 @@ def main(args: Args) -> list[Row]:
 
     out = Path(args.out)
     kept = results.load("uci_grid.json", out) or results.load("uci_grid.json") or {"rows": []}
-    of_grid = grid(args) if "grid" in args.methods else kept["rows"]
-    bars = {name: bar(of_grid, name, args.steps) for name in args.sets}
+    grid_rows = of_grid(args) if "grid" in args.methods else kept["rows"]
+    bars = {name: bar(grid_rows, name, args.steps) for name in args.sets}
     methods = [name for name in args.methods if name != "grid"]
     todo = [
         {"set": name, "method": method, "seed": seed, "steps": args.steps}
@@ -205,12 +194,12 @@ def main(args: Args) -> list[Row]:
     rows.sort(key=lambda row: (row["set"], row["method"], row["seed"], row["steps"]))
     if rows:
         results.write(out / "uci.json", command(args), rows)
-    report(args, rows, of_grid, bars, methods)
+    report(args, rows, grid_rows, bars, methods)
     return rows
 
 
 def report(
-    args: Args, rows: list[Row], of_grid: list[Row], bars: dict[str, dict[str, float] | None], methods: list[str]
+    args: Args, rows: list[Row], grid_rows: list[Row], bars: dict[str, dict[str, float] | None], methods: list[str]
 ) -> None:
     print(
         f"\n{'test error':<24}{'runs':>5}{'mean':>10}{'median':>10}{'best':>10}{'worst':>10}{'NaN':>5}{'s a run':>9}",
@@ -218,7 +207,7 @@ def report(
     )
     print(f"{'mean/bar':>10}{'worst/bar':>10}")
     for name, method in itertools.product(args.sets, ["winner", *methods]):
-        source = of_grid if method == "winner" else rows
+        source = grid_rows if method == "winner" else rows
         own = [r for r in source if (r["set"], r["method"], r["steps"]) == (name, method, args.steps)]
         if own:
             errors = [r["test_mse"] for r in own if not r["diverged"]] or [math.nan]
@@ -230,9 +219,10 @@ def report(
             print(
                 f"{name + ' ' + method:<24}{len(own):>5}{shown}{nan:>5}{np.mean([r['seconds'] for r in own]):>9.2f}{over}"
             )
-    for name in args.sets if of_grid else ():
+    for name in args.sets if grid_rows else ():
         if bars[name]:
-            print(f"{name}: the grid's winner is {winner(of_grid, name, args.steps)}")
+            own = results.select(grid_rows, {"set": name, "method": "grid", "steps": args.steps})
+            print(f"{name}: the grid's winner is {grid.winner(own, GRID, 'val_mse')}")
     print(
         "Diverged runs (NaN) are left out of these errors; over the bar they count as infinite, in the result as null."
     )

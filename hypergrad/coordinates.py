@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from hypergrad.descent import Descent
-from hypergrad.hyperparameters import START_FROM_ZERO, Hyperparameter
+from hypergrad.hyperparameters import KIND_OF, START_FROM_ZERO, Hyperparameter
 from hypergrad.modes.stretch import Directions, Entry
 from hypergrad.updates.binding import parts
 from hypergrad.updates.rule import Tensors
@@ -128,26 +128,39 @@ class Coordinates:
             self._slope = self.value, self._each("slope", self.value)
         return self._slope[1].clone()
 
-    def step(self, gradient: Tensor, too_high: Tensor | None = None) -> None:
+    def rows(self, name: str) -> list[int]:
+        """Places among the numbers tuned at present of those of this name."""
+        return [k for k, j in enumerate(self.moving) if self.entries[j].name == name]
+
+    def step(self, gradient: Tensor, too_high: Tensor | None = None, newton: float | None = None) -> None:
         """One step down `gradient` [k] (dL/dφ), of the numbers that are tuned at present.
 
-        While lr is tuned and weight decay waits for its turn, their product stays: it is what decays the weights.
+        Two products are kept while one factor moves for a reason of its own: lr·wd, which is what decays the weights, while
+        weight decay waits for its turn; and lr/(1 − momentum), which is how far a gradient goes in the end, where momentum moves.
 
         Args:
             too_high: [k], numbers that step down by hyper_lr whatever their gradient says.
+            newton: see Descent.step.
         """
         moves = torch.zeros(len(self), dtype=torch.bool)
         moves[self.moving] = True
         too_high = moves & too_high if too_high is not None else torch.zeros_like(moves)
-        phi = self.descent.step(self.phi, gradient.to("cpu", torch.float64), moves, too_high)
-        change = phi.clamp(self.low, self.high) - self.phi
-        for i, entry in enumerate(self.entries):
-            if entry.name == "weight_decay" and not moves[i] and not self.given[i]:
-                same_group = (
-                    j for j in self.moving if self.entries[j].name == "lr" and self.entries[j].group == entry.group
-                )
-                phi[i] -= sum(float(change[j]) for j in same_group)
+        gradient, pairs = gradient.to("cpu", torch.float64).clone(), self._pairs("lr", "momentum", moves)
+        for i, j in pairs:  # dL/dlogit m at a fixed lr/(1 − m): dlog(1 − m)/dlogit m = −m
+            gradient[j] -= self.value[j] * gradient[i]
+        phi = self.descent.step(self.phi, gradient, moves, too_high, newton).clamp(self.low, self.high)
+        for i, j in self._pairs("lr", "weight_decay", moves):
+            if not moves[j] and not self.given[j]:
+                phi[j] -= phi[i] - self.phi[i]
+        for i, j in pairs:
+            phi[i] += torch.nn.functional.softplus(self.phi[j]) - torch.nn.functional.softplus(phi[j])
         self.move(phi)
+
+    def _pairs(self, name: str, other: str, moves: Tensor) -> list[tuple[int, int]]:
+        """Places of these two names' numbers in each group that has both, the first of which is tuned at present."""
+        at = {(e.name, e.group): j for j, e in enumerate(self.entries) if self.kinds[j].kind == KIND_OF.get(e.name)}
+        pairs = ((at[name, group], at.get((other, group))) for n, group in at if n == name)
+        return [(i, j) for i, j in pairs if j is not None and moves[i]]
 
     def move(self, phi: Tensor) -> None:
         """Set φ, kept within bounds."""
@@ -168,6 +181,12 @@ class Coordinates:
         phi = self.phi.clone()
         phi[j] += math.log(factor)
         self.move(phi)
+
+    def bound(self, j: int, low: float, high: float) -> None:
+        """Keep one positive number within these factors of its present value, as well as within its own bounds."""
+        least, most = self.kinds[j].limits
+        self.low[j] = max(least, float(self.phi[j]) + math.log(low))
+        self.high[j] = min(most, float(self.phi[j]) + math.log(high))
 
     def write_hypers(self) -> None:
         """Write the tensors in the loss, in place."""

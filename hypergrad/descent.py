@@ -1,12 +1,19 @@
-"""How far the tuned numbers move: Adam on φ, paced by what the hypergradients agree on.
+"""How far the tuned numbers move: Adam on φ, slowed down by disagreement; lr climbs by Newton's step.
 
 Each number has a pace: it rises by FASTER where a hypergradient agrees in sign with their running mean, falls by SLOWER where
-it does not. Noise slows a number down, so it settles; a clear signal speeds it up.
+it does not, and is 1 at most. Noise slows a number down, so it settles. Adam's second moment looks back over a share of the
+steps so far, so that the first hypergradients, often the largest by far, do not rule for long.
 
 The learning rate climbs more readily than it descends, because its hypergradient is biased one way: over a horizon shorter than
-the run a smaller lr always looks better than it is (Wu et al. 2018, arXiv 1803.02021). So lr goes up at its full pace, down at
-DOWN times it and never accelerated; it stops climbing as soon as one hypergradient says otherwise; and as a hypergradient speaks
-of the steps that it has seen, lr climbs to no more than LEAD times its mean so far.
+the run a smaller lr always looks better than it is (Wu et al. 2018, arXiv 1803.02021). Down it goes at DOWN times the pace. How
+far up is known better than by a rule of thumb: with z = dθ/dlog lr, which forward mode carries, every training step's batch
+gives slope a = gᵀz and curvature b = zᵀHz of its loss along z before it is used for training. Made c times as large, the
+displacement z would change that loss by a (c − 1) + b (c − 1)²/2, least at c* = 1 − a/b. From one hypergradient to the next lr
+climbs by the factor c*, summed over the steps between, but no more than FURTHEST, and only where the hypergradient says up.
+
+As a hypergradient speaks of the steps that it has seen, lr keeps within a factor LEAD of its mean so far, by its own steps. And
+where its tangent outgrew the weights, training is chaotic: lr steps down, and the value it had is a ceiling that rises by RELAX
+a step.
 """
 
 from __future__ import annotations
@@ -18,11 +25,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-BETA1, BETA2 = 0.8, 0.99  # of Adam on φ
+BETA1 = 0.8  # of Adam on φ
+MEMORY, BETA2 = (
+    4.0,
+    0.99,
+)  # its second moment looks back over 1/MEMORY of the steps so far, and by a weight of 1 − BETA2 at least
 OUTLIER, SETTLED = 4.0, 10  # after so many steps a hypergradient counts for at most so many times the usual one
-FASTER, SLOWER = 1.2, 0.7
-SLOWEST, FASTEST = 0.1, 5.0
-DOWN, LEAD = 0.5, 4.0  # of lr
+FASTER, SLOWER, SLOWEST = 1.2, 0.7, 0.1
+DOWN, LEAD, RELAX = 0.5, 4.0, 0.01  # of lr
+FURTHEST = 7.0  # one climb, in steps of hyper_lr: a factor of 2 at 0.1
+_STATE = ("m", "s", "count", "mean", "pace", "ceiling")
 
 
 class Descent:
@@ -37,38 +49,52 @@ class Descent:
         self.climbs, self.hyper_lr = torch.tensor(climbs), hyper_lr
         zero = torch.zeros(len(climbs), dtype=torch.float64)
         self.m, self.s, self.count, self.mean = zero, zero.clone(), zero.clone(), zero.clone()
-        self.pace = torch.ones_like(zero)
+        self.pace, self.ceiling = torch.ones_like(zero), torch.full_like(zero, math.inf)
 
-    def step(self, phi: Tensor, gradient: Tensor, moves: Tensor, too_high: Tensor) -> Tensor:
+    def step(
+        self, phi: Tensor, gradient: Tensor, moves: Tensor, too_high: Tensor, newton: float | None = None
+    ) -> Tensor:
         """φ after a step down `gradient` [k].
 
         Args:
             moves: the numbers that are tuned at present; the rest stay.
             too_high: numbers that step down by hyper_lr whatever their gradient says.
+            newton: log c* of all learning rates together; None where it is not known.
         """
         moves = moves & torch.isfinite(gradient)
         agreed = self._follow(phi, gradient, moves)
         moves = moves & (self.s > 0)
-        m, s = self.m / (1 - BETA1**self.count), self.s / (1 - BETA2**self.count)
-        down = torch.where(moves, m / s.sqrt().clamp_min(1e-300), 0)
-        descent = torch.where(self.climbs, DOWN, 1.0) * self.pace.clamp(max=1)
-        climb = torch.where(agreed < 0, 0, self.pace)
-        down = down * torch.where(self.climbs & (down < 0), climb, descent)
-        down, self.m = torch.where(too_high, 1.0, down), torch.where(too_high, 0, self.m)
-        moved = phi - self.hyper_lr * down
-        highest = torch.maximum(phi, self.mean.clamp_min(1e-300).log() + math.log(LEAD))
-        return torch.where(self.climbs & moves, torch.minimum(moved, highest), moved)
+        m = self.m / (1 - BETA1**self.count)
+        down = torch.where(moves, m / self.s.sqrt().clamp_min(1e-300), 0) * self.hyper_lr * self.pace
+        climb = -down if newton is None else torch.full_like(down, self._within(newton))
+        climb = torch.where(agreed < 0, 0, climb)
+        of_lr = torch.where(down < 0, -climb, DOWN * down)
+        down = torch.where(self.climbs, of_lr, down)
+        down, self.m = torch.where(too_high, self.hyper_lr, down), torch.where(too_high, 0, self.m)
+        moved = self._held(phi, phi - down, moves)
+        self.ceiling = torch.where(too_high, moved, self.ceiling + RELAX)
+        return moved
+
+    def _within(self, newton: float) -> float:
+        return self.hyper_lr * min(max(newton / self.hyper_lr, SLOWEST), FURTHEST)
+
+    def _held(self, phi: Tensor, moved: Tensor, moves: Tensor) -> Tensor:
+        """Learning rates below their ceiling and within LEAD of their mean; one that is beyond already stays."""
+        mean = self.mean.clamp_min(1e-300).log()
+        highest = torch.maximum(phi, torch.minimum(mean + math.log(LEAD), self.ceiling))
+        lowest = torch.minimum(phi, mean - math.log(LEAD))
+        return torch.where(self.climbs & moves, moved.clamp(lowest, highest), moved)
 
     def _follow(self, phi: Tensor, g: Tensor, moves: Tensor) -> Tensor:
         """Take a hypergradient into the running means; whether it agrees with them: −1, 0 or 1 [k]."""
-        rms = (self.s / (1 - BETA2**self.count)).sqrt()  # NaN before the first step: no bound
-        g = torch.where(self.count > SETTLED, g.clamp(-OUTLIER * rms, OUTLIER * rms), g)
+        g = torch.where(self.count > SETTLED, g.clamp(-OUTLIER * self.s.sqrt(), OUTLIER * self.s.sqrt()), g)
         agreed = torch.where(moves, (g * self.m).sign(), 0)
         factor = torch.where(agreed > 0, FASTER, torch.where(agreed < 0, SLOWER, 1.0))
-        self.pace = (self.pace * factor).clamp(SLOWEST, FASTEST)
+        self.pace = (self.pace * factor).clamp(SLOWEST, 1.0)
         self.count = self.count + moves
         self.m = torch.where(moves, self.m.lerp(g, 1 - BETA1), self.m)
-        self.s = torch.where(moves, self.s.lerp(g * g, 1 - BETA2), self.s)
+        weight = (1 / (1 + (self.count - 1) / MEMORY)).clamp(1 - BETA2, 1.0)
+        self.s = torch.where(moves, self.s + weight * (g * g - self.s), self.s)
         now = phi.exp()
         self.mean = torch.where(moves & self.climbs, self.mean + (now - self.mean) / self.count.clamp_min(1), self.mean)
         return agreed
@@ -79,20 +105,21 @@ class Descent:
 
     def forget(self, j: int) -> None:
         """Number j starts anew."""
-        for x, value in ((self.m, 0), (self.s, 0), (self.count, 0), (self.mean, 0), (self.pace, 1)):
-            x[j] = value
+        fresh = {"pace": 1.0, "ceiling": math.inf}
+        for name in _STATE:
+            getattr(self, name)[j] = fresh.get(name, 0.0)
 
     def noise(self) -> Tensor:
         """Standard error of the running mean of hypergradients [k]; NaN before the first."""
-        return (self.s / (1 - BETA2**self.count)).sqrt() * math.sqrt((1 - BETA1) / (1 + BETA1))
+        return torch.where(self.count > 0, self.s, math.nan).sqrt() * math.sqrt((1 - BETA1) / (1 + BETA1))
 
     def smoothed(self) -> Tensor:
         """The running mean of hypergradients dL/dφ [k]; NaN before the first."""
         return self.m / (1 - BETA1**self.count)
 
     def state_dict(self) -> dict[str, Any]:
-        return {name: getattr(self, name).clone() for name in ("m", "s", "count", "mean", "pace")}
+        return {name: getattr(self, name).clone() for name in _STATE}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        for name in ("m", "s", "count", "mean", "pace"):
+        for name in _STATE:
             setattr(self, name, state[name].clone())

@@ -1,4 +1,4 @@
-"""What keeps an online run alive: steps that are not finite do nothing, a blow-up is rolled back."""
+"""What keeps an online run alive: steps on bad batches do nothing, a blow-up is rolled back."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from hypergrad.updates.binding import State
 from hypergrad.updates.transition import Transition
 
 # With L₀ the larger of the first training loss and the validation loss before the first step, a blow-up is
-BLOW_UP = 10.0  # a training loss above so many L₀, or
+BLOW_UP = 10.0  # a training loss above so many L₀, PATIENCE times in a row, or
 DRIFT = 1.5  # a running mean of the training loss above so many L₀, or
 LOST = 0.5  # the same mean above L* + so much of the progress L₀ − L*, L* its least so far, and above L* + 2 standard deviations
 HORIZON = 20  # taken over about so many steps, once it has seen so many
 LR_CUT = 4.0  # lr is divided by this at a roll-back
 NEVER = 10**9
-PATIENCE = 3  # so many steps in a row that are not finite, with finite weights, are a blow-up too
+PATIENCE = 3  # so many steps in a row that are not finite, with finite weights, or spikes, are a blow-up too
 
 
 @dataclass
@@ -32,10 +32,11 @@ class _Good:
 class Guard:
     """Judges every step before it is taken, and keeps the last good states.
 
-    A *bad batch* is a loss or gradient that is not finite with weights that are: the step is passed over. A *blow-up* is
-    weights that are not finite, losses far above L₀ or above what they had come to (see BLOW_UP, DRIFT, LOST), or PATIENCE bad
-    batches in a row. A roll-back after which the loss is as high at the good weights was a *false alarm* (L₀ becomes that loss),
-    or it was *bad data* where the loss is not finite there either.
+    A *bad batch* is a loss or gradient that is not finite with weights that are, a *spike* a loss far above L₀ (see BLOW_UP):
+    the step is passed over. A *blow-up* is weights that are not finite, a mean loss above L₀ or above what it had come to (see
+    DRIFT, LOST), or PATIENCE bad batches or spikes in a row: one may be the batch's fault, several are the weights'. A
+    roll-back after which the loss is as high at the good weights was a *false alarm* (L₀ becomes that loss), or it was *bad
+    data* where the loss is not finite there either.
 
     Args:
         reference: the validation loss before the first step.
@@ -49,13 +50,15 @@ class Guard:
         self.seen = self.bad_in_a_row = 0
         self.restored = False  # the weights of this step are those that were rolled back to
         self.good: deque[_Good] = deque(maxlen=2)
+        self.first_buffers = problem.read_buffers()
 
     def judge(self, loss: float | None, g: Tensor, theta: Tensor) -> str:
-        """One of good, bad batch, blow-up, and after a roll-back false alarm or bad data. loss None: not known."""
+        """One of good, bad batch, spike, blow-up, and after a roll-back false alarm or bad data. loss None: not known."""
         finite = math.isfinite(float(g.sum())) or bool(torch.isfinite(g).all())  # the sum is cheap, and may overflow
         if finite and (loss is None or math.isfinite(loss)):
-            self.bad_in_a_row = 0
-            return "good" if loss is None else self._judge_finite(loss)
+            verdict = "good" if loss is None else self._judge_finite(loss)
+            self.bad_in_a_row = self.bad_in_a_row + 1 if verdict == "spike" else 0
+            return "blow-up" if self.bad_in_a_row >= PATIENCE else verdict
         if self.restored and bool(torch.isfinite(theta).all()):  # at good weights too: it is the data
             self.restored, self.bad_in_a_row = False, -NEVER
             return "bad data"
@@ -73,6 +76,8 @@ class Guard:
         if restored and loss > self._threshold():  # the weights are good ones: it is the data that has changed
             self.reference, self.best = max(self.reference, loss), math.inf
             return "false alarm"
+        if self.is_spike(loss):
+            return "spike"
         self.seen += 1
         share, off = max(1 / HORIZON, 1 / self.seen), loss - self.mean
         self.mean += share * off
@@ -80,8 +85,17 @@ class Guard:
         settled = self.seen >= HORIZON
         if settled:
             self.best = min(self.best, self.mean)
-        lost = settled and self.mean > self._threshold()
-        return "blow-up" if self.reference > 0 and (loss > BLOW_UP * self.reference or lost) else "good"
+        return "blow-up" if self.reference > 0 and settled and self.mean > self._threshold() else "good"
+
+    def is_spike(self, loss: float) -> bool:
+        """Whether a loss is so high that its step should not be taken."""
+        return not self.transition.maximizes and 0 < BLOW_UP * self.reference < loss
+
+    def doubts(self, loss: float) -> bool:
+        """Whether a loss, not judged yet, looks like the batch's own fault: nothing is to be learnt from that batch."""
+        if (math.isfinite(loss) and not self.is_spike(loss)) or self.bad_in_a_row + 1 >= PATIENCE:
+            return False
+        return all(bool(torch.isfinite(p).all()) for p in self.transition.params)
 
     def _threshold(self) -> float:
         """The mean loss from which on the run is lost."""
@@ -100,9 +114,9 @@ class Guard:
             self.good.append(_Good(state, self.problem.read_buffers()))
 
     def mend_buffers(self) -> None:
-        """A bad batch may have put a NaN into running statistics: take those of the last good state."""
-        if self.good and not all(bool(torch.isfinite(b).all()) for b in self.problem.buffers):
-            self.problem.write_buffers(self.good[-1].buffers)
+        """A bad batch may have put a NaN into running statistics: take those of the last good state, or the first ones."""
+        if not all(bool(torch.isfinite(b).all()) for b in self.problem.buffers):
+            self.problem.write_buffers(self.good[-1].buffers if self.good else self.first_buffers)
 
     def roll_back(self) -> bool:
         """Copy weights, buffers and optimizer tensors back, in place, from the older of the states kept."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hypergrad.coordinates import Coordinates
 from hypergrad.problem import Problem
-from hypergrad.recording import Journal
+from hypergrad.recording import Journal, short
 from hypergrad.schedules import STEP_NAMES
 from hypergrad.tangents import Tangents
 
@@ -50,7 +50,7 @@ class HyperSteps:
         """One hyperparameter step from the tangents, after t training steps; only a look once nothing is tuned any more."""
         if not self.coordinates.moving:
             self.val_loss = float(self.problem.look(self.validation, t, self.seed + t))
-            return self._record(t, torch.zeros(len(self.coordinates), dtype=torch.float64))
+            return self._record(t)
         with self._where() as tangent:
             value, of_params, of_hypers, _ = self.problem.validate(self.validation, t, self.seed + t)
         gradient = torch.zeros(len(self.coordinates), dtype=torch.float64)
@@ -85,43 +85,49 @@ class HyperSteps:
             self.journal.note_once(t, "a validation loss or hypergradient was not finite: hyperparameters stayed.")
         elif not self.frozen:
             hit = self.tangents.take_hits()
-            self.coordinates.step(
-                gradient, hit & torch.tensor([e.name in _SAFE_DOWN for e in self.coordinates.entries])
-            )
+            safe_down = torch.tensor([e.name in _SAFE_DOWN for e in self.coordinates.entries])
+            self.coordinates.step(gradient, hit & safe_down, self.tangents.take_newton())
             self.coordinates.write_hypers()
             self.stats["hyper_steps"] += 1
-        self._record(t, gradient)
+        self._record(t)
 
-    def _record(self, t: int, gradient: Tensor) -> None:
+    def _record(self, t: int) -> None:
         losses, self.losses = self.losses, []
-        if self.journal.recorder is None:
+        recorder, labels = self.journal.recorder, self.coordinates.labels
+        if recorder is None:
             return
-        coordinates, row = self.coordinates, self._diagnosis()
-        for j, label in enumerate(coordinates.labels):
-            row["hyper/" + label] = float(coordinates.value[j])
-            if coordinates.kinds[j].kind == "positive":  # charts are linear: these move by orders of magnitude
-                row["log10/" + label] = math.log10(row["hyper/" + label])
-            if j in coordinates.moving:
-                row["hypergrad/" + label] = float(gradient[j])
+        if not recorder.last and self.stats["val_evaluations"] <= 1:  # a run that begins, rather than one that goes on
+            recorder.begin(self._shown([recorder.hparams[f"{label} start"] for label in labels]))
+        row = self._shown(self.coordinates.value.tolist()) | {"loss/val": self.val_loss}
         if losses:
             row["loss/train"] = float(torch.stack(losses).mean())
-        self.journal.scalars(t, {"loss/val": self.val_loss, **row})
+        self.journal.scalars(t, row | self._diagnosis())
+
+    def _shown(self, values: Sequence[float]) -> dict[str, float]:
+        """Values of all that is tuned, those that move by orders of magnitude also by their logarithm: charts are linear."""
+        row: dict[str, float] = {}
+        for name, x, kind in zip(short(self.coordinates.labels), values, self.coordinates.kinds, strict=True):
+            row[f"hyper/{name}"] = x
+            if kind.kind == "positive":
+                row[f"hyper/log10_{name}"] = math.log10(x)
+        return row
 
     def _diagnosis(self) -> dict[str, float]:
-        """Whether the hypergradients are to be believed, and what they cost so far in gradients per training step."""
+        """Whether the hypergradients dL/dφ are to be believed, and what they cost so far in gradients per training step."""
         mean, noise, row = self.coordinates.descent.smoothed(), self.coordinates.descent.noise(), {}
+        names = short(self.coordinates.labels)
         for j in self.coordinates.moving:
             if math.isfinite(mean[j]):
-                band = {"mean": mean[j], "low": mean[j] - noise[j], "high": mean[j] + noise[j]}
-                row |= {f"band/{self.coordinates.labels[j]}/{name}": float(x) for name, x in band.items()}
+                band = {"": mean[j], "_low": mean[j] - noise[j], "_high": mean[j] + noise[j]}
+                row |= {f"val_hypergradient/{names[j]}{end}": float(x) for end, x in band.items()}
         if self.tangents.tangent is not None:
             weights = self.transition.flatten(self.transition.params)
             sizes = torch.linalg.vector_norm(self.tangents.tangent.theta, dim=1) / torch.linalg.vector_norm(weights)
             for j, size in zip(self.coordinates.moving, sizes.tolist(), strict=True):
-                row[f"tangent/{self.coordinates.labels[j]}"] = size
-        row["cost/gradients_per_step"] = gradient_evaluations(self.stats) / max(self.stats["steps"], 1)
-        row["events/rollbacks"] = self.stats["rollbacks"]
-        row["events/steps_passed_over"] = self.stats["nonfinite_steps"]
+                row[f"tangent/{names[j]}"] = size
+        row["run/cost_over_plain"] = gradient_evaluations(self.stats) / max(self.stats["steps"], 1)
+        row["run/rollbacks"] = self.stats["rollbacks"]
+        row["run/steps_passed_over"] = self.stats["nonfinite_steps"] + self.stats["spikes"]
         return row
 
 

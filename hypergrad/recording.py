@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,27 +29,27 @@ class Recorder:
         self.writer = SummaryWriter(str(self.folder))
         self.closed = False
         self.last: dict[str, float] = {}
-        self.bands: set[str] = set()
+        self.starts: dict[str, float] = {}
         self.step = 0
 
+    def begin(self, values: Mapping[str, float]) -> None:
+        """Note what the tuned values, hyper/…, start from: at step 0, and as a level line beside what they become.
+
+        The line is there because TensorBoard leaves outliers, such as a start, out of a chart's range.
+        """
+        self.scalars(0, values)
+        self.starts = {f"start/{name.removeprefix('hyper/')}": values[name] for name in charted(values)}
+
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
-        self._lay_out(values)
+        if not self.last:
+            self.writer.add_custom_scalars(layout(values))
+        values = {**values, **self.starts}
         for tag, value in values.items():
             self.writer.add_scalar(tag, value, step)
         finite = {tag: value if math.isfinite(value) else None for tag, value in values.items()}  # JSON has no NaN
         self._line({"step": step, **finite})
         self.last.update(values)
         self.step = step
-
-    def _lay_out(self, values: Mapping[str, float]) -> None:
-        """Hypergradients with their standard errors: margin charts in the Custom Scalars tab."""
-        named = [tag.removesuffix("/mean") for tag in values if tag.startswith("band/") and tag.endswith("/mean")]
-        if not self.bands.issuperset(named):
-            self.bands.update(named)
-            charts = {
-                tag[5:]: ["Margin", [f"{tag}/{x}" for x in ("mean", "low", "high")]] for tag in sorted(self.bands)
-            }
-            self.writer.add_custom_scalars({"hypergradient, mean and standard error": charts})
 
     def text(self, step: int, message: str) -> None:
         """A sentence in TensorBoard's Text tab, and in the JSON lines."""
@@ -71,6 +72,51 @@ class Recorder:
         self.writer.close()
 
 
+def short(labels: Sequence[str]) -> list[str]:
+    """lr/0 is lr where there is no lr/1."""
+    names = [label.split("/")[0] for label in labels]
+    return [name if label == f"{name}/0" and names.count(name) == 1 else label for name, label in zip(names, labels)]
+
+
+def charted(tags: Iterable[str]) -> list[str]:
+    """Of hyper/NAME and hyper/log10_NAME the latter, where there are both."""
+    own = [tag for tag in tags if tag.startswith("hyper/")]
+    return [tag for tag in own if tag.replace("hyper/", "hyper/log10_") not in own]
+
+
+def layout(tags: Iterable[str]) -> dict[str, dict[str, list[Any]]]:
+    """The Custom Scalars tab: a run on one page, from what is tuned to what it costs.
+
+    Args:
+        tags: those of the tuned values, hyper/…; the others follow from these.
+    """
+    shown = [tag.removeprefix("hyper/") for tag in charted(tags)]
+    names = [name.removeprefix("log10_") for name in shown]
+    charts: dict[str, list[str]] = {}  # param groups of one name in one chart
+    for name in shown:
+        charts.setdefault(name.split("/")[0].replace("log10_", "log10 "), []).extend((f"hyper/{name}", f"start/{name}"))
+
+    def lines(*tags: str) -> list[Any]:
+        return ["Multiline", [f"^{re.escape(tag)}$" for tag in tags]]
+
+    def band(tag: str) -> list[Any]:
+        return ["Margin", [tag, f"{tag}_low", f"{tag}_high"]]
+
+    return {
+        "hyperparameters; level lines: where they started": {title: lines(*own) for title, own in charts.items()},
+        "loss": {"training and validation": lines("loss/train", "loss/val")},
+        "hypergradient of the validation loss, with its standard error": {
+            name: band(f"val_hypergradient/{name}")
+            for name in reversed(names)  # TensorBoard shows these last to first
+        },
+        "run": {
+            "size of tangents, in that of the weights": lines(*(f"tangent/{name}" for name in names)),
+            "cost so far, over that of a plain run": lines("run/cost_over_plain"),
+            "events so far": lines("run/rollbacks", "run/steps_passed_over"),
+        },
+    }
+
+
 class Journal:
     """What a tuner has to say: scalars for the recorder, if there is one, and sentences that are also warnings."""
 
@@ -84,7 +130,7 @@ class Journal:
         elapsed = 1e3 * (now - self.clock) / max(step - self.step, 1)
         self.step, self.clock = step, now
         if self.recorder is not None:
-            self.recorder.scalars(step, {**values, "time/step_ms": elapsed})
+            self.recorder.scalars(step, {**values, "run/ms_per_step": elapsed})
 
     def note(self, step: int, message: str, warn: bool = True) -> None:
         if self.recorder is not None:

@@ -19,7 +19,7 @@ from hypergrad.live_values import LiveValues
 from hypergrad.schedules import tuned_at
 from hypergrad.updates.binding import State, Values
 from hypergrad.updates.transition import Tangent
-from hypergrad.warm_start import WarmStart, sensible
+from hypergrad.warm_start import LEAST, MOST, WarmStart, sensible
 
 if TYPE_CHECKING:
     from hypergrad.windows import Windows
@@ -102,7 +102,7 @@ class Ride:
         if dg is None:
             self._count_unknown(fresh is None)
         self.tangents.push(state, g, active, values, self.used[1], dg)
-        if self.warm.active and self.t == 0:
+        if self.warm.active and self.t == self.stats["nonfinite_steps"] + self.stats["spikes"]:  # the first step taken
             self._start_small(i, state, g, active, dg)
         if self.warm.sizes_decay and self.total is not None and len(self.optimizers) == 1 and not self.hyper.frozen:
             self._size_decay(state, g, active, values)
@@ -118,9 +118,10 @@ class Ride:
         pending, tangent = self.tangents.pending, self.tangents.tangent
         if pending is None or pending.dg is None or tangent is None:
             return
-        rows = self._lr_rows()
+        rows = self.coordinates.rows("lr")
         z, hz = tangent.theta[rows].sum(0), pending.dg[rows].sum(0) / pending.scale
-        factor = self.warm.look(z, self.transition.flatten(pending.left) / pending.scale, hz)
+        doubtful = self.guard.doubts(float(pending.loss) / pending.scale)  # the step will be passed over, lr stays
+        factor = 1.0 if doubtful else self.warm.look(z, self.transition.flatten(pending.left) / pending.scale, hz)
         now = self.live.shape(self.t) if self.warm.active else 1.0
         self.coordinates.scale("lr", factor * self.live.shape(self.t - 1) / now)
         if not self.warm.active:
@@ -130,15 +131,12 @@ class Ride:
                 self.t, f"lr starts from {', '.join(names)}: slope and curvature along the first steps.", warn=False
             )
 
-    def _lr_rows(self) -> list[int]:
-        return [k for k, j in enumerate(self.coordinates.moving) if self.coordinates.entries[j].name == "lr"]
-
     def _start_small(self, i: int, state: State, g: Tensor, active: tuple[bool, ...], dg: Tensor | None) -> None:
         """The first step of optimizer i, made tiny. Repeated, as a tangent far too large is not told from one at the cap."""
         norm = float(torch.linalg.vector_norm(state.theta))
         for _ in range(20):
             assert self.tangents.tangent is not None
-            moved = torch.linalg.vector_norm(self.tangents.tangent.theta[self._lr_rows()].sum(0))
+            moved = torch.linalg.vector_norm(self.tangents.tangent.theta[self.coordinates.rows("lr")].sum(0))
             factor = self.warm.first(float(moved), norm)
             if abs(factor - 1) < 0.01:
                 break
@@ -162,7 +160,10 @@ class Ride:
                 continue
             theta = torch.where(z[j] == 0, 0, state.theta)
             rate = -float(theta @ z[j]) / max(float(theta @ theta), 1e-300) / (1 - self.warm.momentum)
-            self.coordinates.scale_number(j, sensible(rate * left))
+            decayed, factor = rate * left, sensible(rate * left)
+            self.coordinates.scale_number(j, factor)
+            if j in self.coordinates.moving and decayed > 0:
+                self.coordinates.bound(j, LEAST / (factor * decayed), MOST / (factor * decayed))
 
     def _use(self, i: int) -> Values:
         """Note the values of this step as optimizer i uses them, and dx/dφ."""
@@ -194,19 +195,24 @@ class Ride:
         if verdict == "false alarm":
             return True
         if verdict == "good":
-            if not self.stepped and self.t % self.every == 0:
+            if not self.stepped and (self.t % self.every == 0 or not self.guard.good):
                 self.guard.keep(state)
             return True
         self.void, self.tangents.pending = True, None
         self._drop_gradients(i)
         self.windows.reset()
-        if verdict in ("bad batch", "bad data"):
+        self.guard.mend_buffers()
+        if verdict == "spike":
+            self.stats["spikes"] += 1
+            self.journal.note_once(
+                self.t, "a loss was far above the first: the step was passed over (tuner.stats['spikes'])."
+            )
+        elif verdict != "blow-up" or not self.guard.roll_back():
             self.stats["nonfinite_steps"] += 1
-            self.guard.mend_buffers()
             self.journal.note_once(
                 self.t, "a loss or gradient was not finite: the step was passed over (tuner.stats['nonfinite_steps'])."
             )
-        elif self.guard.roll_back():
+        else:
             self.stats["rollbacks"] += 1
             cut = self.coordinates.scale("lr", 1 / LR_CUT)
             then = f"lr divided by {LR_CUT:g}" if cut else "lr is not tuned and stays: if this goes on, lower it"

@@ -11,6 +11,7 @@ off by comparing p.grad with what `backward` left there:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -61,6 +62,7 @@ class Tangents:
         self.average_tangent: Tensor | None = None  # dθ̄/dφ [k, n]; None: zero
         self.pending: Pending | None = None
         self.hit = torch.zeros(len(coordinates), dtype=torch.bool)  # tangents that met the cap since `take_hits`
+        self.along: Tensor | None = None  # a = gᵀz and b = zᵀHz, summed since `take_newton`; z = dθ/dlog lr
         self.counts = {"gradients": 0, "hessian_products": 0, "capped": 0}
         self._own = {id(x) for x in [*transition.params, *coordinates.hypers.values()]}
 
@@ -202,6 +204,11 @@ class Tangents:
         if self.tangent is None or dg is None:
             self.forget()
             self.tangent = Tangent.zeros(state, len(directions))
+        elif rows := self.coordinates.rows("lr"):
+            z = self.tangent.theta[rows].sum(0)
+            along = torch.stack([g @ z, z @ dg[rows].sum(0)])
+            along = -along if self.transition.maximizes else along
+            self.along = along if self.along is None else self.along + along
         dg = torch.zeros_like(self.tangent.theta) if dg is None else dg
         for name, x in state.slots.items():  # a slot that a group has begun to keep
             if name not in self.tangent.slots:
@@ -226,6 +233,16 @@ class Tangents:
         bound = {name: torch.where(finite, x * factor, 0) for name, x in self.tangent.slots.items()}
         self.tangent = Tangent(torch.where(finite, self.tangent.theta * factor, 0), bound)
 
+    def take_newton(self) -> float | None:
+        """log c*, the factor on all lr by which the steps since the last call would have had the least loss (see descent.py)."""
+        along, self.along = self.along, None
+        if along is None:
+            return None
+        a, b = along.tolist()
+        if not (a < 0 and math.isfinite(b)):
+            return 0.0
+        return math.log(1 - a / b) if b > 0 else math.inf
+
     def take_hits(self) -> Tensor:
         """Which numbers' tangents met the cap since the last call [k of all]. Those start again from zero."""
         hit, self.hit = self.hit, torch.zeros_like(self.hit)
@@ -239,7 +256,7 @@ class Tangents:
 
     def forget(self) -> None:
         """Tangents are zero from here on."""
-        self.tangent = self.average_tangent = None
+        self.tangent = self.average_tangent = self.along = None
 
     # θ̄ ← θ̄ + a (θ − θ̄) and the same for its tangent, a = 1/(share of the steps so far)
     def follow(self, theta: Tensor, t: int) -> None:
@@ -268,6 +285,7 @@ class Tangents:
             "slots": None if tangent is None else dict(tangent.slots),
             "average": self.average,
             "average_tangent": self.average_tangent,
+            "along": self.along,
             **({} if self.secant is None else {"secant": self.secant.state_dict()}),
         }
 
@@ -281,6 +299,7 @@ class Tangents:
         if state["theta"] is not None:
             self.tangent = Tangent(here(state["theta"]), {name: here(x) for name, x in state["slots"].items()})
         self.average, self.average_tangent = here(state["average"]), here(state["average_tangent"])
+        self.along = here(state["along"])
         if self.secant is not None:
             self.secant.load_state_dict(state["secant"], like)
         self.pending = None

@@ -319,6 +319,7 @@ _STATS = (
     "plain_steps",
     "changed_gradients",
     "nonfinite_steps",
+    "spikes",
     "nonfinite_hypergradients",
     "rollbacks",
     "false_alarms",

@@ -17,7 +17,7 @@ so far have had the share ρ, and the lr that would have gone as far in the long
 
 Weight decay's start is a hint in the same way. The share of the weights that decay would take away over the rest of the run,
 if nothing else moved them, is about 1 − exp(−D) with D = Σ_t rate_t; `sensible` brings D into [LITTLE, MUCH]: below it decay
-does nothing in this run, above it the run forgets its own beginning.
+does nothing in this run, above it the run forgets its own beginning. When its turn comes, it is tuned within [LEAST, MOST].
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ TINY = 1e-3  # the first step, relative to the weights
 GROWTH = 2.0  # of lr from step to step
 SHARE = 0.5  # of ℓ*
 SHORTEST, LONGEST = 8, 30  # looks
-LITTLE, MUCH = 0.1, 0.5  # of D
+LITTLE, MUCH = 0.1, 0.5  # of D at the start
+LEAST, MOST = 0.01, 5.0  # of D while it is tuned
 
 
 class WarmStart:

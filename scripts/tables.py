@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 import statistics
 import sys
@@ -39,27 +40,46 @@ def quickstart(result: Result) -> str:
     return _table(head, body)
 
 
+# Rows of the table: the method, and which of its losses. Each of hypergrad's stands beside the same of the grid's winner.
+FASHION_ROWS = (
+    ("untuned", "untuned", "test_loss"),
+    ("untuned, lr decays linearly to zero", "untuned_decay", "test_loss"),
+    ("grid of {grid}, its winner", "winner", "test_loss"),
+    ("hypergrad, lr and weight decay", "tuned", "test_loss"),
+    ("hypergrad, lr", "tuned_lr", "test_loss"),
+    ("hypergrad, lr, weight decay and momentum", "tuned_momentum", "test_loss"),
+    ("averaged weights: grid's winner", "winner", "averaged_test_loss"),
+    ("averaged weights: hypergrad, lr and weight decay", "tuned", "averaged_test_loss"),
+    ("replayed on training + validation: grid's winner", "winner", "replay_test_loss"),
+    ("replayed on training + validation: hypergrad, lr and weight decay", "tuned", "replay_test_loss"),
+)
+
+
 def fashion_mnist(result: Result) -> str:
-    names = {
-        "untuned": "untuned",
-        "untuned_decay": "untuned, lr decays linearly to zero",
-        "tuned": "hypergrad, lr and weight decay",
-        "tuned_lr": "hypergrad, lr",
-        "tuned_momentum": "hypergrad, lr, weight decay and momentum",
-    }
     head = ("method", "starts", "mean", "median", "best", "worst", "NaN", "FLOPs", "seconds a run")
+    of_grid = [row for row in result["rows"] if row["method"] == "grid" and row["steps"] == 10_000]
     body = []
-    for method, name in names.items():
+    for name, method, loss in FASHION_ROWS:
         rows = results.select(result["rows"], {"method": method, "steps": 10_000})
-        if rows:
-            losses = sorted(row["test_loss"] for row in rows if not row["diverged"])
+        rows = [row for row in rows if loss in row]
+        losses = sorted(row[loss] for row in rows if row[loss] is not None)
+        if losses:
             numbers = (statistics.fmean(losses), statistics.median(losses), losses[0], losses[-1])
-            cost = statistics.fmean(row["flops_ratio"] for row in rows)
-            seconds = statistics.fmean(row["seconds"] for row in rows)
             shown = [f"{number:.4f}" if number < 1000 else f"{number:.1e}" for number in numbers]
-            nan = len(rows) - len(losses)
-            body.append((name, str(len(rows)), *shown, str(nan), f"{cost:.2f}×", f"{seconds:.1f}"))
+            nan, (flops, seconds) = len(rows) - len(losses), _cost(rows, of_grid, loss)
+            name = name.format(grid=len(of_grid))
+            body.append((name, str(len(rows)), *shown, str(nan), f"{flops:.2f}×", f"{seconds:.1f}"))
     return _table(head, body) + "\n\n" + _source(result)
+
+
+def _cost(rows: list[Result], of_grid: list[Result], loss: str) -> tuple[float, float]:
+    """FLOPs in plain runs and seconds that such a loss takes: a winner's are those of the whole grid, a replay is a run more."""
+    runs = of_grid if rows[0]["method"] == "winner" else rows
+    share = 1 if runs is of_grid else len(rows)
+    flops, seconds = (math.fsum(row[field] for row in runs) / share for field in ("flops_ratio", "seconds"))
+    if loss == "replay_test_loss":
+        flops, seconds = flops + 1, seconds + statistics.fmean(row["replay_seconds"] for row in rows)
+    return flops, seconds
 
 
 def shootout(result: Result) -> str:
@@ -95,6 +115,7 @@ TABLES: dict[str, Callable[[Result], str]] = {
 PLOTS: dict[str, tuple[str, Callable[[list[Result]], Any]]] = {
     "quickstart": ("quickstart_curves.json", figures.quickstart),
     "fashion_mnist": ("fashion_mnist.json", figures.fashion_mnist),
+    "trajectories": ("fashion_mnist_paths.json", figures.trajectories),
     "shootout": ("shootout.json", figures.shootout),
 }
 

@@ -11,9 +11,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import hypergrad
+from hypergrad.descent import FURTHEST
 from hypergrad.guard import Guard
 from hypergrad.problem import Problem
 from hypergrad.updates.transition import Transition
+from hypergrad.warm_start import GROWTH
 from tests.test_tuner import as_given, data, float64, mse, sgd, two_layers, validation
 
 __all__ = ["float64"]  # the fixture
@@ -76,7 +79,7 @@ HARDER: dict[str, tuple[Callable[[nn.Module, int], Tensor], float]] = {
 }
 
 
-@pytest.mark.filterwarnings("ignore:blow-up")
+@pytest.mark.filterwarnings("ignore:blow-up", "ignore:a loss was far above")
 @pytest.mark.parametrize("name", HARDER)
 def test_data_that_becomes_harder_does_not_destroy_a_healthy_run(name: str) -> None:
     loss, lr = HARDER[name]
@@ -123,7 +126,7 @@ def test_overflows_of_a_scaler_in_a_row_are_no_blow_up(fused: bool) -> None:
     assert tuner.stats["steps"] == 8 and scaler.get_scale() == 4.0
     assert all(tuner.stats[k] == 0 for k in ("rollbacks", "nonfinite_steps", "plain_steps", "changed_gradients"))
     assert tuner.stats["hyper_steps"] == 2
-    assert 0.008 < float(tuner.values["lr"][0]) < 0.0125
+    assert 0.008 < float(tuner.values["lr"][0]) <= 0.01 * math.exp(2 * 0.1 * FURTHEST)  # two steps, neither cut by 4
 
 
 def test_fused_and_unfused_are_tuned_alike_under_a_scaler_that_skips() -> None:
@@ -160,6 +163,7 @@ def test_bad_data_for_a_while_is_told_from_a_blow_up() -> None:
     assert tuner.values["lr"].tolist() == pytest.approx([0.05, 0.03])
 
 
+@pytest.mark.filterwarnings("ignore:a loss was far above")
 def test_roll_back_says_so_where_lr_is_not_tuned() -> None:
     model = two_layers()
     opt = torch.optim.SGD(model.parameters(), lr=100.0, momentum=0.9, weight_decay=0.01)
@@ -207,3 +211,59 @@ def test_lost_progress_at_the_good_weights_too_is_the_data():
     assert guard.judge(2.2, torch.zeros(3), torch.zeros(3)) == "false alarm"
     assert guard.judge(2.2, torch.zeros(3), torch.zeros(3)) == "good"
     assert set(verdicts) == {"good"}
+
+
+SPIKE, NOT_A_NUMBER = 1e4, math.nan
+
+
+def disturbed(
+    factors: dict[int, float], lr: float = 1e-3, steps: int = 160, norm: bool = False
+) -> tuple[float, Any, float]:
+    """A run from the defaults in which some batches' losses are multiplied; its loss at the end, the tuner, the first lr found."""
+    first = math.nan
+    torch.manual_seed(0)
+    body = [nn.BatchNorm1d(5), nn.Linear(5, 1)] if norm else [nn.Linear(5, 1)]
+    model = nn.Sequential(*body)
+    opt = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=1e-4)
+    x, y = task(10**6)
+    tuner = hypergrad.Tuner(model, opt, lambda: mse(model, (x, y)), total_steps=steps)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for t in range(steps):
+            opt.zero_grad()
+            factor = factors.get(t, 1.0)
+            x_t, y_t = task(t)
+            tuner.backward(mse(model, (x_t * math.nan, y_t) if math.isnan(factor) else (x_t, y_t)) * max(1.0, factor))
+            opt.step()
+            assert all(bool(torch.isfinite(value).all()) for value in model.state_dict().values()), t
+            first = float(tuner.values["lr"]) if math.isnan(first) and not tuner._ride.warm.active else first
+    return float(sum(mse(model, task(t)).detach() for t in range(2000, 2050))) / 50, tuner, first
+
+
+@pytest.mark.parametrize("at", [(2,), (30,), (80, 150), (30, 31)])
+def test_a_spike_is_passed_over_and_leaves_lr_alone(at: tuple[int, ...]) -> None:
+    """One loss far too large is the batch's fault: rolled back, lr divided by 4 late in a run would never come back."""
+    usual, plain, _ = disturbed({})
+    ours, tuner, _ = disturbed(dict.fromkeys(at, SPIKE))
+    assert tuner.stats["spikes"] == len(at) and tuner.stats["rollbacks"] == 0
+    assert float(tuner.values["lr"]) == pytest.approx(float(plain.values["lr"]), rel=0.5)
+    assert ours <= 1.05 * usual
+
+
+def test_spikes_in_a_row_are_a_blow_up() -> None:
+    verdicts, guard = guard_after([1.0] * 30)
+    assert set(verdicts) == {"good"}
+    told = [guard.judge(11.0, torch.zeros(3), torch.zeros(3)) for _ in range(3)]
+    assert told == ["spike", "spike", "blow-up"]
+    assert guard.roll_back()
+    assert guard.judge(1.0, torch.zeros(3), torch.zeros(3)) == "good"
+
+
+@pytest.mark.parametrize("at", [(0,), (0, 1, 2, 3), (1,), (5, 7)])
+def test_the_first_lr_is_found_in_spite_of_batches_that_are_not_finite(at: tuple[int, ...]) -> None:
+    """From lr 100, with BatchNorm, whose running statistics a NaN batch spoils."""
+    usual, _, plain = disturbed({}, norm=True)
+    ours, tuner, first = disturbed(dict.fromkeys(at, NOT_A_NUMBER), lr=100.0, norm=True)
+    assert tuner.stats["nonfinite_steps"] == len(at) and tuner.stats["rollbacks"] == 0
+    assert 1 / GROWTH**2 < first / plain < GROWTH**2  # other batches; a warm start cut short is off by far more
+    assert ours <= 1.05 * usual

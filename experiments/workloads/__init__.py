@@ -10,9 +10,9 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, mse_loss
 
 from experiments.workloads import data, models
-from experiments.workloads.task import RUNGS, Task, Workload, fit, train, train_tuned
+from experiments.workloads.task import RUNGS, Batch, Task, Workload, fit, train, train_tuned
 
-__all__ = ["RUNGS", "WORKLOADS", "Task", "Workload", "fit", "train", "train_tuned"]
+__all__ = ["RUNGS", "WORKLOADS", "Batch", "Task", "Workload", "fit", "train", "train_tuned"]
 
 
 def _next_character(logits: Tensor, codes: Tensor) -> Tensor:

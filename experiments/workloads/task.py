@@ -27,6 +27,7 @@ OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "RMSprop": torch.optim.RMSprop,
 }
 Batch = tuple[Tensor, Tensor]
+Disturb = Callable[[int, Batch], tuple[Batch, float]]
 
 
 @dataclass(frozen=True)
@@ -129,22 +130,32 @@ def train(task: Task, lr: float, weight_decay: float, *, decay: bool = True, ini
 
 
 def train_tuned(
-    task: Task, lr: float, weight_decay: float, tune: Sequence[str] = ("lr", "weight_decay"), **options: Any
+    task: Task,
+    lr: float,
+    weight_decay: float,
+    tune: Sequence[str] = ("lr", "weight_decay"),
+    disturb: Disturb | None = None,
+    after_step: Callable[[], None] | None = None,
+    **options: Any,
 ) -> dict[str, Any]:
     """The same run with a `hypergrad.Tuner`, which brings its own shape of lr; `options` go to it.
 
+    Args:
+        disturb, after_step: as in `fit`.
+
     Returns:
-        What `train` returns; `end_lr`, `end_weight_decay`, … (the geometric mean over param groups); `gradient_evaluations`
-        and `rollbacks`.
+        What `train` returns; `end_lr`, `end_weight_decay`, … (the geometric mean over param groups); `gradient_evaluations`,
+        `rollbacks` and steps `passed_over`.
     """
     optimizer = task.make_optimizer(lr, weight_decay)
     options = {"total_steps": task.steps, "seed": task.seed} | options
     tuner = hypergrad.Tuner(task.model, optimizer, task.val_loss, tune=tune, **options)
-    row = fit(task, optimizer, tuner.backward, to_the_end=True)
+    row = fit(task, optimizer, tuner.backward, after_step, to_the_end=True, disturb=disturb)
     ended = {f"end_{name}": values.log().mean().exp().item() for name, values in tuner.values.items()}
     tuner.close()
-    row |= ended | {"gradient_evaluations": gradient_evaluations(tuner.stats), "rollbacks": tuner.stats["rollbacks"]}
-    return row
+    stats = tuner.stats
+    counts = {"rollbacks": stats["rollbacks"], "passed_over": stats["nonfinite_steps"] + stats["spikes"]}
+    return row | ended | {"gradient_evaluations": gradient_evaluations(stats)} | counts
 
 
 def fit(
@@ -153,17 +164,21 @@ def fit(
     backward: Callable[[Tensor], None],
     after_step: Callable[[], None] | None = None,
     to_the_end: bool = False,
+    disturb: Disturb | None = None,
 ) -> dict[str, Any]:
     """The training loop of every experiment on workloads: what `train` returns, for any optimizer and `backward`.
 
     Args:
         to_the_end: go on after a loss that is not finite (where something rolls it back).
+        disturb: (step from 1, batch) → the batch in its place, and a factor on its loss.
     """
     model, at = task.model, {name: max(task.steps // part, 1) for name, part in RUNGS.items()}
     row = dict.fromkeys([*RUNGS, "test"], math.nan)
     seconds, began = 0.0, time.perf_counter()
     for step, batch in enumerate(task.batches(), start=1):
+        batch, factor = disturb(step, batch) if disturb else (batch, 1.0)
         loss = task.loss(model, batch)
+        loss = loss if factor == 1 else factor * loss
         optimizer.zero_grad()
         backward(loss)
         optimizer.step()

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from hypergrad.modes.stretch import Meter, Result, Stretch, evaluation
-from hypergrad.modes.unrolled import Total, pull, train
+from hypergrad.modes.unrolled import Total, pull_through, train
 from hypergrad.solvers import Solve, cg
 from hypergrad.updates.binding import State
 from hypergrad.updates.transition import Tangent
@@ -141,8 +141,10 @@ def _look_back(stretch: Stretch, state: State, terms: int, meter: Meter) -> Resu
     train(stretch, state, steps - 1, meter)
     lam = total.validate(steps, Tangent.zeros(state))
     stretch.transition.load(state.theta)
-    for _ in range(terms):
-        problem.write_buffers(buffers)
-        rng.restore()
-        lam = pull(stretch, state, steps - 1, lam, total, meter)
+    problem.write_buffers(buffers)
+    rng.restore()
+    lin = problem.linearize(stretch.batches[-1])
+    meter.gradients += 1
+    for left in reversed(range(terms)):
+        lam = pull_through(stretch, state, steps - 1, lin, lam, total, meter, retain=left > 0)
     return Result(total.value, total.gradients, meter.stats(steps))

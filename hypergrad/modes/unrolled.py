@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hypergrad.graph import Linearization
 from hypergrad.modes.stretch import Meter, Result, Stretch, evaluation
 from hypergrad.problem import Rng, Saved
 from hypergrad.updates.binding import State, parts
@@ -135,15 +136,29 @@ def pull(
     stretch: Stretch, state: State, t: int, lam: Tangent, total: Total, meter: Meter, tape: Tape | None = None
 ) -> Tangent:
     """The adjoint before step t from that after it."""
-    lin, transition = stretch.problem.linearize(stretch.batches[t]), stretch.transition
+    lin = stretch.problem.linearize(stretch.batches[t])
     if tape is not None:
         tape.verify(t, lin.loss)
-    g = stretch.gradient(lin)
-    stats = lam.stats
+    meter.gradients += 1
+    return pull_through(stretch, state, t, lin, lam, total, meter)
+
+
+def pull_through(
+    stretch: Stretch,
+    state: State,
+    t: int,
+    lin: Linearization,
+    lam: Tangent,
+    total: Total,
+    meter: Meter,
+    retain: bool = False,
+) -> Tangent:
+    """The same through a gradient stage in hand. `retain`: keep its graph for one more."""
+    transition, g, stats = stretch.transition, stretch.gradient(lin), lam.stats
     lam, lam_g, lam_h, lam_clip = transition.vjp(state, g, lin.active, stretch.values[t], lam)
     extra = None if stats is None or lin.decay is None else [None] * len(stretch.problem.hypers) + [stats]
-    rows = lin.product(transition.split(lam_g), extra, into_extra=True, retain=False)
-    meter.gradients, meter.products = meter.gradients + 1, meter.products + 1
+    rows = lin.product(transition.split(lam_g), extra, into_extra=True, retain=retain)
+    meter.products += 1
     n = len(transition.params)
     total.add(t, lam_h, lam_clip, rows[n:])
     stats = stats if stats is None or lin.decay is None else stats * lin.decay  # b' = d ∘ b + S(θ)

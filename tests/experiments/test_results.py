@@ -115,3 +115,22 @@ def test_the_fashion_mnist_table_counts_every_run():
     made = tables.fashion_mnist({"command": "c", "environment": results.environment(), "rows": rows})
     assert "| hypergrad, lr and weight decay | 2 | 0.4000 | 0.4000 | 0.3000 | 0.5000 | 0 | 2.00× | 3.0 |" in made
     assert "| untuned | 2 | 0.9000 | 0.9000 | 0.9000 | 0.9000 | 1 | 2.00× | 3.0 |" in made
+
+
+def test_the_fashion_mnist_table_has_each_loss_beside_the_grids_winner_at_its_whole_cost():
+    same = {"steps": 10_000, "diverged": False, "flops_ratio": 1.0, "seconds": 2.0}
+    grid = [same | {"method": "grid", "test_loss": loss, "averaged_test_loss": loss} for loss in (0.4, 0.5, 0.6)]
+    three = {"test_loss": 0.34, "averaged_test_loss": 0.33, "replay_test_loss": 0.32, "replay_seconds": 2.5}
+    tuned = same | {"method": "tuned", "flops_ratio": 2.0, "seconds": 8.0}
+    rows = [*grid, same | {"method": "winner"} | three, tuned | three, tuned | three | {"replay_test_loss": None}]
+    made = tables.fashion_mnist({"command": "c", "environment": results.environment(), "rows": rows})
+    body = [line for line in made.splitlines() if line.startswith("|")][2:]
+    assert body == [
+        "| grid of 3, its winner | 1 | 0.3400 | 0.3400 | 0.3400 | 0.3400 | 0 | 3.00× | 6.0 |",
+        "| hypergrad, lr and weight decay | 2 | 0.3400 | 0.3400 | 0.3400 | 0.3400 | 0 | 2.00× | 8.0 |",
+        "| averaged weights: grid's winner | 1 | 0.3300 | 0.3300 | 0.3300 | 0.3300 | 0 | 3.00× | 6.0 |",
+        "| averaged weights: hypergrad, lr and weight decay | 2 | 0.3300 | 0.3300 | 0.3300 | 0.3300 | 0 | 2.00× | 8.0 |",
+        "| replayed on training + validation: grid's winner | 1 | 0.3200 | 0.3200 | 0.3200 | 0.3200 | 0 | 4.00× | 8.5 |",
+        "| replayed on training + validation: hypergrad, lr and weight decay | 2 | 0.3200 | 0.3200 | 0.3200 | 0.3200 | 1 "
+        "| 3.00× | 10.5 |",
+    ]

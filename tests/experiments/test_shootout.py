@@ -82,7 +82,7 @@ def test_hypergradient_descent_grows_lr_by_the_product_of_gradients():
 
 
 @pytest.mark.parametrize("workload", ["diabetes", "gru_mnist1d", "cnn_fashion"])
-@pytest.mark.parametrize("name", [*OF_PACKAGES, "hd"])
+@pytest.mark.parametrize("name", [*OF_PACKAGES, "hd", "clarke"])
 def test_every_rival_moves_every_parameter(name, workload, request):
     if rivals.installed(rivals.METHODS[name].package) is None:
         pytest.skip("not installed")

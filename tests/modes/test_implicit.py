@@ -212,6 +212,8 @@ def test_look_back_is_its_truncated_series(steps: int, terms: int) -> None:
     )
     for got, want in zip(result.gradients.values(), ball.series(h, steps, terms), strict=True):
         assert close(got, want, SERIES)
+    assert result.stats["gradient_evaluations"] == steps + 1  # the last step's graph serves every term
+    assert result.stats["hessian_products"] == terms
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
