@@ -219,7 +219,7 @@ SPIKE, NOT_A_NUMBER = 1e4, math.nan
 def disturbed(
     factors: dict[int, float], lr: float = 1e-3, steps: int = 160, norm: bool = False
 ) -> tuple[float, Any, float]:
-    """A run from the defaults in which some batches' losses are multiplied; its loss at the end, the tuner, the first lr found."""
+    """A run from the defaults in which some batches' losses are multiplied: its loss at the end, the tuner, the first lr."""
     first = math.nan
     torch.manual_seed(0)
     body = [nn.BatchNorm1d(5), nn.Linear(5, 1)] if norm else [nn.Linear(5, 1)]

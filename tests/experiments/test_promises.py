@@ -8,7 +8,8 @@ import warnings
 
 import pytest
 
-from experiments import datasets, fashion_mnist
+from experiments import datasets, fashion_mnist, noisy_quadratic
+from experiments.workloads import WORKLOADS, train, train_tuned
 
 SEEDS = range(2000, 2004)
 
@@ -24,6 +25,25 @@ def _quiet():
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
+
+
+@pytest.mark.parametrize("problem", [noisy_quadratic.PROBLEMS[0], noisy_quadratic.PROBLEMS[3]], ids=str)
+def test_noisy_quadratic(problem):
+    """One seed, four starting values of lr: the loss differs between seeds by more than by its start."""
+    tuned, untuned = (
+        [noisy_quadratic.fit(problem, 2000, lr, m)[1]["final_loss"] for lr in (1e-5, 1e-3, 1e-1, 10.0)]
+        for m in ("tuned", "untuned")
+    )
+    keeps_the_promise(tuned, untuned)
+
+
+def test_mnist1d():
+    task = WORKLOADS["mlp_mnist1d"]
+    tuned, untuned = (
+        [run(task.build(2000), lr, wd)["test"] for lr, wd in ((1e-6, 1e-7), (1e-3, 0.1), (0.1, 1e-4), (10.0, 1e-3))]
+        for run in (train_tuned, train)
+    )
+    keeps_the_promise(tuned, untuned)
 
 
 def test_fashion_mnist():

@@ -1,0 +1,87 @@
+"""Numbers that move together, Newton's step of lr, and the range of weight decay."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+import hypergrad
+from hypergrad.warm_start import LEAST, MOST
+from tests.test_warm_start import CURVATURES, Bowl
+
+STEPS = 12
+
+
+def tuner_of(optimizer: torch.optim.Optimizer, model: torch.nn.Module, tune, **options) -> hypergrad.Tuner:
+    return hypergrad.Tuner(model, optimizer, model, tune=tune, warm_start=False, every=1000, **options)
+
+
+def trained(tuner: hypergrad.Tuner, steps: int = STEPS) -> hypergrad.Tuner:
+    for _ in range(steps):
+        tuner.optimizers[0].zero_grad()
+        tuner.backward(tuner.model())
+        tuner.optimizers[0].step()
+    return tuner
+
+
+@pytest.mark.parametrize("g", [1.0, -1.0])
+def test_momentum_moves_at_a_fixed_lr_over_one_less_momentum(g):
+    """A loss of lr/(1 − m) alone has no reason to move momentum; one of momentum alone leaves lr/(1 − m)."""
+    model = Bowl()
+    tuner = tuner_of(torch.optim.SGD(model.parameters(), lr=1e-2, momentum=0.9), model, ("lr", "momentum"))
+    coordinates = tuner._coordinates
+    # L = ± log(lr/(1 − m)): dL/dlog lr = ±1, dL/dlogit m = ± m
+    coordinates.step(torch.stack([torch.tensor(g).double(), g * coordinates.value[1]]))
+    assert coordinates.value[1] == pytest.approx(0.9)
+    assert coordinates.value[0] != pytest.approx(1e-2, rel=1e-3)
+    before = float(coordinates.value[0] / (1 - coordinates.value[1]))
+    coordinates.descent.forget(0)
+    coordinates.step(torch.tensor([0.0, g]).double())
+    lr, m = coordinates.value.tolist()
+    assert (m < 0.9) == (g > 0) and m != 0.9
+    assert lr / (1 - m) == pytest.approx(before)
+
+
+def test_newtons_step_is_that_of_a_quadratic():
+    """θ_t = (1 − lr h)^t θ₀, z = dθ_t/dlog lr = −t lr h (1 − lr h)^(t−1) θ₀, a = Σ h θ z, b = Σ h z²."""
+    lr, model = 0.1, Bowl()
+    tuner = trained(tuner_of(torch.optim.SGD(model.parameters(), lr=lr), model, ("lr",)))
+    a = b = 0.0
+    for t in range(1, STEPS):
+        theta, z = (1 - lr * CURVATURES) ** t, -t * lr * CURVATURES * (1 - lr * CURVATURES) ** (t - 1)
+        a += float((CURVATURES * theta * z).sum())
+        b += float((CURVATURES * z * z).sum())
+    tangents = tuner._ride.tangents
+    assert tangents.take_newton() == pytest.approx(math.log(1 - a / b), rel=1e-4)
+    assert tangents.take_newton() is None
+
+
+def test_a_reward_climbs_as_the_loss_does():
+    found = []
+    for maximize in (False, True):
+        model = Bowl()
+        tuner = tuner_of(torch.optim.SGD(model.parameters(), lr=0.1, maximize=maximize), model, ("lr",))
+        for _ in range(STEPS):
+            tuner.optimizers[0].zero_grad()
+            tuner.backward(-model() if maximize else model())
+            tuner.optimizers[0].step()
+        found.append(tuner._ride.tangents.take_newton())
+    assert found[0] is not None and found[0] > 0
+    assert found[1] == pytest.approx(found[0], rel=1e-5)
+
+
+@pytest.mark.parametrize(("sign", "end"), [(1.0, LEAST), (-1.0, MOST)])
+def test_weight_decay_stays_where_it_decays_something_but_not_all(sign, end):
+    """D = Σ_t lr_t wd over what is left when its turn begins, after 30 % of 100 steps: 1e-2 × 70²/2 / 99 × wd."""
+    model, steps = Bowl(), 100
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-2, weight_decay=1e-3)
+    tune = {"lr": hypergrad.Hyperparameter(1e-2, bounds=(0.99e-2, 1.01e-2)), "weight_decay": None}
+    tuner = hypergrad.Tuner(model, optimizer, model, tune=tune, every=1000, total_steps=steps)
+    tuner._ride.warm.began = True  # as after a warm start, with an lr that is known here
+    trained(tuner, 40)
+    for _ in range(300):
+        tuner._coordinates.step(torch.tensor([0.0, sign]))
+    decayed = float(tuner.values["weight_decay"]) * 1e-2 * 70 * 71 / 2 / 99
+    assert decayed == pytest.approx(end, rel=0.05)
