@@ -60,7 +60,7 @@ class Coordinates:
         self.phi = self._each("to_free", self.value)
         self._slope = self.value, self._each("slope", self.value)
         is_lr = [e.name == "lr" and kind.kind == "positive" for e, kind in zip(kept, self.kinds, strict=True)]
-        self.descent = Descent(is_lr, hyper_lr)
+        self.descent = Descent(is_lr, hyper_lr, [kind.kind != "free" for kind in self.kinds])
         self.moving: list[int] = list(range(len(kept)))  # the numbers that are tuned at present
         self.tuned = self.directions  # their directions
 

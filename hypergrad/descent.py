@@ -11,9 +11,9 @@ gives slope a = gᵀz and curvature b = zᵀHz of its loss along z before it is 
 displacement z would change that loss by a (c − 1) + b (c − 1)²/2, least at c* = 1 − a/b. From one hypergradient to the next lr
 climbs by the factor c*, summed over the steps between, but no more than FURTHEST, and only where the hypergradient says up.
 
-As a hypergradient speaks of the steps that it has seen, lr keeps within a factor LEAD of its mean so far, by its own steps. And
-where its tangent outgrew the weights, training is chaotic: lr steps down, and the value it had is a ceiling that rises by RELAX
-a step.
+As a hypergradient speaks of the values that it has seen, every number keeps within a factor LEAD of its own mean so far (odds of
+a number between 0 and 1), by its own steps: else what holds for the past is acted on until it is far from true. And where lr's
+tangent outgrew the weights, training is chaotic: lr steps down, and the value it had is a ceiling that rises by RELAX a step.
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ MEMORY, BETA2 = (
 )  # its second moment looks back over 1/MEMORY of the steps so far, and by a weight of 1 − BETA2 at least
 OUTLIER, SETTLED = 4.0, 10  # after so many steps a hypergradient counts for at most so many times the usual one
 FASTER, SLOWER, SLOWEST = 1.2, 0.7, 0.1
-DOWN, LEAD, RELAX = 0.5, 4.0, 0.01  # of lr
+DOWN, RELAX = 0.5, 0.01  # of lr
+LEAD = 4.0
 FURTHEST = 7.0  # one climb, in steps of hyper_lr: a factor of 2 at 0.1
 _STATE = ("m", "s", "count", "mean", "pace", "ceiling")
 
@@ -43,10 +44,12 @@ class Descent:
     Args:
         climbs: the numbers that are a learning rate, with φ its logarithm [k].
         hyper_lr: step size.
+        led: the numbers whose φ is a logarithm of some kind; None: all.
     """
 
-    def __init__(self, climbs: Sequence[bool], hyper_lr: float):
+    def __init__(self, climbs: Sequence[bool], hyper_lr: float, led: Sequence[bool] | None = None):
         self.climbs, self.hyper_lr = torch.tensor(climbs), hyper_lr
+        self.led = torch.ones_like(self.climbs) if led is None else torch.tensor(led)
         zero = torch.zeros(len(climbs), dtype=torch.float64)
         self.m, self.s, self.count, self.mean = zero, zero.clone(), zero.clone(), zero.clone()
         self.pace, self.ceiling = torch.ones_like(zero), torch.full_like(zero, math.inf)
@@ -79,11 +82,11 @@ class Descent:
         return self.hyper_lr * min(max(newton / self.hyper_lr, SLOWEST), FURTHEST)
 
     def _held(self, phi: Tensor, moved: Tensor, moves: Tensor) -> Tensor:
-        """Learning rates below their ceiling and within LEAD of their mean; one that is beyond already stays."""
+        """Numbers within LEAD of their mean, learning rates below their ceiling; one that is beyond already stays."""
         mean = self.mean.clamp_min(1e-300).log()
-        highest = torch.maximum(phi, torch.minimum(mean + math.log(LEAD), self.ceiling))
-        lowest = torch.minimum(phi, mean - math.log(LEAD))
-        return torch.where(self.climbs & moves, moved.clamp(lowest, highest), moved)
+        highest = torch.where(self.climbs, self.ceiling, math.inf).minimum(mean + math.log(LEAD)).maximum(phi)
+        lowest = (mean - math.log(LEAD)).minimum(phi)
+        return torch.where(self.led & moves, moved.clamp(lowest, highest), moved)
 
     def _follow(self, phi: Tensor, g: Tensor, moves: Tensor) -> Tensor:
         """Take a hypergradient into the running means; whether it agrees with them: −1, 0 or 1 [k]."""
@@ -95,8 +98,8 @@ class Descent:
         self.m = torch.where(moves, self.m.lerp(g, 1 - BETA1), self.m)
         weight = (1 / (1 + (self.count - 1) / MEMORY)).clamp(1 - BETA2, 1.0)
         self.s = torch.where(moves, self.s + weight * (g * g - self.s), self.s)
-        now = phi.exp()
-        self.mean = torch.where(moves & self.climbs, self.mean + (now - self.mean) / self.count.clamp_min(1), self.mean)
+        now = torch.where(self.led, phi, 0).exp()
+        self.mean = torch.where(moves, self.mean + (now - self.mean) / self.count.clamp_min(1), self.mean)
         return agreed
 
     def turn(self, mine: Tensor) -> None:

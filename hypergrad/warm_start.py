@@ -33,7 +33,7 @@ GROWTH = 2.0  # of lr from step to step
 SHARE = 0.5  # of ℓ*
 SHORTEST, LONGEST = 8, 30  # looks
 LITTLE, MUCH = 0.1, 0.5  # of D at the start
-LEAST, MOST = 0.01, 5.0  # of D while it is tuned
+LEAST, MOST = 0.01, 50.0  # of D while it is tuned
 
 
 class WarmStart:
