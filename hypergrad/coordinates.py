@@ -145,7 +145,10 @@ class Coordinates:
         moves = torch.zeros(len(self), dtype=torch.bool)
         moves[self.moving] = True
         too_high = moves & too_high if too_high is not None else torch.zeros_like(moves)
-        gradient, pairs = gradient.to("cpu", torch.float64).clone(), self._pairs("lr", "momentum", moves)
+        gradient = gradient.to("cpu", torch.float64).clone()
+        # a step down that must be one is of lr itself, and a bound of lr is lr's
+        pairs = [(i, j) for i, j in self._pairs("lr", "momentum", moves & ~too_high) if not too_high[j]]
+        pairs = [(i, j) for i, j in pairs if self.low[i] < self.phi[i] < self.high[i]]
         for i, j in pairs:  # dL/dlogit m at a fixed lr/(1 − m): dlog(1 − m)/dlogit m = −m
             gradient[j] -= self.value[j] * gradient[i]
         phi = self.descent.step(self.phi, gradient, moves, too_high, newton).clamp(self.low, self.high)
@@ -182,11 +185,9 @@ class Coordinates:
         phi[j] += math.log(factor)
         self.move(phi)
 
-    def bound(self, j: int, low: float, high: float) -> None:
-        """Keep one positive number within these factors of its present value, as well as within its own bounds."""
-        least, most = self.kinds[j].limits
-        self.low[j] = max(least, float(self.phi[j]) + math.log(low))
-        self.high[j] = min(most, float(self.phi[j]) + math.log(high))
+    def bound(self, j: int, smaller: float, larger: float) -> None:
+        """Keep one positive number within these factors of its present value."""
+        self.low[j], self.high[j] = self.phi[j] + math.log(smaller), self.phi[j] + math.log(larger)
 
     def write_hypers(self) -> None:
         """Write the tensors in the loss, in place."""

@@ -20,6 +20,7 @@ LOST = 0.5  # the same mean above L* + so much of the progress L₀ − L*, L* i
 HORIZON = 20  # taken over about so many steps, once it has seen so many
 LR_CUT = 4.0  # lr is divided by this at a roll-back
 NEVER = 10**9
+_FLOATS, _COUNTS = ("reference", "mean", "variance", "best"), ("seen", "bad_in_a_row", "restored")
 PATIENCE = 3  # so many steps in a row that are not finite, with finite weights, or spikes, are a blow-up too
 
 
@@ -131,8 +132,7 @@ class Guard:
         return True
 
     def state_dict(self) -> dict[str, float]:
-        return {name: getattr(self, name) for name in ("reference", "mean", "variance", "best", "seen")}
+        return {name: getattr(self, name) for name in (*_FLOATS, *_COUNTS)}
 
     def load_state_dict(self, state: dict[str, float]) -> None:
-        self.reference, self.mean, self.seen = float(state["reference"]), float(state["mean"]), int(state["seen"])
-        self.variance, self.best = float(state["variance"]), float(state["best"])
+        vars(self).update({name: float(state[name]) for name in _FLOATS} | {name: int(state[name]) for name in _COUNTS})

@@ -101,6 +101,8 @@ class Ride:
             dg = dg / scale
         if dg is None:
             self._count_unknown(fresh is None)
+        if fresh is not None and not fresh.stepped and dg is not None:
+            self.tangents.look()
         self.tangents.push(state, g, active, values, self.used[1], dg)
         if self.warm.active and self.t == self.stats["nonfinite_steps"] + self.stats["spikes"]:  # the first step taken
             self._start_small(i, state, g, active, dg)
@@ -159,10 +161,11 @@ class Ride:
             if entry.name != "weight_decay" or self.coordinates.given[j]:
                 continue
             theta = torch.where(z[j] == 0, 0, state.theta)
-            rate = -float(theta @ z[j]) / max(float(theta @ theta), 1e-300) / (1 - self.warm.momentum)
-            decayed, factor = rate * left, sensible(rate * left)
+            momentum = max((x or 0.0 for x in values.get("momentum", [])), default=0.0)
+            decayed = -float(theta @ z[j]) / max(float(theta @ theta), 1e-300) / (1 - momentum) * left
+            factor = sensible(decayed)
             self.coordinates.scale_number(j, factor)
-            if j in self.coordinates.moving and decayed > 0:
+            if j in self.coordinates.moving and 0 < decayed < math.inf and self.coordinates.kinds[j].bounds is None:
                 self.coordinates.bound(j, LEAST / (factor * decayed), MOST / (factor * decayed))
 
     def _use(self, i: int) -> Values:

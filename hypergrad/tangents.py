@@ -204,11 +204,6 @@ class Tangents:
         if self.tangent is None or dg is None:
             self.forget()
             self.tangent = Tangent.zeros(state, len(directions))
-        elif rows := self.coordinates.rows("lr"):
-            z = self.tangent.theta[rows].sum(0)
-            along = torch.stack([g @ z, z @ dg[rows].sum(0)])
-            along = -along if self.transition.maximizes else along
-            self.along = along if self.along is None else self.along + along
         dg = torch.zeros_like(self.tangent.theta) if dg is None else dg
         for name, x in state.slots.items():  # a slot that a group has begun to keep
             if name not in self.tangent.slots:
@@ -233,13 +228,27 @@ class Tangents:
         bound = {name: torch.where(finite, x * factor, 0) for name, x in self.tangent.slots.items()}
         self.tangent = Tangent(torch.where(finite, self.tangent.theta * factor, 0), bound)
 
+    def look(self) -> None:
+        """Add this step's batch to a and b: slope and curvature of its own loss, whatever is done to its gradient afterwards."""
+        pending, rows = self.pending, self.coordinates.rows("lr")
+        signs = {bool(getattr(rule, "maximize", False)) for rule in self.transition.rules}
+        if self.tangent is None or pending is None or pending.dg is None or not rows or len(signs) > 1:
+            return
+        z = self.tangent.theta[rows].sum(0)
+        g = self.transition.flatten(pending.left)
+        along = torch.stack([g @ z, z @ pending.dg[rows].sum(0)]) / pending.scale
+        along = -along if self.transition.maximizes else along
+        self.along = along if self.along is None else self.along + along
+
     def take_newton(self) -> float | None:
         """log c*, the factor on all lr by which the steps since the last call would have had the least loss (see descent.py)."""
         along, self.along = self.along, None
         if along is None:
             return None
         a, b = along.tolist()
-        if not (a < 0 and math.isfinite(b)):
+        if not (math.isfinite(a) and math.isfinite(b)):
+            return None
+        if a >= 0:
             return 0.0
         return math.log(1 - a / b) if b > 0 else math.inf
 
@@ -286,6 +295,7 @@ class Tangents:
             "average": self.average,
             "average_tangent": self.average_tangent,
             "along": self.along,
+            "hit": self.hit.clone(),
             **({} if self.secant is None else {"secant": self.secant.state_dict()}),
         }
 
@@ -299,7 +309,7 @@ class Tangents:
         if state["theta"] is not None:
             self.tangent = Tangent(here(state["theta"]), {name: here(x) for name, x in state["slots"].items()})
         self.average, self.average_tangent = here(state["average"]), here(state["average_tangent"])
-        self.along = here(state["along"])
+        self.along, self.hit = here(state["along"]), state["hit"].clone()
         if self.secant is not None:
             self.secant.load_state_dict(state["secant"], like)
         self.pending = None

@@ -58,6 +58,86 @@ def test_newtons_step_is_that_of_a_quadratic():
     assert tangents.take_newton() is None
 
 
+class Split(Bowl):
+    """The same bowl in two parameters."""
+
+    def __init__(self):
+        super().__init__()
+        self.theta, self.more = torch.nn.Parameter(torch.ones(2)), torch.nn.Parameter(torch.ones(1))
+
+    def forward(self) -> torch.Tensor:
+        return 0.5 * (CURVATURES * torch.cat([self.theta, self.more]) ** 2).sum()
+
+
+def newton(optimizers: int = 1, parts: int = 1, **options) -> float:
+    """log c* of a few tiny steps, so that it is the batches' alone and not that of where the steps led."""
+    model = Split()
+    groups = [[model.theta], [model.more]] if optimizers == 2 else [[model.theta, model.more]]
+    sgds = [torch.optim.SGD(params, lr=1e-4) for params in groups]
+    tuner = hypergrad.Tuner(model, sgds, model, tune=("lr",), warm_start=False, every=1000, **options)
+    scaler = options.get("scaler")
+    for _ in range(STEPS):
+        for sgd in sgds:
+            sgd.zero_grad()
+        for _ in range(parts):
+            loss = model() / parts
+            tuner.backward(loss if scaler is None else scaler.scale(loss))
+        if "clip_norm" in options:
+            torch.nn.utils.clip_grad_norm_(model.parameters(), options["clip_norm"])
+        for sgd in sgds:
+            sgd.step() if scaler is None else scaler.step(sgd)
+        if scaler is not None:
+            scaler.update()
+    found = tuner._ride.tangents.take_newton()
+    assert found is not None
+    return found
+
+
+def test_newtons_step_is_of_the_batch_whatever_is_done_to_its_gradient():
+    plain = newton()
+    assert newton(optimizers=2) == pytest.approx(plain, rel=1e-4)
+    assert newton(parts=3) == pytest.approx(plain, rel=1e-4)
+    assert newton(scaler=torch.amp.GradScaler("cpu", init_scale=64.0)) == pytest.approx(plain, rel=1e-4)
+    norm = math.sqrt(float((CURVATURES**2).sum()))
+    # clipped to half, z is half as long: a is half, b a quarter
+    assert math.expm1(newton(clip_norm=norm / 2)) == pytest.approx(2 * math.expm1(plain), rel=1e-2)
+
+
+@pytest.mark.parametrize("hits", [(True, False), (False, True), (True, True)])
+def test_a_step_down_in_chaos_is_one(hits):
+    """Momentum's at a fixed lr/(1 − m) would raise lr by nearly as much."""
+    model = Bowl()
+    tuner = tuner_of(torch.optim.SGD(model.parameters(), lr=1e-2, momentum=0.9), model, ("lr", "momentum"))
+    before = tuner._coordinates.phi.clone()
+    tuner._coordinates.step(torch.tensor([0.0, 0.0]).double(), torch.tensor(hits))
+    down = (before - tuner._coordinates.phi).tolist()
+    assert down == [pytest.approx(0.1 if hit else 0.0) for hit in hits]
+
+
+def test_at_a_bound_of_lr_momentum_follows_its_own_hypergradient():
+    model = Bowl()
+    tune = {"lr": hypergrad.Hyperparameter(1e-2, bounds=(1e-4, 1e-2)), "momentum": None}
+    tuner = tuner_of(torch.optim.SGD(model.parameters(), lr=1e-2, momentum=0.5), model, tune)
+    for _ in range(20):
+        m = float(tuner._coordinates.value[1])
+        tuner._coordinates.step(torch.tensor([-1.0, -m + 0.05]).double())
+    assert tuner.values["lr"].item() == pytest.approx(1e-2)
+    assert tuner.values["momentum"].item() > 0.6
+
+
+def test_weight_decays_range_does_not_narrow_the_users_bounds():
+    model, steps = Bowl(), 100
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-2, weight_decay=1e-4)
+    tune = {"lr": hypergrad.Hyperparameter(1e-2), "weight_decay": hypergrad.Hyperparameter(bounds=(1e-5, 1e-4))}
+    tuner = hypergrad.Tuner(model, optimizer, model, tune=tune, every=1000, total_steps=steps)
+    tuner._ride.warm.began = True
+    trained(tuner, 40)
+    for sign, end in ((1.0, 1e-5), (-1.0, 1e-4)):
+        for _ in range(400):
+            tuner._coordinates.step(torch.tensor([0.0, sign]))
+        assert tuner.values["weight_decay"].item() == pytest.approx(end, rel=0.1)
+
+
 def test_a_reward_climbs_as_the_loss_does():
     found = []
     for maximize in (False, True):

@@ -188,7 +188,7 @@ def test_a_short_run_on_each_kind_of_optimizer(workload: str, monkeypatch: pytes
 
 def test_it_runs_on_its_own_protocol(stand_in: Any) -> None:
     data = datasets.fashion_mnist(str(stand_in))
-    (model, row), (again, row_again) = (fashion_mnist.fit(data, "clarke_momentum", 3, 40) for _ in range(2))
+    (model, row, *_), (again, row_again, *_) = (fashion_mnist.fit(data, "clarke_momentum", 3, 40) for _ in range(2))
     assert {**row, "seconds": 0} == {**row_again, "seconds": 0}
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), again.parameters(), strict=True))
     assert (row["gradient_evaluations"] - 40) / 4 in LOOK
