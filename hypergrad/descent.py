@@ -9,11 +9,12 @@ the run a smaller lr always looks better than it is (Wu et al. 2018, arXiv 1803.
 far up is known better than by a rule of thumb: with z = dθ/dlog lr, which forward mode carries, every training step's batch
 gives slope a = gᵀz and curvature b = zᵀHz of its loss along z before it is used for training. Made c times as large, the
 displacement z would change that loss by a (c − 1) + b (c − 1)²/2, least at c* = 1 − a/b. From one hypergradient to the next lr
-climbs by the factor c*, summed over the steps between, but no more than FURTHEST, and only where the hypergradient says up.
+climbs by the factor c*, summed over the steps between, by SLOWEST at least and FURTHEST at most, where the hypergradient says up.
 
 As a hypergradient speaks of the values that it has seen, every number keeps within a factor LEAD of its own mean so far (odds of
 a number between 0 and 1), by its own steps: else what holds for the past is acted on until it is far from true. And where lr's
-tangent outgrew the weights, training is chaotic: lr steps down, and the value it had is a ceiling that rises by RELAX a step.
+tangent outgrew the weights, training is chaotic: lr steps down, and where it then is becomes a ceiling that rises by RELAX a
+step. (Where momentum is tuned it moves at a fixed lr/(1 − m), and takes lr with it past these limits.)
 """
 
 from __future__ import annotations
@@ -26,10 +27,8 @@ import torch
 from torch import Tensor
 
 BETA1 = 0.8  # of Adam on φ
-MEMORY, BETA2 = (
-    4.0,
-    0.99,
-)  # its second moment looks back over 1/MEMORY of the steps so far, and by a weight of 1 − BETA2 at least
+MEMORY = 4.0  # its second moment looks back over one part in so many of the steps so far,
+BETA2 = 0.99  # and gives the newest a weight of 1 − BETA2 at least
 OUTLIER, SETTLED = 4.0, 10  # after so many steps a hypergradient counts for at most so many times the usual one
 FASTER, SLOWER, SLOWEST = 1.2, 0.7, 0.1
 DOWN, RELAX = 0.5, 0.01  # of lr

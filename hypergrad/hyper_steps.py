@@ -1,4 +1,4 @@
-"""The hyperparameter step: a validation loss, its gradient along the tangents, and one step of Adam on φ."""
+"""The hyperparameter step: a validation loss, its gradient along the tangents, and one step of φ."""
 
 from __future__ import annotations
 

@@ -34,7 +34,8 @@ class Tuner:
 
     Write `tuner.backward(loss)` in place of `loss.backward()`; everything else in the loop stays as it is. Every `every`
     steps the hypergradient dL/dφ of L = val_loss is formed from tangents dθ/dφ that have been carried along with every step
-    (forward mode), and φ, the transformed values (log lr, log weight decay, logit momentum, …), takes a step of Adam.
+    (forward mode), and φ, the transformed values (log lr, log weight decay, logit momentum, …), takes a step: of Adam, slowed by
+    disagreement; lr climbs by Newton's step (see descent.py). Every number keeps within a factor of 4 of its mean so far.
 
     Args:
         model: the module that is trained.
@@ -51,9 +52,11 @@ class Tuner:
         horizon: steps of a window that is replayed (mode="unrolled"), or terms of the series (mode="implicit").
         every: training steps between hyperparameter steps (mode="unrolled": each window ends in one); None is 10, with
             curvature="free" 20.
-        hyper_lr: step size of Adam on φ: 0.1 is about 10 % of a positive hyperparameter's value.
+        hyper_lr: step size on φ: 0.1 is about 10 % of a positive hyperparameter's value; lr may climb by 7 such steps at once.
         total_steps: number of training steps, if known: lr is then its tuned scale times a warm-up and linear decay to zero;
-            lr, momentum, … are tuned over the first 30 % of the run, weight decay and tensors in the loss from there on.
+            lr, momentum, … are tuned over the first 30 % of the run, weight decay and tensors in the loss from there to 90 %.
+            After a warm start weight decay is kept where it decays the weights by 0.01 to 50 e-foldings over the rest of the
+            run, unless it has a start or bounds of its own.
         clip_norm: threshold, if the loop calls `clip_grad_norm_` (tuner.step then calls it).
         scaler: the loop's GradScaler, if it has one.
         average: while lr, momentum, … are tuned, take the validation loss at a running average of the weights, which looks
