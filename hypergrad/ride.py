@@ -19,7 +19,7 @@ from hypergrad.live_values import LiveValues
 from hypergrad.schedules import tuned_at
 from hypergrad.updates.binding import State, Values
 from hypergrad.updates.transition import Tangent
-from hypergrad.warm_start import LEAST, MOST, WarmStart, sensible
+from hypergrad.warm_start import LEAST, MOST, WarmStart, largest_momentum, sensible
 
 if TYPE_CHECKING:
     from hypergrad.windows import Windows
@@ -117,13 +117,11 @@ class Ride:
     # lr is its tuned value times a shape; the warm start sets their product, and at its end the value
     def _look(self) -> None:
         """Before a step of the warm start: the lr that it is taken with."""
-        pending, tangent = self.tangents.pending, self.tangents.tangent
-        if pending is None or pending.dg is None or tangent is None:
+        pending, seen = self.tangents.pending, self.tangents.along_lr()
+        if pending is None or seen is None:
             return
-        rows = self.coordinates.rows("lr")
-        z, hz = tangent.theta[rows].sum(0), pending.dg[rows].sum(0) / pending.scale
         doubtful = self.guard.doubts(float(pending.loss) / pending.scale)  # the step will be passed over, lr stays
-        factor = 1.0 if doubtful else self.warm.look(z, self.transition.flatten(pending.left) / pending.scale, hz)
+        factor = 1.0 if doubtful else self.warm.look(*seen)
         now = self.live.shape(self.t) if self.warm.active else 1.0
         self.coordinates.scale("lr", factor * self.live.shape(self.t - 1) / now)
         if not self.warm.active:
@@ -161,8 +159,8 @@ class Ride:
             if entry.name != "weight_decay" or self.coordinates.given[j]:
                 continue
             theta = torch.where(z[j] == 0, 0, state.theta)
-            momentum = max((x or 0.0 for x in values.get("momentum", [])), default=0.0)
-            decayed = -float(theta @ z[j]) / max(float(theta @ theta), 1e-300) / (1 - momentum) * left
+            rate = -float(theta @ z[j]) / max(float(theta @ theta), 1e-300)
+            decayed = rate / (1 - largest_momentum(values)) * left
             factor = sensible(decayed)
             self.coordinates.scale_number(j, factor)
             if j in self.coordinates.moving and 0 < decayed < math.inf and self.coordinates.kinds[j].bounds is None:

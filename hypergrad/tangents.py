@@ -228,15 +228,21 @@ class Tangents:
         bound = {name: torch.where(finite, x * factor, 0) for name, x in self.tangent.slots.items()}
         self.tangent = Tangent(torch.where(finite, self.tangent.theta * factor, 0), bound)
 
+    def along_lr(self) -> tuple[Tensor, Tensor, Tensor] | None:
+        """z = dθ/dlog lr of all lr together, and the pending batch's own g and Hz; None where these are not known."""
+        pending, rows = self.pending, self.coordinates.rows("lr")
+        if self.tangent is None or pending is None or pending.dg is None or not rows:
+            return None
+        g, hz = self.transition.flatten(pending.left), pending.dg[rows].sum(0)
+        return self.tangent.theta[rows].sum(0), g / pending.scale, hz / pending.scale
+
     def look(self) -> None:
         """Add this step's batch to a and b: slope and curvature of its own loss, whatever is done to its gradient afterwards."""
-        pending, rows = self.pending, self.coordinates.rows("lr")
-        signs = {bool(getattr(rule, "maximize", False)) for rule in self.transition.rules}
-        if self.tangent is None or pending is None or pending.dg is None or not rows or len(signs) > 1:
+        seen, signs = self.along_lr(), {bool(getattr(rule, "maximize", False)) for rule in self.transition.rules}
+        if seen is None or len(signs) > 1:
             return
-        z = self.tangent.theta[rows].sum(0)
-        g = self.transition.flatten(pending.left)
-        along = torch.stack([g @ z, z @ pending.dg[rows].sum(0)]) / pending.scale
+        z, g, hz = seen
+        along = torch.stack([g @ z, z @ hz])
         along = -along if self.transition.maximizes else along
         self.along = along if self.along is None else self.along + along
 

@@ -24,8 +24,9 @@ from hypergrad.recording import Journal
 from hypergrad.ride import Ride
 from hypergrad.secant import EVERY, Secant
 from hypergrad.tangents import Tangents
+from hypergrad.tuner_arguments import check_curvature, check_numbers
 from hypergrad.updates.transition import CLIPS, Transition
-from hypergrad.warm_start import WarmStart
+from hypergrad.warm_start import WarmStart, largest_momentum
 from hypergrad.windows import Windows
 
 
@@ -125,8 +126,8 @@ class Tuner:
         if not callable(val_loss):
             raise TypeError("val_loss must be a function () -> scalar tensor.")
         every = (EVERY if curvature == "free" else 10) if every is None else every
-        _check_numbers(mode, horizon, every, hyper_lr, total_steps)
-        _check_curvature(curvature, mode, hypers)
+        check_numbers(mode, horizon, every, hyper_lr, total_steps)
+        check_curvature(curvature, mode, hypers)
         self.model, self.optimizers, self.mode = model, as_optimizers(optimizer), mode
         clipping(clip_norm, None)
         written, tensors = specification(tune), leaves(hypers)
@@ -148,7 +149,9 @@ class Tuner:
         self._coordinates = Coordinates(transition, spec, of_loss, tensors, hyper_lr)
         live = LiveValues(transition, self._coordinates, total_steps)
         before, notes = self._try(val_loss)
-        warm = WarmStart(warm_start and mode == "forward" and live.writes_lr_alone(), _largest_momentum(transition))
+        warm = WarmStart(
+            warm_start and mode == "forward" and live.writes_lr_alone(), largest_momentum(transition.values())
+        )
         secant = Secant(warm) if curvature == "free" else None
         tangents = Tangents(transition, self._coordinates, model, scaler, clip_norm, secant)
         self.stats: dict[str, int] = dict.fromkeys(_STATS, 0)
@@ -337,28 +340,3 @@ def _missing(mine: Mapping[str, Any], state: Mapping[str, Any]) -> list[str]:
         if name in state:
             out += [f"{name}/{key}" for key in mine[name] if key not in state[name]]
     return out
-
-
-def _largest_momentum(transition: Transition) -> float:
-    return max(x or 0.0 for x in transition.values().get("momentum", [0.0]))
-
-
-def _check_numbers(mode: str, horizon: int, every: int, hyper_lr: float, total_steps: int | None) -> None:
-    if mode not in ("forward", "unrolled", "implicit"):
-        raise ValueError(f"mode must be 'forward', 'unrolled' or 'implicit', got {mode!r}.")
-    for name, x in (("horizon", horizon), ("every", every), ("total_steps", total_steps)):
-        if x is not None and (not isinstance(x, int) or isinstance(x, bool) or x < 1):
-            raise ValueError(f"{name} must be a whole number from 1, got {x!r}.")
-    if not (isinstance(hyper_lr, (int, float)) and math.isfinite(hyper_lr) and hyper_lr > 0):
-        raise ValueError(f"hyper_lr must be a positive number, got {hyper_lr!r}.")
-
-
-def _check_curvature(curvature: str, mode: str, hypers: Any) -> None:
-    if curvature not in ("exact", "free"):
-        raise ValueError(f"curvature must be 'exact' or 'free', got {curvature!r}.")
-    if curvature == "free" and mode != "forward":
-        raise ValueError(f"curvature='free' is about tangents: use mode='forward' with it, not {mode!r}.")
-    if curvature == "free" and hypers:
-        raise ValueError(
-            "tensors in the loss act through ∂g/∂h, a product in every step: curvature='free' cannot tune `hypers`; leave it out."
-        )

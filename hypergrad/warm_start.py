@@ -23,6 +23,7 @@ does nothing in this run, above it the run forgets its own beginning. When its t
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -83,6 +84,16 @@ class WarmStart:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
+
+
+def largest_momentum(values: Mapping[str, Any]) -> float:
+    """The largest momentum of the param groups, 0 where there is none.
+
+    Example:
+        >>> largest_momentum({"momentum": [0.5, None, 0.9]}), largest_momentum({})
+        (0.9, 0.0)
+    """
+    return max((x or 0.0 for x in values.get("momentum", [])), default=0.0)
 
 
 def sensible(decayed: float) -> float:
