@@ -1,4 +1,7 @@
-"""The transition stage: one update rule a file. A new optimizer is one file and one row of `RULES`."""
+"""The transition stage: one update rule a file. A new optimizer is one file and one row of `RULES`.
+
+An optimizer without a rule takes its own step, which is differentiated as it is (fallback.py).
+"""
 
 from __future__ import annotations
 
@@ -17,13 +20,12 @@ RULES: dict[type[torch.optim.Optimizer], type[UpdateRule]] = {
 }
 
 
-def rule_of(optimizer: torch.optim.Optimizer) -> type[UpdateRule]:
-    """The rule of a live optimizer: that of its class, or of a base class whose `step` it inherits unchanged."""
+def rule_of(optimizer: torch.optim.Optimizer) -> type[UpdateRule] | None:
+    """The rule of a live optimizer: that of its class, or of a base class whose `step` it inherits unchanged.
+
+    None: it has none, and takes its own step.
+    """
     for cls in type(optimizer).__mro__:
         if cls in RULES and type(optimizer).step is cls.step:
             return RULES[cls]
-    known = ", ".join(cls.__name__ for cls in RULES)
-    raise NotImplementedError(
-        f"no update rule for {type(optimizer).__module__}.{type(optimizer).__name__}: pass an instance of one of "
-        f"torch.optim's {known}, or a subclass that does not override step()."
-    )
+    return None

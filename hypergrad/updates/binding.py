@@ -6,43 +6,42 @@ All parameters are joined into one vector θ of length n, and so is each of the 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from hypergrad.updates import rule_of
-from hypergrad.updates.rule import Tensors, UpdateRule
-
-# names in param_groups whose value is several numbers: name -> the rule's names of them
-PARTS = {"betas": ("beta1", "beta2")}
+from hypergrad.updates.fallback import Fallback
+from hypergrad.updates.memory import same
+from hypergrad.updates.rule import Tensors, UpdateRule, parts
 
 # values[name][group] is a number, a tuple of numbers (betas) or None (the group has no such name); a clip's
 # threshold is values["clip_norm"][0].
 Values = dict[str, list[Any]]
 
 
-def parts(name: str) -> tuple[str, ...]:
-    return PARTS.get(name, (name,))
-
-
 @dataclass
 class State:
-    """θ, slots and the number of steps each parameter has taken. Never changed in place."""
+    """θ, slots and the number of steps each parameter has taken. Never changed in place.
+
+    `rest`: what optimizers without a rule remember besides tensors and floats, by optimizer (see memory.py).
+    """
 
     theta: Tensor
     slots: Tensors
     counts: tuple[int, ...]
+    rest: dict[int, Any] = field(default_factory=dict)
 
     def equals(self, other: State) -> bool:
         """Bit for bit."""
-        same = self.counts == other.counts and self.slots.keys() == other.slots.keys()
-        pairs = [(self.theta, other.theta), *((x, other.slots[name]) for name, x in self.slots.items())] if same else []
-        return same and all(torch.equal(a, b) for a, b in pairs)
+        alike = self.counts == other.counts and self.slots.keys() == other.slots.keys() and same(self.rest, other.rest)
+        pairs = [(self.theta, other.theta), *((x, other.slots[name]) for name, x in self.slots.items())] if alike else []
+        return alike and all(torch.equal(a, b) for a, b in pairs)
 
-    def like(self, theta: Tensor, slots: Tensors, active: Sequence[bool]) -> State:
-        return State(theta, slots, tuple(c + a for c, a in zip(self.counts, active, strict=True)))
+    def like(self, theta: Tensor, slots: Tensors, active: Sequence[bool], rest: dict[int, Any]) -> State:
+        return State(theta, slots, tuple(c + a for c, a in zip(self.counts, active, strict=True)), rest)
 
 
 class Binding:
@@ -56,20 +55,32 @@ class Binding:
     def __init__(self, optimizers: Sequence[torch.optim.Optimizer], wrt: frozenset[str]):
         self.optimizers, self.wrt = list(optimizers), wrt
         self.optimizer_of_group = [i for i, opt in enumerate(optimizers) for _ in opt.param_groups]
-        self.rules: list[UpdateRule] = [
-            rule_of(opt).from_group(group, wrt) for opt in optimizers for group in opt.param_groups
-        ]
         self.params: list[Tensor] = [p for group in self.groups for p in group["params"]]
         _check_params(self.params)
         self.group_of = [i for i, group in enumerate(self.groups) for _ in group["params"]]
         self.sizes = [p.numel() for p in self.params]
         ends = torch.tensor(self.sizes).cumsum(0).tolist()
         self.ranges = [(end - size, end) for end, size in zip(ends, self.sizes, strict=True)]
+        self.fallbacks = {i: self._fallback(i) for i, opt in enumerate(optimizers) if rule_of(opt) is None}
+        self.rules: list[UpdateRule] = self._read_rules()
         self.slot_names = tuple(dict.fromkeys(name for rule in self.rules for name in rule.slots))
         known = {name for rule in self.rules for name in rule.hyperparameters}
         self.names = [
             name for name in dict.fromkeys(n for g in self.groups for n in g) if known.issuperset(parts(name))
         ]
+
+    def _fallback(self, i: int) -> Fallback:
+        group = self.optimizer_of_group.index(i)
+        param = next(j for j, g in enumerate(self.group_of) if self.optimizer_of_group[g] == i)
+        return Fallback(self.optimizers[i], i, group, self.ranges[param][0], param, self.wrt)
+
+    def _read_rules(self) -> list[UpdateRule]:
+        rules: list[Any] = []
+        for i, opt in enumerate(self.optimizers):
+            rule = rule_of(opt)
+            own = self.fallbacks[i].rules() if rule is None else [rule.from_group(g, self.wrt) for g in opt.param_groups]
+            rules += own
+        return rules
 
     @property
     def groups(self) -> list[dict[str, Any]]:
@@ -102,6 +113,8 @@ class Binding:
         """Steps each parameter has taken. SGD keeps none; there, whether a momentum buffer exists is what matters."""
         out, steps = [0] * len(self.params), []
         for i, (p, group) in enumerate(zip(self.params, self.group_of, strict=True)):
+            if self.optimizer_of_group[group] in self.fallbacks:  # its counters are part of the rest
+                continue
             state = self.live_state(p, group)
             if torch.is_tensor(state.get("step")):
                 steps.append((i, state["step"]))
@@ -118,7 +131,11 @@ class Binding:
         return {name: self.flatten([state.get(name) for state in live]) for name in self.slot_names}
 
     def read(self) -> State:
-        return State(self.flatten(self.params), self.slots(), self.counts())
+        slots, rest = self.slots(), {}
+        for i, fallback in self.fallbacks.items():
+            own, rest[i] = fallback.read()
+            slots |= own
+        return State(self.flatten(self.params), slots, self.counts(), rest)
 
     def write(self, state: State) -> None:
         """Write θ, slots and step counts into the live optimizers, in place.
@@ -126,8 +143,12 @@ class Binding:
         A parameter that had taken no step in `state` gets an empty optimizer state, as torch.optim has it then.
         """
         self.load(state.theta)
-        slots = {name: self.split(x) for name, x in state.slots.items()}
+        slots = {name: self.split(state.slots[name]) for name in self.slot_names}
+        for i, fallback in self.fallbacks.items():
+            fallback.write(state.slots, state.rest[i])
         for i, (p, group) in enumerate(zip(self.params, self.group_of, strict=True)):
+            if self.optimizer_of_group[group] in self.fallbacks:
+                continue
             live = self.optimizers[self.optimizer_of_group[group]].state
             if state.counts[i] == 0:
                 live.pop(p, None)
@@ -149,7 +170,7 @@ class Binding:
 
     def refresh(self) -> None:
         """Read the groups' flags anew: a momentum that was 0 and is not any more needs its buffer."""
-        rules = [rule_of(opt).from_group(group, self.wrt) for opt in self.optimizers for group in opt.param_groups]
+        rules = self._read_rules()
         if rules != self.rules:
             self.rules = rules
             self.slot_names = tuple(dict.fromkeys(name for rule in rules for name in rule.slots))

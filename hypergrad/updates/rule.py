@@ -21,6 +21,13 @@ from torch import Tensor
 Tensors = dict[str, Tensor]
 Scalars = Mapping[str, float]
 
+# names in param_groups whose value is several numbers: name -> the rule's names of them
+PARTS = {"betas": ("beta1", "beta2")}
+
+
+def parts(name: str) -> tuple[str, ...]:
+    return PARTS.get(name, (name,))
+
 
 class UpdateRule(Protocol):
     """The update rule of one param group. Implementations are frozen dataclasses of flags."""

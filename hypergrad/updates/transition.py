@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hypergrad.updates.binding import Binding, State, Values, parts
+from hypergrad.updates.binding import Binding, State, Values
 from hypergrad.updates.clip import Clip, ClipNorm, ClipValue
-from hypergrad.updates.rule import Tensors
+from hypergrad.updates.fallback import Fallback, Inputs, Range
+from hypergrad.updates.rule import Tensors, parts
 
 CLIPS: dict[str, type[Clip]] = {"clip_norm": ClipNorm, "clip_value": ClipValue}
 
@@ -56,14 +57,15 @@ class _Pieces:
     """Puts ranges together again; what no range covers keeps its old value."""
 
     old: Tensor
-    new: list[tuple[Run, Tensor]] = field(default_factory=list)
+    new: list[tuple[Run | Range, Tensor]] = field(default_factory=list)
 
     def join(self) -> Tensor:
-        covered = sum(run.stop - run.start for run, _ in self.new)
+        pieces = sorted(self.new, key=lambda piece: piece[0].start)
+        covered = sum(run.stop - run.start for run, _ in pieces)
         if covered == self.old.shape[-1]:
-            return self.new[0][1] if len(self.new) == 1 else torch.cat([x for _, x in self.new], dim=-1)
+            return pieces[0][1] if len(pieces) == 1 else torch.cat([x for _, x in pieces], dim=-1)
         out = self.old.clone()
-        for run, x in self.new:
+        for run, x in pieces:
             run.of(out).copy_(x)
         return out
 
@@ -91,7 +93,7 @@ class Transition(Binding):
     def _runs(self, counts: Sequence[int], active: Sequence[bool]) -> Iterator[Run]:
         open_run: Run | None = None
         for i, (start, stop) in enumerate(self.ranges):
-            if not active[i] or start == stop:
+            if not active[i] or start == stop or self.optimizer_of_group[self.group_of[i]] in self.fallbacks:
                 continue
             group, t = self.group_of[i], counts[i] + 1
             joins = open_run and self.rules[group].elementwise and (open_run.group, open_run.stop) == (group, start)
@@ -116,17 +118,29 @@ class Transition(Binding):
     def clipped(self, g: Tensor, values: Values) -> Tensor:
         return g if self.clip is None else self.clip.step(g, self.sizes, values[self.clip.name][0])
 
+    def _own_steps(
+        self, state: State, g: Tensor, active: Sequence[bool], values: Values
+    ) -> Iterator[tuple[Fallback, Inputs]]:
+        """The optimizers without a rule, and what their step is a function of."""
+        for i, fallback in self.fallbacks.items():
+            yield fallback, fallback.inputs(state.theta, g, active, state.slots, state.rest[i], values)
+
     def step(self, state: State, g: Tensor, active: tuple[bool, ...], values: Values) -> State:
         """One step from `state` with the flat gradient g [n]."""
         g = self.clipped(g, values)
-        theta, slots = _Pieces(state.theta), {name: _Pieces(x) for name, x in state.slots.items()}
+        theta, slots = _Pieces(state.theta), {name: _Pieces(state.slots[name]) for name in self.slot_names}
+        own, rest = {}, {}
+        for fallback, inputs in self._own_steps(state, g, active, values):
+            p, s, rest[fallback.number] = fallback.step(inputs)
+            theta.new.append((fallback.run, p))
+            own |= s
         for run in self.plan(state.counts, active):
             s = {name: run.of(state.slots[name]) for name in self.rules[run.group].slots}
             p, s = self.rules[run.group].step(run.of(state.theta), run.of(g), s, self.scalars(run, values))
             theta.new.append((run, p))
             for name, x in s.items():
                 slots[name].new.append((run, x))
-        return state.like(theta.join(), {name: x.join() for name, x in slots.items()}, active)
+        return state.like(theta.join(), {name: x.join() for name, x in slots.items()} | own, active, rest)
 
     def jvp(
         self,
@@ -150,7 +164,12 @@ class Transition(Binding):
         if self.clip is not None:
             m = values[self.clip.name][0]
             dg, g = self.clip.jvp(g, self.sizes, m, dg, clip_seed), self.clipped(g, values)
-        theta, slots = _Pieces(tangent.theta), {name: _Pieces(x) for name, x in tangent.slots.items()}
+        theta, slots = _Pieces(tangent.theta), {name: _Pieces(tangent.slots[name]) for name in self.slot_names}
+        own: Tensors = {}
+        for fallback, inputs in self._own_steps(state, g, active, values):
+            dp, ds = fallback.jvp(inputs, tangent.theta, dg, tangent.slots, seeds)
+            theta.new.append((fallback.run, dp))
+            own |= ds
         for run in self.plan(state.counts, active):
             rule = self.rules[run.group]
             s = {name: run.of(state.slots[name]) for name in rule.slots}
@@ -160,7 +179,7 @@ class Transition(Binding):
             theta.new.append((run, dp))
             for name, x in ds.items():
                 slots[name].new.append((run, x))
-        return Tangent(theta.join(), {name: x.join() for name, x in slots.items()})
+        return Tangent(theta.join(), {name: x.join() for name, x in slots.items()} | own)
 
     def vjp(
         self, state: State, g: Tensor, active: tuple[bool, ...], values: Values, adjoint: Tangent
@@ -172,9 +191,14 @@ class Transition(Binding):
             derivative in each of its scalars (0-d); the derivative in the clipping threshold.
         """
         raw, g = g, self.clipped(g, values)
-        theta, slots = _Pieces(adjoint.theta), {name: _Pieces(x) for name, x in adjoint.slots.items()}
-        lam_g = _Pieces(torch.zeros_like(g))
+        theta, slots = _Pieces(adjoint.theta), {name: _Pieces(adjoint.slots[name]) for name in self.slot_names}
+        lam_g, own = _Pieces(torch.zeros_like(g)), {}
         lam_h: list[Tensors] = [{} for _ in self.groups]
+        for fallback, inputs in self._own_steps(state, g, active, values):
+            lp, lg, ls = fallback.vjp(inputs, adjoint.theta, adjoint.slots, lam_h)
+            theta.new.append((fallback.run, lp))
+            lam_g.new.append((fallback.run, lg))
+            own |= ls
         for run in self.plan(state.counts, active):
             rule = self.rules[run.group]
             s = {name: run.of(state.slots[name]) for name in rule.slots}
@@ -187,7 +211,8 @@ class Transition(Binding):
                 slots[name].new.append((run, x))
             for name, x in lh.items():
                 lam_h[run.group][name] = lam_h[run.group].get(name, 0) + x.sum()
-        out, lg, lam_clip = Tangent(theta.join(), {name: x.join() for name, x in slots.items()}), lam_g.join(), None
+        out = Tangent(theta.join(), {name: x.join() for name, x in slots.items()} | own)
+        lg, lam_clip = lam_g.join(), None
         if self.clip is not None:
             lg, lam_clip = self.clip.vjp(raw, self.sizes, values[self.clip.name][0], lg)
         return out, lg, lam_h, lam_clip

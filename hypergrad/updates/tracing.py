@@ -1,0 +1,226 @@
+"""A TorchFunctionMode under which an optimizer's unmodified `step()` becomes part of an autograd graph.
+
+    torch.no_grad(), set_grad_enabled     do nothing
+    x.item()                              is a TracedFloat
+    x.detach(), x.data                    are x; `x.data = y` copies y into x
+    x.add_(y, alpha=a), … with traced a   x.copy_(x + a y), …: an argument `alpha` of type float would lose the graph
+    f(x, a) with traced a                 f(x, a.t)
+    √x and xᵉ, 0 < e < 1, at x = 0        have the derivative 0, as in every rule here (see adam.py)
+
+Tensors may be changed in place after they were saved for the backward pass: what is saved is a copy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_any, tree_map
+
+from hypergrad.updates.traced_float import TracedFloat, traced_math
+
+
+class _Root(torch.autograd.Function):
+    """y = xᵉ for a fixed e in (0, 1), dy = e y/x dx where x > 0, else 0."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, exponent: float) -> Tensor:
+        y = x.sqrt() if exponent == 0.5 else x.pow(exponent)
+        ctx.exponent = exponent
+        ctx.save_for_backward(x, y)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
+        x, y = ctx.saved_tensors
+        with torch.no_grad():
+            slope = torch.where(x > 0, ctx.exponent * y / x, 0)
+        return grad * slope, None
+
+
+def _item(x: Tensor) -> Any:
+    value = x.detach().item()
+    return TracedFloat(value, x.double().reshape(())) if x.requires_grad else value
+
+
+def _same(x: Tensor, *args: Any, **kw: Any) -> Tensor:
+    return x
+
+
+def _set_data(x: Tensor, y: Tensor) -> None:
+    if x.shape != y.shape:
+        raise NotImplementedError(f"it gives a tensor of shape {tuple(x.shape)} the data of one of {tuple(y.shape)}")
+    x.copy_(y)
+
+
+def _of_detached(f: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda x, *args, **kw: f(x.detach(), *args, **kw)
+
+
+def _filled(empty: Callable[..., Tensor], *where: Any, value: Any, **kw: Any) -> Tensor:
+    kw.setdefault("dtype", torch.get_default_dtype() if not isinstance(where[0], Tensor) else where[0].dtype)
+    kw.pop("requires_grad", None)
+    return empty(*where, **kw) + value.to(kw["dtype"])
+
+
+# made from a number: torch would take the plain one
+_MADE_FROM: dict[Any, Callable[..., Tensor]] = {
+    torch.tensor: lambda value, **kw: _filled(torch.zeros, (), value=value, **kw),
+    torch.as_tensor: lambda value, **kw: _filled(torch.zeros, (), value=value, **kw),
+    torch.scalar_tensor: lambda value, **kw: _filled(torch.zeros, (), value=value, **kw),
+    torch.full: lambda size, fill_value, **kw: _filled(torch.zeros, size, value=fill_value, **kw),
+    torch.full_like: lambda x, fill_value, **kw: _filled(torch.zeros_like, x, value=fill_value, **kw),
+    Tensor.new_full: lambda x, size, fill_value, **kw: _filled(x.new_zeros, size, value=fill_value, dtype=x.dtype),
+    Tensor.new_tensor: lambda x, value, **kw: _filled(x.new_zeros, (), value=value, dtype=x.dtype),
+}
+
+_INSTEAD: dict[Any, Callable[..., Any]] = {
+    torch._C._set_grad_enabled: lambda mode: None,
+    Tensor.item: _item,
+    Tensor.detach: _same,
+    torch.detach: _same,
+    Tensor.detach_: _same,
+    Tensor.requires_grad_: _same,
+    Tensor.data.__get__: _same,  # type: ignore[attr-defined]
+    Tensor.data.__set__: _set_data,  # type: ignore[attr-defined]
+    Tensor.tolist: _of_detached(Tensor.tolist),
+    Tensor.numpy: _of_detached(Tensor.numpy),
+    Tensor.__array__: _of_detached(Tensor.__array__),
+    Tensor.__float__: _of_detached(Tensor.__float__),
+    Tensor.__int__: _of_detached(Tensor.__int__),
+}
+
+
+# The formulas of operations with a number that torch wants as a plain float.
+def _lerp(x: Tensor, end: Tensor, weight: Any) -> Tensor:
+    return x + weight * (end - x)
+
+
+def _add(x: Tensor, y: Any, *, alpha: Any = 1) -> Tensor:
+    return x + alpha * y
+
+
+def _sub(x: Tensor, y: Any, *, alpha: Any = 1) -> Tensor:
+    return x - alpha * y
+
+
+def _addcmul(x: Tensor, a: Tensor, b: Tensor, *, value: Any = 1) -> Tensor:
+    return x + value * a * b
+
+
+def _addcdiv(x: Tensor, a: Tensor, b: Tensor, *, value: Any = 1) -> Tensor:
+    return x + value * a / b
+
+
+def _addmm(x: Tensor, a: Tensor, b: Tensor, *, beta: Any = 1, alpha: Any = 1) -> Tensor:
+    return beta * x + alpha * (a @ b)
+
+
+def _addr(x: Tensor, a: Tensor, b: Tensor, *, beta: Any = 1, alpha: Any = 1) -> Tensor:
+    return beta * x + alpha * torch.outer(a, b)
+
+
+def _clamp(x: Tensor, min: Any = None, max: Any = None) -> Tensor:
+    low, high = (None if b is None else torch.as_tensor(b).to(x) for b in (min, max))
+    return torch.clamp(x, low, high)
+
+
+_FORMULAS: dict[str, Callable[..., Tensor]] = {
+    "lerp": _lerp,
+    "add": _add,
+    "sub": _sub,
+    "subtract": _sub,
+    "addcmul": _addcmul,
+    "addcdiv": _addcdiv,
+    "addmm": _addmm,
+    "baddbmm": _addmm,
+    "addmv": _addmm,
+    "addr": _addr,
+    "clamp": _clamp,
+    "clip": _clamp,
+}
+
+
+class Tracing(TorchFunctionMode):
+    """See the module. Enter it by `tracing()`."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        kwargs = dict(kwargs or {})
+        instead = _INSTEAD.get(func)
+        if instead is not None:
+            return instead(*args, **kwargs)
+        name = getattr(func, "__name__", "")
+        if name.startswith("_foreach_"):
+            return self._each(name.removeprefix("_foreach_"), args, kwargs)
+        out = kwargs.pop("out", None)
+        if isinstance(out, Tensor):  # autograd does not take `out=`
+            return out.copy_(self(func, *args, **kwargs))
+        if out is not None:
+            kwargs["out"] = out
+        root = _root(name, args)
+        if root is not None:
+            return root
+        if not tree_any(lambda x: isinstance(x, TracedFloat), (args, kwargs)):
+            return func(*args, **kwargs)
+        return _with_tensors(func, name, args, kwargs)
+
+    def __call__(self, func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        return self.__torch_function__(func, (), args, kwargs)
+
+    def _each(self, name: str, args: Any, kwargs: Any) -> list[Any] | None:
+        """A `torch._foreach` operation, tensor by tensor."""
+        n = next(len(x) for x in args if isinstance(x, (list, tuple)))
+        func = getattr(Tensor, name) if isinstance(args[0], (list, tuple)) else getattr(torch, name)
+        rows = []
+        for i in range(n):
+            each = [x[i] if isinstance(x, (list, tuple)) else x for x in args]
+            named = {k: x[i] if isinstance(x, (list, tuple)) else x for k, x in kwargs.items()}
+            rows.append(self(func, *each, **named))
+        return None if name.endswith("_") else rows
+
+
+def _in_place(name: str) -> bool:
+    return name.startswith("__i") or (name.endswith("_") and not name.endswith("__"))
+
+
+def _root(name: str, args: Any) -> Tensor | None:
+    """√x or xᵉ with the derivative 0 at 0; None where the operation is another one."""
+    base = name.strip("_").removeprefix("i")
+    if base not in ("sqrt", "pow") or not isinstance(args[0], Tensor) or not args[0].requires_grad:
+        return None
+    exponent = 0.5 if base == "sqrt" else args[1]
+    if type(exponent) is not float or not 0 < exponent < 1:
+        return None
+    y = _Root.apply(args[0], exponent)
+    return args[0].copy_(y) if _in_place(name) else y
+
+
+def _with_tensors(func: Any, name: str, args: Any, kwargs: Any) -> Any:
+    """An operation that was given a TracedFloat, with its tensor instead."""
+    new, kw = tree_map(lambda x: x.t if isinstance(x, TracedFloat) else x, (args, kwargs))
+    if func in _MADE_FROM:
+        return _MADE_FROM[func](*new, **kw)
+    formula = _FORMULAS.get(name.rstrip("_")) if not name.startswith("__") else None
+    if formula is not None:
+        y = formula(*new, **kw)
+        return args[0].copy_(y) if _in_place(name) else y
+    try:
+        return func(*new, **kw)
+    except TypeError:  # it takes plain numbers only: the self-check sees what is lost
+        return func(*tree_map(_plain, args), **tree_map(_plain, kwargs))
+
+
+def _plain(x: Any) -> Any:
+    return float(x) if isinstance(x, TracedFloat) else x
+
+
+@contextmanager
+def tracing() -> Iterator[None]:
+    """Operations in this context are recorded, whatever the code in it does to prevent that."""
+    saved = torch.autograd.graph.saved_tensors_hooks(lambda x: x.clone(), lambda x: x)
+    with traced_math(), torch.enable_grad(), saved, Tracing():
+        yield
