@@ -62,6 +62,7 @@ class Binding:
         ends = torch.tensor(self.sizes).cumsum(0).tolist()
         self.ranges = [(end - size, end) for end, size in zip(ends, self.sizes, strict=True)]
         self.fallbacks = {i: self._fallback(i) for i, opt in enumerate(optimizers) if rule_of(opt) is None}
+        self.takes_own_step = [self.optimizer_of_group[group] in self.fallbacks for group in self.group_of]
         self.rules: list[UpdateRule] = self._read_rules()
         self.slot_names = tuple(dict.fromkeys(name for rule in self.rules for name in rule.slots))
         known = {name for rule in self.rules for name in rule.hyperparameters}
@@ -113,7 +114,7 @@ class Binding:
         """Steps each parameter has taken. SGD keeps none; there, whether a momentum buffer exists is what matters."""
         out, steps = [0] * len(self.params), []
         for i, (p, group) in enumerate(zip(self.params, self.group_of, strict=True)):
-            if self.optimizer_of_group[group] in self.fallbacks:  # its counters are part of the rest
+            if self.takes_own_step[i]:  # its counters are part of the rest
                 continue
             state = self.live_state(p, group)
             if torch.is_tensor(state.get("step")):
@@ -147,7 +148,7 @@ class Binding:
         for i, fallback in self.fallbacks.items():
             fallback.write(state.slots, state.rest[i])
         for i, (p, group) in enumerate(zip(self.params, self.group_of, strict=True)):
-            if self.optimizer_of_group[group] in self.fallbacks:
+            if self.takes_own_step[i]:
                 continue
             live = self.optimizers[self.optimizer_of_group[group]].state
             if state.counts[i] == 0:

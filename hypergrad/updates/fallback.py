@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from hypergrad.updates.memory import Memory, flat, marks_of, shaped, take_apart, write_back
-from hypergrad.updates.own_step import Inputs, Key, take, trace
+from hypergrad.updates.own_step import Inputs, Key, Outcome, take, trace
 from hypergrad.updates.rule import Tensors, parts
 from hypergrad.updates.self_check import hyperparameters_of, plain
 
@@ -127,8 +127,17 @@ class Fallback:
         """θ', slots' and rest' of one step."""
         if not any(g is not None for g in inputs.grads):  # another optimizer's turn
             return torch.cat([p.reshape(-1) for p in inputs.params]), *self._flat(inputs.memory)
-        outcome = take(inputs)
+        outcome = self._checked(take(inputs))
         return torch.cat([p.reshape(-1) for p in outcome.params]), *self._flat(outcome.memory)
+
+    def _checked(self, outcome: Outcome) -> Outcome:
+        """Raise where a step wrote to what none wrote to in the self-check: a replay would take the old value."""
+        if outcome.touched:
+            raise NotImplementedError(
+                f"{type(self.optimizer).__name__} wrote to its hyperparameter `{min(outcome.touched)}` in a step: hypergrad took it "
+                "for a constant."
+            )
+        return outcome
 
     def jvp(
         self, inputs: Inputs, dtheta: Tensor, dg: Tensor, dslots: Tensors, seeds: Sequence[Tensors]
@@ -143,7 +152,8 @@ class Fallback:
         for group, name, j, part in self._parts():
             if part in seeds[self.group + group]:
                 tangents["value", group, name, j] = seeds[self.group + group][part]
-        traced, _ = trace(inputs, self.tuned)
+        traced, outcome = trace(inputs, self.tuned)
+        self._checked(outcome)
         sizes = {key: x.numel() for key, x in traced.inputs.items()}  # what was replaced from outside starts from zero
         out = traced.jvp(k, {key: x for key, x in tangents.items() if x[0].numel() == sizes.get(key)})
         for i, g in enumerate(inputs.grads):
@@ -159,7 +169,8 @@ class Fallback:
         mine = {key.removeprefix(self.prefix): x for key, x in lslots.items() if key.startswith(self.prefix)}
         if not any(g is not None for g in inputs.grads):
             return self.run.of(ltheta), torch.zeros_like(self.run.of(ltheta)), self._named(mine)
-        traced, _ = trace(inputs, self.tuned)
+        traced, outcome = trace(inputs, self.tuned)
+        self._checked(outcome)
         cotangents: dict[Key, Tensor] = {("param", i): x for i, x in enumerate(self._split(ltheta))}
         out = traced.vjp(cotangents | {("real", name): x for name, x in mine.items()})
         for group, name, j, part in self._parts():

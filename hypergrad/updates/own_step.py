@@ -19,8 +19,8 @@ from hypergrad.updates.memory import Memory, put_together, take_apart
 from hypergrad.updates.traced_float import TracedFloat
 from hypergrad.updates.tracing import tracing
 
-# kernels that autograd cannot look into
-_PLAIN_KERNELS = {"foreach": False, "fused": False, "capturable": False, "differentiable": False}
+# kernels that autograd cannot look into; operations on lists are taken apart by the mode
+_PLAIN_KERNELS = {"fused": False, "capturable": False, "differentiable": False}
 
 # ("param", i), ("grad", i), ("real", name), ("value", group, part's number)
 Key = tuple[Any, ...]
@@ -74,15 +74,30 @@ def take(inputs: Inputs) -> Outcome:
 
 def _run(inputs: Inputs, params: list[Any], reals: Mapping[str, Any], values: Mapping[Any, Any], **flags: Any) -> Outcome:
     optimizer = put_together(inputs.cls, inputs.memory.rest, params, reals, lambda g, name: values[g, name])
-    groups = optimizer.param_groups
-    given = [{name: group[name] for name in inputs.names if name in group} for group in groups]
-    for place in (*groups, vars(optimizer)):
+    for place in (*optimizer.param_groups, vars(optimizer)):
         place.update({k: x for k, x in flags.items() if k in place})
+    groups = optimizer.param_groups = [_Watched(group) for group in optimizer.param_groups]
     step: Callable[..., Any] = inputs.cls.step
     step = step.__wrapped__ if getattr(step, "hooked", False) else step  # without hooks for all optimizers
     step(optimizer)
-    touched = {name for group, old in zip(groups, given, strict=True) for name in old if group[name] is not old[name]}
+    touched = set().union(*(group.written for group in groups)) & set(inputs.names)
     return Outcome(params, take_apart(optimizer, inputs.names), touched)
+
+
+class _Watched(dict):  # type: ignore[type-arg]
+    """A param group that notes what is written to."""
+
+    def __init__(self, group: Mapping[str, Any]):
+        super().__init__(group)
+        self.written: set[str] = set()
+
+    def __setitem__(self, name: str, x: Any) -> None:
+        self.written.add(name)
+        super().__setitem__(name, x)
+
+    def update(self, *args: Any, **kw: Any) -> None:  # type: ignore[override]
+        for name, x in dict(*args, **kw).items():
+            self[name] = x
 
 
 @dataclass
@@ -159,5 +174,11 @@ def trace(inputs: Inputs, tuned: Collection[str]) -> tuple[Traced, Outcome]:
     with torch.random.fork_rng([device] if device.type == "cuda" else []), tracing():
         outcome = _run(inputs, params, reals, values, **_PLAIN_KERNELS)
     outputs = {("param", i): p for i, p in enumerate(outcome.params)}
-    outputs |= {("real", k): x.t if isinstance(x, TracedFloat) else x for k, x in outcome.memory.reals.items()}
-    return Traced(leaves, {key: x for key, x in outputs.items() if isinstance(x, Tensor)}), outcome
+    outputs |= {("real", name): _tensor(x) for name, x in outcome.memory.reals.items()}
+    return Traced(leaves, outputs), outcome
+
+
+def _tensor(x: Any) -> Tensor:
+    if isinstance(x, TracedFloat):
+        return x.t
+    return x if isinstance(x, Tensor) else torch.tensor(x, dtype=torch.float64)

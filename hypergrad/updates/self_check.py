@@ -28,6 +28,7 @@ from hypergrad.updates.rule import parts
 
 RTOL = 1e-5  # of a difference that is told from rounding
 ROUNDING = 1e-14  # of a step's outputs, relative to their size: some tens of operations
+TOLD = 10  # times rounding: a difference that stands out from it
 STEPS = (1e-3, 1e-5, 1e-7)  # of differences, relative to the size of what is moved; for hyperparameters also absolute
 CHECKED_AT = (0, 1, 7)  # steps of the small run
 LARGEST = 4  # of a dimension of the small parameters
@@ -212,7 +213,7 @@ class _Channel:
     name: str
     direction: dict[Key, Any]
     size: float
-    lowest: float = -math.inf  # a hyperparameter is not moved below 0
+    room: float = math.inf  # how far down it may be moved: a hyperparameter not below 0
     own: bool = False  # one of the optimizer's tensors and floats
 
 
@@ -229,7 +230,7 @@ def _channels(inputs: Inputs, traced: Traced, tuned: Names, random: torch.Genera
             place = f" (part {part})" if isinstance(inputs.values[g, name], tuple) else ""
             value = float(traced.inputs[kind].detach())
             one = {kind: torch.ones((), dtype=torch.float64)}
-            out.append(_Channel(f"hyperparameter `{name}`{place}", one, size, value if value >= 0 else -math.inf))
+            out.append(_Channel(f"hyperparameter `{name}`{place}", one, size, value if value >= 0 else math.inf))
             continue
         # a relative change of each number: so a variance stays above 0, and what is 0 stays 0 unless all of it is
         x = {k: traced.inputs[k].detach() for k in keys}
@@ -283,7 +284,8 @@ def _check_values(traced: Traced, base: dict[Key, Tensor]) -> None:
     for key, x in base.items():
         y = traced.outputs[key].detach()
         if x.shape != y.shape or not torch.allclose(x, y.double(), rtol=1e-7, atol=1e-12, equal_nan=True):
-            raise _Lost(f"{_called(key)} cannot be traced: the values come out differently.")
+            off = f"{y.tolist() if y.numel() == 1 else tuple(y.shape)} for {x.tolist() if x.numel() == 1 else tuple(x.shape)}"
+            raise _Lost(f"{_called(key)} cannot be traced: it comes out differently ({off}).")
 
 
 def _check_transpose(channel: _Channel, found: Mapping[Key, Tensor], pulled: Mapping[Key, Tensor]) -> None:
@@ -322,8 +324,18 @@ def _moved(inputs: Inputs, direction: Mapping[Key, Any], h: float) -> Inputs:
     return replace(inputs, params=params, grads=grads, memory=Memory(reals, inputs.memory.rest), values=values)
 
 
-# A derivative is right if it agrees with a difference that is told from rounding, at one step size at least: others may lie
-# across a kink, or be too coarse. Where no difference is told from rounding, it has to be as small as rounding itself.
+def _differences(f: Callable[[float], Tensor], h: float, one_sided: bool) -> list[Tensor]:
+    """Differences of second order at 0: to the right, to the left, and their mean, the central one."""
+    right = (-3 * f(0) + 4 * f(h / 2) - f(h)) / h
+    if one_sided:
+        return [right]
+    left = (3 * f(0) - 4 * f(-h / 2) + f(-h)) / h
+    return [right, left, (f(h) - f(-h)) / (2 * h)]
+
+
+# At a kink (max(lr, lr_max) of equal numbers) each element of a derivative is that of one side. A difference is *told* if it
+# stands out from rounding. A derivative is right if it agrees with the differences at one step size h at least, at which a
+# derivative of the size seen at other ones would be told: those may lie across a kink or be too coarse.
 def _check_row(
     channel: _Channel, rows: list[Key], ours: Tensor, base: dict[Key, Tensor], at: Callable[[float], dict[Key, Tensor]]
 ) -> bool:
@@ -338,24 +350,26 @@ def _check_row(
         return torch.cat([there[k].reshape(-1) for k in rows])
 
     size, tried = float(f(0).norm()), []
-    steps = [h * channel.size for h in STEPS if channel.size] + ([*STEPS] if channel.lowest > -math.inf else [])
+    steps = [h * channel.size for h in STEPS if channel.size] + ([*STEPS] if channel.room < math.inf else [])
     for h in steps:
-        if channel.lowest < h:  # to one side
-            difference = (-3 * f(0) + 4 * f(h) - f(2 * h)) / (2 * h)
-        else:
-            difference = (f(h) - f(-h)) / (2 * h)
-        noise, norm = ROUNDING * size / h, float(difference.norm())
-        error = float((difference - ours).norm())
-        if not math.isfinite(norm):
-            continue
-        told = norm > 100 * noise
-        if told and error <= RTOL * norm + noise:
-            return True
-        tried.append((told, error <= noise * 100, difference))
-    if tried and not any(told for told, _, _ in tried) and all(small for _, small, _ in tried):
+        found = torch.stack(_differences(f, h, channel.room < h))
+        noise, norm = ROUNDING * size / h, float(found.norm(dim=1).max())
+        if math.isfinite(norm):
+            error = float((found - ours).abs().amin(0).norm())
+            tried.append(_Difference(noise, norm, error <= RTOL * norm + noise))
+    told = [d.norm for d in tried if d.norm > TOLD * d.noise]
+    if told and any(d.agrees and min(told) > TOLD * d.noise for d in tried):
+        return True
+    if tried and not told and all(d.agrees for d in tried):
         return bool((ours != 0).any())
-    worst = next((d for told, _, d in tried if told), ours * math.nan)
     raise _Lost(
         f"the dependence of {_called(rows[0])} on {channel.name} is lost: by finite differences of a step it has the norm "
-        f"{float(worst.norm()):.3g}, found was {float(ours.norm()):.3g}."
+        f"{min(told, default=math.nan):.3g}, found was {float(ours.norm()):.3g}."
     )
+
+
+@dataclass
+class _Difference:
+    noise: float
+    norm: float
+    agrees: bool

@@ -93,7 +93,7 @@ class Transition(Binding):
     def _runs(self, counts: Sequence[int], active: Sequence[bool]) -> Iterator[Run]:
         open_run: Run | None = None
         for i, (start, stop) in enumerate(self.ranges):
-            if not active[i] or start == stop or self.optimizer_of_group[self.group_of[i]] in self.fallbacks:
+            if not active[i] or start == stop or self.takes_own_step[i]:
                 continue
             group, t = self.group_of[i], counts[i] + 1
             joins = open_run and self.rules[group].elementwise and (open_run.group, open_run.stop) == (group, start)
@@ -140,7 +140,9 @@ class Transition(Binding):
             theta.new.append((run, p))
             for name, x in s.items():
                 slots[name].new.append((run, x))
-        return state.like(theta.join(), {name: x.join() for name, x in slots.items()} | own, active, rest)
+        slots = {name: x.join() for name, x in slots.items()}
+        counted = [a and not mine for a, mine in zip(active, self.takes_own_step, strict=True)]
+        return state.like(theta.join(), slots | own, counted, rest)
 
     def jvp(
         self,
