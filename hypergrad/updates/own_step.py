@@ -17,7 +17,7 @@ from torch import Tensor
 
 from hypergrad.updates.memory import Memory, put_together, take_apart
 from hypergrad.updates.traced_float import TracedFloat
-from hypergrad.updates.tracing import tracing
+from hypergrad.updates.tracing import Promoted, tracing
 
 # kernels that autograd cannot look into; operations on lists are taken apart by the mode
 _PLAIN_KERNELS = {"fused": False, "capturable": False, "differentiable": False}
@@ -61,6 +61,16 @@ class Outcome:
 
 def take(inputs: Inputs) -> Outcome:
     """The step as it is, to the last bit."""
+    return _taken(inputs)
+
+
+def take_unrounded(inputs: Inputs) -> Outcome:
+    """The step without casts to a lower precision than its parameters': what `trace` differentiates."""
+    with Promoted(inputs.params[0].dtype):
+        return _taken(inputs)
+
+
+def _taken(inputs: Inputs) -> Outcome:
     params = [
         inputs.like(torch.nn.Parameter(x.detach().clone(), live.requires_grad), i)
         for i, (x, live) in enumerate(zip(inputs.params, inputs.live, strict=True))
@@ -171,7 +181,7 @@ def trace(inputs: Inputs, tuned: Collection[str]) -> tuple[Traced, Outcome]:
             new = [leaf(("value", g, name, j), y, True) for j, y in enumerate(x if many else (x,))]
             values[g, name] = tuple(new) if many else new[0]
     device = params[0].device
-    with torch.random.fork_rng([device] if device.type == "cuda" else []), tracing():
+    with torch.random.fork_rng([device] if device.type == "cuda" else []), tracing(params[0].dtype):
         outcome = _run(inputs, params, reals, values, **_PLAIN_KERNELS)
     outputs = {("param", i): p for i, p in enumerate(outcome.params)}
     outputs |= {("real", name): _tensor(x) for name, x in outcome.memory.reals.items()}

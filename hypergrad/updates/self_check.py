@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from hypergrad.updates.memory import Memory, label, take_apart
-from hypergrad.updates.own_step import Inputs, Key, Traced, take, trace
+from hypergrad.updates.own_step import Inputs, Key, Traced, take_unrounded, trace
 from hypergrad.updates.rule import parts
 
 RTOL = 1e-5  # of a difference that is told from rounding
@@ -97,7 +97,7 @@ def _checked(optimizer: torch.optim.Optimizer, tuned: Names) -> Names:
         raise NotImplementedError(f"{who} has no update rule here, and through its own step {error}") from None
     except Exception as error:
         raise NotImplementedError(
-            f"{who} has no update rule here, and its own step cannot be differentiated: {error or type(error).__name__}"
+            f"{who} has no update rule here, and its own step cannot be differentiated: {type(error).__name__}: {error}"
         ) from error
 
 
@@ -113,7 +113,7 @@ def _check(optimizer: torch.optim.Optimizer, tuned: Names) -> Names:
         probe = inputs
         for _ in range(CHECKED_AT[-1] + 1):  # which names does it write to?
             probe = _gradients(probe, random)
-            outcome = take(probe)
+            outcome = take_unrounded(probe)
             touched |= outcome.touched
             probe = replace(probe, params=outcome.params, memory=outcome.memory)
         if touched & tuned:
@@ -123,7 +123,7 @@ def _check(optimizer: torch.optim.Optimizer, tuned: Names) -> Names:
         seen = _Seen()
         for t in range(CHECKED_AT[-1] + 1):
             inputs = _gradients(inputs, random)
-            outcome = take(inputs)
+            outcome = take_unrounded(inputs)
             if t in CHECKED_AT:
                 _compare(inputs, tuned, random, seen)
             inputs = replace(inputs, params=outcome.params, memory=outcome.memory)
@@ -187,7 +187,8 @@ def _small(optimizer: torch.optim.Optimizer, names: Names, random: torch.Generat
     for group in optimizer.param_groups:
         chosen = {p.dim(): p for p in sorted(group["params"], key=lambda p: -p.numel())}
         mine = [p for p in group["params"] if any(p is q for q in chosen.values())]
-        twin.param_groups.append({**group, "params": mine})
+        numbers = {name: float(x) for name, x in group.items() if name in names and isinstance(x, Tensor)}
+        twin.param_groups.append({**group, **numbers, "params": mine})
         live += mine
     state, twin.state = twin.state, {p: s for p, s in twin.state.items() if not isinstance(p, Tensor)}  # type: ignore
     twin.state.update({p: state[p] for p in live if p in state})
@@ -245,7 +246,7 @@ def _compare(inputs: Inputs, tuned: Names, random: torch.Generator, seen: _Seen)
     def at(inputs: Inputs) -> dict[Key, Tensor]:
         torch.set_rng_state(seed)
         try:
-            out = take(inputs)
+            out = take_unrounded(inputs)
         except (ArithmeticError, ValueError):  # a beta of 1, say
             return {}
         rows = {("param", i): p for i, p in enumerate(out.params)}

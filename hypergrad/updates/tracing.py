@@ -6,6 +6,8 @@
     x.add_(y, alpha=a), … with traced a   x.copy_(x + a y), …: an argument `alpha` of type float would lose the graph
     f(x, a) with traced a                 f(x, a.t)
     √x and xᵉ, 0 < e < 1, at x = 0        have the derivative 0, as in every rule here (see adam.py)
+    torch._foreach_f(xs, …)               is f of every tensor in turn
+    x.bfloat16(), dtype=torch.float32     lower than `dtype`: passed over, for a derivative of the step without that rounding
 
 Tensors may be changed in place after they were saved for the backward pass: what is saved is a copy.
 """
@@ -62,6 +64,8 @@ def _of_detached(f: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _filled(empty: Callable[..., Tensor], *where: Any, value: Any, **kw: Any) -> Tensor:
+    if isinstance(value, (list, tuple)):
+        value = torch.stack([torch.as_tensor(x, dtype=torch.float64) for x in value])
     kw.setdefault("dtype", torch.get_default_dtype() if not isinstance(where[0], Tensor) else where[0].dtype)
     kw.pop("requires_grad", None)
     return empty(*where, **kw) + value.to(kw["dtype"])
@@ -129,6 +133,18 @@ def _clamp(x: Tensor, min: Any = None, max: Any = None) -> Tensor:
     return torch.clamp(x, low, high)
 
 
+def _largest(x: Tensor, y: Any) -> Tensor:
+    return torch.maximum(x, torch.as_tensor(y).to(x))
+
+
+def _smallest(x: Tensor, y: Any) -> Tensor:
+    return torch.minimum(x, torch.as_tensor(y).to(x))
+
+
+def _norm(x: Tensor, ord: Any = 2, dtype: Any = None) -> Tensor:
+    return torch.linalg.vector_norm(x, ord, dtype=dtype)
+
+
 _FORMULAS: dict[str, Callable[..., Tensor]] = {
     "lerp": _lerp,
     "add": _add,
@@ -143,13 +159,53 @@ _FORMULAS: dict[str, Callable[..., Tensor]] = {
     "clamp": _clamp,
     "clip": _clamp,
 }
+# torch._foreach operations that are no method of a tensor, or whose last argument is positional
+_OF_LISTS: dict[str, Callable[..., Tensor]] = {
+    "maximum": _largest,
+    "minimum": _smallest,
+    "clamp_min": _largest,
+    "clamp_max": _smallest,
+    "norm": _norm,
+    "addcmul": lambda x, a, b, value=1: _addcmul(x, a, b, value=value),
+    "addcdiv": lambda x, a, b, value=1: _addcdiv(x, a, b, value=value),
+}
 
 
-class Tracing(TorchFunctionMode):
-    """See the module. Enter it by `tracing()`."""
+# ---- casts to a lower precision
+
+_CASTS = {Tensor.float: torch.float32, Tensor.half: torch.float16, Tensor.bfloat16: torch.bfloat16}
+
+
+class Promoted(TorchFunctionMode):
+    """Casts to a precision lower than `dtype` are casts to `dtype`."""
+
+    def __init__(self, dtype: torch.dtype):
+        super().__init__()
+        self.dtype = dtype
+
+    def at_least(self, x: Any) -> Any:
+        lower = isinstance(x, torch.dtype) and x.is_floating_point and torch.finfo(x).eps > torch.finfo(self.dtype).eps
+        return self.dtype if lower else x
+
+    def promoted(self, func: Any, args: Any, kwargs: Any) -> tuple[Any, Any, Any]:
+        if func in _CASTS:
+            return Tensor.to, (args[0], self.at_least(_CASTS[func])), {}
+        if func is Tensor.to or func is Tensor.type:
+            args = (args[0], *map(self.at_least, args[1:]))
+        if "dtype" in kwargs:
+            kwargs = kwargs | {"dtype": self.at_least(kwargs["dtype"])}
+        return func, args, kwargs
 
     def __torch_function__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-        kwargs = dict(kwargs or {})
+        func, args, kwargs = self.promoted(func, args, dict(kwargs or {}))
+        return func(*args, **kwargs)
+
+
+class Tracing(Promoted):
+    """See the module. Enter it by `tracing`."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        func, args, kwargs = self.promoted(func, args, dict(kwargs or {}))
         instead = _INSTEAD.get(func)
         if instead is not None:
             return instead(*args, **kwargs)
@@ -164,7 +220,7 @@ class Tracing(TorchFunctionMode):
         root = _root(name, args)
         if root is not None:
             return root
-        if not tree_any(lambda x: isinstance(x, TracedFloat), (args, kwargs)):
+        if not tree_any(lambda x: isinstance(x, TracedFloat), (args, kwargs)) and not _number_is_tensor(kwargs):
             return func(*args, **kwargs)
         return _with_tensors(func, name, args, kwargs)
 
@@ -174,12 +230,17 @@ class Tracing(TorchFunctionMode):
     def _each(self, name: str, args: Any, kwargs: Any) -> list[Any] | None:
         """A `torch._foreach` operation, tensor by tensor."""
         n = next(len(x) for x in args if isinstance(x, (list, tuple)))
-        func = getattr(Tensor, name) if isinstance(args[0], (list, tuple)) else getattr(torch, name)
+        formula = _OF_LISTS.get(name.rstrip("_"))
+        func = getattr(Tensor, name, None) if isinstance(args[0], (list, tuple)) else getattr(torch, name)
         rows = []
         for i in range(n):
             each = [x[i] if isinstance(x, (list, tuple)) else x for x in args]
             named = {k: x[i] if isinstance(x, (list, tuple)) else x for k, x in kwargs.items()}
-            rows.append(self(func, *each, **named))
+            if formula is None:
+                rows.append(self(func, *each, **named))
+            else:
+                y = formula(*_unwrapped(each), **_unwrapped(named))
+                rows.append(each[0].copy_(y) if name.endswith("_") else y)
         return None if name.endswith("_") else rows
 
 
@@ -199,9 +260,18 @@ def _root(name: str, args: Any) -> Tensor | None:
     return args[0].copy_(y) if _in_place(name) else y
 
 
+def _unwrapped(x: Any) -> Any:
+    return tree_map(lambda y: y.t if isinstance(y, TracedFloat) else y, x)
+
+
+def _number_is_tensor(kwargs: Any) -> bool:
+    """torch takes a 0-d tensor for such a number, but not one with a graph."""
+    return any(isinstance(kwargs.get(name), Tensor) and kwargs[name].requires_grad for name in ("alpha", "value", "beta"))
+
+
 def _with_tensors(func: Any, name: str, args: Any, kwargs: Any) -> Any:
     """An operation that was given a TracedFloat, with its tensor instead."""
-    new, kw = tree_map(lambda x: x.t if isinstance(x, TracedFloat) else x, (args, kwargs))
+    new, kw = _unwrapped((args, kwargs))
     if func in _MADE_FROM:
         return _MADE_FROM[func](*new, **kw)
     formula = _FORMULAS.get(name.rstrip("_")) if not name.startswith("__") else None
@@ -219,8 +289,8 @@ def _plain(x: Any) -> Any:
 
 
 @contextmanager
-def tracing() -> Iterator[None]:
+def tracing(dtype: torch.dtype) -> Iterator[None]:
     """Operations in this context are recorded, whatever the code in it does to prevent that."""
     saved = torch.autograd.graph.saved_tensors_hooks(lambda x: x.clone(), lambda x: x)
-    with traced_math(), torch.enable_grad(), saved, Tracing():
+    with traced_math(), torch.enable_grad(), saved, Tracing(dtype):
         yield
