@@ -6,7 +6,6 @@ call, and a TorchFunctionMode promotes every other float tensor the moment an op
 
 from __future__ import annotations
 
-import copy
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -267,7 +266,7 @@ def _check_deterministic(run: _StockRun) -> None:
 
 def twin(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
     """The same stock optimizer on the same parameters, with groups and state of its own and without anybody's hooks."""
-    other = copy.copy(optimizer)
+    other = object.__new__(type(optimizer))  # copy.copy would write to its defaults
     other.__dict__ = {
         k: v for k, v in optimizer.__dict__.items() if k != "step"
     }  # schedulers wrap step on the instance

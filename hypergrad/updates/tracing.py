@@ -82,6 +82,11 @@ _MADE_FROM: dict[Any, Callable[..., Tensor]] = {
     Tensor.new_tensor: lambda x, value, **kw: _filled(x.new_zeros, (), value=value, dtype=x.dtype),
 }
 
+def _unbound(x: Tensor, dim: int = 0) -> tuple[Tensor, ...]:
+    """`unbind` as views that may be changed in place."""
+    return tuple(x.select(dim, i) for i in range(x.shape[dim]))
+
+
 _INSTEAD: dict[Any, Callable[..., Any]] = {
     torch._C._set_grad_enabled: lambda mode: None,
     Tensor.item: _item,
@@ -91,6 +96,9 @@ _INSTEAD: dict[Any, Callable[..., Any]] = {
     Tensor.requires_grad_: _same,
     Tensor.data.__get__: _same,  # type: ignore[attr-defined]
     Tensor.data.__set__: _set_data,  # type: ignore[attr-defined]
+    Tensor.unbind: _unbound,
+    torch.unbind: _unbound,
+    Tensor.__iter__: lambda x: iter(_unbound(x)),
     Tensor.tolist: _of_detached(Tensor.tolist),
     Tensor.numpy: _of_detached(Tensor.numpy),
     Tensor.__array__: _of_detached(Tensor.__array__),
