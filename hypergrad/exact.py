@@ -45,7 +45,7 @@ def hypergradient(
 
     Args:
         model: the module that is trained.
-        optimizer: a live `torch.optim` optimizer (SGD, Adam, AdamW, RMSprop) or a list of them.
+        optimizer: a live `torch.optim` optimizer, or a list of them; what runs is in docs/optimizers.md.
         loss: `loss(model, batch)` → scalar; `loss(model, batch, hypers)` where `hypers` is given.
         batches: one batch a step; K in all.
         val_loss: `val_loss()` → scalar, computed with the model's own parameters, deterministic; called as `val_loss(t)`,

@@ -37,7 +37,9 @@ class State:
     def equals(self, other: State) -> bool:
         """Bit for bit."""
         alike = self.counts == other.counts and self.slots.keys() == other.slots.keys() and same(self.rest, other.rest)
-        pairs = [(self.theta, other.theta), *((x, other.slots[name]) for name, x in self.slots.items())] if alike else []
+        pairs = (
+            [(self.theta, other.theta), *((x, other.slots[name]) for name, x in self.slots.items())] if alike else []
+        )
         return alike and all(torch.equal(a, b) for a, b in pairs)
 
     def like(self, theta: Tensor, slots: Tensors, active: Sequence[bool], rest: dict[int, Any]) -> State:
@@ -79,7 +81,9 @@ class Binding:
         rules: list[Any] = []
         for i, opt in enumerate(self.optimizers):
             rule = rule_of(opt)
-            own = self.fallbacks[i].rules() if rule is None else [rule.from_group(g, self.wrt) for g in opt.param_groups]
+            own = (
+                self.fallbacks[i].rules() if rule is None else [rule.from_group(g, self.wrt) for g in opt.param_groups]
+            )
             rules += own
         return rules
 

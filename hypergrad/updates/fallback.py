@@ -132,9 +132,9 @@ class Fallback:
 
     def _checked(self, outcome: Outcome) -> Outcome:
         """Raise where a step wrote to what none wrote to in the self-check: a replay would take the old value."""
-        if outcome.touched:
+        for name in sorted(outcome.written & self.names):
             raise NotImplementedError(
-                f"{type(self.optimizer).__name__} wrote to its hyperparameter `{min(outcome.touched)}` in a step: hypergrad took it "
+                f"{type(self.optimizer).__name__} wrote to its hyperparameter `{name}` in a step: hypergrad took it "
                 "for a constant."
             )
         return outcome

@@ -1,11 +1,11 @@
 """What an optimizer remembers, taken apart into numbers and the rest, and put together again as an optimizer of its own.
 
-    reals    floating tensors in `state`, `param_groups` and attributes, and Python floats there: by name, as
-             "state[3].exp_avg" or "group[0].d". Derivatives pass through them.
-    rest     everything else, the same structure with marks in the place of reals: integers, flags, step counters
-             (a tensor of one element called "step"), tensors of integers, None. Constants of a step.
-    values   hyperparameters: the floats (or tuples of them) in `param_groups` that a step leaves alone. They are marks in
-             `rest` too, and filled in anew for every step.
+reals    floating tensors in `state`, `param_groups` and attributes, and Python floats there: by name, as
+         "state[3].exp_avg" or "group[0].d". Derivatives pass through them.
+rest     everything else, the same structure with marks in the place of reals: integers, flags, step counters
+         (a tensor of one element called "step"), tensors of integers, None. Constants of a step.
+values   hyperparameters: the floats (or tuples of them) in `param_groups` that a step leaves alone. They are marks in
+         `rest` too, and filled in anew for every step.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-
 
 _NOT_ITS_OWN = frozenset({"step", "_opt_called", "grad_scale", "found_inf"})  # put there by schedulers and GradScaler
 _ELSEWHERE = frozenset({"state", "param_groups"})
@@ -147,7 +146,7 @@ def put_together(
         if x.kind == "real":
             return reals[x.key]
         value = values(*x.key)
-        return value if x.like is None or not type(value) is float else torch.full_like(x.like, value)
+        return value if x.like is None or type(value) is not float else torch.full_like(x.like, value)
 
     optimizer = object.__new__(cls)
     vars(optimizer).update({name: OrderedDict() for name in rest["hooks"]})

@@ -56,7 +56,7 @@ class Inputs:
 class Outcome:
     params: list[Tensor]
     memory: Memory
-    touched: set[str]  # hyperparameters that the step wrote to
+    written: set[str]  # names in param_groups that the step wrote to
 
 
 def take(inputs: Inputs) -> Outcome:
@@ -79,10 +79,12 @@ def _taken(inputs: Inputs) -> Outcome:
         p.grad = None if g is None else g.detach().clone()
     reals = {k: x.detach().clone() if isinstance(x, Tensor) else x for k, x in inputs.memory.reals.items()}
     outcome = _run(inputs, params, reals, dict(inputs.values))
-    return Outcome([p.detach() for p in outcome.params], outcome.memory, outcome.touched)
+    return Outcome([p.detach() for p in outcome.params], outcome.memory, outcome.written)
 
 
-def _run(inputs: Inputs, params: list[Any], reals: Mapping[str, Any], values: Mapping[Any, Any], **flags: Any) -> Outcome:
+def _run(
+    inputs: Inputs, params: list[Any], reals: Mapping[str, Any], values: Mapping[Any, Any], **flags: Any
+) -> Outcome:
     optimizer = put_together(inputs.cls, inputs.memory.rest, params, reals, lambda g, name: values[g, name])
     for place in (*optimizer.param_groups, vars(optimizer)):
         place.update({k: x for k, x in flags.items() if k in place})
@@ -90,8 +92,8 @@ def _run(inputs: Inputs, params: list[Any], reals: Mapping[str, Any], values: Ma
     step: Callable[..., Any] = inputs.cls.step
     step = step.__wrapped__ if getattr(step, "hooked", False) else step  # without hooks for all optimizers
     step(optimizer)
-    touched = set().union(*(group.written for group in groups)) & set(inputs.names)
-    return Outcome(params, take_apart(optimizer, inputs.names), touched)
+    written = set().union(*(group.written for group in groups))
+    return Outcome(params, take_apart(optimizer, inputs.names), written)
 
 
 class _Watched(dict):  # type: ignore[type-arg]

@@ -34,7 +34,8 @@ CHECKED_AT = (0, 1, 7)  # steps of the small run
 LARGEST = 4  # of a dimension of the small parameters
 
 Names = frozenset[str]
-_KNOWN: dict[Any, Names] = {}
+_KNOWN: dict[Any, Names] = {}  # what was checked and found right
+_WRITTEN: dict[type, Names] = {}  # names in param_groups that a step of this class writes to
 
 
 def hyperparameters_of(optimizer: torch.optim.Optimizer, tuned: Names) -> Names:
@@ -44,9 +45,10 @@ def hyperparameters_of(optimizer: torch.optim.Optimizer, tuned: Names) -> Names:
         NotImplementedError: where a derivative is lost, with the name of the channel.
     """
     key = _key(optimizer, tuned)
-    if key not in _KNOWN:
-        _KNOWN[key] = _checked(optimizer, tuned)
-    return _KNOWN[key]
+    if key in _KNOWN:
+        return _KNOWN[key]
+    names = _checked(optimizer, tuned)
+    return _KNOWN.setdefault(_key(optimizer, tuned), names)
 
 
 def candidates(optimizer: torch.optim.Optimizer, tuned: Names) -> Names:
@@ -55,10 +57,12 @@ def candidates(optimizer: torch.optim.Optimizer, tuned: Names) -> Names:
     for name in {name for group in optimizer.param_groups for name in group}:
         column = [group[name] for group in optimizer.param_groups if name in group]
         many = len(parts(name))
-        numbers = all(x is None or type(x) is int or _is_number(x) for x in column)
-        if many > 1 and all(_is_tuple(x, many) for x in column):
-            found.add(name)
-        elif many == 1 and numbers and (name in tuned or any(map(_is_number, column))):
+        if many > 1:
+            fits = all(_is_tuple(x, many) for x in column)
+        else:
+            numbers = all(x is None or type(x) is int or _is_number(x) for x in column)
+            fits = numbers and (name in tuned or any(map(_is_number, column)))
+        if fits:
             found.add(name)
     return frozenset(found)
 
@@ -78,15 +82,21 @@ def _is_tuple(x: Any, n: int) -> bool:
 
 def _key(optimizer: torch.optim.Optimizer, tuned: Names) -> Any:
     """Class, flags, what is tuned, and the layout of parameters and state."""
-    names = candidates(optimizer, tuned)
-    memory = take_apart(optimizer, names)
-    flags = [
-        sorted((k, repr(x) if isinstance(x, (bool, int, str)) and k != "step" else type(x).__name__) for k, x in g.items())
-        for g in optimizer.param_groups
-    ]
-    zero = [[(name, not group.get(name)) for name in sorted(tuned & names)] for group in optimizer.param_groups]
-    layout = [[tuple(p.shape) for p in group["params"]] for group in optimizer.param_groups]
-    return type(optimizer), tuned, str(flags), str(zero), str(layout), frozenset(memory.reals)
+    names, groups = candidates(optimizer, tuned), optimizer.param_groups
+    written = _WRITTEN.get(type(optimizer), frozenset())
+    flags = [_flags(place, written) for place in (*groups, vars(optimizer))]
+    zero = [[name for name in sorted(tuned & names) if not group.get(name)] for group in groups]
+    layout = [[tuple(p.shape) for p in group["params"]] for group in groups]
+    reals = sorted(take_apart(optimizer, names).reals)
+    return type(optimizer), tuned, str((flags, zero, layout, reals))
+
+
+def _flags(place: Mapping[str, Any], written: Names) -> list[tuple[str, str]]:
+    """The values of flags, the types of all else. What a step writes to is no flag."""
+    plain = (bool, int, str, type(None))
+    return sorted(
+        (k, repr(x) if isinstance(x, plain) else type(x).__name__) for k, x in place.items() if k not in written
+    )
 
 
 def _checked(optimizer: torch.optim.Optimizer, tuned: Names) -> Names:
@@ -108,18 +118,18 @@ class _Lost(Exception):
 def _check(optimizer: torch.optim.Optimizer, tuned: Names) -> Names:
     random = torch.Generator().manual_seed(0)
     inputs = _small(optimizer, candidates(optimizer, tuned), random)
-    touched: set[str] = set()
+    written: set[str] = set()
     with _in_float64(inputs.params[0].device):
         probe = inputs
         for _ in range(CHECKED_AT[-1] + 1):  # which names does it write to?
             probe = _gradients(probe, random)
             outcome = take_unrounded(probe)
-            touched |= outcome.touched
+            written |= outcome.written
             probe = replace(probe, params=outcome.params, memory=outcome.memory)
-        if touched & tuned:
-            name = sorted(touched & tuned)[0]
-            raise _Lost(f"`{name}` is state rather than a hyperparameter: a step writes to it. Take it out of the list.")
-        inputs = _small(optimizer, inputs.names - touched, random)
+        _WRITTEN[type(optimizer)] = frozenset(written) | _WRITTEN.get(type(optimizer), frozenset())
+        for name in sorted(written & tuned):
+            raise _Lost(f"`{name}` is state rather than a hyperparameter: a step writes to it. Leave it out.")
+        inputs = _small(optimizer, inputs.names - written, random)
         seen = _Seen()
         for t in range(CHECKED_AT[-1] + 1):
             inputs = _gradients(inputs, random)

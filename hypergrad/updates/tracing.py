@@ -82,6 +82,7 @@ _MADE_FROM: dict[Any, Callable[..., Tensor]] = {
     Tensor.new_tensor: lambda x, value, **kw: _filled(x.new_zeros, (), value=value, dtype=x.dtype),
 }
 
+
 def _unbound(x: Tensor, dim: int = 0) -> tuple[Tensor, ...]:
     """`unbind` as views that may be changed in place."""
     return tuple(x.select(dim, i) for i in range(x.shape[dim]))
@@ -274,7 +275,9 @@ def _unwrapped(x: Any) -> Any:
 
 def _number_is_tensor(kwargs: Any) -> bool:
     """torch takes a 0-d tensor for such a number, but not one with a graph."""
-    return any(isinstance(kwargs.get(name), Tensor) and kwargs[name].requires_grad for name in ("alpha", "value", "beta"))
+    return any(
+        isinstance(kwargs.get(name), Tensor) and kwargs[name].requires_grad for name in ("alpha", "value", "beta")
+    )
 
 
 def _with_tensors(func: Any, name: str, args: Any, kwargs: Any) -> Any:

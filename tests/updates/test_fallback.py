@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,10 +44,9 @@ def no_rules(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def double() -> Iterator[None]:
+def double() -> None:
     """torch.optim keeps some numbers in the default dtype; conftest puts it back."""
     torch.set_default_dtype(torch.float64)
-    yield
 
 
 @dataclass(frozen=True)
@@ -166,11 +164,17 @@ def problem(optimizer: Any) -> tuple[nn.Module, torch.optim.Optimizer, dict[str,
     def loss(model: nn.Module, batch: Any) -> Tensor:
         return ((model(batch[0]) - batch[1]) ** 2).mean()
 
-    return model, optimizer(model.parameters()), {"loss": loss, "batches": batches, "val_loss": lambda: loss(model, batches[0])}
+    return (
+        model,
+        optimizer(model.parameters()),
+        {"loss": loss, "batches": batches, "val_loss": lambda: loss(model, batches[0])},
+    )
 
 
 def everything(model: nn.Module, optimizer: torch.optim.Optimizer) -> Any:
-    return copy.deepcopy((model.state_dict(), [p.grad for p in model.parameters()], optimizer.state_dict(), optimizer.defaults))
+    return copy.deepcopy(
+        (model.state_dict(), [p.grad for p in model.parameters()], optimizer.state_dict(), optimizer.defaults)
+    )
 
 
 def assert_unchanged(before: Any, now: Any) -> None:
@@ -268,7 +272,7 @@ def test_a_momentum_that_begins_at_zero_is_refused() -> None:
                     p.sub_(d, alpha=group["lr"])
 
     model, optimizer, arguments = problem(lambda p: Buffered(p, "", momentum=0.0))
-    with pytest.raises(NotImplementedError, match="depends on whether a hyperparameter is 0.*start it at a value above 0"):
+    with pytest.raises(NotImplementedError, match=r"whether a hyperparameter is 0.*start it at a value above 0"):
         hypergrad.hypergradient(model, optimizer, wrt=("lr", "momentum"), **arguments)
     assert hypergrad.check(model, optimizer, wrt=("lr",), **arguments)
 
