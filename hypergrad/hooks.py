@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -39,9 +40,9 @@ def _detach(handles: Sequence[Any], optimizers: Sequence[weakref.ref[Any]]) -> N
 
 
 def _calling(me: weakref.ref[Any], method: str, i: int) -> Callable[..., None]:
-    def hook(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def hook(optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         tuner = me()
-        if tuner is None:
+        if tuner is None or _within_its_own_step(optimizer):
             return
         if any(callable(x) for x in (*args[1:], kwargs.get("closure"))):
             raise NotImplementedError(
@@ -51,3 +52,12 @@ def _calling(me: weakref.ref[Any], method: str, i: int) -> Callable[..., None]:
             getattr(tuner, method)(i)
 
     return hook
+
+
+def _within_its_own_step(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether a step of this optimizer has called another one: torch runs the hooks of `super().step()` too."""
+    code, frame, found = getattr(type(optimizer).step, "__code__", None), sys._getframe(), 0
+    while frame is not None:
+        found += frame.f_code is code and frame.f_locals.get("self") is optimizer
+        frame = frame.f_back
+    return found > 1

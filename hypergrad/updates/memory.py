@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict, defaultdict, deque
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,7 +44,7 @@ def label(name: str) -> str:
     return name.rsplit(".", 1)[-1]
 
 
-def take_apart(optimizer: torch.optim.Optimizer, values: Collection[str]) -> Memory:
+def take_apart(optimizer: torch.optim.Optimizer, values: frozenset[str]) -> Memory:
     """An optimizer's memory. Reals are its own tensors, constants are copies.
 
     Args:
@@ -74,7 +74,7 @@ def _hooks(name: str) -> bool:
     return name.startswith("_optimizer_") and name.endswith("_hooks")
 
 
-def _group(group: Mapping[str, Any], g: int, values: Collection[str], walk: _Walk) -> dict[str, Any]:
+def _group(group: Mapping[str, Any], g: int, values: frozenset[str], walk: _Walk) -> dict[str, Any]:
     marks = {k: Mark("value", (g, k), like=x if isinstance(x, Tensor) else None) for k, x in group.items()}
     return {k: marks[k] if k in values else walk(x, f"group[{g}].{k}") for k, x in group.items()}
 
@@ -195,7 +195,7 @@ def marks_of(rest: Any) -> dict[str, Mark]:
     return found
 
 
-def write_back(optimizer: torch.optim.Optimizer, memory: Memory, values: Collection[str]) -> None:
+def write_back(optimizer: torch.optim.Optimizer, memory: Memory, values: frozenset[str]) -> None:
     """Write a memory into a live optimizer; in place where it holds a tensor of that shape."""
     groups = optimizer.param_groups
     params = [p for group in groups for p in group["params"]]
@@ -214,7 +214,11 @@ def write_back(optimizer: torch.optim.Optimizer, memory: Memory, values: Collect
     for p in set(optimizer.state) - set(twin.state):
         del optimizer.state[p]
     for group, new in zip(groups, twin.param_groups, strict=True):
+        for k in group.keys() - new.keys():
+            del group[k]
         group.update({k: x for k, x in new.items() if k not in ("params", *values)})
     for k, x in memory.rest["attributes"].items():
         if marks_of({"state": x, "groups": (), "attributes": ()}) or not same(x, now.rest["attributes"].get(k)):
             vars(optimizer)[k] = vars(twin)[k]
+    for k in now.rest["attributes"].keys() - memory.rest["attributes"].keys():
+        del vars(optimizer)[k]

@@ -44,11 +44,11 @@ class Inputs:
     grads: Sequence[Tensor | None]
     memory: Memory
     values: Mapping[tuple[int, str], Any]
-    names: Collection[str]
+    names: frozenset[str]
 
     def like(self, x: Tensor, i: int) -> Tensor:
         """x with the attributes of live parameter i."""
-        x.__dict__.update(self.live[i].__dict__)
+        vars(x).update(vars(self.live[i]))
         return x
 
 
@@ -88,7 +88,8 @@ def _run(
     optimizer = put_together(inputs.cls, inputs.memory.rest, params, reals, lambda g, name: values[g, name])
     for place in (*optimizer.param_groups, vars(optimizer)):
         place.update({k: x for k, x in flags.items() if k in place})
-    groups = optimizer.param_groups = [_Watched(group) for group in optimizer.param_groups]
+    groups = [_Watched(group) for group in optimizer.param_groups]
+    optimizer.param_groups = list[dict[str, Any]](groups)
     step: Callable[..., Any] = inputs.cls.step
     step = step.__wrapped__ if getattr(step, "hooked", False) else step  # without hooks for all optimizers
     step(optimizer)

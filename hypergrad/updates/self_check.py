@@ -229,7 +229,7 @@ class _Channel:
 
 
 def _channels(inputs: Inputs, traced: Traced, tuned: Names, random: torch.Generator) -> list[_Channel]:
-    groups: dict[tuple[str, Any], list[Key]] = {}
+    groups: dict[Key, list[Key]] = {}
     for key in traced.inputs:
         kind = key if key[0] == "value" else (key[0], label(key[1]) if key[0] == "real" else None)
         groups.setdefault(kind, []).append(key)

@@ -240,7 +240,7 @@ class Tracing(Promoted):
         """A `torch._foreach` operation, tensor by tensor."""
         n = next(len(x) for x in args if isinstance(x, (list, tuple)))
         formula = _OF_LISTS.get(name.rstrip("_"))
-        func = getattr(Tensor, name, None) if isinstance(args[0], (list, tuple)) else getattr(torch, name)
+        func: Any = getattr(Tensor, name, None) if isinstance(args[0], (list, tuple)) else getattr(torch, name)
         rows = []
         for i in range(n):
             each = [x[i] if isinstance(x, (list, tuple)) else x for x in args]
