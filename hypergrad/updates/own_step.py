@@ -176,7 +176,8 @@ def trace(inputs: Inputs, tuned: Collection[str]) -> tuple[Traced, Outcome]:
     for i, (p, g) in enumerate(zip(inputs.params, inputs.grads, strict=True)):
         params.append(inputs.like(p.detach().clone() if g is None else leaf(("param", i), p), i))
         params[i].grad = None if g is None else leaf(("grad", i), g)
-    reals = {name: leaf(("real", name), x) for name, x in inputs.memory.reals.items()}
+    wide = params[0].dtype  # state of a lower precision is widened: see tracing.py on casts
+    reals = {name: leaf(("real", name), _at_least(x, wide)) for name, x in inputs.memory.reals.items()}
     values = dict(inputs.values)
     for (g, name), x in inputs.values.items():
         if name in tuned and x is not None:
@@ -184,11 +185,15 @@ def trace(inputs: Inputs, tuned: Collection[str]) -> tuple[Traced, Outcome]:
             new = [leaf(("value", g, name, j), y, True) for j, y in enumerate(x if many else (x,))]
             values[g, name] = tuple(new) if many else new[0]
     device = params[0].device
-    with torch.random.fork_rng([device] if device.type == "cuda" else []), tracing(params[0].dtype):
+    with torch.random.fork_rng([device] if device.type == "cuda" else []), tracing(wide):
         outcome = _run(inputs, params, reals, values, **_PLAIN_KERNELS)
     outputs = {("param", i): p for i, p in enumerate(outcome.params)}
     outputs |= {("real", name): _tensor(x) for name, x in outcome.memory.reals.items()}
     return Traced(leaves, outputs), outcome
+
+
+def _at_least(x: Any, dtype: torch.dtype) -> Any:
+    return x.to(torch.promote_types(x.dtype, dtype)) if isinstance(x, Tensor) else x
 
 
 def _tensor(x: Any) -> Tensor:

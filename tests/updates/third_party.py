@@ -59,7 +59,9 @@ THIRD_PARTY: dict[str, Foreign] = {
     "AdaPNM": _row("AdaPNM", _DECAY | {"eps": 1e-2}, (*_OF_DECAY, "eps")),
     "AdaBound": _row("AdaBound", _ADAM, (*_OF_ADAM, "final_lr", "gamma")),
     # 1e15 times gradients that are exactly 0: its derivative at a dead unit is ill-conditioned
-    "AdaFactor": Foreign("pytorch_optimizer", "AdaFactor", _DECAY, _OF_DECAY, problem="ridge"),
+    "AdaFactor": Foreign(
+        "pytorch_optimizer", "AdaFactor", _DECAY | {"momentum_dtype": torch.float64}, _OF_DECAY, problem="ridge"
+    ),
     "Adan": _row("Adan", _DECAY | {"eps": 1e-2}, (*_OF_DECAY, "eps")),
     "AdEMAMix": _row("AdEMAMix", _DECAY | {"eps": 1e-2}, (*_OF_DECAY, "eps")),
     "ADOPT": _row("ADOPT", _ADAM, _OF_ADAM),
