@@ -58,8 +58,9 @@ def _check_minimum_depends_on(stretch: Stretch) -> None:
     for rule, wd in zip(stretch.transition.rules, decays, strict=False):
         if getattr(rule, "decoupled", False) and (wd or "weight_decay" in stretch.directions.wrt):
             raise NotImplementedError(
-                "mode='implicit' cannot handle decoupled weight decay (AdamW), or that of an optimizer without an update rule: its "
-                "fixed point need not be a minimum of the loss plus a penalty. Use torch.optim.Adam (coupled decay), mode='unrolled', or look_back=5."
+                "mode='implicit' cannot handle decoupled weight decay (AdamW), or that of an optimizer without an update rule: "
+                "its fixed point need not be a minimum of the loss plus a penalty. Use torch.optim.Adam (coupled decay), "
+                "mode='unrolled', or look_back=5."
             )
 
 
