@@ -84,6 +84,11 @@ class Coordinates:
         self.moving, self.tuned = moving, self.directions.subset(moving)
         return True
 
+    def settled(self) -> bool:
+        """Whether no learning rate that is tuned at present is on its way up (see Descent.climbing)."""
+        climbing = self.descent.climbing(self.phi)
+        return not any(bool(climbing[j]) for j in self.moving)
+
     def _first_value(self, entry: Entry, spec: Mapping[str, Hyperparameter], found: Any) -> float | None:
         if entry.group is None:
             return float(self.hypers[entry.name].detach()[entry.index])
@@ -132,7 +137,7 @@ class Coordinates:
         """Places among the numbers tuned at present of those of this name."""
         return [k for k, j in enumerate(self.moving) if self.entries[j].name == name]
 
-    def step(self, gradient: Tensor, too_high: Tensor | None = None, newton: float | None = None) -> None:
+    def step(self, gradient: Tensor, too_high: Tensor | None = None, newton: Tensor | None = None) -> None:
         """One step down `gradient` [k] (dL/dφ), of the numbers that are tuned at present.
 
         Two products are kept while one factor moves for a reason of its own: lr·wd, which is what decays the weights, while
@@ -176,8 +181,13 @@ class Coordinates:
         """Multiply the values of one positive hyperparameter; forget its momentum. False if it is not tuned."""
         mine = torch.tensor([entry.name == name for entry in self.entries])
         self.move(torch.where(mine, self.phi + torch.tensor(factor).log(), self.phi))
-        self.descent.turn(mine)
+        self.descent.turn(mine, factor)
         return bool(mine.any())
+
+    def cap(self, name: str, factor: float) -> None:
+        """The ceiling of the numbers of this name, `factor` times what they are."""
+        mine = torch.tensor([entry.name == name for entry in self.entries])
+        self.descent.cap(mine, self.phi + math.log(factor))
 
     def scale_number(self, j: int, factor: float) -> None:
         """Multiply the value of one positive number."""
@@ -204,12 +214,14 @@ class Coordinates:
             "descent": self.descent.state_dict(),
             "low": self.low.clone(),
             "high": self.high.clone(),
+            "moving": list(self.moving),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.phi, self.value = state["phi"].clone(), state["value"].clone()
         self.descent.load_state_dict(state["descent"])
         self.low, self.high = state["low"].clone(), state["high"].clone()
+        self.tune_only({self.entries[j].name for j in state["moving"]})
         self.write_hypers()
 
 

@@ -21,6 +21,7 @@ from hypergrad.updates.binding import State, Values
 from hypergrad.updates.transition import Tangent
 from hypergrad.warm_start import LEAST, MOST, WarmStart, largest_momentum, sensible
 
+IN_WARM = True
 if TYPE_CHECKING:
     from hypergrad.windows import Windows
 
@@ -121,11 +122,13 @@ class Ride:
         if pending is None or seen is None:
             return
         doubtful = self.guard.doubts(float(pending.loss) / pending.scale)  # the step will be passed over, lr stays
-        factor = 1.0 if doubtful else self.warm.look(*seen)
+        z, g, hz = seen
+        factor = 1.0 if doubtful else self.warm.look(z.sum(0), g, hz.sum(0))
         now = self.live.shape(self.t) if self.warm.active else 1.0
         self.coordinates.scale("lr", factor * self.live.shape(self.t - 1) / now)
         if not self.warm.active:
             self.warm.sizes_decay = True
+            self.tangents.along = self.tangents.along if IN_WARM else None
             names = [f"{x:.3g}" for e, x in zip(self.coordinates.entries, self.coordinates.value) if e.name == "lr"]
             self.journal.note(
                 self.t, f"lr starts from {', '.join(names)}: slope and curvature along the first steps.", warn=False
@@ -193,6 +196,7 @@ class Ride:
         if verdict in ("false alarm", "bad data"):
             self.stats["false_alarms"] += 1
             self.coordinates.scale("lr", LR_CUT)
+            self.coordinates.cap("lr", math.inf)
         if verdict == "false alarm":
             return True
         if verdict == "good":
@@ -216,6 +220,7 @@ class Ride:
         else:
             self.stats["rollbacks"] += 1
             cut = self.coordinates.scale("lr", 1 / LR_CUT)
+            self.coordinates.cap("lr", LR_CUT**0.5)
             then = f"lr divided by {LR_CUT:g}" if cut else "lr is not tuned and stays: if this goes on, lower it"
             self.tangents.forget()
             self.tangents.average = None
@@ -239,7 +244,7 @@ class Ride:
         self.void = False
         self.t += 1
         self.stats |= {"steps": self.t, **self.tangents.counts}
-        if self.mode == "forward" and self.t % self.every == 0:
+        if self.mode == "forward" and self.t % self.every == 0 and (IN_WARM or not self.warm.active):
             self.hyper.take(self.t)
         if self.choose_what_is_tuned():
             moving = (self.coordinates.entries[j].name for j in self.coordinates.moving)
@@ -250,7 +255,8 @@ class Ride:
 
     def choose_what_is_tuned(self) -> bool:
         """Tune what is tuned after so many steps. True where that is a change."""
-        return self.coordinates.tune_only(tuned_at(self.t, self.total, self.coordinates.directions.wrt))
+        names, settled = self.coordinates.directions.wrt, self.coordinates.settled()
+        return self.coordinates.tune_only(tuned_at(self.t, self.total, names, settled))
 
     def _count_unknown(self, plain: bool) -> None:
         if plain:
