@@ -11,7 +11,7 @@ from collections.abc import Collection
 
 WARMUP_SHARE = 0.01  # of the steps
 STEP_SHARE = 0.3  # of the steps, in which lr, momentum, betas, … are tuned,
-LONGEST_SHARE = 0.6  # or so much where lr is still on the move
+LONGEST_SHARE = 0.8  # or so much where lr is still on the move
 SETTLED_SHARE = 0.9  # of the steps, after which nothing is tuned: lr is small, and there is nothing left to win
 STEP_NAMES = frozenset({"lr", "momentum", "dampening", "betas", "alpha", "eps"})
 
