@@ -21,7 +21,6 @@ from hypergrad.updates.binding import State, Values
 from hypergrad.updates.transition import Tangent
 from hypergrad.warm_start import LEAST, MOST, WarmStart, largest_momentum, sensible
 
-IN_WARM = True
 if TYPE_CHECKING:
     from hypergrad.windows import Windows
 
@@ -128,7 +127,6 @@ class Ride:
         self.coordinates.scale("lr", factor * self.live.shape(self.t - 1) / now)
         if not self.warm.active:
             self.warm.sizes_decay = True
-            self.tangents.along = self.tangents.along if IN_WARM else None
             names = [f"{x:.3g}" for e, x in zip(self.coordinates.entries, self.coordinates.value) if e.name == "lr"]
             self.journal.note(
                 self.t, f"lr starts from {', '.join(names)}: slope and curvature along the first steps.", warn=False
@@ -244,7 +242,7 @@ class Ride:
         self.void = False
         self.t += 1
         self.stats |= {"steps": self.t, **self.tangents.counts}
-        if self.mode == "forward" and self.t % self.every == 0 and (IN_WARM or not self.warm.active):
+        if self.mode == "forward" and self.t % self.every == 0:
             self.hyper.take(self.t)
         if self.choose_what_is_tuned():
             moving = (self.coordinates.entries[j].name for j in self.coordinates.moving)
