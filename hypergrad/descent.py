@@ -116,8 +116,8 @@ class Descent:
         self.m, self.mean = torch.where(mine, 0, self.m), torch.where(mine, factor * self.mean, self.mean)
 
     def cap(self, mine: Tensor, ceiling: Tensor) -> None:
-        """The ceiling of these numbers, for now."""
-        self.ceiling = torch.where(mine, ceiling, self.ceiling)
+        """The ceiling of these numbers, which rises from now on as after chaos."""
+        self.ceiling, self.calm = torch.where(mine, ceiling, self.ceiling), torch.where(mine, 0, self.calm)
 
     def forget(self, j: int) -> None:
         """Number j starts anew."""
