@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import torch
 
 from hypergrad.updates.adam import Adam
@@ -9,7 +11,8 @@ from hypergrad.updates.rmsprop import RMSprop
 from hypergrad.updates.rule import UpdateRule
 from hypergrad.updates.sgd import SGD
 
-RULES: dict[type[torch.optim.Optimizer], type[UpdateRule]] = {
+# A class of another package stands here by its dotted name, so that it is not imported: a live instance shows that it is.
+RULES: dict[type[torch.optim.Optimizer] | str, type[UpdateRule]] = {
     torch.optim.SGD: SGD,
     torch.optim.Adam: Adam,
     torch.optim.AdamW: Adam,
@@ -19,11 +22,21 @@ RULES: dict[type[torch.optim.Optimizer], type[UpdateRule]] = {
 
 def rule_of(optimizer: torch.optim.Optimizer) -> type[UpdateRule]:
     """The rule of a live optimizer: that of its class, or of a base class whose `step` it inherits unchanged."""
+    rules = {_imported(key): rule for key, rule in RULES.items()}
     for cls in type(optimizer).__mro__:
-        if cls in RULES and type(optimizer).step is cls.step:
-            return RULES[cls]
-    known = ", ".join(cls.__name__ for cls in RULES)
+        if cls in rules and type(optimizer).step is cls.step:
+            return rules[cls]
+    known = ", ".join(key.__name__ for key in RULES if not isinstance(key, str))
+    others = " or ".join(key for key in RULES if isinstance(key, str))
     raise NotImplementedError(
         f"no update rule for {type(optimizer).__module__}.{type(optimizer).__name__}: pass an instance of one of "
-        f"torch.optim's {known}, or a subclass that does not override step()."
+        f"torch.optim's {known}, of {others}, or of a subclass that does not override step()."
     )
+
+
+def _imported(key: type | str) -> type | None:
+    """The class of a row of RULES; None where it is named and nobody has imported its module."""
+    if not isinstance(key, str):
+        return key
+    module, _, name = key.rpartition(".")
+    return getattr(sys.modules.get(module), name, None)
