@@ -137,6 +137,10 @@ class Tuner:
             raise NotImplementedError(
                 "a clipping threshold cannot be tuned online: use hypergrad.hypergradient for it."
             )
+        if "initial_accumulator_value" in written:
+            raise NotImplementedError(
+                "initial_accumulator_value acts before the first step alone: use hypergrad.hypergradient for it."
+            )
         check_free(self.optimizers)
         if scaler is not None and not hasattr(scaler, "get_scale"):
             raise TypeError(f"scaler must be a torch.amp.GradScaler, got {type(scaler).__name__}.")

@@ -24,11 +24,13 @@ class Row:
     wrt: tuple[str, ...]
 
     def make(self, groups: list[list[Tensor]]) -> torch.optim.Optimizer:
-        numbers = [self.first, self.first | self.second]
-        return self.cls([{"params": g, **n} for g, n in zip(groups, numbers, strict=True)])
+        numbers: list[dict[str, Any]] = [{}, self.second]
+        return self.cls([{"params": g, **n} for g, n in zip(groups, numbers, strict=True)], **self.first)
 
 
 SGD, ADAM, ADAMW, RMSPROP = torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW, torch.optim.RMSprop
+ADAGRAD, ADAMAX, ADADELTA = torch.optim.Adagrad, torch.optim.Adamax, torch.optim.Adadelta
+NADAM, RADAM = torch.optim.NAdam, torch.optim.RAdam
 _SGD = {"lr": 0.2, "weight_decay": 0.02, "momentum": 0.8}
 _SGD2 = {"lr": 0.1, "weight_decay": 0.05, "momentum": 0.6}
 _ADAM = {"lr": 0.02, "weight_decay": 0.02, "betas": (0.8, 0.9), "eps": 1e-2}
@@ -39,6 +41,16 @@ _OF_SGD = ("lr", "weight_decay", "momentum", "dampening")
 _OF_ADAM = ("lr", "weight_decay", "betas", "eps")
 _OF_RMS = ("lr", "weight_decay", "alpha", "eps")
 _NO_DECAY = {"weight_decay": 0.0}  # torch's default; also the second group's
+_ADAGRAD = {"lr": 0.1, "weight_decay": 0.02, "lr_decay": 0.1, "eps": 1e-2, "initial_accumulator_value": 0.05}
+_ADAGRAD2 = {"lr": 0.05, "weight_decay": 0.05, "lr_decay": 0.2}
+_ADADELTA = {"lr": 0.5, "weight_decay": 0.02, "rho": 0.8, "eps": 1e-2}
+_ADADELTA2 = {"lr": 1.0, "weight_decay": 0.05, "rho": 0.9}
+_NADAM = {**_ADAM, "momentum_decay": 0.1}
+_NADAM2 = {**_ADAM2, "momentum_decay": 0.3}
+_DECOUPLED = {"decoupled_weight_decay": True}
+_OF_ADAGRAD = ("lr", "weight_decay", "lr_decay", "eps", "initial_accumulator_value")
+_OF_ADADELTA = ("lr", "weight_decay", "rho", "eps")
+_OF_NADAM = (*_OF_ADAM, "momentum_decay")
 
 OPTIMIZERS: dict[str, Row] = {
     "sgd": Row(SGD, {"lr": 0.2, "weight_decay": 0.02}, {"lr": 0.1}, ("lr", "weight_decay")),
@@ -62,6 +74,23 @@ OPTIMIZERS: dict[str, Row] = {
         RMSPROP, _RMS | {"centered": True, "momentum": 0.7}, _RMS2 | {"momentum": 0.5}, (*_OF_RMS, "momentum")
     ),
     "rmsprop_maximize": Row(RMSPROP, _RMS | {"maximize": True}, _RMS2, _OF_RMS),
+    "adagrad": Row(ADAGRAD, _ADAGRAD, _ADAGRAD2, _OF_ADAGRAD),
+    "adagrad_at_zero": Row(ADAGRAD, _ADAGRAD | _NO_DECAY | {"lr_decay": 0.0}, _ADAGRAD2 | _NO_DECAY, _OF_ADAGRAD),
+    "adagrad_maximize": Row(ADAGRAD, _ADAGRAD | {"maximize": True}, _ADAGRAD2, _OF_ADAGRAD),
+    "adamax": Row(ADAMAX, _ADAM, _ADAM2, _OF_ADAM),
+    "adamax_at_zero": Row(ADAMAX, _ADAM | _NO_DECAY, _ADAM2 | _NO_DECAY, _OF_ADAM),
+    "adamax_maximize": Row(ADAMAX, _ADAM | {"maximize": True}, _ADAM2, _OF_ADAM),
+    "nadam": Row(NADAM, _NADAM, _NADAM2, _OF_NADAM),
+    "nadam_at_zero": Row(NADAM, _NADAM | _NO_DECAY | {"momentum_decay": 0.0}, _ADAM2 | _NO_DECAY, _OF_NADAM),
+    "nadam_decoupled": Row(NADAM, _NADAM | _DECOUPLED, _NADAM2, _OF_NADAM),
+    "nadam_maximize": Row(NADAM, _NADAM | {"maximize": True}, _NADAM2, _OF_NADAM),
+    "radam": Row(RADAM, _ADAM, _ADAM2, _OF_ADAM),  # rectified from step 6 on
+    "radam_at_zero": Row(RADAM, _ADAM | _NO_DECAY, _ADAM2 | _NO_DECAY, _OF_ADAM),
+    "radam_decoupled": Row(RADAM, _ADAM | _DECOUPLED, _ADAM2, _OF_ADAM),
+    "radam_maximize": Row(RADAM, _ADAM | {"maximize": True}, _ADAM2, _OF_ADAM),
+    "adadelta": Row(ADADELTA, _ADADELTA, _ADADELTA2, _OF_ADADELTA),
+    "adadelta_at_zero": Row(ADADELTA, _ADADELTA | _NO_DECAY, _ADADELTA2 | _NO_DECAY, _OF_ADADELTA),
+    "adadelta_maximize": Row(ADADELTA, _ADADELTA | {"maximize": True}, _ADADELTA2, _OF_ADADELTA),
 }
 # Not in the case table: torch's default eps, for the traps around gradients that are exactly 0.
 AT_DEFAULT_EPS: dict[str, Row] = {
@@ -70,9 +99,19 @@ AT_DEFAULT_EPS: dict[str, Row] = {
     "rmsprop_default_eps": Row(RMSPROP, _RMS | {"eps": 1e-8}, _RMS2, ("lr", "weight_decay", "alpha")),
     "adam_at_zero_default_eps": Row(ADAM, _ADAM | _NO_DECAY | {"eps": 1e-8}, _ADAM2 | _NO_DECAY, ("lr", "betas")),
     "adam_at_zero_small_eps": Row(ADAM, _ADAM | _NO_DECAY | {"eps": 1e-3}, _ADAM2 | _NO_DECAY, ("weight_decay",)),
+    "adagrad_default_eps": Row(
+        ADAGRAD, {"lr": 0.02, "weight_decay": 0.02}, {"lr": 0.01}, ("lr", "weight_decay", "lr_decay")
+    ),
+    "adamax_default_eps": Row(ADAMAX, _ADAM | {"eps": 1e-8}, _ADAM2, ("lr", "weight_decay", "betas")),
+    "nadam_default_eps": Row(NADAM, _NADAM | {"eps": 1e-8}, _NADAM2, ("lr", "weight_decay", "betas")),
+    "radam_default_eps": Row(RADAM, _ADAM | {"eps": 1e-8}, _ADAM2, ("lr", "weight_decay", "betas")),
+    "adagrad_at_zero_small_eps": Row(ADAGRAD, {"lr": 0.02, "eps": 1e-3}, {"lr": 0.01}, ("weight_decay",)),
+    "nadam_at_zero_small_eps": Row(NADAM, _ADAM | _NO_DECAY | {"eps": 1e-3}, _ADAM2 | _NO_DECAY, ("weight_decay",)),
     "rmsprop_at_zero_small_eps": Row(RMSPROP, _RMS | _NO_DECAY | {"eps": 1e-3}, _RMS2 | _NO_DECAY, ("weight_decay",)),
 }
 EVERY_PROBLEM_WITH = ("momentum", "adamw", "adam", "rmsprop_momentum")
+# in the middle of a run, with parameters that have no gradient and with rows whose gradients are 0
+RESUMED_WITH = ("adagrad", "adamax", "nadam", "nadam_decoupled", "radam", "radam_decoupled", "adadelta")
 
 
 @dataclass(frozen=True)
@@ -102,6 +141,7 @@ class Case:
 
     def build(self) -> Setup:
         """A fresh model and optimizer, always the same, at the start of the stretch."""
+        torch.set_default_dtype(torch.float64)  # of NAdam's mu_product, in torch; conftest.py puts it back
         setup = PROBLEMS[self.problem]()
         setup.optimizer = self.row.make(setup.groups)
         for i in range(setup.warm_up):

@@ -6,7 +6,12 @@ import sys
 
 import torch
 
+from hypergrad.updates.adadelta import Adadelta
+from hypergrad.updates.adagrad import Adagrad
 from hypergrad.updates.adam import Adam
+from hypergrad.updates.adamax import Adamax
+from hypergrad.updates.nadam import NAdam
+from hypergrad.updates.radam import RAdam
 from hypergrad.updates.rmsprop import RMSprop
 from hypergrad.updates.rule import UpdateRule
 from hypergrad.updates.sgd import SGD
@@ -17,6 +22,11 @@ RULES: dict[type[torch.optim.Optimizer] | str, type[UpdateRule]] = {
     torch.optim.Adam: Adam,
     torch.optim.AdamW: Adam,
     torch.optim.RMSprop: RMSprop,
+    torch.optim.Adagrad: Adagrad,
+    torch.optim.Adamax: Adamax,
+    torch.optim.NAdam: NAdam,
+    torch.optim.RAdam: RAdam,
+    torch.optim.Adadelta: Adadelta,
 }
 
 

@@ -10,6 +10,7 @@ import math
 from collections import ChainMap
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -87,11 +88,13 @@ class Binding:
     def _lay_out_slots(self) -> None:
         """Names of all slots, the shape of each parameter's share of it, and where that lies in the flat slot."""
         self.slot_names = tuple(dict.fromkeys(name for rule in self.rules for name in rule.slots))
-        self.slot_shapes = {name: [self._slot_shape(name, i) for i in range(len(self.params))] for name in self.slot_names}
+        self.slot_shapes = {
+            name: [self._slot_shape(name, i) for i in range(len(self.params))] for name in self.slot_names
+        }
         self.slot_ranges: dict[str, list[tuple[int, int]]] = {}
         for name, shapes in self.slot_shapes.items():
             ends = torch.tensor([0, *map(math.prod, shapes)]).cumsum(0).tolist()
-            self.slot_ranges[name] = list(zip(ends, ends[1:]))
+            self.slot_ranges[name] = list(pairwise(ends))
 
     def _slot_shape(self, name: str, i: int) -> tuple[int, ...]:
         """Room for a slot that an elementwise rule may come to keep; none for the others that a parameter does not have."""

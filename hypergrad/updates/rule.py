@@ -32,7 +32,7 @@ class UpdateRule(Protocol):
     """The update rule of one param group. Implementations are frozen dataclasses of flags."""
 
     hyperparameters: ClassVar[tuple[str, ...]]  # the names in `h` it can be differentiated in
-    elementwise: ClassVar[bool]  # True: tensors of a group may be joined into one flat vector; False: one parameter at a time
+    elementwise: ClassVar[bool]  # True: parameters of a group may be joined into one flat vector; False: one at a time
 
     @property
     def slots(self) -> tuple[str, ...]:

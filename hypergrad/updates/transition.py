@@ -48,10 +48,10 @@ class Span:
     shape: tuple[int, ...]
 
     def of(self, x: Tensor) -> Tensor:
-        return x[..., self.start : self.stop].view(*x.shape[:-1], *self.shape)
+        return x[..., self.start : self.stop].view((*x.shape[:-1], *self.shape))
 
     def flat(self, x: Tensor) -> Tensor:
-        return x.reshape(*x.shape[: x.dim() - len(self.shape)], self.stop - self.start)
+        return x.reshape((*x.shape[: x.dim() - len(self.shape)], self.stop - self.start))
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ class Run:
 
     def seeds_of(self, x: Tensors) -> Tensors:
         """Tangents of scalars [k, 1], to be broadcast against those of θ."""
-        return {name: d.view(len(d), *[1] * len(self.theta.shape)) for name, d in x.items()}
+        return {name: d.view((len(d), *[1] * len(self.theta.shape))) for name, d in x.items()}
 
 
 @dataclass

@@ -43,6 +43,25 @@ FLAGS: dict[str, tuple[type[torch.optim.Optimizer], dict[str, Any]]] = {
         )
         for centered, momentum, maximize in product((False, True), (0.0, 0.9), (False, True))
     },
+    "adagrad": (torch.optim.Adagrad, {"lr": 0.1}),
+    "adagrad lr_decay": (torch.optim.Adagrad, {"lr": 0.1, "lr_decay": 0.1, "initial_accumulator_value": 0.3, **_decay}),
+    "adagrad maximize": (torch.optim.Adagrad, {"lr": 0.1, "maximize": True, **_decay}),
+    **{
+        f"{cls.__name__.lower()} {'maximize ' * maximize}{'decay' * bool(decay)}".strip(): (
+            cls,
+            {"lr": 0.1, "maximize": maximize, "weight_decay": decay},
+        )
+        for cls, maximize, decay in product((torch.optim.Adamax, torch.optim.Adadelta), (False, True), (0.0, 0.1))
+    },
+    **{
+        f"{cls.__name__.lower()} {'decoupled ' * decoupled}{'maximize ' * maximize}{'decay' * bool(decay)}".strip(): (
+            cls,
+            {**_adam, "decoupled_weight_decay": decoupled, "maximize": maximize, "weight_decay": decay},
+        )
+        for cls, decoupled, maximize, decay in product(
+            (torch.optim.NAdam, torch.optim.RAdam), (False, True), (False, True), (0.0, 0.1)
+        )
+    },
 }
 
 
@@ -103,7 +122,10 @@ def test_rule_is_torch(flags: str, dtype: torch.dtype, live: int, present: Calla
         assert state.counts == transition.counts()
 
 
-KERNELS = [*product(("SGD", "Adam", "AdamW"), ("foreach", "fused")), ("RMSprop", "foreach")]
+KERNELS = [
+    *product(("SGD", "Adam", "AdamW", "Adagrad"), ("foreach", "fused")),
+    *product(("RMSprop", "Adamax", "NAdam", "RAdam", "Adadelta"), ("foreach",)),
+]
 
 
 @pytest.mark.parametrize(("name", "kernel"), KERNELS)
