@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tests import references
 from tests.problems import PROBLEMS, STEPS, Setup
 
 
@@ -18,14 +19,15 @@ from tests.problems import PROBLEMS, STEPS, Setup
 class Row:
     """An optimizer, the numbers of its two param groups, and what it is differentiated in."""
 
-    cls: type[torch.optim.Optimizer]
+    cls: type[torch.optim.Optimizer] | str  # the dotted name of a class of another package
     first: dict[str, Any]
     second: dict[str, Any]
     wrt: tuple[str, ...]
 
     def make(self, groups: list[list[Tensor]]) -> torch.optim.Optimizer:
         numbers: list[dict[str, Any]] = [{}, self.second]
-        return self.cls([{"params": g, **n} for g, n in zip(groups, numbers, strict=True)], **self.first)
+        cls = references.third_party(self.cls) if isinstance(self.cls, str) else self.cls
+        return cls([{"params": g, **n} for g, n in zip(groups, numbers, strict=True)], **self.first)
 
 
 SGD, ADAM, ADAMW, RMSPROP = torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW, torch.optim.RMSprop
@@ -48,6 +50,9 @@ _ADADELTA2 = {"lr": 1.0, "weight_decay": 0.05, "rho": 0.9}
 _NADAM = {**_ADAM, "momentum_decay": 0.1}
 _NADAM2 = {**_ADAM2, "momentum_decay": 0.3}
 _DECOUPLED = {"decoupled_weight_decay": True}
+_LION = {"lr": 0.02, "weight_decay": 0.1, "betas": (0.8, 0.9)}
+_LION2 = {"lr": 0.01, "weight_decay": 0.3, "betas": (0.7, 0.95)}
+_OF_LION = ("lr", "weight_decay", "betas")
 _OF_ADAGRAD = ("lr", "weight_decay", "lr_decay", "eps", "initial_accumulator_value")
 _OF_ADADELTA = ("lr", "weight_decay", "rho", "eps")
 _OF_NADAM = (*_OF_ADAM, "momentum_decay")
@@ -90,6 +95,19 @@ OPTIMIZERS: dict[str, Row] = {
     "radam_maximize": Row(RADAM, _ADAM | {"maximize": True}, _ADAM2, _OF_ADAM),
     "adadelta": Row(ADADELTA, _ADADELTA, _ADADELTA2, _OF_ADADELTA),
     "adadelta_at_zero": Row(ADADELTA, _ADADELTA | _NO_DECAY, _ADADELTA2 | _NO_DECAY, _OF_ADADELTA),
+    "lion": Row(references.Lion, _LION, _LION2, _OF_LION),  # betas: 0
+    "lion_at_zero": Row(references.Lion, _LION | _NO_DECAY, _LION2 | _NO_DECAY, _OF_LION),
+    "lion_fixed": Row(references.Lion, _LION | {"fixed_decay": True}, _LION2, _OF_LION),
+    "lion_coupled": Row(references.Lion, _LION | {"weight_decouple": False}, _LION2, _OF_LION),
+    "lion_maximize": Row(references.Lion, _LION | {"maximize": True}, _LION2, _OF_LION),
+    "lion_pytorch_optimizer": Row("pytorch_optimizer.Lion", _LION, _LION2, _OF_LION),
+    "lion_pytorch": Row("lion_pytorch.Lion", _LION | _DECOUPLED, _LION2, _OF_LION),
+    "lamb": Row(references.Lamb, _ADAM, _ADAM2, _OF_ADAM),
+    "lamb_at_zero": Row(references.Lamb, _ADAM | _NO_DECAY, _ADAM2 | _NO_DECAY, _OF_ADAM),
+    "lamb_fixed": Row(references.Lamb, _ADAM | {"fixed_decay": True}, _ADAM2, _OF_ADAM),
+    "lamb_coupled": Row(references.Lamb, _ADAM | {"weight_decouple": False}, _ADAM2, _OF_ADAM),
+    "lamb_adam": Row(references.Lamb, _ADAM | {"adam": True, "grad_averaging": False}, _ADAM2, _OF_ADAM),
+    "lamb_pytorch_optimizer": Row("pytorch_optimizer.Lamb", _ADAM, _ADAM2, _OF_ADAM),
     "adadelta_maximize": Row(ADADELTA, _ADADELTA | {"maximize": True}, _ADADELTA2, _OF_ADADELTA),
 }
 # Not in the case table: torch's default eps, for the traps around gradients that are exactly 0.
@@ -111,7 +129,7 @@ AT_DEFAULT_EPS: dict[str, Row] = {
 }
 EVERY_PROBLEM_WITH = ("momentum", "adamw", "adam", "rmsprop_momentum")
 # in the middle of a run, with parameters that have no gradient and with rows whose gradients are 0
-RESUMED_WITH = ("adagrad", "adamax", "nadam", "nadam_decoupled", "radam", "radam_decoupled", "adadelta")
+RESUMED_WITH = ("adagrad", "adamax", "nadam", "nadam_decoupled", "radam", "radam_decoupled", "adadelta", "lion", "lamb")
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,8 @@ from hypergrad.updates.adadelta import Adadelta
 from hypergrad.updates.adagrad import Adagrad
 from hypergrad.updates.adam import Adam
 from hypergrad.updates.adamax import Adamax
+from hypergrad.updates.lamb import Lamb
+from hypergrad.updates.lion import Lion
 from hypergrad.updates.nadam import NAdam
 from hypergrad.updates.radam import RAdam
 from hypergrad.updates.rmsprop import RMSprop
@@ -27,6 +29,9 @@ RULES: dict[type[torch.optim.Optimizer] | str, type[UpdateRule]] = {
     torch.optim.NAdam: NAdam,
     torch.optim.RAdam: RAdam,
     torch.optim.Adadelta: Adadelta,
+    "pytorch_optimizer.Lion": Lion,
+    "lion_pytorch.Lion": Lion,
+    "pytorch_optimizer.Lamb": Lamb,
 }
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from hypergrad.updates.binding import State
 from hypergrad.updates.transition import Transition
 from tests.problems import DEVICE
+from tests.references import third_party
 
 STEPS = 100
 ULPS = 8  # a step, on CUDA and in fused kernels, which order operations as they like: units in the last place
@@ -20,7 +21,9 @@ ULPS = 8  # a step, on CUDA and in fused kernels, which order operations as they
 _decay = {"weight_decay": 0.1}
 _momentum = {"momentum": 0.9}
 _adam = {"lr": 0.01, "betas": (0.8, 0.95)}
-FLAGS: dict[str, tuple[type[torch.optim.Optimizer], dict[str, Any]]] = {
+_coupled = {"weight_decouple": False, **_decay}
+_lamb = {**_adam, **_decay}
+FLAGS: dict[str, tuple[type[torch.optim.Optimizer] | str, dict[str, Any]]] = {
     "sgd": (torch.optim.SGD, {"lr": 0.1}),
     "sgd decay": (torch.optim.SGD, {"lr": 0.1, **_decay}),
     "sgd momentum": (torch.optim.SGD, {"lr": 0.1, **_momentum, **_decay}),
@@ -62,6 +65,18 @@ FLAGS: dict[str, tuple[type[torch.optim.Optimizer], dict[str, Any]]] = {
             (torch.optim.NAdam, torch.optim.RAdam), (False, True), (False, True), (0.0, 0.1)
         )
     },
+    "lion": ("pytorch_optimizer.Lion", {"lr": 0.01, **_decay}),
+    "lion fixed": ("pytorch_optimizer.Lion", {"lr": 0.01, "fixed_decay": True, **_decay}),
+    "lion coupled": ("pytorch_optimizer.Lion", {"lr": 0.01, **_coupled}),
+    "lion maximize": ("pytorch_optimizer.Lion", {"lr": 0.01, "maximize": True, **_decay}),
+    "lion lion_pytorch": ("lion_pytorch.Lion", {"lr": 0.01, **_decay}),
+    "lion lion_pytorch decoupled": ("lion_pytorch.Lion", {"lr": 0.01, "decoupled_weight_decay": True, **_decay}),
+    "lamb": ("pytorch_optimizer.Lamb", _lamb),
+    "lamb fixed": ("pytorch_optimizer.Lamb", {**_lamb, "fixed_decay": True}),
+    "lamb coupled": ("pytorch_optimizer.Lamb", {**_adam, **_coupled}),
+    "lamb maximize": ("pytorch_optimizer.Lamb", {**_adam, "maximize": True}),
+    "lamb no averaging": ("pytorch_optimizer.Lamb", {**_lamb, "grad_averaging": False, "adam_debias": True}),
+    "lamb adam": ("pytorch_optimizer.Lamb", {**_lamb, "adam": True}),
 }
 
 
@@ -69,8 +84,9 @@ def parameters(dtype: torch.dtype) -> list[Tensor]:
     return [torch.randn(shape, dtype=dtype, device=DEVICE).requires_grad_() for shape in ((4, 3), (5,), (), (2, 2, 2))]
 
 
-def make(cls: type[torch.optim.Optimizer], numbers: dict[str, Any], params: Sequence[Tensor]) -> torch.optim.Optimizer:
+def make(cls: Any, numbers: dict[str, Any], params: Sequence[Tensor]) -> torch.optim.Optimizer:
     """Two groups; the second with half the lr."""
+    cls = third_party(cls) if isinstance(cls, str) else cls
     second = {"params": params[2:], "lr": numbers["lr"] / 2}
     return cls([{"params": params[:2]}, second], **numbers)
 
@@ -89,10 +105,11 @@ def gradients(params: Sequence[Tensor], t: int, present: Callable[[int, int], bo
 
 
 def step_both(optimizer: torch.optim.Optimizer, transition: Transition, state: State, grads: list[Any]) -> State:
+    flat = transition.flatten(grads)  # a copy: pytorch_optimizer changes gradients in place
     for p, g in zip(transition.params, grads, strict=True):
         p.grad = g
     optimizer.step()
-    return transition.step(state, transition.flatten(grads), tuple(g is not None for g in grads), transition.values())
+    return transition.step(state, flat, tuple(g is not None for g in grads), transition.values())
 
 
 def assert_equal(got: Tensor, want: Tensor, bits: bool = DEVICE == "cpu") -> None:
@@ -118,7 +135,7 @@ def test_rule_is_torch(flags: str, dtype: torch.dtype, live: int, present: Calla
     assert_equal(state.theta, transition.flatten(params))
     for name, slot in transition.slots().items():
         assert_equal(state.slots[name], slot)
-    if not flags.startswith("sgd"):  # torch's SGD does not count
+    if not flags.startswith(("sgd", "lion")):  # those do not count
         assert state.counts == transition.counts()
 
 

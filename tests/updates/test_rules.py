@@ -15,6 +15,8 @@ from hypergrad.updates.adagrad import Adagrad
 from hypergrad.updates.adam import Adam
 from hypergrad.updates.adamax import Adamax
 from hypergrad.updates.clip import Clip, ClipNorm, ClipValue
+from hypergrad.updates.lamb import Lamb
+from hypergrad.updates.lion import Lion
 from hypergrad.updates.nadam import NAdam
 from hypergrad.updates.radam import RAdam
 from hypergrad.updates.rmsprop import RMSprop
@@ -33,6 +35,7 @@ _GRAD = {"lr": 0.3, "weight_decay": 0.2, "lr_decay": 0.1, "eps": 0.05}  # step r
 _DELTA = {"lr": 0.3, "weight_decay": 0.2, "rho": 0.8, "eps": 0.05}
 _NADAM = {**_ADAM, "momentum_decay": 0.3}
 _NO_DECAY = {"weight_decay": 0.0}
+_LION = {"lr": 0.3, "weight_decay": 0.2, "beta1": 0.7, "beta2": 0.9}
 
 # rule, numbers; first steps (t = 1) and later ones (t = 4, t = 30) are all tested
 RULES: dict[str, tuple[UpdateRule, dict[str, float]]] = {
@@ -73,6 +76,17 @@ RULES: dict[str, tuple[UpdateRule, dict[str, float]]] = {
     "radam at 0": (RAdam(), {**_ADAM, **_NO_DECAY}),
     "radam decoupled": (RAdam(decoupled=True), _ADAM),
     "radam decoupled maximize": (RAdam(decoupled=True, maximize=True), _ADAM),
+    "lion": (Lion(), _LION),
+    "lion at 0": (Lion(), {**_LION, **_NO_DECAY}),
+    "lion fixed": (Lion("fixed"), _LION),
+    "lion coupled maximize": (Lion("coupled", maximize=True), _LION),
+    "lion of lion_pytorch": (Lion(first_lr=0.4, lerp=False), _LION),
+    "lamb": (Lamb(), _ADAM),
+    "lamb at 0": (Lamb(), {**_ADAM, **_NO_DECAY}),
+    "lamb clamped": (Lamb(clamp=1.0), _ADAM),
+    "lamb fixed": (Lamb("fixed", debias=False), _ADAM),
+    "lamb coupled maximize": (Lamb("coupled", maximize=True), _ADAM),
+    "lamb adam": (Lamb(averaging=False, adam=True), _ADAM),
 }
 CLIPS: dict[str, tuple[Clip, float]] = {
     "norm, active": (ClipNorm(), 1.5),
