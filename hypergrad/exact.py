@@ -176,7 +176,8 @@ def check_names(names: Sequence[str], values: Values, hypers: Tensors) -> None:
         if name in CLIPS:
             raise ValueError(f"to differentiate in {name!r}, pass {name}=<threshold>.")
         if any(name in parts(known) for known in values):
-            raise ValueError(f"name the pair: 'betas', not {name!r}.")
+            whole = next(known for known in values if name in parts(known))
+            raise ValueError(f"name all of them: {whole!r}, not {name!r}.")
         known = [*values, *hypers]
         raise ValueError(f"no param group has a hyperparameter {name!r} that can be differentiated; there are {known}.")
 

@@ -30,6 +30,7 @@ KIND_OF = {
     "rho": "unit_high",
     "lr_decay": "positive",
     "momentum_decay": "positive",
+    "d": "positive",
     "initial_accumulator_value": "positive",
     "clip_norm": "positive",
     "clip_value": "positive",

@@ -12,7 +12,13 @@ from collections.abc import Collection
 WARMUP_SHARE = 0.01  # of the steps
 STEP_SHARE = 0.3  # of the steps, in which lr, momentum, betas, … are tuned
 SETTLED_SHARE = 0.9  # of the steps, after which nothing is tuned: lr is small, and there is nothing left to win
-STEP_NAMES = frozenset({"lr", "momentum", "dampening", "betas", "alpha", "eps", "rho", "lr_decay", "momentum_decay"})
+STEP_NAMES = frozenset(
+    {"lr", "momentum", "dampening", "betas", "alpha", "eps", "rho", "lr_decay", "momentum_decay"}
+) | {
+    "beta2_decay",
+    "d",
+    "ns_coefficients",
+}
 
 
 def decay_to_zero(t: int, total: int) -> float:

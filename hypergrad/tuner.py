@@ -154,7 +154,8 @@ class Tuner:
         live = LiveValues(transition, self._coordinates, total_steps)
         before, notes = self._try(val_loss)
         warm = WarmStart(
-            warm_start and mode == "forward" and live.writes_lr_alone(), largest_momentum(transition.values())
+            warm_start and mode == "forward" and live.writes_lr_alone(),
+            largest_momentum(transition.values(), transition.rules),
         )
         secant = Secant(warm) if curvature == "free" else None
         tangents = Tangents(transition, self._coordinates, model, scaler, clip_norm, secant)

@@ -5,12 +5,14 @@ An optimizer row makes a fresh `torch.optim` instance of two param groups whose 
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from hypergrad.precision import Promote
 from tests import references
 from tests.problems import PROBLEMS, STEPS, Setup
 
@@ -32,7 +34,7 @@ class Row:
 
 SGD, ADAM, ADAMW, RMSPROP = torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW, torch.optim.RMSprop
 ADAGRAD, ADAMAX, ADADELTA = torch.optim.Adagrad, torch.optim.Adamax, torch.optim.Adadelta
-NADAM, RADAM = torch.optim.NAdam, torch.optim.RAdam
+NADAM, RADAM, ADAFACTOR, MUON = torch.optim.NAdam, torch.optim.RAdam, torch.optim.Adafactor, torch.optim.Muon
 _SGD = {"lr": 0.2, "weight_decay": 0.02, "momentum": 0.8}
 _SGD2 = {"lr": 0.1, "weight_decay": 0.05, "momentum": 0.6}
 _ADAM = {"lr": 0.02, "weight_decay": 0.02, "betas": (0.8, 0.9), "eps": 1e-2}
@@ -52,6 +54,12 @@ _NADAM2 = {**_ADAM2, "momentum_decay": 0.3}
 _DECOUPLED = {"decoupled_weight_decay": True}
 _LION = {"lr": 0.02, "weight_decay": 0.1, "betas": (0.8, 0.9)}
 _LION2 = {"lr": 0.01, "weight_decay": 0.3, "betas": (0.7, 0.95)}
+_FACTOR = {"lr": 0.05, "weight_decay": 0.1, "beta2_decay": -0.8, "d": 1.05}
+_FACTOR2 = {"lr": 0.1, "weight_decay": 0.2, "beta2_decay": -0.6}
+_MUON = {"lr": 0.05, "weight_decay": 0.1, "momentum": 0.8}
+_MUON2 = {"lr": 0.02, "weight_decay": 0.2, "momentum": 0.9}
+_OF_FACTOR = ("lr", "weight_decay", "beta2_decay", "d")
+_OF_MUON = ("lr", "weight_decay", "momentum", "ns_coefficients")
 _OF_LION = ("lr", "weight_decay", "betas")
 _OF_ADAGRAD = ("lr", "weight_decay", "lr_decay", "eps", "initial_accumulator_value")
 _OF_ADADELTA = ("lr", "weight_decay", "rho", "eps")
@@ -95,6 +103,15 @@ OPTIMIZERS: dict[str, Row] = {
     "radam_maximize": Row(RADAM, _ADAM | {"maximize": True}, _ADAM2, _OF_ADAM),
     "adadelta": Row(ADADELTA, _ADADELTA, _ADADELTA2, _OF_ADADELTA),
     "adadelta_at_zero": Row(ADADELTA, _ADADELTA | _NO_DECAY, _ADADELTA2 | _NO_DECAY, _OF_ADADELTA),
+    "adafactor": Row(ADAFACTOR, _FACTOR, _FACTOR2, _OF_FACTOR),
+    "adafactor_at_zero": Row(ADAFACTOR, _FACTOR | _NO_DECAY, _FACTOR2 | _NO_DECAY, _OF_FACTOR),
+    "adafactor_floors": Row(
+        ADAFACTOR, _FACTOR | {"eps": (0.02, 0.3), "lr": 0.45}, _FACTOR2, _OF_FACTOR
+    ),  # lr > 1/√t later
+    "adafactor_maximize": Row(ADAFACTOR, _FACTOR | {"maximize": True}, _FACTOR2, _OF_FACTOR),
+    "muon": Row(MUON, _MUON, _MUON2, _OF_MUON),
+    "muon_at_zero": Row(MUON, _MUON | _NO_DECAY, _MUON2 | _NO_DECAY | {"momentum": 0.0}, _OF_MUON),
+    "muon_plain": Row(MUON, _MUON | {"nesterov": False, "adjust_lr_fn": "match_rms_adamw"}, _MUON2, _OF_MUON),
     "lion": Row(references.Lion, _LION, _LION2, _OF_LION),  # betas: 0
     "lion_at_zero": Row(references.Lion, _LION | _NO_DECAY, _LION2 | _NO_DECAY, _OF_LION),
     "lion_fixed": Row(references.Lion, _LION | {"fixed_decay": True}, _LION2, _OF_LION),
@@ -129,7 +146,19 @@ AT_DEFAULT_EPS: dict[str, Row] = {
 }
 EVERY_PROBLEM_WITH = ("momentum", "adamw", "adam", "rmsprop_momentum")
 # in the middle of a run, with parameters that have no gradient and with rows whose gradients are 0
-RESUMED_WITH = ("adagrad", "adamax", "nadam", "nadam_decoupled", "radam", "radam_decoupled", "adadelta", "lion", "lamb")
+RESUMED_WITH = ("adagrad", "adamax", "nadam", "nadam_decoupled", "radam", "radam_decoupled", "adadelta")
+RESUMED_WITH += ("adafactor", "lion", "lamb")
+    "adagrad",
+    "adamax",
+    "nadam",
+    "nadam_decoupled",
+    "radam",
+    "radam_decoupled",
+    "adadelta",
+    "adafactor",
+    "lion",
+    "lamb",
+)
 
 
 @dataclass(frozen=True)
@@ -147,6 +176,10 @@ class Case:
     @property
     def row(self) -> Row:
         return (OPTIMIZERS | AT_DEFAULT_EPS)[self.optimizer]
+
+    def arithmetic(self) -> AbstractContextManager[Any]:
+        """Where the case is computed: Muon's bfloat16 is float64, which is what is differentiated."""
+        return Promote() if self.row.cls is MUON else nullcontext()
 
     @property
     def clip(self) -> dict[str, float]:

@@ -28,7 +28,7 @@ LEVELS = 6
 
 # Largest step of a difference, times max(|value|, 0.02): small against the distance to the next kink or the next
 # singularity (eps, and 1 − beta) of the problems of problems.py, large against rounding.
-WIDTH = {"betas": 2e-3, "alpha": 2e-3, "momentum": 2e-3, "rho": 2e-3}
+WIDTH = {"betas": 2e-3, "alpha": 2e-3, "momentum": 2e-3, "rho": 2e-3, "ns_coefficients": 1e-3}
 DEFAULT_WIDTH = 1e-2
 
 
@@ -97,6 +97,11 @@ def train(
 
 def stock(case: Case, name: str = "", index: tuple[int, ...] = (), delta: float = 0.0) -> float:
     """The validation loss of the stock loop with one number moved by delta (at one step, with per_step)."""
+    with case.arithmetic():
+        return _stock(case, name, index, delta)
+
+
+def _stock(case: Case, name: str, index: tuple[int, ...], delta: float) -> float:
     setup = case.build()
     when = index[0] if case.per_step and index else None
     index = index[1:] if case.per_step else index
@@ -154,20 +159,21 @@ def finite_difference(case: Case, name: str, index: tuple[int, ...]) -> float:
 
 
 def hypergradient(case: Case, **options: Any) -> Result:
-    setup = case.build()
-    return hypergrad.hypergradient(
-        setup.model,
-        setup.optimizer,
-        setup.loss,
-        setup.batches,
-        setup.val_loss,
-        wrt=case.names,
-        hypers=setup.hypers,
-        per_step=case.per_step,
-        val_steps=case.val_steps,
-        **case.clip,
-        **options,
-    )
+    with case.arithmetic():
+        setup = case.build()
+        return hypergrad.hypergradient(
+            setup.model,
+            setup.optimizer,
+            setup.loss,
+            setup.batches,
+            setup.val_loss,
+            wrt=case.names,
+            hypers=setup.hypers,
+            per_step=case.per_step,
+            val_steps=case.val_steps,
+            **case.clip,
+            **options,
+        )
 
 
 def assert_matches(result: Result, case: Case) -> None:

@@ -7,11 +7,13 @@ import sys
 import torch
 
 from hypergrad.updates.adadelta import Adadelta
+from hypergrad.updates.adafactor import Adafactor
 from hypergrad.updates.adagrad import Adagrad
 from hypergrad.updates.adam import Adam
 from hypergrad.updates.adamax import Adamax
 from hypergrad.updates.lamb import Lamb
 from hypergrad.updates.lion import Lion
+from hypergrad.updates.muon import Muon
 from hypergrad.updates.nadam import NAdam
 from hypergrad.updates.radam import RAdam
 from hypergrad.updates.rmsprop import RMSprop
@@ -29,6 +31,8 @@ RULES: dict[type[torch.optim.Optimizer] | str, type[UpdateRule]] = {
     torch.optim.NAdam: NAdam,
     torch.optim.RAdam: RAdam,
     torch.optim.Adadelta: Adadelta,
+    torch.optim.Adafactor: Adafactor,
+    torch.optim.Muon: Muon,
     "pytorch_optimizer.Lion": Lion,
     "lion_pytorch.Lion": Lion,
     "pytorch_optimizer.Lamb": Lamb,

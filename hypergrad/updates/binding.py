@@ -20,7 +20,7 @@ from hypergrad.updates import rule_of
 from hypergrad.updates.rule import Tensors, UpdateRule
 
 # names in param_groups whose value is several numbers: name -> the rule's names of them
-PARTS = {"betas": ("beta1", "beta2")}
+PARTS = {"betas": ("beta1", "beta2"), "ns_coefficients": ("ns_a", "ns_b", "ns_c")}
 
 # values[name][group] is a number, a tuple of numbers (betas) or None (the group has no such name); a clip's
 # threshold is values["clip_norm"][0].

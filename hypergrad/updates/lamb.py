@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from hypergrad.updates.lion import Decay, decay_factor, decay_of, decay_slopes
-from hypergrad.updates.rule import Scalars, Tensors
+from hypergrad.updates.rule import Scalars, Tensors, along
 
 
 class _Forward(NamedTuple):
@@ -133,8 +133,8 @@ class Lamb:
                 du.addcmul_(dh["weight_decay"], f.q)
         step = f.tau * du
         if f.ratio:
-            da = _dot(dq, f.q) / f.norm if f.norm <= self.clamp else 0.0
-            step = step + (da - f.tau * (_dot(du, f.u) / f.b + dh.get("eps", 0.0))) / (f.b + h["eps"]) * f.u
+            da = along(dq, f.q) / f.norm if f.norm <= self.clamp else 0.0
+            step = step + (da - f.tau * (along(du, f.u) / f.b + dh.get("eps", 0.0))) / (f.b + h["eps"]) * f.u
         dp = torch.add(dq, step, alpha=-lr / f.c1)
         if "lr" in dh:
             dp.addcmul_(dh["lr"], f.tau * f.u, value=-1 / f.c1)
@@ -174,8 +174,3 @@ class Lamb:
         lh["beta2"] = lv * torch.addcmul(s["exp_avg_sq"], f.g, f.g, value=-1)
         out = {"exp_avg": h["beta1"] * lm, "exp_avg_sq": h["beta2"] * lv}
         return lq * (1 - decay_factor(self.decay, h)), -lg if self.maximize else lg, out, lh
-
-
-def _dot(dx: Tensor, x: Tensor) -> Tensor:
-    """x·dx for each of k directions, [k, 1, …]."""
-    return (dx * x).reshape(len(dx), -1).sum(1).view((len(dx), *[1] * x.dim()))

@@ -10,11 +10,13 @@ A rule is a pure function of tensors of one shape. `step` computes in the order 
 it reproduces it bit for bit; `jvp` and `vjp` are derived by hand above the lines that implement them. No derivative
 ever branches on the value of a hyperparameter, so a derivative at 0 (torch's default weight decay) is right.
 
-A rule may have three attributes more:
+A rule may have attributes more:
 
     slot_shapes(shape)   of a rule that is not elementwise: name → shape of each slot of a parameter of this shape
     first                name → value of a slot before the first step, where that is not 0 or is made in the constructor
     counts_groups        True where the optimizer counts a group's steps, not each parameter's
+    averages             True where `momentum` averages gradients: one goes lr far in the end, not lr/(1 − momentum)
+    decoupled            True where no fixed point is a minimum of the loss plus a penalty by weight decay
 """
 
 from __future__ import annotations
@@ -67,3 +69,8 @@ class UpdateRule(Protocol):
     ) -> tuple[Tensor, Tensor, Tensors, Tensors]:
         """(λp, λg, λs, λh). λh holds contributions, elementwise or summed: their sum is the derivative in a shared scalar."""
         ...
+
+
+def along(dx: Tensor, x: Tensor) -> Tensor:
+    """x·dx for each of k directions, [k, 1, …], to be broadcast against dx."""
+    return (dx * x).reshape(len(dx), -1).sum(1).view((len(dx), *[1] * x.dim()))

@@ -7,7 +7,9 @@ import pytest
 from tests.cases import EVERY_PROBLEM_WITH, MODES, OPTIMIZERS, RESUMED_WITH, Case
 from tests.oracle import assert_matches, assert_same, hypergradient
 
-EVERY_OPTIMIZER = [Case("mlp", optimizer) for optimizer in OPTIMIZERS]
+EVERY_OPTIMIZER = [
+    Case("matrices" if optimizer.startswith("muon") else "mlp", optimizer) for optimizer in OPTIMIZERS
+] + [Case("matrices_live", "muon")]
 EVERY_PROBLEM = [
     Case(problem, optimizer)
     for problem in ("quadratic", "ridge", "mlp_live", "cnn_batchnorm", "embedding", "dropout", "tied_frozen")

@@ -65,6 +65,25 @@ FLAGS: dict[str, tuple[type[torch.optim.Optimizer] | str, dict[str, Any]]] = {
             (torch.optim.NAdam, torch.optim.RAdam), (False, True), (False, True), (0.0, 0.1)
         )
     },
+    **{
+        f"adafactor {'maximize ' * maximize}{'floors ' * (eps[1] > 0.01)}{'decay' * bool(decay)}".strip(): (
+            torch.optim.Adafactor,
+            {"lr": 0.2, "maximize": maximize, "weight_decay": decay, "eps": eps},
+        )
+        for maximize, decay, eps in product((False, True), (0.0, 0.1), ((None, 1e-3), (1e-2, 0.5)))
+    },
+    **{
+        f"muon {'nesterov ' * nesterov}{'decay ' * bool(decay)}{adjust or ''}".strip(): (
+            torch.optim.Muon,
+            {"lr": 0.02, "nesterov": nesterov, "weight_decay": decay, "adjust_lr_fn": adjust},
+        )
+        for nesterov, decay, adjust in [
+            (False, 0.1, None),
+            (True, 0.0, "original"),
+            (True, 0.1, "match_rms_adamw"),
+            (False, 0.1, "spectral_unclamped"),
+        ]
+    },
     "lion": ("pytorch_optimizer.Lion", {"lr": 0.01, **_decay}),
     "lion fixed": ("pytorch_optimizer.Lion", {"lr": 0.01, "fixed_decay": True, **_decay}),
     "lion coupled": ("pytorch_optimizer.Lion", {"lr": 0.01, **_coupled}),
@@ -80,8 +99,9 @@ FLAGS: dict[str, tuple[type[torch.optim.Optimizer] | str, dict[str, Any]]] = {
 }
 
 
-def parameters(dtype: torch.dtype) -> list[Tensor]:
-    return [torch.randn(shape, dtype=dtype, device=DEVICE).requires_grad_() for shape in ((4, 3), (5,), (), (2, 2, 2))]
+def parameters(dtype: torch.dtype, cls: Any = None) -> list[Tensor]:
+    shapes = ((4, 3), (3, 5), (1, 4), (4, 4)) if cls is torch.optim.Muon else ((4, 3), (5,), (), (2, 2, 2))
+    return [torch.randn(shape, dtype=dtype, device=DEVICE).requires_grad_() for shape in shapes]
 
 
 def make(cls: Any, numbers: dict[str, Any], params: Sequence[Tensor]) -> torch.optim.Optimizer:
@@ -122,7 +142,7 @@ def assert_equal(got: Tensor, want: Tensor, bits: bool = DEVICE == "cpu") -> Non
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("flags", FLAGS)
 def test_rule_is_torch(flags: str, dtype: torch.dtype, live: int, present: Callable[[int, int], bool]) -> None:
-    params = parameters(dtype)
+    params = parameters(dtype, FLAGS[flags][0])
     optimizer = make(*FLAGS[flags], params)
     for t in range(live):
         for p, g in zip(params, gradients(params, t, present), strict=True):
@@ -135,13 +155,13 @@ def test_rule_is_torch(flags: str, dtype: torch.dtype, live: int, present: Calla
     assert_equal(state.theta, transition.flatten(params))
     for name, slot in transition.slots().items():
         assert_equal(state.slots[name], slot)
-    if not flags.startswith(("sgd", "lion")):  # those do not count
+    if not flags.startswith(("sgd", "lion", "muon")):  # those do not count
         assert state.counts == transition.counts()
 
 
 KERNELS = [
     *product(("SGD", "Adam", "AdamW", "Adagrad"), ("foreach", "fused")),
-    *product(("RMSprop", "Adamax", "NAdam", "RAdam", "Adadelta"), ("foreach",)),
+    *product(("RMSprop", "Adamax", "NAdam", "RAdam", "Adadelta", "Adafactor"), ("foreach",)),
 ]
 
 
