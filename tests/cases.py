@@ -148,17 +148,6 @@ EVERY_PROBLEM_WITH = ("momentum", "adamw", "adam", "rmsprop_momentum")
 # in the middle of a run, with parameters that have no gradient and with rows whose gradients are 0
 RESUMED_WITH = ("adagrad", "adamax", "nadam", "nadam_decoupled", "radam", "radam_decoupled", "adadelta")
 RESUMED_WITH += ("adafactor", "lion", "lamb")
-    "adagrad",
-    "adamax",
-    "nadam",
-    "nadam_decoupled",
-    "radam",
-    "radam_decoupled",
-    "adadelta",
-    "adafactor",
-    "lion",
-    "lamb",
-)
 
 
 @dataclass(frozen=True)
