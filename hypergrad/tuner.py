@@ -40,7 +40,7 @@ class Tuner:
 
     Args:
         model: the module that is trained.
-        optimizer: its live `torch.optim` optimizer (SGD, Adam, AdamW, RMSprop), with any param groups, or a list of them.
+        optimizer: its live optimizer, with any param groups, or a list of them: any that `hypergrad.hypergradient` takes.
         val_loss: `val_loss()` → scalar: the loss of a validation batch, computed with the model's own parameters. Random
             numbers and buffers are put back after it; it must not call backward. Called as `val_loss(t)`, t the number of
             steps done, where it has a required argument.

@@ -81,7 +81,7 @@ def train(
         tuner.backward(loss(t)) if tuner is not None else loss(t).backward()
         for opt in optimizers:
             opt.step()
-    return float(val_loss()), model, optimizers, tuner
+    return float(val_loss().detach()), model, optimizers, tuner
 
 
 @pytest.mark.parametrize("name", MAKE)

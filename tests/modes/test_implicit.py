@@ -68,6 +68,11 @@ OPTIMIZERS_AT_A_MINIMUM: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "maximize": partial(torch.optim.SGD, lr=0.1, maximize=True),
     "adam": partial(torch.optim.Adam, lr=0.0, eps=1e-2),
     "rmsprop": partial(torch.optim.RMSprop, lr=0.0, eps=1e-2),
+    "adagrad": partial(torch.optim.Adagrad, lr=0.0, eps=1e-2),
+    "adamax": partial(torch.optim.Adamax, lr=0.0, eps=1e-2),
+    "nadam": partial(torch.optim.NAdam, lr=0.0, eps=1e-2),
+    "radam": partial(torch.optim.RAdam, lr=0.0, eps=1e-2),
+    "adadelta": partial(torch.optim.Adadelta, lr=0.0),
 }
 
 
