@@ -181,8 +181,9 @@ class Case:
 
     def build(self) -> Setup:
         """A fresh model and optimizer, always the same, at the start of the stretch."""
-        torch.set_default_dtype(torch.float64)  # of NAdam's mu_product, in torch; conftest.py puts it back
+        torch.set_default_dtype(torch.float32)  # in which the problems draw their weights
         setup = PROBLEMS[self.problem]()
+        torch.set_default_dtype(torch.float64)  # of NAdam's mu_product, in torch; conftest.py puts it back
         setup.optimizer = self.row.make(setup.groups)
         for i in range(setup.warm_up):
             setup.optimizer.zero_grad()
@@ -194,6 +195,11 @@ class Case:
     def __str__(self) -> str:
         extras = [*self.clip, *(["per_step"] if self.per_step else []), *(["val_steps"] if self.val_steps else [])]
         return "-".join([self.problem, self.optimizer, *extras])
+
+
+def case_of(optimizer: str) -> Case:
+    """An optimizer on a small problem that it can train."""
+    return Case("matrices" if optimizer.startswith("muon") else "mlp", optimizer)
 
 
 MODES: dict[str, dict[str, Any]] = {

@@ -43,7 +43,7 @@ def rule_of(optimizer: torch.optim.Optimizer) -> type[UpdateRule]:
     """The rule of a live optimizer: that of its class, or of a base class whose `step` it inherits unchanged."""
     rules = {_imported(key): rule for key, rule in RULES.items()}
     for cls in type(optimizer).__mro__:
-        if cls in rules and type(optimizer).step is cls.step:
+        if cls in rules and _unhooked(type(optimizer)) is _unhooked(cls):
             return rules[cls]
     known = ", ".join(key.__name__ for key in RULES if not isinstance(key, str))
     others = " or ".join(key for key in RULES if isinstance(key, str))
@@ -51,6 +51,12 @@ def rule_of(optimizer: torch.optim.Optimizer) -> type[UpdateRule]:
         f"no update rule for {type(optimizer).__module__}.{type(optimizer).__name__}: pass an instance of one of "
         f"torch.optim's {known}, of {others}, or of a subclass that does not override step()."
     )
+
+
+def _unhooked(cls: type) -> object:
+    """`step` as it was written: torch wraps it, in the class that is instantiated first."""
+    step = getattr(cls, "step", None)
+    return step.__wrapped__ if getattr(step, "hooked", False) else step
 
 
 def _imported(key: type | str) -> type | None:

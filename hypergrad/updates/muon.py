@@ -78,6 +78,11 @@ class Muon:
 
     def _averages(self, g: Tensor, s: Tensors, h: Scalars) -> tuple[Tensor, Tensor]:
         """m' and B."""
+        if g.dtype == torch.bfloat16 and not self.nesterov:
+            raise NotImplementedError(
+                "Muon with nesterov=False on bfloat16 parameters: torch scales the momentum buffer itself to norm 1 there. Pass "
+                "nesterov=True, or float32 parameters."
+            )
         m = s["momentum_buffer"].lerp(g, 1 - h["momentum"])
         return m, g.lerp(m, h["momentum"]) if self.nesterov else m
 

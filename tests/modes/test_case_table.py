@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from tests.cases import EVERY_PROBLEM_WITH, MODES, OPTIMIZERS, RESUMED_WITH, Case
+from tests.cases import EVERY_PROBLEM_WITH, MODES, OPTIMIZERS, RESUMED_WITH, Case, case_of
 from tests.oracle import assert_matches, assert_same, hypergradient
 
-EVERY_OPTIMIZER = [
-    Case("matrices" if optimizer.startswith("muon") else "mlp", optimizer) for optimizer in OPTIMIZERS
-] + [Case("matrices_live", "muon")]
+EVERY_OPTIMIZER = [*map(case_of, OPTIMIZERS), Case("matrices_live", "muon")]
 EVERY_PROBLEM = [
     Case(problem, optimizer)
     for problem in ("quadratic", "ridge", "mlp_live", "cnn_batchnorm", "embedding", "dropout", "tied_frozen")

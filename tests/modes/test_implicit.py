@@ -13,7 +13,7 @@ from torch.nn.functional import cross_entropy
 
 import hypergrad
 from hypergrad.solvers import neumann
-from tests.cases import OPTIMIZERS, Case
+from tests.cases import OPTIMIZERS, case_of
 from tests.problems import DEVICE, Vector, randint, randn
 
 CLOSED_FORM = 1e-8  # relative: the solvers' residual times a condition number below 100
@@ -223,7 +223,7 @@ def test_look_back_is_its_truncated_series(steps: int, terms: int) -> None:
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_looking_back_one_step_is_the_last_step_of_per_step(optimizer: str) -> None:
-    case = Case("mlp", optimizer)
+    case = case_of(optimizer)
     setup = case.build()
     call = partial(
         hypergrad.hypergradient, setup.model, setup.optimizer, setup.loss, setup.batches, setup.val_loss, case.names

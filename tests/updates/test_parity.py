@@ -203,3 +203,19 @@ def test_two_optimizers_are_one_transition() -> None:
         assert all(torch.equal(a, b) for a, b in zip(second_before, params[2:], strict=True))
         second.step()
     assert_equal(state.theta, transition.flatten(params))
+
+
+@pytest.mark.parametrize("nesterov", [True, False])
+def test_muon_on_bfloat16_parameters(nesterov: bool) -> None:
+    """torch's buffer is scaled in place there without nesterov: refused."""
+    params = [p.detach().bfloat16().requires_grad_() for p in parameters(torch.float32, torch.optim.Muon)]
+    optimizer = make(torch.optim.Muon, {"lr": 0.1, "nesterov": nesterov}, params)
+    transition = Transition([optimizer], frozenset())
+    state = transition.read()
+    if not nesterov:
+        with pytest.raises(NotImplementedError, match="nesterov=True"):
+            step_both(optimizer, transition, state, gradients(params, 0, always))
+        return
+    for t in range(20):
+        state = step_both(optimizer, transition, state, gradients(params, t, always))
+    assert_equal(state.theta, transition.flatten(params))

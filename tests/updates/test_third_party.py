@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import subprocess
 import sys
 import types
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -15,7 +17,8 @@ from hypergrad.updates.lion import Lion
 from hypergrad.updates.transition import Transition
 from tests import references
 from tests.cases import OPTIMIZERS, Case
-from tests.oracle import hypergradient
+from tests.oracle import assert_matches, hypergradient
+from tests.problems import Setup
 from tests.updates.test_parity import gradients, make, parameters, sometimes, step_both
 
 STEPS = 50
@@ -81,6 +84,30 @@ def test_a_class_is_found_by_name_once_it_is_imported(monkeypatch: pytest.Monkey
     assert updates.rule_of(optimizer) is Lion
 
 
+def test_a_subclass_made_before_its_base_class(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch puts its hooked step into the class that is instantiated first."""
+
+    class Base(references.Lion):
+        def step(self, closure: None = None) -> None:  # type: ignore[override]
+            return super().step()
+
+    class Derived(Base):
+        """Inherits step."""
+
+    class Overrides(Base):
+        @functools.wraps(Base.step)
+        def step(self, closure: None = None) -> None:  # type: ignore[override]
+            return super().step()
+
+    monkeypatch.setitem(updates.RULES, Base, Lion)
+    assert updates.rule_of(Derived(parameters(torch.float32))) is Lion
+    with pytest.raises(NotImplementedError, match="Overrides"):
+        updates.rule_of(Overrides(parameters(torch.float32)))
+    assert updates.rule_of(Base(parameters(torch.float32))) is Lion
+    with pytest.raises(NotImplementedError, match="Overrides"):
+        updates.rule_of(Overrides(parameters(torch.float32)))
+
+
 def test_no_other_package_is_imported() -> None:
     code = "import sys, hypergrad; print([m for m in ('pytorch_optimizer', 'lion_pytorch') if m in sys.modules])"
     assert (
@@ -95,6 +122,23 @@ def test_lion_is_piecewise_constant_in_its_betas() -> None:
         assert not result.gradients["betas"].any()
         assert result.gradients["lr"].all()
         assert bool(result.gradients["weight_decay"].any()) == (optimizer == "lion")
+
+
+@dataclass(frozen=True)
+class FromZeros(Case):
+    """A bias starts from zeros: its first trust ratio is 1."""
+
+    def build(self) -> Setup:
+        setup = super().build()
+        with torch.no_grad():
+            setup.model[2].bias.zero_()
+        return setup
+
+
+@pytest.mark.parametrize("mode", ["forward", "unrolled"])
+def test_lamb_where_the_trust_ratio_jumps(mode: str) -> None:
+    case = FromZeros("mlp", "lamb")
+    assert_matches(hypergradient(case, mode=mode), case)
 
 
 def test_rows_of_other_packages_have_rows_of_references() -> None:
