@@ -13,7 +13,7 @@ from torch.nn.functional import cross_entropy
 
 import hypergrad
 from hypergrad.solvers import neumann
-from tests.cases import OPTIMIZERS, case_of
+from tests.cases import OPTIMIZERS, Case, case_of
 from tests.problems import DEVICE, Vector, randint, randn
 
 CLOSED_FORM = 1e-8  # relative: the solvers' residual times a condition number below 100
