@@ -167,7 +167,9 @@ class Coordinates:
     def _pairs(self, name: str, other: str, moves: Tensor) -> list[tuple[int, int]]:
         """Places of these two names' numbers in each group that has both, the first of which is tuned at present."""
         at = {(e.name, e.group): j for j, e in enumerate(self.entries) if self.kinds[j].kind == KIND_OF.get(e.name)}
-        pairs = ((at[name, group], at.get((other, group))) for n, group in at if n == name)
+        averages = [getattr(rule, "averages", False) for rule in self.transition.rules]
+        groups = [g for n, g in at if n == name and not (other == "momentum" and g is not None and averages[g])]
+        pairs = ((at[name, group], at.get((other, group))) for group in groups)
         return [(i, j) for i, j in pairs if j is not None and moves[i]]
 
     def move(self, phi: Tensor) -> None:

@@ -161,7 +161,7 @@ class Ride:
                 continue
             theta = torch.where(z[j] == 0, 0, state.theta)
             rate = -float(theta @ z[j]) / max(float(theta @ theta), 1e-300)
-            decayed = rate / (1 - largest_momentum(values)) * left
+            decayed = rate / (1 - largest_momentum(values, self.transition.rules)) * left
             factor = sensible(decayed)
             self.coordinates.scale_number(j, factor)
             if j in self.coordinates.moving and 0 < decayed < math.inf and self.coordinates.kinds[j].bounds is None:

@@ -40,7 +40,7 @@ class Tuner:
 
     Args:
         model: the module that is trained.
-        optimizer: its live `torch.optim` optimizer (SGD, Adam, AdamW, RMSprop), with any param groups, or a list of them.
+        optimizer: its live optimizer, with any param groups, or a list of them: any that `hypergrad.hypergradient` takes.
         val_loss: `val_loss()` → scalar: the loss of a validation batch, computed with the model's own parameters. Random
             numbers and buffers are put back after it; it must not call backward. Called as `val_loss(t)`, t the number of
             steps done, where it has a required argument.
@@ -138,6 +138,10 @@ class Tuner:
             raise NotImplementedError(
                 "a clipping threshold cannot be tuned online: use hypergrad.hypergradient for it."
             )
+        if "initial_accumulator_value" in written:
+            raise NotImplementedError(
+                "initial_accumulator_value acts before the first step alone: use hypergrad.hypergradient for it."
+            )
         check_free(self.optimizers)
         if scaler is not None and not hasattr(scaler, "get_scale"):
             raise TypeError(f"scaler must be a torch.amp.GradScaler, got {type(scaler).__name__}.")
@@ -151,7 +155,8 @@ class Tuner:
         live = LiveValues(transition, self._coordinates, total_steps)
         before, notes = self._try(val_loss)
         warm = WarmStart(
-            warm_start and mode == "forward" and live.writes_lr_alone(), largest_momentum(transition.values())
+            warm_start and mode == "forward" and live.writes_lr_alone(),
+            largest_momentum(transition.values(), transition.rules),
         )
         secant = Secant(warm) if curvature == "free" else None
         tangents = Tangents(transition, self._coordinates, model, scaler, clip_norm, secant)

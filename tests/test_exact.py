@@ -112,7 +112,7 @@ BAD: dict[str, Row] = {
     ),
     "no optimizer": (lambda s: {"optimizer": []}, ValueError, "empty"),
     "LBFGS": (other(torch.optim.LBFGS), NotImplementedError, "LBFGS.*SGD, Adam, AdamW, RMSprop"),
-    "Adadelta": (other(torch.optim.Adadelta), NotImplementedError, "Adadelta"),
+    "ASGD": (other(torch.optim.ASGD), NotImplementedError, "ASGD"),
     "a step of one's own": (other(OwnStep, lr=0.1), NotImplementedError, "OwnStep.*override"),
     "a parameter in two optimizers": (twice, ValueError, "two param groups"),
     "several dtypes": (mixed_dtypes, NotImplementedError, "one dtype"),
