@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_map
 from hypergrad.exact import Optimizers, as_optimizers, hypergradient, leaves
 from hypergrad.precision import Promote, all_params, in_float64, to_double
 from hypergrad.problem import Rng, takes_step
-from hypergrad.updates.binding import parts
+from hypergrad.updates.rule import parts
 
 RTOL = 1e-5  # agreement asked for; Richardson differences of a smooth loss reach 1e-8
 STEP = 1e-4  # of the differences, relative to the value (absolute below 1e-3)
@@ -202,8 +202,9 @@ class _StockRun:
         return float(value[index[1]] if len(parts(name)) > 1 else value)
 
     def needs_nonnegative(self, name: str) -> bool:
-        """torch.optim.RMSprop takes no step of momentum below 0."""
-        return name == "momentum" and any(isinstance(opt, torch.optim.RMSprop) for opt in self.optimizers)
+        """torch.optim.RMSprop takes no step of momentum below 0, Adagrad no root of it."""
+        rms = any(isinstance(opt, torch.optim.RMSprop) for opt in self.optimizers)
+        return (name == "momentum" and rms) or name == "initial_accumulator_value"
 
     def __call__(self, name: str, index: tuple[int, ...], x: float) -> float:
         tensors, clip = {k: v.clone() for k, v in self.tensors.items()}, dict(self.clip)
@@ -215,7 +216,10 @@ class _StockRun:
         else:
             i, g = self._group(index)
             group = twins[i].param_groups[g]
-            if len(parts(name)) > 1:
+            if name == "initial_accumulator_value":  # torch.optim.Adagrad reads it in its constructor
+                for state in (twins[i].state[p] for p in group["params"]):
+                    state["sum"] += (x - group[name]) * (state["step"] == 0)
+            elif len(parts(name)) > 1:
                 group[name] = tuple(x if j == index[1] else v for j, v in enumerate(group[name]))
             elif name in group:
                 group[name] = x

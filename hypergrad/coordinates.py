@@ -12,8 +12,7 @@ from torch import Tensor
 from hypergrad.descent import Descent
 from hypergrad.hyperparameters import KIND_OF, START_FROM_ZERO, Hyperparameter
 from hypergrad.modes.stretch import Directions, Entry
-from hypergrad.updates.binding import parts
-from hypergrad.updates.rule import Tensors
+from hypergrad.updates.rule import Tensors, parts
 from hypergrad.updates.transition import Transition
 
 
@@ -84,6 +83,11 @@ class Coordinates:
         self.moving, self.tuned = moving, self.directions.subset(moving)
         return True
 
+    def settled(self) -> bool:
+        """Whether no learning rate that is tuned at present is on its way up (see Descent.climbing)."""
+        climbing = self.descent.climbing(self.phi)
+        return not any(bool(climbing[j]) for j in self.moving)
+
     def _first_value(self, entry: Entry, spec: Mapping[str, Hyperparameter], found: Any) -> float | None:
         if entry.group is None:
             return float(self.hypers[entry.name].detach()[entry.index])
@@ -132,7 +136,7 @@ class Coordinates:
         """Places among the numbers tuned at present of those of this name."""
         return [k for k, j in enumerate(self.moving) if self.entries[j].name == name]
 
-    def step(self, gradient: Tensor, too_high: Tensor | None = None, newton: float | None = None) -> None:
+    def step(self, gradient: Tensor, too_high: Tensor | None = None, newton: Tensor | None = None) -> None:
         """One step down `gradient` [k] (dL/dφ), of the numbers that are tuned at present.
 
         Two products are kept while one factor moves for a reason of its own: lr·wd, which is what decays the weights, while
@@ -162,7 +166,9 @@ class Coordinates:
     def _pairs(self, name: str, other: str, moves: Tensor) -> list[tuple[int, int]]:
         """Places of these two names' numbers in each group that has both, the first of which is tuned at present."""
         at = {(e.name, e.group): j for j, e in enumerate(self.entries) if self.kinds[j].kind == KIND_OF.get(e.name)}
-        pairs = ((at[name, group], at.get((other, group))) for n, group in at if n == name)
+        averages = [getattr(rule, "averages", False) for rule in self.transition.rules]
+        groups = [g for n, g in at if n == name and not (other == "momentum" and g is not None and averages[g])]
+        pairs = ((at[name, group], at.get((other, group))) for group in groups)
         return [(i, j) for i, j in pairs if j is not None and moves[i]]
 
     def move(self, phi: Tensor) -> None:
@@ -176,8 +182,13 @@ class Coordinates:
         """Multiply the values of one positive hyperparameter; forget its momentum. False if it is not tuned."""
         mine = torch.tensor([entry.name == name for entry in self.entries])
         self.move(torch.where(mine, self.phi + torch.tensor(factor).log(), self.phi))
-        self.descent.turn(mine)
+        self.descent.turn(mine, factor)
         return bool(mine.any())
+
+    def cap(self, name: str, factor: float) -> None:
+        """The ceiling of the numbers of this name, `factor` times what they are."""
+        mine = torch.tensor([entry.name == name for entry in self.entries])
+        self.descent.cap(mine, self.phi + math.log(factor))
 
     def scale_number(self, j: int, factor: float) -> None:
         """Multiply the value of one positive number."""
@@ -204,12 +215,14 @@ class Coordinates:
             "descent": self.descent.state_dict(),
             "low": self.low.clone(),
             "high": self.high.clone(),
+            "moving": list(self.moving),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.phi, self.value = state["phi"].clone(), state["value"].clone()
         self.descent.load_state_dict(state["descent"])
         self.low, self.high = state["low"].clone(), state["high"].clone()
+        self.tune_only({self.entries[j].name for j in state["moving"]})
         self.write_hypers()
 
 

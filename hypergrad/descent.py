@@ -10,11 +10,14 @@ far up is known better than by a rule of thumb: with z = dθ/dlog lr, which forw
 gives slope a = gᵀz and curvature b = zᵀHz of its loss along z before it is used for training. Made c times as large, the
 displacement z would change that loss by a (c − 1) + b (c − 1)²/2, least at c* = 1 − a/b. From one hypergradient to the next lr
 climbs by the factor c*, summed over the steps between, by SLOWEST at least and FURTHEST at most, where the hypergradient says up.
+With several lr, z_i is of the i-th, a_i = gᵀz_i, B_ij = z_iᵀHz_j, and b_i = B_ii + Σ_{j≠i} |B_ij|, a bound from above on what
+all of them change together.
 
 As a hypergradient speaks of the values that it has seen, every number keeps within a factor LEAD of its own mean so far (odds of
 a number between 0 and 1), by its own steps: else what holds for the past is acted on until it is far from true. And where lr's
-tangent outgrew the weights, training is chaotic: lr steps down, and where it then is becomes a ceiling that rises by RELAX a
-step. (Where momentum is tuned it moves at a fixed lr/(1 − m), and takes lr with it past these limits.)
+tangent outgrew the weights, training is chaotic: lr steps down, whatever its mean, and where it then is becomes a ceiling, which
+rises by RELAX and ever faster, by GROW a step, while tangents stay small: early chaos often passes as training goes on. (Where
+momentum is tuned it moves at a fixed lr/(1 − m), and takes lr with it past these limits.)
 """
 
 from __future__ import annotations
@@ -31,10 +34,12 @@ MEMORY = 4.0  # its second moment looks back over one part in so many of the ste
 BETA2 = 0.99  # and gives the newest a weight of 1 − BETA2 at least
 OUTLIER, SETTLED = 4.0, 10  # after so many steps a hypergradient counts for at most so many times the usual one
 FASTER, SLOWER, SLOWEST = 1.2, 0.7, 0.1
-DOWN, RELAX = 0.5, 0.01  # of lr
+DOWN = 0.5  # of lr
+RELAX, GROW = 0.1, 1.5  # of lr's ceiling; RELAX in steps of hyper_lr
 LEAD = 4.0
+UPHILL = 1.3  # so far above its mean lr is still climbing
 FURTHEST = 7.0  # one climb, in steps of hyper_lr: a factor of 2 at 0.1
-_STATE = ("m", "s", "count", "mean", "pace", "ceiling")
+_STATE = ("m", "s", "count", "mean", "pace", "ceiling", "calm")
 
 
 class Descent:
@@ -51,34 +56,35 @@ class Descent:
         self.led = torch.ones_like(self.climbs) if led is None else torch.tensor(led)
         zero = torch.zeros(len(climbs), dtype=torch.float64)
         self.m, self.s, self.count, self.mean = zero, zero.clone(), zero.clone(), zero.clone()
-        self.pace, self.ceiling = torch.ones_like(zero), torch.full_like(zero, math.inf)
+        self.pace, self.ceiling, self.calm = torch.ones_like(zero), torch.full_like(zero, math.inf), zero.clone()
 
     def step(
-        self, phi: Tensor, gradient: Tensor, moves: Tensor, too_high: Tensor, newton: float | None = None
+        self, phi: Tensor, gradient: Tensor, moves: Tensor, too_high: Tensor, newton: Tensor | None = None
     ) -> Tensor:
         """φ after a step down `gradient` [k].
 
         Args:
             moves: the numbers that are tuned at present; the rest stay.
             too_high: numbers that step down by hyper_lr whatever their gradient says.
-            newton: log c* of all learning rates together; None where it is not known.
+            newton: log c* of every learning rate [k], NaN where it is not known; None: of none.
         """
         moves = moves & torch.isfinite(gradient)
         agreed = self._follow(phi, gradient, moves)
         moves = moves & (self.s > 0)
         m = self.m / (1 - BETA1**self.count)
         down = torch.where(moves, m / self.s.sqrt().clamp_min(1e-300), 0) * self.hyper_lr * self.pace
-        climb = -down if newton is None else torch.full_like(down, self._within(newton))
-        climb = torch.where(agreed < 0, 0, climb)
+        climb = -down if newton is None else torch.where(newton.isnan(), -down, self._within(newton))
+        climb = torch.where((agreed < 0) | (gradient == 0), 0, climb)
         of_lr = torch.where(down < 0, -climb, DOWN * down)
         down = torch.where(self.climbs, of_lr, down)
         down, self.m = torch.where(too_high, self.hyper_lr, down), torch.where(too_high, 0, self.m)
-        moved = self._held(phi, phi - down, moves)
-        self.ceiling = torch.where(too_high, moved, self.ceiling + RELAX)
+        moved = self._held(phi, phi - down, moves & ~too_high)
+        self.calm = torch.where(too_high, 0, self.calm + 1)
+        self.ceiling = torch.where(too_high, moved, self.ceiling + RELAX * self.hyper_lr * GROW**self.calm)
         return moved
 
-    def _within(self, newton: float) -> float:
-        return self.hyper_lr * min(max(newton / self.hyper_lr, SLOWEST), FURTHEST)
+    def _within(self, newton: Tensor) -> Tensor:
+        return newton.clamp(SLOWEST * self.hyper_lr, FURTHEST * self.hyper_lr)
 
     def _held(self, phi: Tensor, moved: Tensor, moves: Tensor) -> Tensor:
         """Numbers within LEAD of their mean, learning rates below their ceiling; one that is beyond already stays."""
@@ -101,9 +107,17 @@ class Descent:
         self.mean = torch.where(moves, self.mean + (now - self.mean) / self.count.clamp_min(1), self.mean)
         return agreed
 
-    def turn(self, mine: Tensor) -> None:
-        """Forget where these numbers were heading; not how large their hypergradients are."""
-        self.m = torch.where(mine, 0, self.m)
+    def climbing(self, phi: Tensor) -> Tensor:
+        """Learning rates that are well above their mean so far [k]."""
+        return self.climbs & (self.count > 0) & (phi > self.mean.log() + math.log(UPHILL))
+
+    def turn(self, mine: Tensor, factor: float) -> None:
+        """These numbers were multiplied, and so is their mean. Forget where they were heading, not how large dL/dφ is."""
+        self.m, self.mean = torch.where(mine, 0, self.m), torch.where(mine, factor * self.mean, self.mean)
+
+    def cap(self, mine: Tensor, ceiling: Tensor) -> None:
+        """The ceiling of these numbers, which rises from now on as after chaos."""
+        self.ceiling, self.calm = torch.where(mine, ceiling, self.ceiling), torch.where(mine, 0, self.calm)
 
     def forget(self, j: int) -> None:
         """Number j starts anew."""

@@ -13,8 +13,8 @@ from hypergrad.hyperparameters import Hyperparameter
 from hypergrad.modes import MODES, OPTIONS, Result
 from hypergrad.modes.stretch import Directions, Stretch
 from hypergrad.problem import Problem, Rng
-from hypergrad.updates.binding import Values, parts
-from hypergrad.updates.rule import Tensors
+from hypergrad.updates.binding import Values
+from hypergrad.updates.rule import Tensors, parts
 from hypergrad.updates.transition import CLIPS, Transition
 
 Optimizers = torch.optim.Optimizer | Sequence[torch.optim.Optimizer]
@@ -45,13 +45,16 @@ def hypergradient(
 
     Args:
         model: the module that is trained.
-        optimizer: a live `torch.optim` optimizer, or a list of them; what runs is in docs/optimizers.md.
+        optimizer: a live optimizer or a list of them: torch.optim's SGD, Adam, AdamW, RMSprop, Adagrad, Adamax, NAdam, RAdam,
+            Adadelta, Adafactor, Muon; Lion of pytorch_optimizer or lion_pytorch; Lamb of pytorch_optimizer; any other
+            through its own step, slowly, or it is refused (docs/optimizers.md).
         loss: `loss(model, batch)` → scalar; `loss(model, batch, hypers)` where `hypers` is given.
         batches: one batch a step; K in all.
         val_loss: `val_loss()` → scalar, computed with the model's own parameters, deterministic; called as `val_loss(t)`,
             t the number of steps done, where it has a required argument, or one `t=None`.
-        wrt: names in param_groups (lr, weight_decay, momentum, dampening, betas, alpha, eps), "clip_norm" or "clip_value"
-            where given, and keys of `hypers`.
+        wrt: names in param_groups (lr, weight_decay, momentum, dampening, betas, alpha, eps, rho, lr_decay, momentum_decay,
+            initial_accumulator_value, beta2_decay, d, ns_coefficients), "clip_norm" or "clip_value" where given, and keys
+            of `hypers`.
         mode: "unrolled" (adjoint; any number of hyperparameters), "forward" (tangents; any number of steps) or "implicit"
             (the minimum that training came to).
         hypers: name → tensor (or number) that the loss reads as `hypers[name]`.
@@ -68,7 +71,8 @@ def hypergradient(
 
     Raises:
         ValueError: unknown names, no batches, losses that are not scalars or do not depend on the parameters, a derivative
-            that does not exist (SGD momentum at exactly 0 with dampening or nesterov).
+            that does not exist (SGD momentum at exactly 0 with dampening or nesterov, Adafactor's d at exactly 1, coupled weight
+            decay of Lion at exactly 0).
         NotImplementedError: optimizers, flags and layers that cannot be differentiated; the message names a way out.
 
     Example:
@@ -176,7 +180,8 @@ def check_names(names: Sequence[str], values: Values, hypers: Tensors) -> None:
         if name in CLIPS:
             raise ValueError(f"to differentiate in {name!r}, pass {name}=<threshold>.")
         if any(name in parts(known) for known in values):
-            raise ValueError(f"name the pair: 'betas', not {name!r}.")
+            whole = next(known for known in values if name in parts(known))
+            raise ValueError(f"name all of them: {whole!r}, not {name!r}.")
         known = [*values, *hypers]
         raise ValueError(f"no param group has a hyperparameter {name!r} that can be differentiated; there are {known}.")
 

@@ -1,8 +1,8 @@
 """One hyperparameter: where it may lie, and the coordinate in which it is moved.
 
-positive        φ = log x              lr, weight_decay, eps, alpha of a decay, clipping thresholds
+positive        φ = log x              lr, weight_decay, eps, lr_decay, momentum_decay, clipping thresholds
 unit            φ = log(x/(1 − x))     momentum, dampening
-unit_high       φ = log(1 − x), −      betas, alpha: values close to 1 whose distance from 1 matters
+unit_high       φ = log(1 − x), −      betas, alpha, rho: values close to 1 whose distance from 1 matters
 free            φ = x                  anything else
 """
 
@@ -27,6 +27,11 @@ KIND_OF = {
     "dampening": "unit",
     "betas": "unit_high",
     "alpha": "unit_high",
+    "rho": "unit_high",
+    "lr_decay": "positive",
+    "momentum_decay": "positive",
+    "d": "positive",
+    "initial_accumulator_value": "positive",
     "clip_norm": "positive",
     "clip_value": "positive",
 }

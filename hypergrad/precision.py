@@ -67,7 +67,10 @@ class Promote(TorchFunctionMode):
     def __torch_function__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
         kwargs = dict(kwargs or {})
         if func in self._CASTS:
-            func = Tensor.double
+            copies, func = func is not Tensor.float, Tensor.double
+            args = (
+                (args[0].clone(), *args[1:]) if copies else args
+            )  # what is done to it in place is not done to the original
         args, kwargs = tree_map(_promoted, (args, kwargs))
         if func is Tensor.to or func is Tensor.type:
             args, kwargs = tree_map(_not_lower, (args, kwargs))

@@ -121,7 +121,8 @@ class Ride:
         if pending is None or seen is None:
             return
         doubtful = self.guard.doubts(float(pending.loss) / pending.scale)  # the step will be passed over, lr stays
-        factor = 1.0 if doubtful else self.warm.look(*seen)
+        z, g, hz = seen
+        factor = 1.0 if doubtful else self.warm.look(z.sum(0), g, hz.sum(0))
         now = self.live.shape(self.t) if self.warm.active else 1.0
         self.coordinates.scale("lr", factor * self.live.shape(self.t - 1) / now)
         if not self.warm.active:
@@ -160,7 +161,7 @@ class Ride:
                 continue
             theta = torch.where(z[j] == 0, 0, state.theta)
             rate = -float(theta @ z[j]) / max(float(theta @ theta), 1e-300)
-            decayed = rate / (1 - largest_momentum(values)) * left
+            decayed = rate / (1 - largest_momentum(values, self.transition.rules)) * left
             factor = sensible(decayed)
             self.coordinates.scale_number(j, factor)
             if j in self.coordinates.moving and 0 < decayed < math.inf and self.coordinates.kinds[j].bounds is None:
@@ -193,6 +194,7 @@ class Ride:
         if verdict in ("false alarm", "bad data"):
             self.stats["false_alarms"] += 1
             self.coordinates.scale("lr", LR_CUT)
+            self.coordinates.cap("lr", math.inf)
         if verdict == "false alarm":
             return True
         if verdict == "good":
@@ -216,6 +218,7 @@ class Ride:
         else:
             self.stats["rollbacks"] += 1
             cut = self.coordinates.scale("lr", 1 / LR_CUT)
+            self.coordinates.cap("lr", LR_CUT**0.5)
             then = f"lr divided by {LR_CUT:g}" if cut else "lr is not tuned and stays: if this goes on, lower it"
             self.tangents.forget()
             self.tangents.average = None
@@ -250,7 +253,8 @@ class Ride:
 
     def choose_what_is_tuned(self) -> bool:
         """Tune what is tuned after so many steps. True where that is a change."""
-        return self.coordinates.tune_only(tuned_at(self.t, self.total, self.coordinates.directions.wrt))
+        names, settled = self.coordinates.directions.wrt, self.coordinates.settled()
+        return self.coordinates.tune_only(tuned_at(self.t, self.total, names, settled))
 
     def _count_unknown(self, plain: bool) -> None:
         if plain:

@@ -2,7 +2,7 @@
 
 The worth of weight decay shows late, once lr decays and overfitting begins: tuned beside lr on the Fashion-MNIST protocol it
 is pushed to its floor, tuned after lr it rises again. So the numbers that make the step are tuned over the first share of
-the run and then left, and those that make the objective from there on.
+the run and then left, and those that make the objective from there on. A run too short for lr to come to rest goes on tuning it.
 """
 
 from __future__ import annotations
@@ -10,9 +10,16 @@ from __future__ import annotations
 from collections.abc import Collection
 
 WARMUP_SHARE = 0.01  # of the steps
-STEP_SHARE = 0.3  # of the steps, in which lr, momentum, betas, … are tuned
+STEP_SHARE = 0.3  # of the steps, in which lr, momentum, betas, … are tuned,
+LONGEST_SHARE = 0.8  # or so much where lr is still on the move
 SETTLED_SHARE = 0.9  # of the steps, after which nothing is tuned: lr is small, and there is nothing left to win
-STEP_NAMES = frozenset({"lr", "momentum", "dampening", "betas", "alpha", "eps"})
+STEP_NAMES = frozenset(
+    {"lr", "momentum", "dampening", "betas", "alpha", "eps", "rho", "lr_decay", "momentum_decay"}
+) | {
+    "beta2_decay",
+    "d",
+    "ns_coefficients",
+}
 
 
 def decay_to_zero(t: int, total: int) -> float:
@@ -32,8 +39,8 @@ def decay_to_zero(t: int, total: int) -> float:
     return max(total - t, 1) / (total - warmup)
 
 
-def tuned_at(t: int, total: int | None, names: Collection[str]) -> frozenset[str]:
-    """The names that are tuned after t steps.
+def tuned_at(t: int, total: int | None, names: Collection[str], settled: bool = True) -> frozenset[str]:
+    """The names that are tuned after t steps; `settled`: lr, momentum, … are at rest, or not tuned any more.
 
     Example:
         >>> sorted(tuned_at(0, 100, ("lr", "weight_decay"))), sorted(tuned_at(30, 100, ("lr", "weight_decay")))
@@ -49,4 +56,4 @@ def tuned_at(t: int, total: int | None, names: Collection[str]) -> frozenset[str
     late = frozenset(names) - early
     if total is None or not early or not late:
         return early | late
-    return early if t < STEP_SHARE * total else late
+    return early if t < (STEP_SHARE if settled else LONGEST_SHARE) * total else late

@@ -62,7 +62,7 @@ class Tangents:
         self.average_tangent: Tensor | None = None  # dθ̄/dφ [k, n]; None: zero
         self.pending: Pending | None = None
         self.hit = torch.zeros(len(coordinates), dtype=torch.bool)  # tangents that met the cap since `take_hits`
-        self.along: Tensor | None = None  # a = gᵀz and b = zᵀHz, summed since `take_newton`; z = dθ/dlog lr
+        self.along: Tensor | None = None  # a = gᵀz and B = zᵀHz, summed since `take_newton`; z = dθ/dlog lr [m, 1 + m]
         self.counts = {"gradients": 0, "hessian_products": 0, "capped": 0}
         self._own = {id(x) for x in [*transition.params, *coordinates.hypers.values()]}
 
@@ -229,34 +229,36 @@ class Tangents:
         self.tangent = Tangent(torch.where(finite, self.tangent.theta * factor, 0), bound)
 
     def along_lr(self) -> tuple[Tensor, Tensor, Tensor] | None:
-        """z = dθ/dlog lr of all lr together, and the pending batch's own g and Hz; None where these are not known."""
+        """z = dθ/dlog lr of every lr [m, n], and the pending batch's own g [n] and Hz [m, n]; None where these are not known."""
         pending, rows = self.pending, self.coordinates.rows("lr")
         if self.tangent is None or pending is None or pending.dg is None or not rows:
             return None
-        g, hz = self.transition.flatten(pending.left), pending.dg[rows].sum(0)
-        return self.tangent.theta[rows].sum(0), g / pending.scale, hz / pending.scale
+        g = self.transition.flatten(pending.left)
+        return self.tangent.theta[rows], g / pending.scale, pending.dg[rows] / pending.scale
 
     def look(self) -> None:
-        """Add this step's batch to a and b: slope and curvature of its own loss, whatever is done to its gradient afterwards."""
+        """Add this step's batch to a and B: slope and curvature of its own loss, whatever is done to its gradient afterwards."""
         seen, signs = self.along_lr(), {bool(getattr(rule, "maximize", False)) for rule in self.transition.rules}
         if seen is None or len(signs) > 1:
             return
         z, g, hz = seen
-        along = torch.stack([g @ z, z @ hz])
+        along = torch.cat([(z @ g).unsqueeze(-1), z @ hz.T], dim=1)
         along = -along if self.transition.maximizes else along
         self.along = along if self.along is None else self.along + along
 
-    def take_newton(self) -> float | None:
-        """log c*, the factor on all lr by which the steps since the last call would have had the least loss (see descent.py)."""
+    def take_newton(self) -> Tensor:
+        """log c* of every lr by the steps since the last call (see descent.py) [k of all]; NaN where it is not known."""
+        newton = torch.full((len(self.coordinates),), math.nan, dtype=torch.float64)
         along, self.along = self.along, None
         if along is None:
-            return None
-        a, b = along.tolist()
-        if not (math.isfinite(a) and math.isfinite(b)):
-            return None
-        if a >= 0:
-            return 0.0
-        return math.log(1 - a / b) if b > 0 else math.inf
+            return newton
+        a, b = along.to("cpu", torch.float64).tensor_split([1], dim=1)
+        a, b = a.squeeze(1), b.diagonal() + (b - b.diagonal().diag()).abs().sum(1)
+        best = torch.where(a >= 0, 0, torch.where(b > 0, torch.log1p(-a / b), math.inf))
+        newton[[self.coordinates.moving[k] for k in self.coordinates.rows("lr")]] = torch.where(
+            (a + b).isfinite(), best, math.nan
+        )
+        return newton
 
     def take_hits(self) -> Tensor:
         """Which numbers' tangents met the cap since the last call [k of all]. Those start again from zero."""

@@ -40,7 +40,7 @@ class Tuner:
 
     Args:
         model: the module that is trained.
-        optimizer: its live `torch.optim` optimizer, with any param groups, or a list of them (docs/optimizers.md).
+        optimizer: its live optimizer, with any param groups, or a list of them: any that `hypergrad.hypergradient` takes.
         val_loss: `val_loss()` → scalar: the loss of a validation batch, computed with the model's own parameters. Random
             numbers and buffers are put back after it; it must not call backward. Called as `val_loss(t)`, t the number of
             steps done, where it has a required argument.
@@ -55,7 +55,8 @@ class Tuner:
             curvature="free" 20.
         hyper_lr: step size on φ: 0.1 is about 10 % of a positive hyperparameter's value; lr may climb by 7 such steps at once.
         total_steps: number of training steps, if known: lr is then its tuned scale times a warm-up and linear decay to zero;
-            lr, momentum, … are tuned over the first 30 % of the run, weight decay and tensors in the loss from there to 90 %.
+            lr, momentum, … are tuned over the first 30 % of the run, or on while lr climbs, to 80 % at most; weight decay and
+            tensors in the loss from there to 90 %.
             After a warm start weight decay is kept where it decays the weights by 0.01 to 50 e-foldings over the rest of the
             run, unless it has a start or bounds of its own.
         clip_norm: threshold, if the loop calls `clip_grad_norm_` (tuner.step then calls it).
@@ -137,6 +138,10 @@ class Tuner:
             raise NotImplementedError(
                 "a clipping threshold cannot be tuned online: use hypergrad.hypergradient for it."
             )
+        if "initial_accumulator_value" in written:
+            raise NotImplementedError(
+                "initial_accumulator_value acts before the first step alone: use hypergrad.hypergradient for it."
+            )
         check_free(self.optimizers)
         if scaler is not None and not hasattr(scaler, "get_scale"):
             raise TypeError(f"scaler must be a torch.amp.GradScaler, got {type(scaler).__name__}.")
@@ -150,7 +155,8 @@ class Tuner:
         live = LiveValues(transition, self._coordinates, total_steps)
         before, notes = self._try(val_loss)
         warm = WarmStart(
-            warm_start and mode == "forward" and live.writes_lr_alone(), largest_momentum(transition.values())
+            warm_start and mode == "forward" and live.writes_lr_alone(),
+            largest_momentum(transition.values(), transition.rules),
         )
         secant = Secant(warm) if curvature == "free" else None
         tangents = Tangents(transition, self._coordinates, model, scaler, clip_norm, secant)

@@ -23,7 +23,7 @@ does nothing in this run, above it the run forgets its own beginning. When its t
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -86,14 +86,16 @@ class WarmStart:
         vars(self).update(state)
 
 
-def largest_momentum(values: Mapping[str, Any]) -> float:
-    """The largest momentum of the param groups, 0 where there is none.
+def largest_momentum(values: Mapping[str, Any], rules: Sequence[Any]) -> float:
+    """The largest momentum of the param groups, 0 where there is none, or where it averages gradients instead of adding them up.
 
     Example:
-        >>> largest_momentum({"momentum": [0.5, None, 0.9]}), largest_momentum({})
+        >>> from hypergrad.updates.sgd import SGD
+        >>> largest_momentum({"momentum": [0.5, None, 0.9]}, [SGD()] * 3), largest_momentum({}, [SGD()])
         (0.9, 0.0)
     """
-    return max((x or 0.0 for x in values.get("momentum", [])), default=0.0)
+    column = values.get("momentum", [])
+    return max((x or 0.0 for x, rule in zip(column, rules) if not getattr(rule, "averages", False)), default=0.0)
 
 
 def sensible(decayed: float) -> float:

@@ -110,6 +110,18 @@ def mlp() -> Setup:
     return supervised(model, groups, lambda i: randn(12, 5, seed=i), 3)
 
 
+def matrices() -> Setup:
+    """Weights alone: torch.optim.Muon takes nothing else. Wide and tall ones."""
+    model = _seeded(lambda: nn.Sequential(nn.Linear(5, 6, bias=False), nn.Tanh(), nn.Linear(6, 3, bias=False)))
+    return supervised(model, [[model[0].weight], [model[2].weight]], lambda i: randn(12, 5, seed=i), 3)
+
+
+def matrices_live() -> Setup:
+    setup = matrices()
+    setup.warm_up = 3
+    return setup
+
+
 def mlp_live() -> Setup:
     """The optimizer has state already: the stretch is the middle of a run."""
     setup = mlp()
@@ -299,5 +311,5 @@ def loss_hypers() -> Setup:
 
 
 _ALL = (quadratic, ridge, mlp, mlp_live, cnn_batchnorm, embedding, dropout, tied_frozen, loss_hypers)
-_LAYERS = (normalised, checkpointed, attention, recurrent, deep_batchnorm, spectral)
+_LAYERS = (matrices, matrices_live, normalised, checkpointed, attention, recurrent, deep_batchnorm, spectral)
 PROBLEMS: dict[str, Callable[[], Setup]] = {f.__name__: f for f in (*_ALL, *_LAYERS)}

@@ -54,8 +54,8 @@ def test_newtons_step_is_that_of_a_quadratic():
         a += float((CURVATURES * theta * z).sum())
         b += float((CURVATURES * z * z).sum())
     tangents = tuner._ride.tangents
-    assert tangents.take_newton() == pytest.approx(math.log(1 - a / b), rel=1e-4)
-    assert tangents.take_newton() is None
+    assert tangents.take_newton().tolist() == pytest.approx([math.log(1 - a / b)], rel=1e-4)
+    assert tangents.take_newton().isnan().all()
 
 
 class Split(Bowl):
@@ -69,8 +69,8 @@ class Split(Bowl):
         return 0.5 * (CURVATURES * torch.cat([self.theta, self.more]) ** 2).sum()
 
 
-def newton(optimizers: int = 1, parts: int = 1, **options) -> float:
-    """log c* of a few tiny steps, so that it is the batches' alone and not that of where the steps led."""
+def newton(optimizers: int = 1, parts: int = 1, **options) -> list[float]:
+    """c* − 1 of every lr, of a few tiny steps, so that it is the batches' alone and not that of where the steps led."""
     model = Split()
     groups = [[model.theta], [model.more]] if optimizers == 2 else [[model.theta, model.more]]
     sgds = [torch.optim.SGD(params, lr=1e-4) for params in groups]
@@ -88,19 +88,41 @@ def newton(optimizers: int = 1, parts: int = 1, **options) -> float:
             sgd.step() if scaler is None else scaler.step(sgd)
         if scaler is not None:
             scaler.update()
-    found = tuner._ride.tangents.take_newton()
-    assert found is not None
-    return found
+    return tuner._ride.tangents.take_newton().expm1().tolist()
 
 
 def test_newtons_step_is_of_the_batch_whatever_is_done_to_its_gradient():
     plain = newton()
-    assert newton(optimizers=2) == pytest.approx(plain, rel=1e-4)
     assert newton(parts=3) == pytest.approx(plain, rel=1e-4)
     assert newton(scaler=torch.amp.GradScaler("cpu", init_scale=64.0)) == pytest.approx(plain, rel=1e-4)
     norm = math.sqrt(float((CURVATURES**2).sum()))
     # clipped to half, z is half as long: a is half, b a quarter
-    assert math.expm1(newton(clip_norm=norm / 2)) == pytest.approx(2 * math.expm1(plain), rel=1e-2)
+    assert newton(clip_norm=norm / 2) == pytest.approx([2 * plain[0]], rel=1e-2)
+
+
+def test_every_lr_has_a_newton_step_of_its_own():
+    """The bowl's parts do not see each other: c* − 1 = −a/b is as Σ h²/Σ h³ over each part."""
+
+    def size(h: torch.Tensor) -> float:
+        return float((h**2).sum() / (h**3).sum())
+
+    (plain,) = newton()
+    parts = [plain * size(h) / size(CURVATURES) for h in (CURVATURES[:2], CURVATURES[2:])]
+    assert newton(optimizers=2) == pytest.approx(parts, rel=1e-3)
+
+
+def test_several_lr_together_do_not_climb_too_far():
+    """Whatever B ≥ 0 is, c of all together lowers a·(c − 1) + (c − 1)ᵀB(c − 1)/2, at least by half of what one alone would."""
+    model = Split()
+    sgds = [torch.optim.SGD(params, lr=1e-4) for params in ([model.theta], [model.more])]
+    tangents = hypergrad.Tuner(model, sgds, model, tune=("lr",), warm_start=False)._ride.tangents
+    a = torch.tensor([-1.0, -2.0]).double()
+    for between in (0.0, 0.9, -0.9):
+        b = torch.tensor([[1.0, between], [between, 1.0]]).double()
+        tangents.along = torch.cat([a.unsqueeze(1), b], dim=1)
+        c = tangents.take_newton().expm1()
+        assert c.tolist() == pytest.approx((-a / (1 + abs(between))).tolist())
+        assert a @ c + c @ b @ c / 2 <= a @ c / 2 + 1e-12
 
 
 @pytest.mark.parametrize("hits", [(True, False), (False, True), (True, True)])
@@ -147,8 +169,8 @@ def test_a_reward_climbs_as_the_loss_does():
             tuner.optimizers[0].zero_grad()
             tuner.backward(-model() if maximize else model())
             tuner.optimizers[0].step()
-        found.append(tuner._ride.tangents.take_newton())
-    assert found[0] is not None and found[0] > 0
+        found.append(tuner._ride.tangents.take_newton().item())
+    assert found[0] > 0
     assert found[1] == pytest.approx(found[0], rel=1e-5)
 
 

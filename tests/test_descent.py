@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 
-from hypergrad.descent import DOWN, FURTHEST, LEAD, RELAX, SLOWEST, Descent
+from hypergrad.descent import DOWN, FURTHEST, GROW, LEAD, RELAX, SLOWEST, UPHILL, Descent
 
 ALL, NONE = torch.tensor([True]), torch.tensor([False])
 
@@ -16,8 +16,9 @@ ALL, NONE = torch.tensor([True]), torch.tensor([False])
 def walk(climbs: bool, gradients: list[float], hyper_lr: float = 0.1, newton: float | None = None) -> list[float]:
     """φ along the gradients, from 0."""
     descent, phi, path = Descent([climbs], hyper_lr), torch.zeros(1, dtype=torch.float64), [0.0]
+    log_c = None if newton is None else torch.tensor([newton], dtype=torch.float64)
     for g in gradients:
-        phi = descent.step(phi, torch.tensor([g], dtype=torch.float64), ALL, NONE, newton)
+        phi = descent.step(phi, torch.tensor([g], dtype=torch.float64), ALL, NONE, log_c)
         path.append(float(phi))
     return path
 
@@ -65,11 +66,42 @@ def test_where_training_was_chaotic_is_a_ceiling_that_rises_slowly():
     for _ in range(3):
         phi = descent.step(phi, up, ALL, NONE)
     top = float(descent.step(phi, up, ALL, ALL))
-    phi = torch.tensor([top], dtype=torch.float64)
+    phi, ceiling = torch.tensor([top], dtype=torch.float64), top
     for n in range(1, 30):
         phi = descent.step(phi, up, ALL, NONE)
-        assert float(phi) <= top + n * RELAX + 1e-9
+        assert float(phi) <= ceiling + 1e-9
+        ceiling += 0.1 * RELAX * GROW**n
     assert float(phi) > top + 0.2
+
+
+def test_a_step_down_in_chaos_is_one_however_far_lr_is_from_its_mean():
+    descent, phi, path = Descent([True], 1.0), torch.zeros(1, dtype=torch.float64), [0.0]
+    for _ in range(20):
+        phi = descent.step(phi, torch.tensor([1.0]).double(), ALL, ALL)
+        path.append(float(phi))
+    assert path == pytest.approx([-float(n) for n in range(21)])
+
+
+def test_lr_does_not_climb_on_a_hypergradient_of_zero():
+    path = walk(True, [-1.0, -1.0, 0.0, 0.0], newton=math.log(1.5))
+    assert path[2] > path[1] and path[2] == path[3] == path[4]
+
+
+def test_multiplied_a_number_stays_free_to_move_and_is_not_climbing():
+    """After a roll-back lr goes on from a quarter: what holds it is its mean, which is a quarter as well."""
+    descent, phi = Descent([True], 0.1), torch.zeros(1, dtype=torch.float64)
+    for _ in range(4):
+        phi = descent.step(phi, torch.tensor([-1.0]).double(), ALL, NONE, torch.tensor([math.inf]).double())
+    assert bool(descent.climbing(phi)) and float(phi) > math.log(UPHILL)
+    before, cut = float(descent.mean), phi - math.log(4)
+    descent.turn(ALL, 0.25)
+    descent.cap(ALL, cut + math.log(2))
+    assert float(descent.mean) == pytest.approx(before / 4)
+    assert float(descent.step(cut, torch.tensor([1.0]).double(), ALL, NONE)) < float(cut)
+    high = cut
+    for _ in range(3):
+        high = descent.step(high, torch.tensor([-1.0]).double(), ALL, NONE, torch.tensor([math.inf]).double())
+    assert float(cut) < float(high) < float(cut) + math.log(2) + 0.1
 
 
 def test_large_first_hypergradients_do_not_rule_for_long():

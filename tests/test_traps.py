@@ -14,7 +14,7 @@ from torch.nn.functional import cross_entropy
 
 import hypergrad
 from hypergrad.problem import Problem
-from tests.cases import EVERY_PROBLEM_WITH, MODES, Case
+from tests.cases import AT_DEFAULT_EPS, EVERY_PROBLEM_WITH, MODES, Case
 from tests.oracle import AGREE, assert_matches, assert_same, finite_difference, hypergradient
 from tests.problems import DEVICE, PROBLEMS, Setup, randint, randn
 
@@ -49,7 +49,7 @@ def test_trap_hyperparameter_at_zero(mode: str, optimizer: str) -> None:
     assert_matches(result, case)
 
 
-@pytest.mark.parametrize("optimizer", ["adam_default_eps", "adamw_default_eps", "rmsprop_default_eps"])
+@pytest.mark.parametrize("optimizer", [name for name in AT_DEFAULT_EPS if name.split("_")[1] == "default"])
 @pytest.mark.parametrize("problem", ["mlp", "embedding"])
 @pytest.mark.parametrize("mode", BOTH)
 def test_trap_gradients_exactly_zero(mode: str, problem: str, optimizer: str) -> None:
@@ -64,7 +64,7 @@ def test_trap_gradients_exactly_zero_without_decay(mode: str) -> None:
     assert_matches(hypergradient(case, mode=mode), case)
 
 
-@pytest.mark.parametrize("optimizer", ["adam_at_zero_small_eps", "rmsprop_at_zero_small_eps"])
+@pytest.mark.parametrize("optimizer", [name for name in AT_DEFAULT_EPS if name.endswith("small_eps")])
 @pytest.mark.parametrize("mode", BOTH)
 def test_trap_coupled_decay_at_zero_is_right_at_eps_1e_3(mode: str, optimizer: str) -> None:
     """With w = 0 and g = 0 the step is −lr w θ/(|w θ| + eps): its derivative in w at 0 is −lr θ/eps."""

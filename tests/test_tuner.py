@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import hypergrad
+from tests import references
 
 as_given = partial(hypergrad.Tuner, warm_start=False)  # lr starts from the optimizer's own
 
@@ -123,6 +124,28 @@ LOOPS = {
         lambda m: torch.optim.AdamW(groups(m), lr=0.01, eps=1e-4, weight_decay=0.1), wrt=("lr", "weight_decay", "betas")
     ),
     "rmsprop": Loop(lambda m: torch.optim.RMSprop(groups(m), lr=0.01, eps=1e-2, weight_decay=0.1)),
+    "adagrad": Loop(
+        lambda m: torch.optim.Adagrad(groups(m), lr=0.05, weight_decay=0.1), wrt=("lr", "weight_decay", "eps")
+    ),
+    "adamax": Loop(
+        lambda m: torch.optim.Adamax(groups(m), lr=0.02, weight_decay=0.1), wrt=("lr", "weight_decay", "betas")
+    ),
+    "nadam": Loop(
+        lambda m: torch.optim.NAdam(groups(m), lr=0.01, eps=1e-4, weight_decay=0.1),
+        wrt=("lr", "betas", "momentum_decay"),
+    ),
+    "radam": Loop(
+        lambda m: torch.optim.RAdam(groups(m), lr=0.01, eps=1e-4, weight_decay=0.1, decoupled_weight_decay=True),
+        wrt=("lr", "weight_decay", "betas"),
+    ),
+    "adadelta": Loop(
+        lambda m: torch.optim.Adadelta(groups(m), lr=0.5, weight_decay=0.1), wrt=("lr", "weight_decay", "rho")
+    ),
+    "adafactor": Loop(
+        lambda m: torch.optim.Adafactor(groups(m), lr=0.05, weight_decay=0.1), wrt=("lr", "weight_decay", "beta2_decay")
+    ),
+    "lion": Loop(lambda m: references.Lion(groups(m), lr=0.01, weight_decay=0.1)),
+    "lamb": Loop(lambda m: references.Lamb(groups(m), lr=0.01, weight_decay=0.1), wrt=("lr", "weight_decay", "betas")),
     "clipped": Loop(sgd(momentum=0.8), clip_norm=0.5),
     "clipped now and then": Loop(sgd(), clip_norm=1.5),
     "accumulated": Loop(sgd(momentum=0.8), accumulate=3),

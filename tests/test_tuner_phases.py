@@ -12,9 +12,9 @@ from tests.test_tuner import data, mse, two_layers, validation
 TOTAL = 40
 
 
-def train(model: nn.Module, val_loss, steps: int = TOTAL, freeze_at: int | None = None, loss=mse, **options):
+def train(model: nn.Module, val_loss, steps: int = TOTAL, freeze_at: int | None = None, loss=mse, lr=1e-3, **options):
     """A run of SGD under a tuner; yields the tuner after every step."""
-    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, weight_decay=1e-1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=lr, weight_decay=1e-1)
     tuner = hypergrad.Tuner(model, optimizer, val_loss, total_steps=TOTAL, every=2, **options)
     batches = data()[0]
     for step in range(steps):
@@ -90,3 +90,27 @@ def test_modes_that_replay_come_to_the_end(mode):
         values.append(tuner.values["weight_decay"].tolist())
     assert values[-1] == values[-4]
     assert all(bool(torch.isfinite(p).all()) for p in model.parameters())
+
+
+def test_lr_is_tuned_on_while_it_climbs_and_so_after_a_resume():
+    """40 steps: its turn ends after 12, or after 32 where it is well above its mean so far."""
+    ends = {}
+    for lr, hyper_lr in ((1e-3, 1e-9), (1e-6, 0.1)):
+        model, moving = two_layers(), []
+        for tuner in train(model, validation(model), lr=lr, hyper_lr=hyper_lr, warm_start=False):
+            moving.append(tuner._coordinates.entries[0].name == "lr" and 0 in tuner._coordinates.moving)
+        ends[lr] = moving.index(False) + 1
+    assert ends == {1e-3: 12, 1e-6: 32}
+
+
+def test_what_is_tuned_is_part_of_the_state():
+    model = two_layers()
+    states = [tuner.state_dict() for tuner in train(model, validation(model), steps=20, lr=1e-6, warm_start=False)]
+    other = two_layers()
+    fresh = next(train(other, validation(other), steps=1, lr=1e-6, warm_start=False))
+    fresh.load_state_dict(states[-1])
+    assert fresh._coordinates.moving == states[-1]["coordinates"]["moving"] == [0]
+    other = two_layers()
+    early = next(train(other, validation(other), steps=1, warm_start=False))
+    early.load_state_dict(states[-1] | {"coordinates": states[-1]["coordinates"] | {"moving": [1]}})
+    assert early._coordinates.moving == [1]

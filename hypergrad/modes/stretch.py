@@ -18,8 +18,8 @@ from torch import Tensor
 
 from hypergrad.graph import Linearization
 from hypergrad.problem import Problem
-from hypergrad.updates.binding import State, Values, parts
-from hypergrad.updates.rule import Tensors
+from hypergrad.updates.binding import State, Values
+from hypergrad.updates.rule import Tensors, parts
 from hypergrad.updates.transition import CLIPS, Transition
 
 

@@ -21,8 +21,8 @@ from torch import Tensor
 from hypergrad.graph import Linearization
 from hypergrad.modes.stretch import Meter, Result, Stretch, evaluation
 from hypergrad.problem import Rng, Saved
-from hypergrad.updates.binding import State, parts
-from hypergrad.updates.rule import Tensors
+from hypergrad.updates.binding import State
+from hypergrad.updates.rule import Tensors, parts
 from hypergrad.updates.transition import CLIPS, Tangent
 
 REPLAY_RTOL = 1e-3  # bit-identical on CPU; kernels on a GPU may add up in another order

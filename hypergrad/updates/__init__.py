@@ -5,18 +5,40 @@ An optimizer without a rule takes its own step, which is differentiated as it is
 
 from __future__ import annotations
 
+import sys
+
 import torch
 
+from hypergrad.updates.adadelta import Adadelta
+from hypergrad.updates.adafactor import Adafactor
+from hypergrad.updates.adagrad import Adagrad
 from hypergrad.updates.adam import Adam
+from hypergrad.updates.adamax import Adamax
+from hypergrad.updates.lamb import Lamb
+from hypergrad.updates.lion import Lion
+from hypergrad.updates.muon import Muon
+from hypergrad.updates.nadam import NAdam
+from hypergrad.updates.radam import RAdam
 from hypergrad.updates.rmsprop import RMSprop
 from hypergrad.updates.rule import UpdateRule
 from hypergrad.updates.sgd import SGD
 
-RULES: dict[type[torch.optim.Optimizer], type[UpdateRule]] = {
+# A class of another package stands here by its dotted name, so that it is not imported: a live instance shows that it is.
+RULES: dict[type[torch.optim.Optimizer] | str, type[UpdateRule]] = {
     torch.optim.SGD: SGD,
     torch.optim.Adam: Adam,
     torch.optim.AdamW: Adam,
     torch.optim.RMSprop: RMSprop,
+    torch.optim.Adagrad: Adagrad,
+    torch.optim.Adamax: Adamax,
+    torch.optim.NAdam: NAdam,
+    torch.optim.RAdam: RAdam,
+    torch.optim.Adadelta: Adadelta,
+    torch.optim.Adafactor: Adafactor,
+    torch.optim.Muon: Muon,
+    "pytorch_optimizer.Lion": Lion,
+    "lion_pytorch.Lion": Lion,
+    "pytorch_optimizer.Lamb": Lamb,
 }
 
 
@@ -25,7 +47,22 @@ def rule_of(optimizer: torch.optim.Optimizer) -> type[UpdateRule] | None:
 
     None: it has none, and takes its own step.
     """
+    rules = {_imported(key): rule for key, rule in RULES.items()}
     for cls in type(optimizer).__mro__:
-        if cls in RULES and type(optimizer).step is cls.step:
-            return RULES[cls]
+        if cls in rules and _unhooked(type(optimizer)) is _unhooked(cls):
+            return rules[cls]
     return None
+
+
+def _unhooked(cls: type) -> object:
+    """`step` as it was written: torch wraps it, in the class that is instantiated first."""
+    step = getattr(cls, "step", None)
+    return step.__wrapped__ if getattr(step, "hooked", False) else step
+
+
+def _imported(key: type | str) -> type | None:
+    """The class of a row of RULES; None where it is named and nobody has imported its module."""
+    if not isinstance(key, str):
+        return key
+    module, _, name = key.rpartition(".")
+    return getattr(sys.modules.get(module), name, None)

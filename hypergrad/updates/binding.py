@@ -1,12 +1,16 @@
 """Live `torch.optim` optimizers as flat vectors: read, written back, their hyperparameters and flags.
 
-All parameters are joined into one vector θ of length n, and so is each of the optimizer's tensors (a *slot*).
+All parameters are joined into one vector θ of length n, and so is each of the optimizer's tensors (a *slot*), whose share
+of a parameter may have a shape of its own.
 """
 
 from __future__ import annotations
 
+import math
+from collections import ChainMap
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -66,7 +70,7 @@ class Binding:
         self.fallbacks = {i: self._fallback(i) for i, opt in enumerate(optimizers) if rule_of(opt) is None}
         self.takes_own_step = [self.optimizer_of_group[group] in self.fallbacks for group in self.group_of]
         self.rules: list[UpdateRule] = self._read_rules()
-        self.slot_names = tuple(dict.fromkeys(name for rule in self.rules for name in rule.slots))
+        self._lay_out_slots()
         known = {name for rule in self.rules for name in rule.hyperparameters}
         self.names = [
             name for name in dict.fromkeys(n for g in self.groups for n in g) if known.issuperset(parts(name))
@@ -81,16 +85,36 @@ class Binding:
         rules: list[Any] = []
         for i, opt in enumerate(self.optimizers):
             rule = rule_of(opt)
-            own = (
-                self.fallbacks[i].rules() if rule is None else [rule.from_group(g, self.wrt) for g in opt.param_groups]
-            )
-            rules += own
+            if rule is None:
+                rules += self.fallbacks[i].rules()
+            else:
+                rules += [rule.from_group(ChainMap(group, vars(opt)), self.wrt) for group in opt.param_groups]
         return rules
 
     @property
     def groups(self) -> list[dict[str, Any]]:
         """The param groups of all optimizers, numbered through. Read anew: load_state_dict replaces them."""
         return [group for opt in self.optimizers for group in opt.param_groups]
+
+    def _lay_out_slots(self) -> None:
+        """Names of all slots, the shape of each parameter's share of it, and where that lies in the flat slot."""
+        self.slot_names = tuple(dict.fromkeys(name for rule in self.rules for name in rule.slots))
+        self.slot_shapes = {
+            name: [self._slot_shape(name, i) for i in range(len(self.params))] for name in self.slot_names
+        }
+        self.slot_ranges: dict[str, list[tuple[int, int]]] = {}
+        for name, shapes in self.slot_shapes.items():
+            ends = torch.tensor([0, *map(math.prod, shapes)]).cumsum(0).tolist()
+            self.slot_ranges[name] = list(pairwise(ends))
+
+    def _slot_shape(self, name: str, i: int) -> tuple[int, ...]:
+        """Room for a slot that an elementwise rule may come to keep; none for the others that a parameter does not have."""
+        if self.takes_own_step[i]:  # its tensors are slots of their own
+            return (0,)
+        rule, shape = self.rules[self.group_of[i]], tuple(self.params[i].shape)
+        if name in rule.slots:
+            return shape if rule.elementwise else rule.slot_shapes(shape).get(name, (0,))  # type: ignore[attr-defined]
+        return shape if any(other.elementwise and name in other.slots for other in self.rules) else (0,)
 
     def flatten(self, tensors: Sequence[Tensor | None]) -> Tensor:
         """One flat detached vector of tensors shaped like the parameters; None counts as zero."""
@@ -115,25 +139,37 @@ class Binding:
         return self.optimizers[self.optimizer_of_group[group]].state.get(p, {})
 
     def counts(self) -> tuple[int, ...]:
-        """Steps each parameter has taken. SGD keeps none; there, whether a momentum buffer exists is what matters."""
-        out, steps = [0] * len(self.params), []
+        """Steps each parameter has taken. SGD, Muon and Lion keep none; there, whether a buffer exists is what matters."""
+        out, steps, groups = [0] * len(self.params), [], self.groups
         for i, (p, group) in enumerate(zip(self.params, self.group_of, strict=True)):
             if self.takes_own_step[i]:  # its counters are part of the rest
                 continue
             state = self.live_state(p, group)
-            if torch.is_tensor(state.get("step")):
+            if self.counts_groups(i):
+                out[i] = int(groups[group].get("step", 0))
+            elif torch.is_tensor(state.get("step")):
                 steps.append((i, state["step"]))
             else:
-                out[i] = int(state.get("step", state.get("momentum_buffer") is not None))
+                out[i] = int(state.get("step", any(torch.is_tensor(x) for x in state.values())))
         if steps:
             for (i, _), t in zip(steps, torch.stack([s for _, s in steps]).tolist(), strict=True):
                 out[i] = int(t)
         return tuple(out)
 
+    def counts_groups(self, i: int) -> bool:
+        """Whether parameter i counts the steps of its group, taken with a gradient or without."""
+        return getattr(self.rules[self.group_of[i]], "counts_groups", False)
+
     def slots(self) -> Tensors:
-        """The optimizer's tensors, flat; zeros where there are none yet."""
-        live = [self.live_state(p, group) for p, group in zip(self.params, self.group_of, strict=True)]
-        return {name: self.flatten([state.get(name) for state in live]) for name in self.slot_names}
+        """The optimizer's tensors, flat; their first values (mostly zeros) where there are none yet."""
+        return {name: torch.cat([self._slot(name, i) for i in range(len(self.params))]) for name in self.slot_names}
+
+    def _slot(self, name: str, i: int) -> Tensor:
+        p, group, size = self.params[i], self.group_of[i], math.prod(self.slot_shapes[name][i])
+        x = self.live_state(p, group).get(name) if size else None
+        if x is None:
+            return p.new_full((size,), getattr(self.rules[group], "first", {}).get(name, 0.0))
+        return x.detach().reshape(-1).to(p)
 
     def read(self) -> State:
         slots, rest = self.slots(), {}
@@ -145,29 +181,38 @@ class Binding:
     def write(self, state: State) -> None:
         """Write θ, slots and step counts into the live optimizers, in place.
 
-        A parameter that had taken no step in `state` gets an empty optimizer state, as torch.optim has it then.
+        A parameter that had taken no step in `state` gets an empty optimizer state, as torch.optim has it then; one whose
+        slots have first values (Adagrad makes them in its constructor) gets those.
         """
         self.load(state.theta)
-        slots = {name: self.split(state.slots[name]) for name in self.slot_names}
         for i, fallback in self.fallbacks.items():
             fallback.write(state.slots, state.rest[i])
+        groups = self.groups
         for i, (p, group) in enumerate(zip(self.params, self.group_of, strict=True)):
             if self.takes_own_step[i]:
                 continue
-            live = self.optimizers[self.optimizer_of_group[group]].state
-            if state.counts[i] == 0:
-                live.pop(p, None)
+            if self.counts_groups(i):
+                groups[group]["step"] = state.counts[i]
+            if state.counts[i] == 0 and not getattr(self.rules[group], "first", {}):
+                self.optimizers[self.optimizer_of_group[group]].state.pop(p, None)
                 continue
+            live = self.live_state(p, group)
             for name in self.rules[group].slots:
-                if torch.is_tensor(live[p].get(name)):
-                    live[p][name].copy_(slots[name][i])
-            if torch.is_tensor(live[p].get("step")):
-                live[p]["step"].fill_(state.counts[i])
+                if torch.is_tensor(live.get(name)):
+                    start, stop = self.slot_ranges[name][i]
+                    live[name].copy_(state.slots[name][start:stop].view_as(live[name]))
+            if torch.is_tensor(live.get("step")):
+                live["step"].fill_(state.counts[i])
 
     def values(self) -> Values:
         """The hyperparameters' present values, read from the param groups."""
-        groups = self.groups
-        return {name: [_number(group.get(name)) for group in groups] for name in self.names}
+        return {
+            name: [
+                _number(group.get(name)) if set(parts(name)) <= set(rule.hyperparameters) else None
+                for group, rule in zip(self.groups, self.rules, strict=True)
+            ]
+            for name in self.names
+        }
 
     @property
     def maximizes(self) -> bool:
@@ -178,7 +223,7 @@ class Binding:
         rules = self._read_rules()
         if rules != self.rules:
             self.rules = rules
-            self.slot_names = tuple(dict.fromkeys(name for rule in rules for name in rule.slots))
+            self._lay_out_slots()
 
 
 def _number(value: Any) -> Any:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from hypergrad.updates.memory import Memory, flat, marks_of, shaped, take_apart,
 from hypergrad.updates.own_step import Inputs, Key, Outcome, take, trace
 from hypergrad.updates.rule import Tensors, parts
 from hypergrad.updates.self_check import hyperparameters_of, plain
+from hypergrad.updates.span import Span
 
 
 @dataclass(frozen=True)
@@ -31,16 +32,6 @@ class OwnStep:
     elementwise: ClassVar[bool] = False
     second_moment_of_decay: ClassVar[str | None] = None
     decoupled: ClassVar[bool] = True  # as far as is known: its fixed point need not be a minimum
-
-
-class Range(NamedTuple):
-    """The optimizer's parameters in θ."""
-
-    start: int
-    stop: int
-
-    def of(self, x: Tensor) -> Tensor:
-        return x[..., self.start : self.stop]
 
 
 class Fallback:
@@ -63,10 +54,16 @@ class Fallback:
         self.optimizer, self.number, self.group, self.param = optimizer, number, group, param
         mine = {name for group in optimizer.param_groups for name in group}
         self.tuned = frozenset(tuned & mine)
+        if "initial_accumulator_value" in self.tuned:  # no step reads it: its derivative would come out as 0
+            raise NotImplementedError(
+                f"{type(optimizer).__name__} has no update rule here, and its `initial_accumulator_value` acts in the "
+                "constructor, not in a step: leave it out."
+            )
         self.names = hyperparameters_of(optimizer, self.tuned)
         self.params = [p for g in optimizer.param_groups for p in g["params"]]
         self.sizes = [p.numel() for p in self.params]
-        self.run = Range(start, start + sum(self.sizes))
+        n = sum(self.sizes)
+        self.span = Span(start, start + n, (n,))  # in θ
         self.prefix = f"optimizer[{number}]."
 
     def rules(self) -> list[OwnStep]:
@@ -120,7 +117,7 @@ class Fallback:
 
     def _split(self, x: Tensor) -> list[Tensor]:
         """The parameters' pieces of a vector [n], or of rows [k, n]."""
-        pieces = self.run.of(x).split(self.sizes, dim=-1)
+        pieces = self.span.of(x).split(self.sizes, dim=-1)
         return [y.reshape(*x.shape[:-1], *p.shape) for y, p in zip(pieces, self.params, strict=True)]
 
     def step(self, inputs: Inputs) -> tuple[Tensor, Tensors, Any]:
@@ -145,7 +142,7 @@ class Fallback:
         """Tangents [k, …] of θ' and of slots'."""
         k, mine = len(dtheta), {key: x for key, x in dslots.items() if key.startswith(self.prefix)}
         if not any(g is not None for g in inputs.grads):
-            return self.run.of(dtheta), mine
+            return self.span.of(dtheta), mine
         tangents: dict[Key, Tensor] = {("param", i): x for i, x in enumerate(self._split(dtheta))}
         tangents |= {("grad", i): x for i, x in enumerate(self._split(dg))}
         tangents |= {("real", key.removeprefix(self.prefix)): x for key, x in mine.items()}
@@ -168,7 +165,7 @@ class Fallback:
         """Adjoints of θ, g and slots; those of hyperparameters are written into `lam_h`, group by group."""
         mine = {key.removeprefix(self.prefix): x for key, x in lslots.items() if key.startswith(self.prefix)}
         if not any(g is not None for g in inputs.grads):
-            return self.run.of(ltheta), torch.zeros_like(self.run.of(ltheta)), self._named(mine)
+            return self.span.of(ltheta), torch.zeros_like(self.span.of(ltheta)), self._named(mine)
         traced, outcome = trace(inputs, self.tuned)
         self._checked(outcome)
         cotangents: dict[Key, Tensor] = {("param", i): x for i, x in enumerate(self._split(ltheta))}

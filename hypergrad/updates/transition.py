@@ -1,7 +1,8 @@
 """A step of live optimizers as a pure function of flat tensors, and its derivatives.
 
-A step applies each group's rule to the ranges of θ that share hyperparameters and step number; parameters without a gradient
-are passed over, as `torch.optim` does. Tangents are [k, n], adjoints [n].
+A step applies each group's rule to the ranges of θ that share hyperparameters and step number, or to one parameter at a time
+where the rule is not elementwise; parameters without a gradient are passed over, as `torch.optim` does. Tangents are [k, n],
+adjoints [n].
 """
 
 from __future__ import annotations
@@ -15,8 +16,9 @@ from torch import Tensor
 
 from hypergrad.updates.binding import Binding, State, Values
 from hypergrad.updates.clip import Clip, ClipNorm, ClipValue
-from hypergrad.updates.fallback import Fallback, Inputs, Range
+from hypergrad.updates.fallback import Fallback, Inputs
 from hypergrad.updates.rule import Tensors, parts
+from hypergrad.updates.span import Span
 
 CLIPS: dict[str, type[Clip]] = {"clip_norm": ClipNorm, "clip_value": ClipValue}
 
@@ -41,15 +43,25 @@ class Tangent:
 
 @dataclass(frozen=True)
 class Run:
-    """A range of θ in which one rule acts with one set of numbers."""
+    """A range of θ in which one rule acts with one set of numbers, and the ranges of its slots.
+
+    An elementwise rule sees all parameters of the range as one vector; any other rule one parameter, in its own shape.
+    """
 
     group: int
-    start: int
-    stop: int
     t: int
+    theta: Span
+    slots: dict[str, Span]
 
     def of(self, x: Tensor) -> Tensor:
-        return x[..., self.start : self.stop]
+        return self.theta.of(x)
+
+    def slots_of(self, x: Tensors) -> Tensors:
+        return {name: span.of(x[name]) for name, span in self.slots.items()}
+
+    def seeds_of(self, x: Tensors) -> Tensors:
+        """Tangents of scalars [k, 1], to be broadcast against those of θ."""
+        return {name: d.view((len(d), *[1] * len(self.theta.shape))) for name, d in x.items()}
 
 
 @dataclass
@@ -57,16 +69,17 @@ class _Pieces:
     """Puts ranges together again; what no range covers keeps its old value."""
 
     old: Tensor
-    new: list[tuple[Run | Range, Tensor]] = field(default_factory=list)
+    new: list[tuple[Span, Tensor]] = field(default_factory=list)
 
     def join(self) -> Tensor:
         pieces = sorted(self.new, key=lambda piece: piece[0].start)
-        covered = sum(run.stop - run.start for run, _ in pieces)
-        if covered == self.old.shape[-1]:
-            return pieces[0][1] if len(pieces) == 1 else torch.cat([x for _, x in pieces], dim=-1)
+        covered = sum(span.stop - span.start for span, _ in pieces)
+        if pieces and covered == self.old.shape[-1]:
+            flat = [span.flat(x) for span, x in pieces]
+            return flat[0] if len(flat) == 1 else torch.cat(flat, dim=-1)
         out = self.old.clone()
-        for run, x in pieces:
-            run.of(out).copy_(x)
+        for span, x in pieces:
+            span.of(out).copy_(x)
         return out
 
 
@@ -91,20 +104,32 @@ class Transition(Binding):
         return self._plans[key]
 
     def _runs(self, counts: Sequence[int], active: Sequence[bool]) -> Iterator[Run]:
-        open_run: Run | None = None
+        block: list[int] = []  # parameters that are one range
         for i, (start, stop) in enumerate(self.ranges):
             if not active[i] or start == stop or self.takes_own_step[i]:
                 continue
-            group, t = self.group_of[i], counts[i] + 1
-            joins = open_run and self.rules[group].elementwise and (open_run.group, open_run.stop) == (group, start)
-            if open_run and joins and open_run.t == t:
-                open_run = Run(group, open_run.start, stop, t)
-                continue
-            if open_run:
-                yield open_run
-            open_run = Run(group, start, stop, t)
-        if open_run:
-            yield open_run
+            if block and not self._joins(block[-1], i, counts):
+                yield self._run(block, counts)
+                block = []
+            block.append(i)
+        if block:
+            yield self._run(block, counts)
+
+    def _joins(self, last: int, i: int, counts: Sequence[int]) -> bool:
+        same = self.group_of[last] == self.group_of[i] and counts[last] == counts[i]
+        adjacent = self.ranges[last][1] == self.ranges[i][0]
+        return same and adjacent and self.rules[self.group_of[i]].elementwise
+
+    def _run(self, block: list[int], counts: Sequence[int]) -> Run:
+        first, last, group = block[0], block[-1], self.group_of[block[0]]
+        rule = self.rules[group]
+
+        def span(ranges: list[tuple[int, int]], shape: tuple[int, ...]) -> Span:
+            start, stop = ranges[first][0], ranges[last][1]
+            return Span(start, stop, (stop - start,) if rule.elementwise else shape)
+
+        slots = {name: span(self.slot_ranges[name], self.slot_shapes[name][first]) for name in rule.slots}
+        return Run(group, counts[first] + 1, span(self.ranges, tuple(self.params[first].shape)), slots)
 
     def scalars(self, run: Run, values: Values) -> dict[str, float]:
         """The numbers h of one range."""
@@ -132,16 +157,16 @@ class Transition(Binding):
         own, rest = {}, {}
         for fallback, inputs in self._own_steps(state, g, active, values):
             p, s, rest[fallback.number] = fallback.step(inputs)
-            theta.new.append((fallback.run, p))
+            theta.new.append((fallback.span, p))
             own |= s
         for run in self.plan(state.counts, active):
-            s = {name: run.of(state.slots[name]) for name in self.rules[run.group].slots}
-            p, s = self.rules[run.group].step(run.of(state.theta), run.of(g), s, self.scalars(run, values))
-            theta.new.append((run, p))
+            s, h = run.slots_of(state.slots), self.scalars(run, values)
+            p, s = self.rules[run.group].step(run.of(state.theta), run.of(g), s, h)
+            theta.new.append((run.theta, p))
             for name, x in s.items():
-                slots[name].new.append((run, x))
+                slots[name].new.append((run.slots[name], x))
         slots = {name: x.join() for name, x in slots.items()}
-        counted = [a and not mine for a, mine in zip(active, self.takes_own_step, strict=True)]
+        counted = [(a or self.counts_groups(i)) and not self.takes_own_step[i] for i, a in enumerate(active)]
         return state.like(theta.join(), slots | own, counted, rest)
 
     def jvp(
@@ -170,17 +195,15 @@ class Transition(Binding):
         own: Tensors = {}
         for fallback, inputs in self._own_steps(state, g, active, values):
             dp, ds = fallback.jvp(inputs, tangent.theta, dg, tangent.slots, seeds)
-            theta.new.append((fallback.run, dp))
+            theta.new.append((fallback.span, dp))
             own |= ds
         for run in self.plan(state.counts, active):
-            rule = self.rules[run.group]
-            s = {name: run.of(state.slots[name]) for name in rule.slots}
-            ds = {name: run.of(tangent.slots[name]) for name in rule.slots}
-            h, dp = self.scalars(run, values), run.of(tangent.theta)
-            dp, ds = rule.jvp(run.of(state.theta), run.of(g), s, h, dp, run.of(dg), ds, seeds[run.group])
-            theta.new.append((run, dp))
+            s, ds = run.slots_of(state.slots), run.slots_of(tangent.slots)
+            h, dp, dh = self.scalars(run, values), run.of(tangent.theta), run.seeds_of(seeds[run.group])
+            dp, ds = self.rules[run.group].jvp(run.of(state.theta), run.of(g), s, h, dp, run.of(dg), ds, dh)
+            theta.new.append((run.theta, dp))
             for name, x in ds.items():
-                slots[name].new.append((run, x))
+                slots[name].new.append((run.slots[name], x))
         return Tangent(theta.join(), {name: x.join() for name, x in slots.items()} | own)
 
     def vjp(
@@ -198,19 +221,17 @@ class Transition(Binding):
         lam_h: list[Tensors] = [{} for _ in self.groups]
         for fallback, inputs in self._own_steps(state, g, active, values):
             lp, lg, ls = fallback.vjp(inputs, adjoint.theta, adjoint.slots, lam_h)
-            theta.new.append((fallback.run, lp))
-            lam_g.new.append((fallback.run, lg))
+            theta.new.append((fallback.span, lp))
+            lam_g.new.append((fallback.span, lg))
             own |= ls
         for run in self.plan(state.counts, active):
-            rule = self.rules[run.group]
-            s = {name: run.of(state.slots[name]) for name in rule.slots}
-            ls = {name: run.of(adjoint.slots[name]) for name in rule.slots}
+            s, ls = run.slots_of(state.slots), run.slots_of(adjoint.slots)
             h, lp = self.scalars(run, values), run.of(adjoint.theta)
-            lp, lg, ls, lh = rule.vjp(run.of(state.theta), run.of(g), s, h, lp, ls)
-            theta.new.append((run, lp))
-            lam_g.new.append((run, lg))
+            lp, lg, ls, lh = self.rules[run.group].vjp(run.of(state.theta), run.of(g), s, h, lp, ls)
+            theta.new.append((run.theta, lp))
+            lam_g.new.append((run.theta, lg))
             for name, x in ls.items():
-                slots[name].new.append((run, x))
+                slots[name].new.append((run.slots[name], x))
             for name, x in lh.items():
                 lam_h[run.group][name] = lam_h[run.group].get(name, 0) + x.sum()
         out = Tangent(theta.join(), {name: x.join() for name, x in slots.items()} | own)
@@ -226,7 +247,8 @@ class Transition(Binding):
             slot = rule.second_moment_of_decay
             if slot is None or values["weight_decay"][i] != 0 or values["eps"][i] >= WELL_CONDITIONED_EPS:
                 continue
-            mine = [r for r, group in zip(self.ranges, self.group_of, strict=True) if group == i]
-            if any(bool(((g[a:b] == 0) & (state.slots[slot][a:b] == 0)).any()) for a, b in mine):
+            pairs = zip(self.ranges, self.slot_ranges[slot], self.group_of, strict=True)
+            mine = [(g[a:b], state.slots[slot][c:d]) for (a, b), (c, d), group in pairs if group == i]
+            if any(bool(((x == 0) & (v == 0)).any()) for x, v in mine):
                 out.append(i)
         return out

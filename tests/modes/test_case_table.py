@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import pytest
 
-from tests.cases import EVERY_PROBLEM_WITH, MODES, OPTIMIZERS, Case
+from tests.cases import EVERY_PROBLEM_WITH, MODES, OPTIMIZERS, RESUMED_WITH, Case, case_of
 from tests.oracle import assert_matches, assert_same, hypergradient
 
-EVERY_OPTIMIZER = [Case("mlp", optimizer) for optimizer in OPTIMIZERS]
+EVERY_OPTIMIZER = [*map(case_of, OPTIMIZERS), Case("matrices_live", "muon")]
 EVERY_PROBLEM = [
     Case(problem, optimizer)
     for problem in ("quadratic", "ridge", "mlp_live", "cnn_batchnorm", "embedding", "dropout", "tied_frozen")
     for optimizer in EVERY_PROBLEM_WITH
-]
+] + [Case(problem, optimizer) for problem in ("mlp_live", "embedding", "tied_frozen") for optimizer in RESUMED_WITH]
 # thresholds that some of the six steps exceed, and some do not
 CLIPPED = [Case("mlp", optimizer, clip_norm=0.245) for optimizer in (*EVERY_PROBLEM_WITH, "sgd")] + [
     Case("mlp", optimizer, clip_value=0.05) for optimizer in (*EVERY_PROBLEM_WITH, "sgd")

@@ -13,7 +13,7 @@ from torch.nn.functional import cross_entropy
 
 import hypergrad
 from hypergrad.solvers import neumann
-from tests.cases import OPTIMIZERS, Case
+from tests.cases import OPTIMIZERS, Case, case_of
 from tests.problems import DEVICE, Vector, randint, randn
 
 CLOSED_FORM = 1e-8  # relative: the solvers' residual times a condition number below 100
@@ -68,6 +68,11 @@ OPTIMIZERS_AT_A_MINIMUM: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "maximize": partial(torch.optim.SGD, lr=0.1, maximize=True),
     "adam": partial(torch.optim.Adam, lr=0.0, eps=1e-2),
     "rmsprop": partial(torch.optim.RMSprop, lr=0.0, eps=1e-2),
+    "adagrad": partial(torch.optim.Adagrad, lr=0.0, eps=1e-2),
+    "adamax": partial(torch.optim.Adamax, lr=0.0, eps=1e-2),
+    "nadam": partial(torch.optim.NAdam, lr=0.0, eps=1e-2),
+    "radam": partial(torch.optim.RAdam, lr=0.0, eps=1e-2),
+    "adadelta": partial(torch.optim.Adadelta, lr=0.0),
 }
 
 
@@ -218,7 +223,7 @@ def test_look_back_is_its_truncated_series(steps: int, terms: int) -> None:
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_looking_back_one_step_is_the_last_step_of_per_step(optimizer: str) -> None:
-    case = Case("mlp", optimizer)
+    case = case_of(optimizer)
     setup = case.build()
     call = partial(
         hypergrad.hypergradient, setup.model, setup.optimizer, setup.loss, setup.batches, setup.val_loss, case.names

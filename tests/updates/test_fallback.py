@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,6 +57,9 @@ class ForeignCase(Case):
     @property
     def row(self) -> Any:
         return TORCH[self.optimizer] if self.optimizer in TORCH else THIRD_PARTY[self.optimizer]
+
+    def arithmetic(self) -> AbstractContextManager[Any]:
+        return nullcontext()
 
 
 def made(name: str) -> ForeignCase:
@@ -260,6 +264,16 @@ def test_what_cannot_be_replayed_is_refused(name: str) -> None:
     assert_unchanged(before, everything(model, optimizer))
 
 
+def test_what_the_constructor_alone_reads_is_refused() -> None:
+    class Mine(torch.optim.Adagrad):
+        def step(self, closure: Any = None) -> Any:  # type: ignore[override]
+            return super().step(closure)
+
+    model, optimizer, arguments = problem(Mine)
+    with pytest.raises(NotImplementedError, match=r"Mine has no update rule here.*constructor"):
+        hypergrad.hypergradient(model, optimizer, wrt=("lr", "initial_accumulator_value"), **arguments)
+
+
 def test_a_momentum_that_begins_at_zero_is_refused() -> None:
     class Buffered(Broken):
         @torch.no_grad()
@@ -305,6 +319,34 @@ def test_beside_an_optimizer_with_a_rule(first: bool) -> None:
             wrt = ("lr", "weight_decay", "betas", "momentum")
             results.append(hypergrad.hypergradient(model, optimizer, wrt=wrt, mode=mode, clip_norm=0.5, **arguments))
         assert_same(*results)
+
+
+@pytest.mark.usefixtures("double")
+@pytest.mark.parametrize("first", [False, True])
+def test_beside_rules_whose_slots_have_shapes_of_their_own(first: bool) -> None:
+    """One optimizer takes its own step and keeps a tensor of a name that the rule of the other one has too."""
+
+    class Mine(torch.optim.Adamax):
+        def step(self, closure: Any = None) -> Any:  # type: ignore[override]
+            return super().step(closure)
+
+    def beside(cls: Any, other: Any) -> Any:
+        def make(params: Any) -> list[torch.optim.Optimizer]:
+            params = list(params)
+            mine = cls(params[1:3], lr=0.01, eps=1e-2, weight_decay=0.1)
+            return [mine, other([params[0], params[3]])] if first else [other([params[0], params[3]]), mine]
+
+        return make
+
+    others = (lambda p: torch.optim.NAdam(p, lr=0.01, eps=1e-2), lambda p: torch.optim.Adafactor(p, lr=0.05))
+    for other in others:
+        for mode in ("forward", "unrolled"):
+            results = []
+            for cls in (Mine, torch.optim.Adamax):
+                model, optimizer, arguments = problem(beside(cls, other))
+                wrt = ("lr", "weight_decay")
+                results.append(hypergrad.hypergradient(model, optimizer, wrt=wrt, mode=mode, **arguments))
+            assert_same(*results)
 
 
 class Own(torch.optim.AdamW):

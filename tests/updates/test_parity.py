@@ -13,6 +13,7 @@ from torch import Tensor
 from hypergrad.updates.binding import State
 from hypergrad.updates.transition import Transition
 from tests.problems import DEVICE
+from tests.references import third_party
 
 STEPS = 100
 ULPS = 8  # a step, on CUDA and in fused kernels, which order operations as they like: units in the last place
@@ -20,7 +21,9 @@ ULPS = 8  # a step, on CUDA and in fused kernels, which order operations as they
 _decay = {"weight_decay": 0.1}
 _momentum = {"momentum": 0.9}
 _adam = {"lr": 0.01, "betas": (0.8, 0.95)}
-FLAGS: dict[str, tuple[type[torch.optim.Optimizer], dict[str, Any]]] = {
+_coupled = {"weight_decouple": False, **_decay}
+_lamb = {**_adam, **_decay}
+FLAGS: dict[str, tuple[type[torch.optim.Optimizer] | str, dict[str, Any]]] = {
     "sgd": (torch.optim.SGD, {"lr": 0.1}),
     "sgd decay": (torch.optim.SGD, {"lr": 0.1, **_decay}),
     "sgd momentum": (torch.optim.SGD, {"lr": 0.1, **_momentum, **_decay}),
@@ -43,15 +46,67 @@ FLAGS: dict[str, tuple[type[torch.optim.Optimizer], dict[str, Any]]] = {
         )
         for centered, momentum, maximize in product((False, True), (0.0, 0.9), (False, True))
     },
+    "adagrad": (torch.optim.Adagrad, {"lr": 0.1}),
+    "adagrad lr_decay": (torch.optim.Adagrad, {"lr": 0.1, "lr_decay": 0.1, "initial_accumulator_value": 0.3, **_decay}),
+    "adagrad maximize": (torch.optim.Adagrad, {"lr": 0.1, "maximize": True, **_decay}),
+    **{
+        f"{cls.__name__.lower()} {'maximize ' * maximize}{'decay' * bool(decay)}".strip(): (
+            cls,
+            {"lr": 0.1, "maximize": maximize, "weight_decay": decay},
+        )
+        for cls, maximize, decay in product((torch.optim.Adamax, torch.optim.Adadelta), (False, True), (0.0, 0.1))
+    },
+    **{
+        f"{cls.__name__.lower()} {'decoupled ' * decoupled}{'maximize ' * maximize}{'decay' * bool(decay)}".strip(): (
+            cls,
+            {**_adam, "decoupled_weight_decay": decoupled, "maximize": maximize, "weight_decay": decay},
+        )
+        for cls, decoupled, maximize, decay in product(
+            (torch.optim.NAdam, torch.optim.RAdam), (False, True), (False, True), (0.0, 0.1)
+        )
+    },
+    **{
+        f"adafactor {'maximize ' * maximize}{'floors ' * (eps[1] > 0.01)}{'decay' * bool(decay)}".strip(): (
+            torch.optim.Adafactor,
+            {"lr": 0.2, "maximize": maximize, "weight_decay": decay, "eps": eps},
+        )
+        for maximize, decay, eps in product((False, True), (0.0, 0.1), ((None, 1e-3), (1e-2, 0.5)))
+    },
+    **{
+        f"muon {'nesterov ' * nesterov}{'decay ' * bool(decay)}{adjust or ''}".strip(): (
+            torch.optim.Muon,
+            {"lr": 0.02, "nesterov": nesterov, "weight_decay": decay, "adjust_lr_fn": adjust},
+        )
+        for nesterov, decay, adjust in [
+            (False, 0.1, None),
+            (True, 0.0, "original"),
+            (True, 0.1, "match_rms_adamw"),
+            (False, 0.1, "spectral_unclamped"),
+        ]
+    },
+    "lion": ("pytorch_optimizer.Lion", {"lr": 0.01, **_decay}),
+    "lion fixed": ("pytorch_optimizer.Lion", {"lr": 0.01, "fixed_decay": True, **_decay}),
+    "lion coupled": ("pytorch_optimizer.Lion", {"lr": 0.01, **_coupled}),
+    "lion maximize": ("pytorch_optimizer.Lion", {"lr": 0.01, "maximize": True, **_decay}),
+    "lion lion_pytorch": ("lion_pytorch.Lion", {"lr": 0.01, **_decay}),
+    "lion lion_pytorch decoupled": ("lion_pytorch.Lion", {"lr": 0.01, "decoupled_weight_decay": True, **_decay}),
+    "lamb": ("pytorch_optimizer.Lamb", _lamb),
+    "lamb fixed": ("pytorch_optimizer.Lamb", {**_lamb, "fixed_decay": True}),
+    "lamb coupled": ("pytorch_optimizer.Lamb", {**_adam, **_coupled}),
+    "lamb maximize": ("pytorch_optimizer.Lamb", {**_adam, "maximize": True}),
+    "lamb no averaging": ("pytorch_optimizer.Lamb", {**_lamb, "grad_averaging": False, "adam_debias": True}),
+    "lamb adam": ("pytorch_optimizer.Lamb", {**_lamb, "adam": True}),
 }
 
 
-def parameters(dtype: torch.dtype) -> list[Tensor]:
-    return [torch.randn(shape, dtype=dtype, device=DEVICE).requires_grad_() for shape in ((4, 3), (5,), (), (2, 2, 2))]
+def parameters(dtype: torch.dtype, cls: Any = None) -> list[Tensor]:
+    shapes = ((4, 3), (3, 5), (1, 4), (4, 4)) if cls is torch.optim.Muon else ((4, 3), (5,), (), (2, 2, 2))
+    return [torch.randn(shape, dtype=dtype, device=DEVICE).requires_grad_() for shape in shapes]
 
 
-def make(cls: type[torch.optim.Optimizer], numbers: dict[str, Any], params: Sequence[Tensor]) -> torch.optim.Optimizer:
+def make(cls: Any, numbers: dict[str, Any], params: Sequence[Tensor]) -> torch.optim.Optimizer:
     """Two groups; the second with half the lr."""
+    cls = third_party(cls) if isinstance(cls, str) else cls
     second = {"params": params[2:], "lr": numbers["lr"] / 2}
     return cls([{"params": params[:2]}, second], **numbers)
 
@@ -70,10 +125,11 @@ def gradients(params: Sequence[Tensor], t: int, present: Callable[[int, int], bo
 
 
 def step_both(optimizer: torch.optim.Optimizer, transition: Transition, state: State, grads: list[Any]) -> State:
+    flat = transition.flatten(grads)  # a copy: pytorch_optimizer changes gradients in place
     for p, g in zip(transition.params, grads, strict=True):
         p.grad = g
     optimizer.step()
-    return transition.step(state, transition.flatten(grads), tuple(g is not None for g in grads), transition.values())
+    return transition.step(state, flat, tuple(g is not None for g in grads), transition.values())
 
 
 def assert_equal(got: Tensor, want: Tensor, bits: bool = DEVICE == "cpu") -> None:
@@ -86,7 +142,7 @@ def assert_equal(got: Tensor, want: Tensor, bits: bool = DEVICE == "cpu") -> Non
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("flags", FLAGS)
 def test_rule_is_torch(flags: str, dtype: torch.dtype, live: int, present: Callable[[int, int], bool]) -> None:
-    params = parameters(dtype)
+    params = parameters(dtype, FLAGS[flags][0])
     optimizer = make(*FLAGS[flags], params)
     for t in range(live):
         for p, g in zip(params, gradients(params, t, present), strict=True):
@@ -99,11 +155,14 @@ def test_rule_is_torch(flags: str, dtype: torch.dtype, live: int, present: Calla
     assert_equal(state.theta, transition.flatten(params))
     for name, slot in transition.slots().items():
         assert_equal(state.slots[name], slot)
-    if not flags.startswith("sgd"):  # torch's SGD does not count
+    if not flags.startswith(("sgd", "lion", "muon")):  # those do not count
         assert state.counts == transition.counts()
 
 
-KERNELS = [*product(("SGD", "Adam", "AdamW"), ("foreach", "fused")), ("RMSprop", "foreach")]
+KERNELS = [
+    *product(("SGD", "Adam", "AdamW", "Adagrad"), ("foreach", "fused")),
+    *product(("RMSprop", "Adamax", "NAdam", "RAdam", "Adadelta", "Adafactor"), ("foreach",)),
+]
 
 
 @pytest.mark.parametrize(("name", "kernel"), KERNELS)
@@ -143,4 +202,20 @@ def test_two_optimizers_are_one_transition() -> None:
         state = step_both(first, transition, state, gradients(params, 0, always))
         assert all(torch.equal(a, b) for a, b in zip(second_before, params[2:], strict=True))
         second.step()
+    assert_equal(state.theta, transition.flatten(params))
+
+
+@pytest.mark.parametrize("nesterov", [True, False])
+def test_muon_on_bfloat16_parameters(nesterov: bool) -> None:
+    """torch's buffer is scaled in place there without nesterov: refused."""
+    params = [p.detach().bfloat16().requires_grad_() for p in parameters(torch.float32, torch.optim.Muon)]
+    optimizer = make(torch.optim.Muon, {"lr": 0.1, "nesterov": nesterov}, params)
+    transition = Transition([optimizer], frozenset())
+    state = transition.read()
+    if not nesterov:
+        with pytest.raises(NotImplementedError, match="nesterov=True"):
+            step_both(optimizer, transition, state, gradients(params, 0, always))
+        return
+    for t in range(20):
+        state = step_both(optimizer, transition, state, gradients(params, t, always))
     assert_equal(state.theta, transition.flatten(params))
