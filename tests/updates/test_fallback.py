@@ -394,7 +394,7 @@ def test_a_frozen_tuner_trains_as_the_loop_without_it() -> None:
     assert_unchanged(everything(twin, stock), everything(model, optimizer))
 
 
-def test_every_row_is_of_another_optimizer_than_the_case_table() -> None:
+def test_rows_are_not_named_as_rows_of_the_case_table() -> None:
     assert len([row for row in THIRD_PARTY.values() if row.package == "pytorch_optimizer"]) >= 12
     assert all(isinstance(row, Foreign) for row in THIRD_PARTY.values())
     assert not THIRD_PARTY.keys() & OPTIMIZERS.keys()
