@@ -108,6 +108,12 @@ class Transition(Binding):
         self.clip: Clip | None = None if clip is None else CLIPS[clip]()
         self._plans: dict[Any, list[Run]] = {}
 
+    def refresh(self) -> None:
+        rules = self.rules
+        super().refresh()
+        if self.rules is not rules:  # other slots: the ranges are laid out anew
+            self._plans = {}
+
     def plan(self, counts: tuple[int, ...], active: tuple[bool, ...]) -> list[Run]:
         """The ranges of one step: neighbours in a group with the same step number are one range."""
         key = (counts, active)
