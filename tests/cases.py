@@ -54,7 +54,7 @@ _NADAM2 = {**_ADAM2, "momentum_decay": 0.3}
 _DECOUPLED = {"decoupled_weight_decay": True}
 _LION = {"lr": 0.02, "weight_decay": 0.1, "betas": (0.8, 0.9)}
 _LION2 = {"lr": 0.01, "weight_decay": 0.3, "betas": (0.7, 0.95)}
-_FACTOR = {"lr": 0.05, "weight_decay": 0.1, "beta2_decay": -0.8, "d": 1.05}
+_FACTOR = {"lr": 0.05, "weight_decay": 0.1, "beta2_decay": -0.8, "d": 1.2}
 _FACTOR2 = {"lr": 0.1, "weight_decay": 0.2, "beta2_decay": -0.6}
 _MUON = {"lr": 0.05, "weight_decay": 0.1, "momentum": 0.8}
 _MUON2 = {"lr": 0.02, "weight_decay": 0.2, "momentum": 0.9}
@@ -90,7 +90,7 @@ OPTIMIZERS: dict[str, Row] = {
     "adagrad": Row(ADAGRAD, _ADAGRAD, _ADAGRAD2, _OF_ADAGRAD),
     "adagrad_at_zero": Row(ADAGRAD, _ADAGRAD | _NO_DECAY | {"lr_decay": 0.0}, _ADAGRAD2 | _NO_DECAY, _OF_ADAGRAD),
     "adagrad_maximize": Row(ADAGRAD, _ADAGRAD | {"maximize": True}, _ADAGRAD2, _OF_ADAGRAD),
-    "adamax": Row(ADAMAX, _ADAM, _ADAM2, _OF_ADAM),
+    "adamax": Row(ADAMAX, _ADAM | {"lr": 0.025}, _ADAM2, _OF_ADAM),
     "adamax_at_zero": Row(ADAMAX, _ADAM | _NO_DECAY, _ADAM2 | _NO_DECAY, _OF_ADAM),
     "adamax_maximize": Row(ADAMAX, _ADAM | {"maximize": True}, _ADAM2, _OF_ADAM),
     "nadam": Row(NADAM, _NADAM, _NADAM2, _OF_NADAM),
@@ -108,7 +108,7 @@ OPTIMIZERS: dict[str, Row] = {
     "adafactor_floors": Row(
         ADAFACTOR, _FACTOR | {"eps": (0.02, 0.3), "lr": 0.45}, _FACTOR2, _OF_FACTOR
     ),  # lr > 1/√t later
-    "adafactor_maximize": Row(ADAFACTOR, _FACTOR | {"maximize": True}, _FACTOR2, _OF_FACTOR),
+    "adafactor_maximize": Row(ADAFACTOR, _FACTOR | {"maximize": True, "lr": 0.03}, _FACTOR2, _OF_FACTOR),
     "muon": Row(MUON, _MUON, _MUON2, _OF_MUON),
     "muon_at_zero": Row(MUON, _MUON | _NO_DECAY, _MUON2 | _NO_DECAY | {"momentum": 0.0}, _OF_MUON),
     "muon_plain": Row(MUON, _MUON | {"nesterov": False, "adjust_lr_fn": "match_rms_adamw"}, _MUON2, _OF_MUON),
@@ -184,13 +184,18 @@ class Case:
         torch.set_default_dtype(torch.float32)  # in which the problems draw their weights
         setup = PROBLEMS[self.problem]()
         torch.set_default_dtype(torch.float64)  # of NAdam's mu_product, in torch; conftest.py puts it back
+        with self.arithmetic():
+            self._start(setup)
+        return setup
+
+    def _start(self, setup: Setup) -> None:
+        """Make the optimizer and take the steps before the stretch."""
         setup.optimizer = self.row.make(setup.groups)
         for i in range(setup.warm_up):
             setup.optimizer.zero_grad()
             setup.loss(setup.model, setup.batches[-1 - i]).backward()
             setup.optimizer.step()
         torch.manual_seed(7)  # what dropout draws from
-        return setup
 
     def __str__(self) -> str:
         extras = [*self.clip, *(["per_step"] if self.per_step else []), *(["val_steps"] if self.val_steps else [])]

@@ -97,12 +97,12 @@ def train(
 
 def stock(case: Case, name: str = "", index: tuple[int, ...] = (), delta: float = 0.0) -> float:
     """The validation loss of the stock loop with one number moved by delta (at one step, with per_step)."""
-    with case.arithmetic():
-        return _stock(case, name, index, delta)
-
-
-def _stock(case: Case, name: str, index: tuple[int, ...], delta: float) -> float:
     setup = case.build()
+    with case.arithmetic():
+        return _stock(case, setup, name, index, delta)
+
+
+def _stock(case: Case, setup: Setup, name: str, index: tuple[int, ...], delta: float) -> float:
     when = index[0] if case.per_step and index else None
     index = index[1:] if case.per_step else index
     val_steps = case.val_steps or (len(setup.batches),)
@@ -159,8 +159,8 @@ def finite_difference(case: Case, name: str, index: tuple[int, ...]) -> float:
 
 
 def hypergradient(case: Case, **options: Any) -> Result:
+    setup = case.build()
     with case.arithmetic():
-        setup = case.build()
         return hypergrad.hypergradient(
             setup.model,
             setup.optimizer,
