@@ -75,7 +75,7 @@ THIRD_PARTY: dict[str, Foreign] = {
     "QHAdam": _row("QHAdam", _ADAM, (*_OF_DECAY, "eps")),  # it keeps sums of powers of betas in float32
     "StableAdamW": _row("StableAdamW", _ADAM, _OF_ADAM),
     "Tiger": _row("Tiger", _DECAY, _OF_DECAY),
-    "Yogi": _row("Yogi", _ADAM, _OF_ADAM),
+    "Yogi": _row("Yogi", _ADAM | {"lr": 0.025}, _OF_ADAM),
     "schedulefree SGD": Foreign(
         "schedulefree", "SGDScheduleFree", {"lr": 0.2, "weight_decay": 0.02}, (*_OF_DECAY, "momentum"), trains=True
     ),
