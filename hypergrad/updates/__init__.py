@@ -6,6 +6,7 @@ An optimizer without a rule takes its own step, which is differentiated as it is
 from __future__ import annotations
 
 import sys
+from typing import Any
 
 import torch
 
@@ -56,7 +57,7 @@ def rule_of(optimizer: torch.optim.Optimizer) -> type[UpdateRule] | None:
 
 def _unhooked(cls: type) -> object:
     """`step` as it was written: torch wraps it, in the class that is instantiated first."""
-    step = getattr(cls, "step", None)
+    step: Any = getattr(cls, "step", None)
     return step.__wrapped__ if getattr(step, "hooked", False) else step
 
 
