@@ -180,15 +180,17 @@ class Coordinates:
 
     def scale(self, name: str, factor: float) -> bool:
         """Multiply the values of one positive hyperparameter; forget its momentum. False if it is not tuned."""
-        mine = torch.tensor([entry.name == name for entry in self.entries])
+        mine = self._called(name)
         self.move(torch.where(mine, self.phi + torch.tensor(factor).log(), self.phi))
         self.descent.turn(mine, factor)
         return bool(mine.any())
 
     def cap(self, name: str, factor: float) -> None:
         """The ceiling of the numbers of this name, `factor` times what they are."""
-        mine = torch.tensor([entry.name == name for entry in self.entries])
-        self.descent.cap(mine, self.phi + math.log(factor))
+        self.descent.cap(self._called(name), self.phi + math.log(factor))
+
+    def _called(self, name: str) -> Tensor:
+        return torch.tensor([entry.name == name for entry in self.entries])
 
     def scale_number(self, j: int, factor: float) -> None:
         """Multiply the value of one positive number."""

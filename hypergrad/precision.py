@@ -68,9 +68,8 @@ class Promote(TorchFunctionMode):
         kwargs = dict(kwargs or {})
         if func in self._CASTS:
             copies, func = func is not Tensor.float, Tensor.double
-            args = (
-                (args[0].clone(), *args[1:]) if copies else args
-            )  # what is done to it in place is not done to the original
+            if copies:  # what is done to it in place is not done to the original
+                args = (args[0].clone(), *args[1:])
         args, kwargs = tree_map(_promoted, (args, kwargs))
         if func is Tensor.to or func is Tensor.type:
             args, kwargs = tree_map(_not_lower, (args, kwargs))

@@ -13,13 +13,8 @@ WARMUP_SHARE = 0.01  # of the steps
 STEP_SHARE = 0.3  # of the steps, in which lr, momentum, betas, … are tuned,
 LONGEST_SHARE = 0.8  # or so much where lr is still on the move
 SETTLED_SHARE = 0.9  # of the steps, after which nothing is tuned: lr is small, and there is nothing left to win
-STEP_NAMES = frozenset(
-    {"lr", "momentum", "dampening", "betas", "alpha", "eps", "rho", "lr_decay", "momentum_decay"}
-) | {
-    "beta2_decay",
-    "d",
-    "ns_coefficients",
-}
+_OF_THE_STEP = "lr momentum dampening betas alpha eps rho lr_decay momentum_decay beta2_decay d ns_coefficients"
+STEP_NAMES = frozenset(_OF_THE_STEP.split(" "))
 
 
 def decay_to_zero(t: int, total: int) -> float:

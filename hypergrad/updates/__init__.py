@@ -50,12 +50,12 @@ def rule_of(optimizer: torch.optim.Optimizer) -> type[UpdateRule] | None:
     """
     rules = {_imported(key): rule for key, rule in RULES.items()}
     for cls in type(optimizer).__mro__:
-        if cls in rules and _unhooked(type(optimizer)) is _unhooked(cls):
+        if cls in rules and unhooked_step(type(optimizer)) is unhooked_step(cls):
             return rules[cls]
     return None
 
 
-def _unhooked(cls: type) -> object:
+def unhooked_step(cls: type) -> Any:
     """`step` as it was written: torch wraps it, in the class that is instantiated first."""
     step: Any = getattr(cls, "step", None)
     return step.__wrapped__ if getattr(step, "hooked", False) else step

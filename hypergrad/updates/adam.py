@@ -19,6 +19,7 @@ from typing import Any, ClassVar, NamedTuple, Self
 import torch
 from torch import Tensor
 
+from hypergrad.updates.moments import moment_tangents, moments
 from hypergrad.updates.rule import Scalars, Tensors
 
 
@@ -58,11 +59,7 @@ class Adam:
 
     def _forward(self, p: Tensor, g: Tensor, s: Tensors, h: Scalars) -> _Forward:
         b1, b2, t = h["beta1"], h["beta2"], h["t"]
-        g = -g if self.maximize else g
-        if not self.decoupled:
-            g = torch.add(g, p, alpha=h["weight_decay"])
-        m = s["exp_avg"].lerp(g, 1 - b1)
-        v = s["exp_avg_sq"].mul(b2).addcmul_(g, g, value=1 - b2)
+        g, m, v = moments(p, g, s, h, self.maximize, self.decoupled)
         x = torch.maximum(s["max_exp_avg_sq"], v) if self.amsgrad else v
         c1, c2 = 1 - b1**t, 1 - b2**t
         root = x.sqrt()
@@ -78,8 +75,7 @@ class Adam:
             p = p * (1 - h["lr"] * h["weight_decay"])
         return torch.addcdiv(p, f.m, f.den, value=-h["lr"] / f.c1), self._slots(f.m, f.v, f.x)
 
-    # dg̃ = ±dg + w dp + dw p                       AdamW: ±dg
-    # dm' = β₁ dm + (1 − β₁) dg̃ + dβ₁ (m − g̃)      dv' = β₂ dv + 2 (1 − β₂) g̃ dg̃ + dβ₂ (v − g̃²)
+    # dg̃, dm', dv': see moments.py
     # dx = dv', amsgrad: dv' where v' > x_old, else dx_old
     # dD = dx / (2 √x √c₂) + dε − √x dc₂ / (2 c₂ √c₂)
     # dp' = dp − (η/c₁) (dm' − m' dD/D)/D − (dη/c₁ − η dc₁/c₁²) m'/D;  AdamW: dp (1 − η w) − (w dη + η dw) p
@@ -87,17 +83,7 @@ class Adam:
         self, p: Tensor, g: Tensor, s: Tensors, h: Scalars, dp: Tensor, dg: Tensor, ds: Tensors, dh: Tensors
     ) -> tuple[Tensor, Tensors]:
         f, lr, wd = self._forward(p, g, s, h), h["lr"], h["weight_decay"]
-        dg = -dg if self.maximize else dg
-        if not self.decoupled:
-            dg = torch.add(dg, dp, alpha=wd)
-            if "weight_decay" in dh:
-                dg.addcmul_(dh["weight_decay"], p)
-        dm = ds["exp_avg"].lerp(dg, 1 - h["beta1"])
-        dv = ds["exp_avg_sq"].mul(h["beta2"]).addcmul_(f.g, dg, value=2 * (1 - h["beta2"]))
-        if "beta1" in dh:
-            dm.addcmul_(dh["beta1"], s["exp_avg"] - f.g)
-        if "beta2" in dh:
-            dv.addcmul_(dh["beta2"], s["exp_avg_sq"] - f.g * f.g)
+        _, dm, dv = moment_tangents(p, f.g, s, h, dp, dg, ds, dh, self.maximize, self.decoupled)
         dx = torch.where(f.v > s["max_exp_avg_sq"], dv, ds["max_exp_avg_sq"]) if self.amsgrad else dv
         droot = torch.where(f.root > 0, 0.5 / f.root, 0)
         dden = dx * (droot / f.c2**0.5)

@@ -21,6 +21,7 @@ from typing import Any, ClassVar, NamedTuple, Self
 import torch
 from torch import Tensor
 
+from hypergrad.updates.moments import moment_tangents, moments
 from hypergrad.updates.rule import Scalars, Tensors
 
 
@@ -70,11 +71,7 @@ class NAdam:
 
     def _forward(self, p: Tensor, g: Tensor, s: Tensors, h: Scalars) -> _Forward:
         b2, t = h["beta2"], h["t"]
-        g = -g if self.maximize else g
-        if not self.decoupled:
-            g = torch.add(g, p, alpha=h["weight_decay"])
-        m = s["exp_avg"].lerp(g, 1 - h["beta1"])
-        v = s["exp_avg_sq"].mul(b2).addcmul_(g, g, value=1 - b2)
+        g, m, v = moments(p, g, s, h, self.maximize, self.decoupled)
         root = v.div(1 - b2**t).sqrt()
         return _Forward(g, m, v, root, root + h["eps"], 1 - b2**t, -t * b2 ** (t - 1))
 
@@ -112,8 +109,7 @@ class NAdam:
         da = (k.a * dpi - dmu) / (1 - k.product)
         return dpi, da, (dnu + k.b * (k.nu * dpi + k.product * dnu)) / (1 - k.product * k.nu)
 
-    # dg̃ = ±dg + w dp + dw p                        decoupled: ±dg
-    # dm' = β₁ dm + (1 − β₁) dg̃ + dβ₁ (m − g̃)       dv' = β₂ dv + 2 (1 − β₂) g̃ dg̃ + dβ₂ (v − g̃²)
+    # dg̃, dm', dv': see moments.py
     # dD = dv'/(2 c₂ √(v'/c₂)) + dε − √(v'/c₂) dc₂/(2 c₂)
     # u = (A g̃ + B m')/D    du = (A dg̃ + B dm' + dA g̃ + dB m' − u dD)/D
     # dp' = dp − η du − dη u;  decoupled: (1 − η w) dp − η du − dη (u + w p) − η dw p
@@ -121,17 +117,7 @@ class NAdam:
         self, p: Tensor, g: Tensor, s: Tensors, h: Scalars, dp: Tensor, dg: Tensor, ds: Tensors, dh: Tensors
     ) -> tuple[Tensor, Tensors]:
         f, k, lr, wd = self._forward(p, g, s, h), self._momentum(s, h), h["lr"], h["weight_decay"]
-        dg = -dg if self.maximize else dg
-        if not self.decoupled:
-            dg = torch.add(dg, dp, alpha=wd)
-            if "weight_decay" in dh:
-                dg.addcmul_(dh["weight_decay"], p)
-        dm = ds["exp_avg"].lerp(dg, 1 - h["beta1"])
-        dv = ds["exp_avg_sq"].mul(h["beta2"]).addcmul_(f.g, dg, value=2 * (1 - h["beta2"]))
-        if "beta1" in dh:
-            dm.addcmul_(dh["beta1"], s["exp_avg"] - f.g)
-        if "beta2" in dh:
-            dv.addcmul_(dh["beta2"], s["exp_avg_sq"] - f.g * f.g)
+        dg, dm, dv = moment_tangents(p, f.g, s, h, dp, dg, ds, dh, self.maximize, self.decoupled)
         dden = dv * torch.where(f.root > 0, 0.5 / (f.c2 * f.root), 0)
         if "eps" in dh:
             dden += dh["eps"]

@@ -8,13 +8,14 @@ which is linear, J z = ∂(λ J)z/∂λ: one more backward pass for each z, and 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from hypergrad.updates import unhooked_step
 from hypergrad.updates.memory import Memory, put_together, take_apart
 from hypergrad.updates.traced_float import TracedFloat
 from hypergrad.updates.tracing import Promoted, tracing
@@ -90,9 +91,7 @@ def _run(
         place.update({k: x for k, x in flags.items() if k in place})
     groups = [_Watched(group) for group in optimizer.param_groups]
     optimizer.param_groups = list[dict[str, Any]](groups)
-    step: Callable[..., Any] = inputs.cls.step
-    step = step.__wrapped__ if getattr(step, "hooked", False) else step  # without hooks for all optimizers
-    step(optimizer)
+    unhooked_step(inputs.cls)(optimizer)  # without hooks for all optimizers
     written = set().union(*(group.written for group in groups))
     return Outcome(params, take_apart(optimizer, inputs.names), written)
 

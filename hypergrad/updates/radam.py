@@ -21,6 +21,7 @@ from typing import Any, ClassVar, NamedTuple, Self
 import torch
 from torch import Tensor
 
+from hypergrad.updates.moments import moment_tangents, moments
 from hypergrad.updates.rule import Scalars, Tensors
 
 
@@ -79,11 +80,7 @@ class RAdam:
         return cls(bool(group["decoupled_weight_decay"]), bool(group["maximize"]))
 
     def _forward(self, p: Tensor, g: Tensor, s: Tensors, h: Scalars, rectified: bool) -> _Forward:
-        g = -g if self.maximize else g
-        if not self.decoupled:
-            g = torch.add(g, p, alpha=h["weight_decay"])
-        m = s["exp_avg"].lerp(g, 1 - h["beta1"])
-        v = s["exp_avg_sq"].mul(h["beta2"]).addcmul_(g, g, value=1 - h["beta2"])
+        g, m, v = moments(p, g, s, h, self.maximize, self.decoupled)
         root = v.sqrt()
         return _Forward(g, m, v, root, root + h["eps"] if rectified else None)
 
@@ -97,8 +94,7 @@ class RAdam:
             u = u * (x.c2**0.5 / f.den) * x.r
         return torch.add(p, u, alpha=-1.0), {"exp_avg": f.m, "exp_avg_sq": f.v}
 
-    # dg̃ = ±dg + w dp + dw p                        decoupled: ±dg
-    # dm' = β₁ dm + (1 − β₁) dg̃ + dβ₁ (m − g̃)       dv' = β₂ dv + 2 (1 − β₂) g̃ dg̃ + dβ₂ (v − g̃²)
+    # dg̃, dm', dv': see moments.py
     # q = m'/D    dD = dv'/(2 √v') + dε (0 where D = 1)    dq = (dm' − q dD)/D
     # du = (k/c₁) dq + (dk/c₁ − k dc₁/c₁²) q
     # dp' = dp − η du − dη u;  decoupled: (1 − η w) dp − η du − dη (u + w p) − η dw p
@@ -107,17 +103,7 @@ class RAdam:
     ) -> tuple[Tensor, Tensors]:
         x, lr, wd = _scalars(h), h["lr"], h["weight_decay"]
         f = self._forward(p, g, s, h, x.r is not None)
-        dg = -dg if self.maximize else dg
-        if not self.decoupled:
-            dg = torch.add(dg, dp, alpha=wd)
-            if "weight_decay" in dh:
-                dg.addcmul_(dh["weight_decay"], p)
-        dm = ds["exp_avg"].lerp(dg, 1 - h["beta1"])
-        dv = ds["exp_avg_sq"].mul(h["beta2"]).addcmul_(f.g, dg, value=2 * (1 - h["beta2"]))
-        if "beta1" in dh:
-            dm.addcmul_(dh["beta1"], s["exp_avg"] - f.g)
-        if "beta2" in dh:
-            dv.addcmul_(dh["beta2"], s["exp_avg_sq"] - f.g * f.g)
+        _, dm, dv = moment_tangents(p, f.g, s, h, dp, dg, ds, dh, self.maximize, self.decoupled)
         q, dq = f.m, dm
         if f.den is not None:
             dden = dv * torch.where(f.root > 0, 0.5 / f.root, 0)

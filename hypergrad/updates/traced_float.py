@@ -52,16 +52,17 @@ class TracedFloat(float):
 
 
 def _compared(x: Any) -> Any:
-    return TINY if isinstance(x, TracedFloat) and x.above_zero and float(x) == 0 else _plain(x)
+    return TINY if isinstance(x, TracedFloat) and x.above_zero and float(x) == 0 else untraced(x)
 
 
-def _plain(x: Any) -> Any:
+def untraced(x: Any) -> Any:
+    """The plain float of a traced one; anything else as it is."""
     return float(x) if isinstance(x, TracedFloat) else x
 
 
 def traced(f: Callable[..., Any], g: Callable[..., Any], *args: Any) -> Any:
     """f of floats, with g, the same function of tensors, beside it."""
-    value = f(*map(_plain, args))
+    value = f(*map(untraced, args))
     if not isinstance(value, float):  # a complex root, say
         return value
     return TracedFloat(value, g(*(x.t if isinstance(x, TracedFloat) else x for x in args)))

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_any, tree_map
 
-from hypergrad.updates.traced_float import TracedFloat, traced_math
+from hypergrad.updates.traced_float import TracedFloat, traced_math, untraced
 
 
 class _Root(torch.autograd.Function):
@@ -292,11 +292,7 @@ def _with_tensors(func: Any, name: str, args: Any, kwargs: Any) -> Any:
     try:
         return func(*new, **kw)
     except TypeError:  # it takes plain numbers only: the self-check sees what is lost
-        return func(*tree_map(_plain, args), **tree_map(_plain, kwargs))
-
-
-def _plain(x: Any) -> Any:
-    return float(x) if isinstance(x, TracedFloat) else x
+        return func(*tree_map(untraced, args), **tree_map(untraced, kwargs))
 
 
 @contextmanager
