@@ -24,7 +24,7 @@ def parse(cls, argv: list[str] | None = None):
             parser.add_argument(option, action="store_true", default=argparse.SUPPRESS, help=text)
             continue
         many = isinstance(default, tuple)
-        kind = str if default is None else type(default[0] if many else default)
+        kind = str if default in (None, ()) else type(default[0] if many else default)
         shown = " ".join(map(str, default)) if many else default
         parser.add_argument(
             option,

@@ -12,7 +12,7 @@ unused embedding row), so m' = 0 too and the term vanishes whatever the root's d
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple, Self
 
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from hypergrad.updates.moments import moment_tangents, moments
-from hypergrad.updates.rule import Scalars, Tensors
+from hypergrad.updates.rule import Scalars, Shares, Tensors, inner
 
 
 class _Forward(NamedTuple):
@@ -110,32 +110,31 @@ class Adam:
     # λp = λp' + w λg̃, λw = λg̃ p;  AdamW: λp = (1 − η w) λp', λw = −η p λp', λη −= w p λp'
     def vjp(
         self, p: Tensor, g: Tensor, s: Tensors, h: Scalars, lp: Tensor, ls: Tensors
-    ) -> tuple[Tensor, Tensor, Tensors, Tensors]:
-        f, lr, wd = self._forward(p, g, s, h), h["lr"], h["weight_decay"]
-        u = f.m / f.den
-        lu = (-lr / f.c1) * lp
+    ) -> tuple[Tensor, Tensor, Tensors, Shares]:
+        f, lr, wd, b1, b2 = self._forward(p, g, s, h), h["lr"], h["weight_decay"], h["beta1"], h["beta2"]
+        u, root_c2, dead = f.m / f.den, f.c2**0.5, ~(f.root > 0)
+        lu = lp * (-lr / f.c1)
         lm = torch.addcdiv(ls["exp_avg"], lu, f.den)
-        lden = -lu * u / f.den
-        lpu = lp * u
-        lx = lden * torch.where(f.root > 0, 0.5 / f.root, 0) / f.c2**0.5
-        lv, out = ls["exp_avg_sq"], {}
+        lden = lu.mul_(u).div_(f.den).neg_()
+        lx = (lden / f.root).masked_fill_(dead, 0).mul_(0.5 / root_c2)
+        out: Tensors = {}
         if self.amsgrad:
-            lx = lx + ls["max_exp_avg_sq"]
-            out["max_exp_avg_sq"] = torch.where(f.v > s["max_exp_avg_sq"], 0, lx)
-            lx = torch.where(f.v > s["max_exp_avg_sq"], lx, 0)
-        lv = lv + lx
-        out |= {"exp_avg": h["beta1"] * lm, "exp_avg_sq": h["beta2"] * lv}
-        lg = torch.addcmul((1 - h["beta1"]) * lm, f.g, lv, value=2 * (1 - h["beta2"]))
-        lh = {
-            "lr": lpu / -f.c1,
-            "eps": lden,
-            "beta1": torch.addcmul(lpu * (lr * f.dc1 / f.c1**2), lm, s["exp_avg"] - f.g),
-            "beta2": torch.addcmul(
-                lden * f.root * (-f.dc2 / (2 * f.c2**1.5)), lv, torch.addcmul(s["exp_avg_sq"], f.g, f.g, value=-1)
+            lx.add_(ls["max_exp_avg_sq"])
+            grown = f.v > s["max_exp_avg_sq"]
+            out["max_exp_avg_sq"] = lx.masked_fill(grown, 0)
+            lx.masked_fill_(~grown, 0)
+        lv = lx.add_(ls["exp_avg_sq"])
+        out |= {"exp_avg": lm * b1, "exp_avg_sq": lv * b2}
+        lg = (lm * (1 - b1)).addcmul_(f.g, lv, value=2 * (1 - b2))
+        lh: dict[str, Callable[[], Tensor]] = {
+            "lr": lambda: inner(lp, u) / -f.c1 - (wd * inner(lp, p) if self.decoupled else 0),
+            "eps": lambda: lden.sum(),
+            "beta1": lambda: inner(lp, u) * (lr * f.dc1 / f.c1**2) + inner(lm, s["exp_avg"] - f.g),
+            "beta2": lambda: (
+                inner(lden, f.root) * (-f.dc2 / (2 * f.c2**1.5))
+                + inner(lv, torch.addcmul(s["exp_avg_sq"], f.g, f.g, value=-1))
             ),
-            "weight_decay": (-lr * p) * lp if self.decoupled else lg * p,
+            "weight_decay": lambda: inner(lp, p) * -lr if self.decoupled else inner(lg, p),
         }
-        if self.decoupled:
-            lh["lr"] = torch.addcmul(lh["lr"], p, lp, value=-wd)
         out_p = lp * (1 - lr * wd) if self.decoupled else torch.add(lp, lg, alpha=wd)
         return out_p, -lg if self.maximize else lg, out, lh

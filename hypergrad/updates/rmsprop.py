@@ -11,14 +11,14 @@ Where x = 0, d√x := 0, as in `adam.py`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
 from torch import Tensor
 
-from hypergrad.updates.rule import Scalars, Tensors
+from hypergrad.updates.rule import Scalars, Shares, Tensors, inner
 
 
 class _Forward(NamedTuple):
@@ -114,26 +114,33 @@ class RMSprop:
     # λg̃ += 2 (1 − α) g̃ λv' + (1 − α) λa'    λp = λp' + w λg̃    λw = λg̃ p    λg = ±λg̃
     def vjp(
         self, p: Tensor, g: Tensor, s: Tensors, h: Scalars, lp: Tensor, ls: Tensors
-    ) -> tuple[Tensor, Tensor, Tensors, Tensors]:
+    ) -> tuple[Tensor, Tensor, Tensors, Shares]:
         f, alpha = self._forward(p, g, s, h), h["alpha"]
+        out: Tensors = {}
         u = f.g / f.den
-        lu, lh, out = -h["lr"] * lp, {}, {}
+        lu = lp * -h["lr"]
         if self.buffered:
-            lu = lu + ls["momentum_buffer"]
-            out["momentum_buffer"] = h["momentum"] * lu
-            lh["momentum"] = lu * s["momentum_buffer"]
-        lh["lr"] = -lp * (f.slots["momentum_buffer"] if self.buffered else u)
+            lu.add_(ls["momentum_buffer"])
+            out["momentum_buffer"] = lu * h["momentum"]
         lg = lu / f.den
-        lden = -lg * u
-        lx = lden * torch.where(f.root > 0, 0.5 / f.root, 0)
+        lden = (lg * u).neg_()
+        lx = (lden / f.root).masked_fill_(~(f.root > 0), 0).mul_(0.5)
         lv = ls["square_avg"] + lx
-        lg = lg.addcmul_(f.g, lv, value=2 * (1 - alpha))
-        out["square_avg"] = alpha * lv
-        lh |= {"eps": lden, "alpha": lv * torch.addcmul(s["square_avg"], f.g, f.g, value=-1)}
+        lg.addcmul_(f.g, lv, value=2 * (1 - alpha))
+        out["square_avg"] = lv * alpha
+        la = lv  # read where centered
         if self.centered:
             la = torch.addcmul(ls["grad_avg"], f.slots["grad_avg"], lx, value=-2)
-            lg = lg.add_(la, alpha=1 - alpha)
-            out["grad_avg"] = alpha * la
-            lh["alpha"] = lh["alpha"].addcmul_(la, s["grad_avg"] - f.g)
-        lh["weight_decay"] = lg * p
+            lg.add_(la, alpha=1 - alpha)
+            out["grad_avg"] = la * alpha
+        lh: dict[str, Callable[[], Tensor]] = {
+            "lr": lambda: -inner(lp, f.slots["momentum_buffer"] if self.buffered else u),
+            "momentum": lambda: inner(lu, s["momentum_buffer"]) if self.buffered else lu.new_zeros(()),
+            "eps": lambda: lden.sum(),
+            "alpha": lambda: (
+                inner(lv, torch.addcmul(s["square_avg"], f.g, f.g, value=-1))
+                + (inner(la, s["grad_avg"] - f.g) if self.centered else 0)
+            ),
+            "weight_decay": lambda: inner(lg, p),
+        }
         return torch.add(lp, lg, alpha=h["weight_decay"]), -lg if self.maximize else lg, out, lh

@@ -21,13 +21,15 @@ A rule may have attributes more:
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Protocol, Self
 
+import torch
 from torch import Tensor
 
 Tensors = dict[str, Tensor]
 Scalars = Mapping[str, float]
+Shares = Mapping[str, Tensor | Callable[[], Tensor]]
 
 # names in param_groups whose value is several numbers: name -> the rule's names of them
 PARTS = {"betas": ("beta1", "beta2"), "ns_coefficients": ("ns_a", "ns_b", "ns_c")}
@@ -73,9 +75,15 @@ class UpdateRule(Protocol):
 
     def vjp(
         self, p: Tensor, g: Tensor, s: Tensors, h: Scalars, lp: Tensor, ls: Tensors
-    ) -> tuple[Tensor, Tensor, Tensors, Tensors]:
-        """(λp, λg, λs, λh). λh holds contributions, elementwise or summed: their sum is the derivative in a shared scalar."""
+    ) -> tuple[Tensor, Tensor, Tensors, Shares]:
+        """(λp, λg, λs, λh). λh maps a name to contributions, elementwise or summed, whose sum is the derivative in the group's
+        scalar; or to a function that computes them, which is called where that derivative is wanted."""
         ...
+
+
+def inner(a: Tensor, b: Tensor) -> Tensor:
+    """⟨a, b⟩ of two tensors of one shape."""
+    return torch.dot(a.reshape(-1), b.reshape(-1))
 
 
 def along(dx: Tensor, x: Tensor) -> Tensor:

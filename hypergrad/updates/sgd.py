@@ -8,14 +8,14 @@ p' = p − η d                         η lr
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
 
-from hypergrad.updates.rule import Scalars, Tensors
+from hypergrad.updates.rule import Scalars, Shares, Tensors, inner
 
 
 @dataclass(frozen=True)
@@ -96,22 +96,25 @@ class SGD:
     # λp = λp' + w λg̃    λw = λg̃·p    λg = ±λg̃
     def vjp(
         self, p: Tensor, g: Tensor, s: Tensors, h: Scalars, lp: Tensor, ls: Tensors
-    ) -> tuple[Tensor, Tensor, Tensors, Tensors]:
-        g, b, d = self._directions(p, g, s, h)
-        lh = {"lr": -lp * d}
-        ld = -h["lr"] * lp
-        lg, out = ld, {}
-        if self.buffered:
-            lb = ls["momentum_buffer"] + (h["momentum"] * ld if self.nesterov else ld)
-            lg = ld if self.nesterov else torch.zeros_like(ld)
-            lh["momentum"] = ld * b if self.nesterov else torch.zeros_like(ld)
+    ) -> tuple[Tensor, Tensor, Tensors, Shares]:
+        lr, momentum, keep = h["lr"], h["momentum"], 1 - h["dampening"]
+        gt = torch.add(-g if self.maximize else g, p, alpha=h["weight_decay"])  # g̃
+        lh: dict[str, Callable[[], Tensor]] = {"lr": lambda: -inner(lp, self._directions(p, g, s, h)[2])}
+        out: Tensors = {}
+        if not self.buffered:
+            lg = lp * -lr
+        else:
+            b = s["momentum_buffer"]
+            lb = torch.add(ls["momentum_buffer"], lp, alpha=-lr * (momentum if self.nesterov else 1))
             if h["t"] == 1:
-                lg = lg + lb
-                lh["dampening"] = out["momentum_buffer"] = torch.zeros_like(lb)
+                lg, out["momentum_buffer"] = lb.clone(), torch.zeros_like(lb)
+                lh["momentum"] = lh["dampening"] = lambda: lb.new_zeros(())
             else:
-                lg = torch.add(lg, lb, alpha=1 - h["dampening"])
-                lh["momentum"] = torch.addcmul(lh["momentum"], lb, s["momentum_buffer"])
-                lh["dampening"] = -lb * g
-                out["momentum_buffer"] = h["momentum"] * lb
-        lh["weight_decay"] = lg * p
+                lg, out["momentum_buffer"] = lb * keep, lb * momentum
+                lh["momentum"], lh["dampening"] = lambda: inner(lb, b), lambda: -inner(lb, gt)
+            if self.nesterov:
+                lg.add_(lp, alpha=-lr)
+                through_b = lh["momentum"]
+                lh["momentum"] = lambda: through_b() - lr * inner(lp, self._directions(p, g, s, h)[1])
+        lh["weight_decay"] = lambda: inner(lg, p)
         return torch.add(lp, lg, alpha=h["weight_decay"]), -lg if self.maximize else lg, out, lh

@@ -20,3 +20,7 @@ class Span:
 
     def flat(self, x: Tensor) -> Tensor:
         return x.reshape((*x.shape[: x.dim() - len(self.shape)], self.stop - self.start))
+
+    def part(self, a: int, b: int) -> Span:
+        """Numbers a … b of a range that is seen as one vector."""
+        return Span(self.start + a, self.start + b, (b - a,))

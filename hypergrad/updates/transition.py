@@ -22,6 +22,9 @@ from hypergrad.updates.span import Span
 
 CLIPS: dict[str, type[Clip]] = {"clip_norm": ClipNorm, "clip_value": ClipValue}
 
+# On CPU a long range is cut, so that the ten or so passes of a rule over it, and what they allocate, stay in the cache.
+CHUNK = 2**20
+
 WELL_CONDITIONED_EPS = 1e-3  # from here on d/d(weight decay) through g/(√v + eps) at g = v = 0 is of ordinary size
 
 
@@ -55,6 +58,17 @@ class Run:
 
     def of(self, x: Tensor) -> Tensor:
         return self.theta.of(x)
+
+    def chunks(self, size: int | None) -> Iterator[Run]:
+        """The same in ranges of at most `size` numbers, where the rule sees one vector."""
+        length = self.theta.stop - self.theta.start
+        if size is None or length <= size or self.theta.shape != (length,):
+            yield self
+            return
+        for a in range(0, length, size):
+            b = min(a + size, length)
+            slots = {name: span.part(a, b) for name, span in self.slots.items()}
+            yield Run(self.group, self.t, self.theta.part(a, b), slots)
 
     def slots_of(self, x: Tensors) -> Tensors:
         return {name: span.of(x[name]) for name, span in self.slots.items()}
@@ -94,6 +108,7 @@ class Transition(Binding):
     def __init__(self, optimizers: Sequence[torch.optim.Optimizer], wrt: frozenset[str], clip: str | None = None):
         super().__init__(optimizers, wrt)
         self.clip: Clip | None = None if clip is None else CLIPS[clip]()
+        self.wanted = frozenset(part for name in wrt for part in parts(name))
         self._plans: dict[Any, list[Run]] = {}
 
     def refresh(self) -> None:
@@ -115,11 +130,16 @@ class Transition(Binding):
             if not active[i] or start == stop or self.takes_own_step[i]:
                 continue
             if block and not self._joins(block[-1], i, counts):
-                yield self._run(block, counts)
+                yield from self._run(block, counts).chunks(self.chunk)
                 block = []
             block.append(i)
         if block:
-            yield self._run(block, counts)
+            yield from self._run(block, counts).chunks(self.chunk)
+
+    @property
+    def chunk(self) -> int | None:
+        """Numbers of a range that are worked on at a time; None: all of them."""
+        return CHUNK * torch.get_num_threads() if self.params[0].device.type == "cpu" else None
 
     def _joins(self, last: int, i: int, counts: Sequence[int]) -> bool:
         same = self.group_of[last] == self.group_of[i] and counts[last] == counts[i]
@@ -219,7 +239,7 @@ class Transition(Binding):
 
         Returns:
             the adjoint of (θ, slots) not counting the path through g; the adjoint of g [n]; for each group, the
-            derivative in each of its scalars (0-d); the derivative in the clipping threshold.
+            derivative in each of its scalars that is in `wrt` (0-d); the derivative in the clipping threshold.
         """
         raw, g = g, self.clipped(g, values)
         theta, slots = _Pieces(adjoint.theta), {name: _Pieces(adjoint.slots[name]) for name in self.slot_names}
@@ -238,8 +258,9 @@ class Transition(Binding):
             lam_g.new.append((run.theta, lg))
             for name, x in ls.items():
                 slots[name].new.append((run.slots[name], x))
-            for name, x in lh.items():
-                lam_h[run.group][name] = lam_h[run.group].get(name, 0) + x.sum()
+            for name in lh.keys() & self.wanted:
+                x = lh[name]
+                lam_h[run.group][name] = lam_h[run.group].get(name, 0) + (x() if callable(x) else x).sum()
         out = Tangent(theta.join(), {name: x.join() for name, x in slots.items()} | own)
         lg, lam_clip = lam_g.join(), None
         if self.clip is not None:

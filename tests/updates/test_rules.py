@@ -23,7 +23,7 @@ from hypergrad.updates.muon import Muon
 from hypergrad.updates.nadam import NAdam
 from hypergrad.updates.radam import RAdam
 from hypergrad.updates.rmsprop import RMSprop
-from hypergrad.updates.rule import UpdateRule
+from hypergrad.updates.rule import Shares, UpdateRule
 from hypergrad.updates.sgd import SGD
 
 TRANSPOSE = 1e-12  # relative to the sum of absolute terms: a few hundred roundings of float64
@@ -122,6 +122,10 @@ CLIPS: dict[str, tuple[Clip, float]] = {
 }
 
 
+def evaluated(lh: Shares) -> dict[str, Tensor]:
+    return {name: x() if callable(x) else x for name, x in lh.items()}
+
+
 def shapes(rule: UpdateRule, shape: tuple[int, ...]) -> tuple[tuple[int, ...], dict[str, tuple[int, ...]]]:
     """Of p and of the slots."""
     if rule.elementwise:
@@ -137,7 +141,7 @@ def inputs(rule: UpdateRule, seed: int, name: str = "") -> tuple[Tensor, Tensor,
         x = torch.randn(shape, generator=r, dtype=torch.float64)
         if name == "mu_product":
             return x.sigmoid()
-        return 2 + x**2 if "sq" in name or name in _POSITIVE else x / 2
+        return 2 + x**2 if "sq" in name or name in _POSITIVE else x.tanh()
 
     shape, of_slots = shapes(rule, SHAPE.get(name, MATRIX))
     p, g = torch.randn(2, *shape, generator=r, dtype=torch.float64)
@@ -170,6 +174,7 @@ class Step(torch.autograd.Function):
         p, g, *rest = ctx.saved_tensors
         s, h = Step.named(ctx.rule, ctx.t, ctx.names, rest)
         lp, lg, ls2, lh = ctx.rule.vjp(p, g, s, h, lp, dict(zip(ctx.rule.slots, ls, strict=True)))
+        lh = evaluated(lh)
         of_hypers = [lh[n].sum() if n in lh else torch.zeros((), dtype=p.dtype) for n in ctx.names]
         zeros = dict(zip(ctx.rule.slots, ls, strict=True))  # of size 0, where the rule leaves one out
         return None, None, None, lp, lg, *(ls2.get(n, zeros[n]) for n in ctx.rule.slots), *of_hypers
@@ -223,6 +228,7 @@ def test_vjp_is_the_transpose_of_jvp(name: str, seed: int, t: int, zeros: bool) 
     lp, ls = randn(*p.shape), {n: randn(*x.shape) for n, x in s.items()}
     out_p, out_s = rule.jvp(p, g, s, h, z_p.clone(), z_g.clone(), {n: x.clone() for n, x in z_s.items()}, z_h)
     vp, vg, vs, vh = rule.vjp(p, g, s, h, lp.clone(), {n: x.clone() for n, x in ls.items()})
+    vh = evaluated(vh)
     assert out_s.keys() == vs.keys() == {n for n, x in s.items() if x.numel()}
     left = [out_p * lp, *(out_s[n] * ls[n] for n in vs)]
     right = [
