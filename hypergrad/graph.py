@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -93,6 +94,27 @@ def _weight_norm_layers(model: torch.nn.Module | None) -> str:
         if new or old:
             names.append(name or type(module).__name__)
     return "weight_norm on " + (", ".join(names) if names else "a layer of this model")
+
+
+@cache
+def _saved_names(node: type) -> list[str]:
+    return [name for name in dir(node) if name.startswith("_raw_saved_")]
+
+
+def saved_bytes(*roots: Tensor | None) -> int:
+    """Bytes of all that graphs keep of intermediate results, each storage once, leaves (parameters, batches) left out.
+
+    What a hook keeps in its own way, such as checkpointing, is not counted.
+    """
+    sizes: dict[int, int] = {}
+    for node in nodes_of(*(x.grad_fn for x in roots if x is not None)):
+        found = [getattr(node, name) for name in _saved_names(type(node))]
+        flat = [x for item in found for x in (item if isinstance(item, (list, tuple)) else (item,))]
+        tensors = [x.data for x in flat if x.unpack_hook is None] + list(getattr(node, "saved_tensors", ()))
+        for x in tensors:
+            if isinstance(x, Tensor) and not (x.is_leaf or (x._base is not None and x._base.is_leaf)):
+                sizes[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+    return sum(sizes.values())
 
 
 class Linearization:
@@ -180,6 +202,11 @@ class Linearization:
                 self.free()
         each = iter(found)
         return [next(each) if g is not None and g.requires_grad else None for g in rows]
+
+    def nbytes(self) -> int:
+        """Bytes that the graph and the gradients take up, about."""
+        grads = [g for g in (*self.grads, *self.extra_grads) if g is not None]
+        return saved_bytes(self._whole, *grads) + sum(g.numel() * g.element_size() for g in grads)
 
     def free(self) -> None:
         """Free the graph where no product did: the gradient does not depend on the parameters."""

@@ -116,11 +116,12 @@ class Problem:
     def read_buffers(self) -> list[Saved]:
         return [Saved(b, b.detach().clone()) for b in self.buffers]
 
-    def write_buffers(self, saved: Sequence[Saved]) -> None:
+    def write_buffers(self, saved: Sequence[Saved], silently: bool = False) -> None:
+        """Put buffers back. silently: without the notice of graphs that hold them (see `Binding.load`)."""
         with torch.no_grad():
             for (module, name), (tensor, value) in zip(self.places, saved, strict=True):
                 module._buffers[name] = tensor
-                tensor.copy_(value)
+                (tensor.data if silently else tensor).copy_(value)
 
     @contextmanager
     def untouched(self) -> Iterator[None]:
@@ -226,7 +227,7 @@ class Problem:
             with torch.enable_grad():
                 yield
         finally:
-            self.write_buffers(buffers)
+            self.write_buffers(buffers, silently=True)  # the same values
             rng.restore()
 
     @staticmethod

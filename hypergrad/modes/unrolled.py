@@ -5,14 +5,15 @@ With λ = dL/ds after a step, the same before it and the hypergradient's share o
     λ_s, λ_g, λ_h = Uᵀ λ             analytically, from the state before the step and its gradient
     λ_θ += H λ_g     λ_h += (∂g/∂h)ᵀ λ_g        one Hessian product for all of them
 
-A state is kept every c steps (default √K), and the steps between are replayed with the same code, random numbers and
-buffers, so that memory is about 2√K states. (Maclaurin et al. 2015, arXiv 1502.03492; Griewank & Walther 2000.)
+Where the graphs of all steps fit into a budget of memory they are kept: one gradient a step. Otherwise a state is kept every c
+steps (default √K), and the steps between are replayed with the same code, random numbers and buffers, so that memory is about
+2√K states. (Maclaurin et al. 2015, arXiv 1502.03492; Griewank & Walther 2000.)
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from hypergrad.updates.binding import State
 from hypergrad.updates.rule import Tensors, parts
 from hypergrad.updates.transition import CLIPS, Tangent
 
+GRAPH_MEMORY = 2**30  # bytes
 REPLAY_RTOL = 1e-3  # bit-identical on CPU; kernels on a GPU may add up in another order
 
 
@@ -36,12 +38,13 @@ class Snapshot:
 
 @dataclass
 class Tape:
-    """What a replay needs: states every c steps, and every step's random numbers.
+    """What a replay needs: states every c steps, and every step's random numbers; or every step's graph.
 
     Snapshot i was taken before step i·c; the last one is the state after the last step.
     """
 
     every: int
+    graphs: list[Linearization] = field(default_factory=list)
     snapshots: list[Snapshot] = field(default_factory=list)
     rng: list[Rng] = field(default_factory=list)
     losses: list[Tensor] = field(default_factory=list)
@@ -60,86 +63,124 @@ def default_every(steps: int) -> int:
     return max(1, math.isqrt(steps))
 
 
-def unrolled(stretch: Stretch, every: int | None = None) -> Result:
-    """Hypergradient of a stretch of training by the adjoint. `every`: steps between snapshots, default √K."""
+def unrolled(stretch: Stretch, every: int | None = None, graph_memory: int = GRAPH_MEMORY) -> Result:
+    """Hypergradient of a stretch of training by the adjoint.
+
+    Args:
+        every: steps between snapshots. None: graphs are kept where they fit; else √K.
+        graph_memory: bytes that graphs may take up.
+    """
     if every is not None and (not isinstance(every, int) or isinstance(every, bool) or every < 1):
         raise ValueError(f"every must be a whole number of steps from 1, got {every!r}.")
+    if not isinstance(graph_memory, (int, float)) or isinstance(graph_memory, bool) or not graph_memory >= 0:
+        raise ValueError(f"graph_memory must be a number of bytes from 0, got {graph_memory!r}.")
     with evaluation(stretch) as meter:
-        tape = record(stretch, every or default_every(len(stretch.batches)), meter)
-        return adjoint(stretch, tape, meter)
+        tape = record(stretch, every, meter, graph_memory)
+        if not tape.graphs:
+            return adjoint(stretch, tape, meter)
+        without = replace(tape, graphs=[], snapshots=list(tape.snapshots))
+        try:
+            return adjoint(stretch, tape, meter)
+        except RuntimeError as error:  # what a step's graph keeps was written over by a later step: play it again
+            if "modified by an inplace operation" not in str(error):
+                raise
+        return adjoint(stretch, without, meter)
 
 
-def record(stretch: Stretch, every: int, meter: Meter) -> Tape:
-    """Train through the stretch on the user's model, in place, and keep what a replay needs."""
-    tape, state = Tape(every), stretch.transition.read()
-    for t in range(len(stretch.batches)):
-        if t % every == 0:
-            tape.snapshots.append(Snapshot(state, stretch.problem.read_buffers()))
-        tape.rng.append(stretch.problem.rng())
-        state, loss = train(stretch, state, t, meter)
-        tape.losses.append(loss)
-    tape.snapshots.append(Snapshot(state, stretch.problem.read_buffers()))
+def record(stretch: Stretch, every: int | None, meter: Meter, graph_memory: float = 0) -> Tape:
+    """Train through the stretch on the user's model, in place, and keep what the adjoint needs."""
+    steps, transition, problem = len(stretch.batches), stretch.transition, stretch.problem
+    keep = every is None and graph_memory > 0
+    tape, state = Tape(1 if keep else every or default_every(steps)), transition.read()
+    for t in range(steps):
+        if t % tape.every == 0:
+            tape.snapshots.append(Snapshot(state, problem.read_buffers()))
+        tape.rng.append(problem.rng())
+        lin = problem.linearize(stretch.batches[t], products=keep)
+        if t == 0 and keep and steps * (lin.nbytes() + state.nbytes()) > graph_memory:
+            keep, tape.every = False, default_every(steps)
+        if keep:
+            tape.graphs.append(lin)
+        state = advance(stretch, state, t, lin, meter, graphs_stay=keep)
+        tape.losses.append(lin.loss)
+    tape.snapshots.append(Snapshot(state, problem.read_buffers()))
     return tape
 
 
-def train(stretch: Stretch, state: State, t: int, meter: Meter) -> tuple[State, Tensor]:
-    """One training step from a state whose parameters and buffers are in the model. The next state, and the loss."""
+def train(stretch: Stretch, state: State, t: int, meter: Meter) -> tuple[State, Linearization]:
+    """One training step from a state whose parameters and buffers are in the model. The next state, and the gradient."""
     lin = stretch.problem.linearize(stretch.batches[t], products=False)
+    return advance(stretch, state, t, lin, meter), lin
+
+
+def advance(
+    stretch: Stretch, state: State, t: int, lin: Linearization, meter: Meter, graphs_stay: bool = False
+) -> State:
+    """The optimizer's step with the gradient in hand, and the next state in the model."""
     g = stretch.gradient(lin)
     meter.look_for_ill_conditioning(stretch, state, g, t)
     state = stretch.transition.step(state, g, lin.active, stretch.values[t])
-    stretch.transition.load(state.theta)
+    stretch.transition.load(state.theta, silently=graphs_stay)
     meter.gradients += 1
-    return state, lin.loss
+    return state
 
 
 def replay(stretch: Stretch, tape: Tape, segment: int, meter: Meter) -> list[Snapshot]:
     """The states before each step of a segment, from its snapshot."""
     first, last = segment * tape.every, min((segment + 1) * tape.every, len(stretch.batches))
     states = [tape.snapshots[segment]]
-    restore(stretch, states[0])
+    if first < last - 1:
+        restore(stretch, states[0])
     for t in range(first, last - 1):
         tape.rng[t].restore()
-        state, loss = train(stretch, states[-1].state, t, meter)
-        tape.verify(t, loss)
+        state, lin = train(stretch, states[-1].state, t, meter)
+        tape.verify(t, lin.loss)
         states.append(Snapshot(state, stretch.problem.read_buffers()))
     return states
 
 
-def restore(stretch: Stretch, at: Snapshot) -> None:
-    stretch.transition.load(at.state.theta)
-    stretch.problem.write_buffers(at.buffers)
+def restore(stretch: Stretch, at: Snapshot, graphs_stay: bool = False) -> None:
+    stretch.transition.load(at.state.theta, silently=graphs_stay)
+    stretch.problem.write_buffers(at.buffers, silently=graphs_stay)
 
 
 def adjoint(stretch: Stretch, tape: Tape, meter: Meter) -> Result:
     """Run the adjoint over a recorded stretch. The model's state on return is unspecified."""
-    total = Total(stretch)
-    restore(stretch, tape.snapshots[-1])
+    total, kept = Total(stretch), bool(tape.graphs)
+    restore(stretch, tape.snapshots[-1], kept)
     lam = Tangent.zeros(tape.snapshots[-1].state)
     lam = total.validate(len(stretch.batches), lam)
     for segment in reversed(range(len(tape.snapshots) - 1)):
         states = replay(stretch, tape, segment, meter)
         while states:
             at, t = states.pop(), segment * tape.every + len(states)
-            restore(stretch, at)
+            restore(stretch, at, kept)
             tape.rng[t].restore()
-            lam = pull(stretch, at.state, t, lam, total, meter, tape)
+            lin = tape.graphs.pop() if kept else None
+            lam = pull(stretch, at.state, t, lam, total, meter, tape, lin)
             meter.norm(lam.theta)
             if t in stretch.val_steps:
-                restore(stretch, at)
+                restore(stretch, at, kept)
                 lam = total.validate(t, lam)
         tape.snapshots[segment + 1 :] = []
     return Result(total.value, total.gradients, meter.stats(len(stretch.batches)))
 
 
 def pull(
-    stretch: Stretch, state: State, t: int, lam: Tangent, total: Total, meter: Meter, tape: Tape | None = None
+    stretch: Stretch,
+    state: State,
+    t: int,
+    lam: Tangent,
+    total: Total,
+    meter: Meter,
+    tape: Tape,
+    lin: Linearization | None = None,
 ) -> Tangent:
-    """The adjoint before step t from that after it."""
-    lin = stretch.problem.linearize(stretch.batches[t])
-    if tape is not None:
+    """The adjoint before step t from that after it; `lin`: the step's gradient, where its graph was kept."""
+    if lin is None:
+        lin = stretch.problem.linearize(stretch.batches[t])
         tape.verify(t, lin.loss)
-    meter.gradients += 1
+        meter.gradients += 1
     return pull_through(stretch, state, t, lin, lam, total, meter)
 
 

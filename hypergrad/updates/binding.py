@@ -38,6 +38,9 @@ class State:
     counts: tuple[int, ...]
     rest: dict[int, Any] = field(default_factory=dict)
 
+    def nbytes(self) -> int:
+        return sum(x.numel() * x.element_size() for x in (self.theta, *self.slots.values()))
+
     def equals(self, other: State) -> bool:
         """Bit for bit."""
         alike = self.counts == other.counts and self.slots.keys() == other.slots.keys() and same(self.rest, other.rest)
@@ -129,11 +132,14 @@ class Binding:
         """Views of a flat vector [n] (or of one row of a tangent), shaped like the parameters."""
         return [x.view(p.shape) for p, x in zip(self.params, flat.split(self.sizes), strict=True)]
 
-    def load(self, theta: Tensor) -> None:
-        """Write θ into the live parameters, in place."""
+    def load(self, theta: Tensor, silently: bool = False) -> None:
+        """Write θ into the live parameters, in place.
+
+        silently: graphs that hold parameters do not notice; what they are used for then is taken at this θ.
+        """
         with torch.no_grad():
             for p, x in zip(self.params, self.split(theta), strict=True):
-                p.copy_(x)
+                (p.data if silently else p).copy_(x)
 
     def live_state(self, p: Tensor, group: int) -> dict[str, Any]:
         return self.optimizers[self.optimizer_of_group[group]].state.get(p, {})

@@ -8,7 +8,7 @@ p' = p − η d                         η lr
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
@@ -97,24 +97,26 @@ class SGD:
     def vjp(
         self, p: Tensor, g: Tensor, s: Tensors, h: Scalars, lp: Tensor, ls: Tensors
     ) -> tuple[Tensor, Tensor, Tensors, Shares]:
-        lr, momentum, keep = h["lr"], h["momentum"], 1 - h["dampening"]
+        lr, momentum, keep, first = h["lr"], h["momentum"], 1 - h["dampening"], h["t"] == 1
         gt = torch.add(-g if self.maximize else g, p, alpha=h["weight_decay"])  # g̃
-        lh: dict[str, Callable[[], Tensor]] = {"lr": lambda: -inner(lp, self._directions(p, g, s, h)[2])}
-        out: Tensors = {}
         if not self.buffered:
             lg = lp * -lr
-        else:
-            b = s["momentum_buffer"]
-            lb = torch.add(ls["momentum_buffer"], lp, alpha=-lr * (momentum if self.nesterov else 1))
-            if h["t"] == 1:
-                lg, out["momentum_buffer"] = lb.clone(), torch.zeros_like(lb)
-                lh["momentum"] = lh["dampening"] = lambda: lb.new_zeros(())
-            else:
-                lg, out["momentum_buffer"] = lb * keep, lb * momentum
-                lh["momentum"], lh["dampening"] = lambda: inner(lb, b), lambda: -inner(lb, gt)
-            if self.nesterov:
-                lg.add_(lp, alpha=-lr)
-                through_b = lh["momentum"]
-                lh["momentum"] = lambda: through_b() - lr * inner(lp, self._directions(p, g, s, h)[1])
-        lh["weight_decay"] = lambda: inner(lg, p)
+            lh = {"lr": lambda: -inner(lp, gt), "weight_decay": lambda: inner(lg, p)}
+            return torch.add(lp, lg, alpha=h["weight_decay"]), -lg if self.maximize else lg, {}, lh
+        b = s["momentum_buffer"]
+        lb = torch.add(ls["momentum_buffer"], lp, alpha=-lr * (momentum if self.nesterov else 1))
+        lg = lb.clone() if first else lb * keep
+        if self.nesterov:
+            lg.add_(lp, alpha=-lr)
+
+        def with_b(x: Tensor) -> Tensor:  # ⟨x, b'⟩
+            return inner(x, gt) if first else momentum * inner(x, b) + keep * inner(x, gt)
+
+        lh = {
+            "lr": lambda: -(inner(lp, gt) + momentum * with_b(lp)) if self.nesterov else -with_b(lp),
+            "momentum": lambda: (0 if first else inner(lb, b)) - (lr * with_b(lp) if self.nesterov else lp.new_zeros(())),
+            "dampening": lambda: lp.new_zeros(()) if first else -inner(lb, gt),
+            "weight_decay": lambda: inner(lg, p),
+        }
+        out = {"momentum_buffer": torch.zeros_like(lb) if first else lb * momentum}
         return torch.add(lp, lg, alpha=h["weight_decay"]), -lg if self.maximize else lg, out, lh
