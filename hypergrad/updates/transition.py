@@ -80,9 +80,10 @@ class Run:
 
 @dataclass
 class _Pieces:
-    """Puts ranges together again; what no range covers keeps its old value."""
+    """Puts ranges together again; what no range covers keeps its old value, or is 0."""
 
     old: Tensor
+    zero: bool = False
     new: list[tuple[Span, Tensor]] = field(default_factory=list)
 
     def join(self) -> Tensor:
@@ -91,7 +92,7 @@ class _Pieces:
         if pieces and covered == self.old.shape[-1]:
             flat = [span.flat(x) for span, x in pieces]
             return flat[0] if len(flat) == 1 else torch.cat(flat, dim=-1)
-        out = self.old.clone()
+        out = torch.zeros_like(self.old) if self.zero else self.old.clone()
         for span, x in pieces:
             span.of(out).copy_(x)
         return out
@@ -243,7 +244,7 @@ class Transition(Binding):
         """
         raw, g = g, self.clipped(g, values)
         theta, slots = _Pieces(adjoint.theta), {name: _Pieces(adjoint.slots[name]) for name in self.slot_names}
-        lam_g, own = _Pieces(torch.zeros_like(g)), {}
+        lam_g, own = _Pieces(g, zero=True), {}
         lam_h: list[Tensors] = [{} for _ in self.groups]
         for fallback, inputs in self._own_steps(state, g, active, values):
             lp, lg, ls = fallback.vjp(inputs, adjoint.theta, adjoint.slots, lam_h)
