@@ -1,0 +1,186 @@
+"""Snapshots of a training run, last in, first out, in two levels.
+
+The newest few stay on the device. Older ones go to host memory or to disk, and come back before they are needed: a thread moves
+them while the device computes. At most `PENDING` are on their way at a time, so that device memory does not grow with the number
+of snapshots, whatever the speed of the disk.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import zlib
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from hypergrad.problem import Saved
+from hypergrad.updates.binding import State
+
+NEAR = 3  # snapshots that stay on the device
+PENDING = 2
+
+
+@dataclass
+class Snapshot:
+    """The state before a step, and the model's buffers."""
+
+    state: State
+    buffers: list[Saved]
+
+    def tensors(self) -> list[Tensor]:
+        """What is moved to the second level. What an optimizer without a rule remembers besides tensors stays."""
+        return [self.state.theta, *self.state.slots.values(), *(saved.value for saved in self.buffers)]
+
+    def with_tensors(self, tensors: Sequence[Tensor]) -> Snapshot:
+        theta, *rest = tensors
+        slots = dict(zip(self.state.slots, rest, strict=False))
+        values = rest[len(slots) :]
+        buffers = [Saved(saved.tensor, x) for saved, x in zip(self.buffers, values, strict=True)]
+        return Snapshot(replace(self.state, theta=theta, slots=slots), buffers)
+
+    def digest(self) -> int:
+        """A number that differs where a bit of θ or of a slot does, but for one chance in four billion."""
+        crc = 0
+        for x in (self.state.theta, *self.state.slots.values()):
+            for piece in x.detach().split(2**22):
+                crc = zlib.crc32(piece.contiguous().cpu().view(torch.uint8).numpy(), crc)
+        return crc
+
+
+class Stack(Protocol):
+    """What a list of snapshots is, as far as the adjoint needs it."""
+
+    def append(self, snapshot: Snapshot, /) -> None: ...
+
+    def pop(self) -> Snapshot: ...
+
+    def __len__(self) -> int: ...
+
+
+class FarStack:
+    """A stack whose older snapshots lie in host memory (`folder` None) or in files."""
+
+    def __init__(self, folder: Path | None, device: torch.device, worker: ThreadPoolExecutor):
+        self.folder, self.device, self.worker = folder, device, worker
+        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self.near: deque[Snapshot] = deque()
+        self.far: list[tuple[Snapshot, Future[Any]]] = []  # without its tensors; what holds them
+        self.coming: tuple[Snapshot, Future[list[Tensor]]] | None = None
+        self.written = 0
+
+    def __len__(self) -> int:
+        return len(self.near) + len(self.far) + (self.coming is not None)
+
+    def append(self, snapshot: Snapshot) -> None:
+        if self.coming is not None:  # it was on its way back; it stays
+            self.near.append(self._arrived())
+        self.near.append(snapshot)
+        while len(self.near) > NEAR:
+            old = self.near.popleft()
+            tensors = old.tensors()
+            empty = old.with_tensors([x.new_empty(0) for x in tensors])
+            self.far.append((empty, self.worker.submit(self._away, tensors, self._mark(), self._name())))
+            if len(self.far) > PENDING:
+                self.far[-1 - PENDING][1].result()  # raises here what went wrong there
+
+    def pop(self) -> Snapshot:
+        found = self.near.pop() if self.near else self._arrived()
+        if len(self.near) < NEAR and self.coming is None and self.far:
+            self._fetch()
+        return found
+
+    def _arrived(self) -> Snapshot:
+        if self.coming is None:
+            self._fetch()
+        assert self.coming is not None
+        (empty, coming), self.coming = self.coming, None
+        tensors = coming.result()
+        for x in tensors if self.stream is not None else ():
+            x.record_stream(torch.cuda.current_stream(self.device))
+        return empty.with_tensors(tensors)
+
+    def _fetch(self) -> None:
+        empty, away = self.far.pop()
+        self.coming = empty, self.worker.submit(self._back, away)
+
+    def _name(self) -> Path | None:
+        self.written += 1
+        return None if self.folder is None else self.folder / f"{id(self)}-{self.written}.pt"
+
+    # ---- in the worker's thread
+
+    def _mark(self) -> Any:
+        return None if self.stream is None else torch.cuda.current_stream(self.device).record_event()
+
+    def _away(self, tensors: list[Tensor], ready: Any, name: Path | None) -> Any:
+        with self._beside(ready):
+            host = [_to_host(x) for x in tensors]
+        if name is None:
+            return host
+        torch.save(host, name)
+        return name
+
+    def _back(self, away: Future[Any]) -> list[Tensor]:
+        held = away.result()
+        host = held
+        if isinstance(held, Path):
+            host = torch.load(held, weights_only=True)
+            held.unlink()
+        with self._beside(None):
+            return [x.to(self.device, non_blocking=True) for x in host]
+
+    @contextmanager
+    def _beside(self, ready: Any) -> Iterator[None]:
+        """On a stream of its own, after `ready`, and done at the end."""
+        if self.stream is None:
+            yield
+            return
+        with torch.cuda.stream(self.stream):
+            if ready is not None:
+                self.stream.wait_event(ready)
+            yield
+            self.stream.synchronize()
+
+
+def _to_host(x: Tensor) -> Tensor:
+    if x.device.type == "cpu":
+        return x.clone()  # a view of a large tensor would be written with all of it
+    return torch.empty_like(x, device="cpu", pin_memory=True).copy_(x, non_blocking=True)
+
+
+class Stacks(AbstractContextManager["Stacks"]):
+    """Makes stacks, and clears up behind them.
+
+    Args:
+        offload: None, everything stays on the device; "host", older snapshots go to host memory; a folder (or "disk" for a
+            temporary one), to files there, which are gone at the end.
+    """
+
+    def __init__(self, offload: str | Path | None, device: torch.device):
+        self.device = device
+        self.far = offload is not None and not (offload == "host" and device.type == "cpu")
+        self.folder: tempfile.TemporaryDirectory[str] | None = None
+        self.worker: ThreadPoolExecutor | None = None
+        if self.far:
+            self.worker = ThreadPoolExecutor(1, "hypergrad snapshots")
+            if offload != "host":
+                parent = None if offload == "disk" else offload
+                self.folder = tempfile.TemporaryDirectory(prefix="hypergrad-", dir=parent, ignore_cleanup_errors=True)
+
+    def new(self) -> Stack:
+        if self.worker is None:
+            return []
+        return FarStack(None if self.folder is None else Path(self.folder.name), self.device, self.worker)
+
+    def __exit__(self, *_: object) -> None:
+        if self.worker is not None:
+            self.worker.shutdown(cancel_futures=True)
+        if self.folder is not None:
+            self.folder.cleanup()
