@@ -116,7 +116,7 @@ def adjoint(stretch: Stretch, tape: Tape, meter: Meter) -> Result:
     total = Total(stretch)
     restore(stretch, tape.snapshots[-1])
     lam = Tangent.zeros(tape.snapshots[-1].state)
-    lam = total.validate(len(stretch.batches), lam)
+    lam = total.validate(len(stretch.batches), lam, tape.snapshots[-1].state)
     for segment in reversed(range(len(tape.snapshots) - 1)):
         states = replay(stretch, tape, segment, meter)
         while states:
@@ -127,9 +127,9 @@ def adjoint(stretch: Stretch, tape: Tape, meter: Meter) -> Result:
             meter.norm(lam.theta)
             if t in stretch.val_steps:
                 restore(stretch, at)
-                lam = total.validate(t, lam)
+                lam = total.validate(t, lam, at.state)
         tape.snapshots[segment + 1 :] = []
-    return Result(total.value, total.gradients, meter.stats(len(stretch.batches)))
+    return Result(total.value, total.gradients, meter.stats(len(stretch.batches)), stretch.initial(lam))
 
 
 def pull(
@@ -155,12 +155,13 @@ def pull_through(
 ) -> Tangent:
     """The same through a gradient stage in hand. `retain`: keep its graph for one more."""
     transition, g, stats = stretch.transition, stretch.gradient(lin), lam.stats
+    fine = stretch.directions.fine.shares(state, g, lin.active, stretch.values[t], lam)
     lam, lam_g, lam_h, lam_clip = transition.vjp(state, g, lin.active, stretch.values[t], lam)
     extra = None if stats is None or lin.decay is None else [None] * len(stretch.problem.hypers) + [stats]
     rows = lin.product(transition.split(lam_g), extra, into_extra=True, retain=retain)
     meter.products += 1
     n = len(transition.params)
-    total.add(t, lam_h, lam_clip, rows[n:])
+    total.add(t, lam_h, lam_clip, rows[n:], fine)
     stats = stats if stats is None or lin.decay is None else stats * lin.decay  # b' = d ∘ b + S(θ)
     return Tangent(lam.theta + transition.flatten(rows[:n]), lam.slots, stats)
 
@@ -173,28 +174,37 @@ class Total:
         self.value = stretch.transition.params[0].new_zeros(()).detach()
         self.gradients = stretch.directions.zeros()
 
-    def validate(self, t: int, lam: Tangent) -> Tangent:
+    def validate(self, t: int, lam: Tangent, state: State) -> Tangent:
         if t not in self.stretch.val_steps:
             return lam
-        share, stats = self.stretch.validate(t), lam.stats
+        share = self.stretch.validate(t, state)
         self.value = self.value + share.value
         self.stretch.add_direct(self.gradients, share.direct)
-        if share.stats is not None:
-            stats = share.stats if stats is None else stats + share.stats
-        return Tangent(lam.theta + share.theta, lam.slots, stats)
+        return share.added_to(lam)
 
-    def add(self, t: int, lam_h: list[Tensors], lam_clip: Tensor | None, of_hypers: list[Any]) -> None:
+    def add(
+        self, t: int, lam_h: list[Tensors], lam_clip: Tensor | None, of_hypers: list[Any], fine: Tensors | None = None
+    ) -> None:
+        """Step t's share. `fine`: of the numbers that are differentiated per parameter or element, by the rule's name."""
+        directions, fine = self.stretch.directions, fine or {}
+        scheduled = directions.schedules.pull(t, lambda name: self._shares(name, lam_h, lam_clip))
+        in_loss = dict(zip(self.stretch.problem.hypers, of_hypers, strict=False))
         for name, array in self.gradients.items():
-            target = array if self.stretch.directions.steps is None else array[t]
+            target = array if directions.steps is None else array[t]
             if name in self.stretch.problem.hypers:
-                g = of_hypers[list(self.stretch.problem.hypers).index(name)]
-                if g is not None:
-                    target += g
-            elif name in CLIPS:
-                target += 0 if lam_clip is None else lam_clip
+                for g in (in_loss[name], scheduled.get(name)):
+                    target += 0 if g is None else g
+            elif name in directions.fine.per:
+                if fine:
+                    target += torch.stack([fine[part] for part in parts(name)], -1).view(target.shape)
             else:
-                for group, lam in enumerate(lam_h):
-                    shares = [lam.get(part, 0) for part in parts(name)]
-                    target[group] += torch.stack([torch.as_tensor(x).to(target) for x in shares]).view(
-                        target[group].shape
-                    )
+                target += self._shares(name, lam_h, lam_clip).view(target.shape)
+
+    def _shares(self, name: str, lam_h: list[Tensors], lam_clip: Tensor | None) -> Tensor:
+        """The derivative in a name: [n_groups], [n_groups, 2] of betas, [] of what belongs to no group."""
+        if name in CLIPS:
+            return self.value.new_zeros(()) if lam_clip is None else lam_clip
+        if name in self.stretch.directions.ungrouped:  # the average's decay
+            return torch.as_tensor(lam_h[0].get(name, 0)).to(self.value)
+        rows = [[torch.as_tensor(lam.get(part, 0)).to(self.value) for part in parts(name)] for lam in lam_h]
+        return torch.stack([torch.stack(row) for row in rows]).squeeze(-1)
