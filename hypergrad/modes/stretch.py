@@ -40,14 +40,14 @@ class Result:
         stats: steps, seconds, peak_bytes (growth of memory), gradient_evaluations (gradients of the training loss),
             hessian_products, growth_rate (of the tangent's or adjoint's norm, per step, natural log), warnings (sentences),
             and for mode="implicit" solver_residual and gradient_norm.
-        initial: derivative of `value` in the weights before the first step, for each parameter in the order of the optimizer's
-            groups (its tensors held fixed); None for modes other than "unrolled".
+        initial: derivative of `value` in the weights before the first step (the optimizer's tensors held fixed), for each
+            parameter in the order of the optimizer's groups; None for one that is frozen, and for modes other than "unrolled".
     """
 
     value: Tensor
     gradients: dict[str, Tensor]
     stats: dict[str, Any] = field(default_factory=dict)
-    initial: list[Tensor] | None = None
+    initial: list[Tensor | None] | None = None
 
 
 @dataclass(frozen=True)
@@ -265,9 +265,11 @@ class Stretch:
         finally:
             self.transition.load(state.theta)
 
-    def initial(self, lam: Tangent) -> list[Tensor]:
+    def initial(self, lam: Tangent) -> list[Tensor | None]:
         """dL/dθ₀ of each parameter from the adjoint before the first step. The average starts at θ₀."""
-        return self.transition.split(lam.theta + lam.slots[EMA] if self.averaged else lam.theta)
+        theta = lam.theta + lam.slots[EMA] if self.averaged else lam.theta
+        pairs = zip(self.transition.params, self.transition.split(theta), strict=True)
+        return [x if p.requires_grad else None for p, x in pairs]  # autograd does not look into frozen ones
 
     def add_direct(self, gradients: Tensors, direct: Tensors) -> None:
         """Add the direct dependence of the validation loss on tensors in the training loss, once."""
