@@ -17,7 +17,8 @@ from torch import Tensor
 
 from hypergrad.modes.implicit import implicit
 from hypergrad.modes.stretch import Directions, Meter, Stretch
-from hypergrad.modes.unrolled import Snapshot, Tape, adjoint, default_every
+from hypergrad.modes.snapshots import Snapshot
+from hypergrad.modes.unrolled import Tape, adjoint, default_every
 from hypergrad.problem import takes_step
 from hypergrad.updates.binding import State, Values
 from hypergrad.updates.rule import Tensors

@@ -7,33 +7,31 @@ With λ = dL/ds after a step, the same before it and the hypergradient's share o
 
 Where the graphs of all steps fit into a budget of memory they are kept: one gradient a step. Otherwise a state is kept every c
 steps (default √K), and the steps between are replayed with the same code, random numbers and buffers, so that memory is about
-2√K states. (Maclaurin et al. 2015, arXiv 1502.03492; Griewank & Walther 2000.)
+2√K states, of which all but a few may lie elsewhere (snapshots.py). Losses and a digest of θ per segment tell whether the replay
+was the same. (Maclaurin et al. 2015, arXiv 1502.03492; Griewank & Walther 2000.)
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from hypergrad.graph import Linearization
+from hypergrad.modes.snapshots import Snapshot, Stack, Stacks
 from hypergrad.modes.stretch import Meter, Result, Stretch, evaluation
-from hypergrad.problem import Rng, Saved
+from hypergrad.problem import Rng
 from hypergrad.updates.binding import State
 from hypergrad.updates.rule import Tensors, parts
 from hypergrad.updates.transition import CLIPS, Tangent
 
 GRAPH_MEMORY = 2**30  # bytes
 REPLAY_RTOL = 1e-3  # bit-identical on CPU; kernels on a GPU may add up in another order
-
-
-@dataclass
-class Snapshot:
-    state: State
-    buffers: list[Saved]
 
 
 @dataclass
@@ -44,16 +42,32 @@ class Tape:
     """
 
     every: int
+    snapshots: Stack = field(default_factory=list)
+    new_stack: Callable[[], Stack] = list  # for the states of a segment
     graphs: list[Linearization] = field(default_factory=list)
-    snapshots: list[Snapshot] = field(default_factory=list)
     rng: list[Rng] = field(default_factory=list)
     losses: list[Tensor] = field(default_factory=list)
+    digests: dict[int, int] = field(default_factory=dict)  # of the states before each segment's last step
+    played: dict[int, Tensor] = field(default_factory=dict)  # losses of the segment at hand, as played again
+    mismatch: float = 0.0  # the largest relative difference of those
 
-    def verify(self, t: int, loss: Tensor) -> None:
-        """Raise where step t, played again, does not have the loss it had."""
-        if t < len(self.losses) and not torch.allclose(loss, self.losses[t], rtol=REPLAY_RTOL, atol=0, equal_nan=True):
+    def note_rng(self, rng: Rng) -> None:
+        """Random numbers before the next step; those of the last one again where none were drawn."""
+        self.rng.append(self.rng[-1] if self.rng and self.rng[-1].equals(rng) else rng)
+
+    def verify(self) -> None:
+        """Raise where a step of the segment, played again, does not have the loss it had."""
+        steps = [t for t in self.played if t < len(self.losses)]
+        if not steps:
+            return
+        then, now = torch.stack([self.losses[t] for t in steps]), torch.stack([self.played[t] for t in steps])
+        self.played = {}
+        same = (now == then) | (now.isnan() & then.isnan())
+        off, i = ((now - then).abs() / then.abs()).nan_to_num(nan=math.inf).masked_fill_(same, 0).max(0)
+        self.mismatch = max(self.mismatch, float(off))
+        if float(off) > REPLAY_RTOL:
             raise ValueError(
-                f"step {t} is not deterministic: its loss was {float(self.losses[t]):.9g}, played again {float(loss):.9g}. Draw "
+                f"step {steps[int(i)]} is not deterministic: its loss was {float(then[i]):.9g}, played again {float(now[i]):.9g}. Draw "
                 "random numbers in the loss from torch's global generator (which is put back), not from numpy or a generator of "
                 "your own, or use mode='forward', which plays nothing again."
             )
@@ -63,22 +77,30 @@ def default_every(steps: int) -> int:
     return max(1, math.isqrt(steps))
 
 
-def unrolled(stretch: Stretch, every: int | None = None, graph_memory: int = GRAPH_MEMORY) -> Result:
+def unrolled(
+    stretch: Stretch,
+    every: int | None = None,
+    graph_memory: float = GRAPH_MEMORY,
+    offload: str | Path | None = None,
+) -> Result:
     """Hypergradient of a stretch of training by the adjoint.
 
     Args:
         every: steps between snapshots. None: graphs are kept where they fit; else √K.
         graph_memory: bytes that graphs may take up.
+        offload: where snapshots go besides the newest few (see snapshots.py); no graphs are kept then.
     """
     if every is not None and (not isinstance(every, int) or isinstance(every, bool) or every < 1):
         raise ValueError(f"every must be a whole number of steps from 1, got {every!r}.")
     if not isinstance(graph_memory, (int, float)) or isinstance(graph_memory, bool) or not graph_memory >= 0:
         raise ValueError(f"graph_memory must be a number of bytes from 0, got {graph_memory!r}.")
-    with evaluation(stretch) as meter:
-        tape = record(stretch, every, meter, graph_memory)
+    with Stacks(offload, stretch.problem.device) as stacks, evaluation(stretch) as meter:
+        keep = every is None and offload is None and graph_memory > 0
+        tape = Tape(1 if keep else every or default_every(len(stretch.batches)), stacks.new(), stacks.new)
+        record(stretch, tape, meter, graph_memory if keep else 0)
         if not tape.graphs:
             return adjoint(stretch, tape, meter)
-        without = replace(tape, graphs=[], snapshots=list(tape.snapshots))
+        without = replace(tape, graphs=[], snapshots=[*tape.snapshots])  # type: ignore[misc]
         try:
             return adjoint(stretch, tape, meter)
         except RuntimeError as error:  # what a step's graph keeps was written over by a later step: play it again
@@ -87,15 +109,17 @@ def unrolled(stretch: Stretch, every: int | None = None, graph_memory: int = GRA
         return adjoint(stretch, without, meter)
 
 
-def record(stretch: Stretch, every: int | None, meter: Meter, graph_memory: float = 0) -> Tape:
+def record(stretch: Stretch, tape: Tape, meter: Meter, graph_memory: float = 0) -> None:
     """Train through the stretch on the user's model, in place, and keep what the adjoint needs."""
-    steps, transition, problem = len(stretch.batches), stretch.transition, stretch.problem
-    keep = every is None and graph_memory > 0
-    tape, state = Tape(1 if keep else every or default_every(steps)), transition.read()
+    steps, problem = len(stretch.batches), stretch.problem
+    keep, state = graph_memory > 0, stretch.transition.read()
     for t in range(steps):
+        at = Snapshot(state, problem.read_buffers())
         if t % tape.every == 0:
-            tape.snapshots.append(Snapshot(state, problem.read_buffers()))
-        tape.rng.append(problem.rng())
+            tape.snapshots.append(at)
+        elif (t + 1) % tape.every == 0 or t == steps - 1:
+            tape.digests[t] = at.digest()
+        tape.note_rng(problem.rng())
         lin = problem.linearize(stretch.batches[t], products=keep)
         if t == 0 and keep and steps * (lin.nbytes() + state.nbytes()) > graph_memory:
             keep, tape.every = False, default_every(steps)
@@ -104,7 +128,6 @@ def record(stretch: Stretch, every: int | None, meter: Meter, graph_memory: floa
         state = advance(stretch, state, t, lin, meter, graphs_stay=keep)
         tape.losses.append(lin.loss)
     tape.snapshots.append(Snapshot(state, problem.read_buffers()))
-    return tape
 
 
 def train(stretch: Stretch, state: State, t: int, meter: Meter) -> tuple[State, Linearization]:
@@ -125,17 +148,21 @@ def advance(
     return state
 
 
-def replay(stretch: Stretch, tape: Tape, segment: int, meter: Meter) -> list[Snapshot]:
+def replay(stretch: Stretch, tape: Tape, segment: int, meter: Meter) -> Stack:
     """The states before each step of a segment, from its snapshot."""
     first, last = segment * tape.every, min((segment + 1) * tape.every, len(stretch.batches))
-    states = [tape.snapshots[segment]]
+    states, at = tape.new_stack(), tape.snapshots.pop()
     if first < last - 1:
-        restore(stretch, states[0])
+        restore(stretch, at)
     for t in range(first, last - 1):
+        states.append(at)
         tape.rng[t].restore()
-        state, lin = train(stretch, states[-1].state, t, meter)
-        tape.verify(t, lin.loss)
-        states.append(Snapshot(state, stretch.problem.read_buffers()))
+        state, lin = train(stretch, at.state, t, meter)
+        tape.played[t] = lin.loss
+        at = Snapshot(state, stretch.problem.read_buffers())
+    if last - 1 in tape.digests and at.digest() != tape.digests[last - 1]:
+        meter.not_replayed(last - 1)
+    states.append(at)
     return states
 
 
@@ -146,40 +173,32 @@ def restore(stretch: Stretch, at: Snapshot, graphs_stay: bool = False) -> None:
 
 def adjoint(stretch: Stretch, tape: Tape, meter: Meter) -> Result:
     """Run the adjoint over a recorded stretch. The model's state on return is unspecified."""
-    total, kept = Total(stretch), bool(tape.graphs)
-    restore(stretch, tape.snapshots[-1], kept)
-    lam = Tangent.zeros(tape.snapshots[-1].state)
-    lam = total.validate(len(stretch.batches), lam)
-    for segment in reversed(range(len(tape.snapshots) - 1)):
+    total, kept, at = Total(stretch), bool(tape.graphs), tape.snapshots.pop()
+    restore(stretch, at, kept)
+    lam = total.validate(len(stretch.batches), Tangent.zeros(at.state), at.state)
+    for segment in reversed(range(len(tape.snapshots))):
         states = replay(stretch, tape, segment, meter)
-        while states:
+        while len(states):
             at, t = states.pop(), segment * tape.every + len(states)
             restore(stretch, at, kept)
             tape.rng[t].restore()
-            lin = tape.graphs.pop() if kept else None
-            lam = pull(stretch, at.state, t, lam, total, meter, tape, lin)
+            lam = pull(stretch, at.state, t, lam, total, meter, tape)
             meter.norm(lam.theta)
             if t in stretch.val_steps:
                 restore(stretch, at, kept)
-                lam = total.validate(t, lam)
-        tape.snapshots[segment + 1 :] = []
-    return Result(total.value, total.gradients, meter.stats(len(stretch.batches)))
+                lam = total.validate(t, lam, at.state)
+        tape.verify()
+    meter.extra["replay_mismatch"] = tape.mismatch
+    return Result(total.value, total.gradients, meter.stats(len(stretch.batches)), stretch.initial(lam))
 
 
-def pull(
-    stretch: Stretch,
-    state: State,
-    t: int,
-    lam: Tangent,
-    total: Total,
-    meter: Meter,
-    tape: Tape,
-    lin: Linearization | None = None,
-) -> Tangent:
-    """The adjoint before step t from that after it; `lin`: the step's gradient, where its graph was kept."""
-    if lin is None:
+def pull(stretch: Stretch, state: State, t: int, lam: Tangent, total: Total, meter: Meter, tape: Tape) -> Tangent:
+    """The adjoint before step t from that after it."""
+    if tape.graphs:
+        lin = tape.graphs.pop()
+    else:
         lin = stretch.problem.linearize(stretch.batches[t])
-        tape.verify(t, lin.loss)
+        tape.played[t] = lin.loss
         meter.gradients += 1
     return pull_through(stretch, state, t, lin, lam, total, meter)
 
@@ -196,12 +215,13 @@ def pull_through(
 ) -> Tangent:
     """The same through a gradient stage in hand. `retain`: keep its graph for one more."""
     transition, g, stats = stretch.transition, stretch.gradient(lin), lam.stats
+    fine = stretch.directions.fine.shares(state, g, lin.active, stretch.values[t], lam)
     lam, lam_g, lam_h, lam_clip = transition.vjp(state, g, lin.active, stretch.values[t], lam)
     extra = None if stats is None or lin.decay is None else [None] * len(stretch.problem.hypers) + [stats]
     rows = lin.product(transition.split(lam_g), extra, into_extra=True, retain=retain)
     meter.products += 1
     n = len(transition.params)
-    total.add(t, lam_h, lam_clip, rows[n:])
+    total.add(t, lam_h, lam_clip, rows[n:], fine)
     stats = stats if stats is None or lin.decay is None else stats * lin.decay  # b' = d ∘ b + S(θ)
     return Tangent(lam.theta + transition.flatten(rows[:n]), lam.slots, stats)
 
@@ -214,28 +234,37 @@ class Total:
         self.value = stretch.transition.params[0].new_zeros(()).detach()
         self.gradients = stretch.directions.zeros()
 
-    def validate(self, t: int, lam: Tangent) -> Tangent:
+    def validate(self, t: int, lam: Tangent, state: State) -> Tangent:
         if t not in self.stretch.val_steps:
             return lam
-        share, stats = self.stretch.validate(t), lam.stats
+        share = self.stretch.validate(t, state)
         self.value = self.value + share.value
         self.stretch.add_direct(self.gradients, share.direct)
-        if share.stats is not None:
-            stats = share.stats if stats is None else stats + share.stats
-        return Tangent(lam.theta + share.theta, lam.slots, stats)
+        return share.added_to(lam)
 
-    def add(self, t: int, lam_h: list[Tensors], lam_clip: Tensor | None, of_hypers: list[Any]) -> None:
+    def add(
+        self, t: int, lam_h: list[Tensors], lam_clip: Tensor | None, of_hypers: list[Any], fine: Tensors | None = None
+    ) -> None:
+        """Step t's share. `fine`: of the numbers that are differentiated per parameter or element, by the rule's name."""
+        directions, fine = self.stretch.directions, fine or {}
+        scheduled = directions.schedules.pull(t, lambda name: self._shares(name, lam_h, lam_clip))
+        in_loss = dict(zip(self.stretch.problem.hypers, of_hypers, strict=False))
         for name, array in self.gradients.items():
-            target = array if self.stretch.directions.steps is None else array[t]
+            target = array if directions.steps is None else array[t]
             if name in self.stretch.problem.hypers:
-                g = of_hypers[list(self.stretch.problem.hypers).index(name)]
-                if g is not None:
-                    target += g
-            elif name in CLIPS:
-                target += 0 if lam_clip is None else lam_clip
+                for g in (in_loss[name], scheduled.get(name)):
+                    target += 0 if g is None else g
+            elif name in directions.fine.per:
+                if fine:
+                    target += torch.stack([fine[part] for part in parts(name)], -1).view(target.shape)
             else:
-                for group, lam in enumerate(lam_h):
-                    shares = [lam.get(part, 0) for part in parts(name)]
-                    target[group] += torch.stack([torch.as_tensor(x).to(target) for x in shares]).view(
-                        target[group].shape
-                    )
+                target += self._shares(name, lam_h, lam_clip).view(target.shape)
+
+    def _shares(self, name: str, lam_h: list[Tensors], lam_clip: Tensor | None) -> Tensor:
+        """The derivative in a name: [n_groups], [n_groups, 2] of betas, [] of what belongs to no group."""
+        if name in CLIPS:
+            return self.value.new_zeros(()) if lam_clip is None else lam_clip
+        if name in self.stretch.directions.ungrouped:  # the average's decay
+            return torch.as_tensor(lam_h[0].get(name, 0)).to(self.value)
+        rows = [[torch.as_tensor(lam.get(part, 0)).to(self.value) for part in parts(name)] for lam in lam_h]
+        return torch.stack([torch.stack(row) for row in rows]).squeeze(-1)

@@ -114,7 +114,9 @@ class SGD:
 
         lh = {
             "lr": lambda: -(inner(lp, gt) + momentum * with_b(lp)) if self.nesterov else -with_b(lp),
-            "momentum": lambda: (0 if first else inner(lb, b)) - (lr * with_b(lp) if self.nesterov else lp.new_zeros(())),
+            "momentum": lambda: (
+                (0 if first else inner(lb, b)) - (lr * with_b(lp) if self.nesterov else lp.new_zeros(()))
+            ),
             "dampening": lambda: lp.new_zeros(()) if first else -inner(lb, gt),
             "weight_decay": lambda: inner(lg, p),
         }
