@@ -63,8 +63,8 @@ def hypergradient(
         clip_norm: threshold of `clip_grad_norm_` over all parameters, between gradient and step.
         clip_value: threshold of `clip_grad_value_`.
         options: mode="unrolled": `every`, steps between snapshots (default √K). mode="implicit": `solver`, a function
-            solve(matvec, b) such as `hypergrad.solvers.neumann` (default cg), or `look_back`, a number of terms of the
-            update map's own series.
+            solve(matvec, b) such as `hypergrad.solvers.neumann` or `nystrom` (default cg; a `hypergrad.solvers.WarmStart`
+            starts from the last call's answer), or `look_back`, a number of terms of the update map's own series.
 
     Returns:
         Result, with `.value`, `.gradients` and `.stats`. Gradients are in the value itself, not in a transform of it.

@@ -34,7 +34,8 @@ class Result:
             loss; with per_step one more leading dimension [steps].
         stats: steps, seconds, peak_bytes (growth of memory), gradient_evaluations (gradients of the training loss),
             hessian_products, growth_rate (of the tangent's or adjoint's norm, per step, natural log), warnings (sentences),
-            and for mode="implicit" solver_residual and gradient_norm.
+            and for mode="implicit" solver_iterations (products that the solver asked for; terms of a look-back),
+            solver_residual (‖b − A x‖/‖b‖; of a look-back the part of it in θ) and, without look_back, gradient_norm.
     """
 
     value: Tensor
