@@ -104,59 +104,72 @@ def neumann(
 
 
 def nystrom(
-    matvec: Matvec, b: Tensor, rank: int = 20, rho: float = 1e-2, seed: int = 0, x0: Tensor | None = None
+    matvec: Matvec,
+    b: Tensor,
+    rank: int = 20,
+    rho: float = 1e-2,
+    shift: float = 0.0,
+    seed: int = 0,
+    x0: Tensor | None = None,
 ) -> Tensor:
     """Approximate (A + ρI)⁻¹ b with A's Nyström approximation of low rank: min(rank, n) products, none of which needs another.
 
-    Hataya & Yamada 2023, arXiv 2302.09726, eq. 6. Good where A's spectrum falls off within `rank`: eigenvalues behind it
-    count as 0. At full rank it is (A + ρI)⁻¹ b itself.
+    Hataya & Yamada 2023, arXiv 2302.09726, eq. 6. Good where A's spectrum falls off within `rank`, to `shift`: eigenvalues
+    behind it count as that. At full rank it is (A + ρI)⁻¹ b itself.
 
     Args:
         matvec: x ↦ A x, A symmetric positive semi-definite.
         b: right-hand side [n].
         rank: r. Memory 3 r n.
-        rho: ρ > 0, of the size of the eigenvalues that are left out.
+        rho: ρ, of the size of what is left out of the eigenvalues; ρ + shift > 0.
+        shift: σ, a known lower bound of A's eigenvalues: the smallest weight decay, in `hypergradient`. A − σI is then what is
+            approximated. Without it, a decay that every eigenvalue has hides their fall from the sketch.
         seed: of the sketch; random numbers of the caller's are not drawn.
         x0: start on the line through x0, where the residual is smallest, for one more product.
 
     Raises:
-        ValueError: rank or rho not positive; curvature of −ρ or less in the sketch.
+        ValueError: rank or ρ + σ not positive; curvature of −ρ or less in the sketch.
     """
-    inverse = nystrom_inverse(matvec, b, rank, rho, seed)
+    inverse = nystrom_inverse(matvec, b, rank, rho, shift, seed)
     x, r = _start(matvec, b, x0)
     return x + inverse(r)
 
 
-# With Ω [n, r] of orthonormal columns, Y = AΩ and W = ΩᵀY:   A ≈ A_r = Y W⁺ Yᵀ.
-# W = V diag(w) Vᵀ, over w > 0:                                A_r = B Bᵀ,   B = Y V w^(−1/2).
-# B = U Σ Qᵀ:                                                  A_r = U Σ² Uᵀ,   UᵀU = I.
-# Woodbury, with ρI + U Σ² Uᵀ:    (ρI + A_r)⁻¹ = ρ⁻¹(I − U Σ² (ρI + Σ²)⁻¹ Uᵀ) = ρ⁻¹(I − UUᵀ) + U (ρI + Σ²)⁻¹ Uᵀ,
-# the last form without the difference of two numbers of size 1/ρ. (The paper has W from r columns of A, Ω = columns of I, and
-# inverts W + YᵀY/ρ. Ω = an orthonormal Gaussian sketch costs the same products. On matrices whose
-# eigenvectors spread over all coordinates both are alike; on the Hessian of softmax regression with features of very
-# unequal size, at half the full rank, it is ten times as accurate: tests/test_solvers.py holds that.)
-def nystrom_inverse(matvec: Matvec, b: Tensor, rank: int = 20, rho: float = 1e-2, seed: int = 0) -> Apply:
-    """The map r ↦ (A_r + ρI)⁻¹ r of `nystrom`, for b's shape: also a preconditioner of `cg`."""
-    if rank < 1 or not rho > 0:
-        raise ValueError(f"nystrom needs a rank from 1 and rho > 0, got rank={rank!r}, rho={rho!r}.")
+# With D = A − σI, Ω [n, r] of orthonormal columns, Y = DΩ and W = ΩᵀY:   D ≈ D_r = Y W⁺ Yᵀ.
+# W = V diag(w) Vᵀ, over w > 0:                                            D_r = B Bᵀ,   B = Y V w^(−1/2).
+# B = U S Qᵀ:                                                              D_r = U S² Uᵀ,   UᵀU = I.
+# Woodbury, with τ = ρ + σ:    (τI + D_r)⁻¹ = τ⁻¹(I − U S² (τI + S²)⁻¹ Uᵀ) = τ⁻¹(I − UUᵀ) + U (τI + S²)⁻¹ Uᵀ,
+# the last form without the difference of two numbers of size 1/τ. (The paper has σ = 0, inverts W + YᵀY/ρ, and draws r
+# columns of A: Ω = columns of I. An orthonormal Gaussian Ω costs the same products. Where eigenvectors spread over all
+# coordinates both are alike; on softmax regression with features of very unequal size, at half the full rank, it is at
+# least five times as accurate: tests/test_solvers.py.)
+def nystrom_inverse(
+    matvec: Matvec, b: Tensor, rank: int = 20, rho: float = 1e-2, shift: float = 0.0, seed: int = 0
+) -> Apply:
+    """The map r ↦ x of `nystrom`, for vectors like b: also a preconditioner of `cg`."""
+    if rank < 1 or not rho >= 0 or not rho + shift > 0:
+        raise ValueError(
+            f"nystrom needs a rank from 1, rho from 0 and rho + shift > 0, got rank={rank!r}, rho={rho!r}, shift={shift!r}."
+        )
     n = b.numel()
     gauss = torch.randn(n, min(rank, n), generator=torch.Generator().manual_seed(seed), dtype=b.dtype)
     omega = torch.linalg.qr(gauss.to(b.device)).Q
-    y = torch.stack([matvec(column) for column in omega.T], dim=1)
+    y = torch.stack([matvec(column) for column in omega.T], dim=1) - shift * omega
     w, v = torch.linalg.eigh((omega.T @ y + y.T @ omega) / 2)
-    if w[0] <= -rho:
+    noise = len(w) * torch.finfo(w.dtype).eps * (w[-1].abs() + abs(shift))
+    if w[0] < -rho - noise:
         raise ValueError(
-            f"nystrom met curvature {float(w[0]):.3g}, not above −rho: the training loss has no minimum here. Train to a "
-            f"minimum, add weight decay, or pass a larger rho than {rho:g}."
+            f"nystrom met curvature {float(w[0]) + shift:.3g}, below shift − rho: the training loss has no minimum here, or "
+            f"shift={shift:g} is too large. Train to a minimum, add weight decay, or pass a larger rho than {rho:g}."
         )
-    kept = w > len(w) * torch.finfo(w.dtype).eps * w[-1].clamp_min(0)
-    u, sigma, _ = torch.linalg.svd(y @ (v[:, kept] * w[kept].rsqrt()), full_matrices=False)
+    kept, tau = w > noise, rho + shift
+    u, s, _ = torch.linalg.svd(y @ (v[:, kept] * w[kept].rsqrt()), full_matrices=False)
 
     def apply(r: Tensor) -> Tensor:
         inside = u.T @ r
         outside = r - u @ inside
-        outside = outside - u @ (u.T @ outside)  # once more, as it is divided by ρ
-        return u @ (inside / (sigma.square() + rho)) + outside / rho
+        outside = outside - u @ (u.T @ outside)  # once more, as it is divided by τ
+        return u @ (inside / (s.square() + tau)) + outside / tau
 
     return apply
 
