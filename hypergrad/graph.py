@@ -67,7 +67,8 @@ def survey(loss: Tensor, model: torch.nn.Module | None = None) -> Survey:
             exact = False
         elif node.name() == "WeightNormInterfaceBackward0":
             raise NotImplementedError(
-                f"{_weight_norm_layers(model)} has a wrong second derivative in torch: remove it (torch.nn.utils.parametrize.remove_parametrizations, or torch.nn.utils.remove_weight_norm) and register "
+                f"{_weight_norm_layers(model)} has a wrong second derivative in torch: remove it "
+                "(torch.nn.utils.parametrize.remove_parametrizations, or torch.nn.utils.remove_weight_norm) and register "
                 "a parametrization whose forward(g, v) returns v * (g / v.norm(dim=1, keepdim=True)) instead."
             )
         elif "BackwardHookFunction" in node.name():
@@ -102,8 +103,8 @@ def _check_embedding(node: Any, model: torch.nn.Module | None) -> None:
     for name, module in model.named_modules() if model is not None else ():
         if isinstance(module, torch.nn.Embedding) and module.max_norm is not None and module.weight.requires_grad:
             raise NotImplementedError(
-                f"nn.Embedding {name or 'of this model'!r} has max_norm: its forward pass writes to its weight, a step of training "
-                "that has no derivative here; build it with max_norm=None, and normalise what it returns."
+                f"nn.Embedding {name or 'of this model'!r} has max_norm: its forward pass writes to its weight, a step of "
+                "training that has no derivative here; build it with max_norm=None, and normalise what it returns."
             )
 
 

@@ -203,6 +203,15 @@ def triplet(model: nn.Module, batch: Any) -> Tensor:
     return F.triplet_margin_loss(y, y.flip(0), y.roll(1, 0))
 
 
+def multi_margin(model: nn.Module, batch: Any) -> Tensor:
+    return F.multi_margin_loss(model(batch[0]), batch[1])
+
+
+def in_float32(model: nn.Module, batch: Any) -> Tensor:
+    """The loss of outputs in bfloat16, in the precision of the inputs."""
+    return F.cross_entropy(model(batch[0]).to(batch[0]), batch[1])
+
+
 def ctc(model: nn.Module, batch: Any) -> Tensor:
     """Sequences of 5 outputs, targets of two symbols."""
     logp = model(batch[0]).log_softmax(2).transpose(0, 1)
