@@ -86,8 +86,8 @@ def hypergradient(
             fit, they are kept; `every`, steps between snapshots where they do not, or else (default √K); `offload`, where snapshots
             go but the newest few: "host" memory of a GPU's machine, "disk" (a temporary folder) or a folder: device memory is
             then independent of K. mode="implicit": `solver`, a function
-            solve(matvec, b) such as `hypergrad.solvers.neumann` (default cg), or `look_back`, a number of terms of the
-            update map's own series.
+            solve(matvec, b) such as `hypergrad.solvers.neumann` or `nystrom` (default cg; a `hypergrad.solvers.WarmStart`
+            starts from the last call's answer), or `look_back`, a number of terms of the update map's own series.
 
     Returns:
         Result, with `.value`, `.gradients` and `.stats`. Gradients are in the value itself, not in a transform of it.
@@ -99,7 +99,8 @@ def hypergradient(
         ValueError: unknown names, no batches, losses that are not scalars or do not depend on the parameters, a derivative
             that does not exist (SGD momentum at exactly 0 with dampening or nesterov, Adafactor's d at exactly 1, coupled weight
             decay of Lion at exactly 0).
-        NotImplementedError: optimizers, flags and layers that cannot be differentiated; the message names a way out.
+        NotImplementedError: optimizers, flags and layers that cannot be differentiated (docs/layers.md); the message names a
+            way out.
 
     Example:
         One step of gradient descent on θ²/2 from θ = 2 at lr η: L = (2 − 2η)²/2, dL/dη = −2 (2 − 2η) = −3.6 at η = 0.1.

@@ -7,6 +7,7 @@ by looking at the graph and end in an error that names the layer and the way out
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
@@ -15,15 +16,22 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-# what torch says when a second derivative is missing -> what to do
-_WAYS_OUT = {
-    "scaled_dot_product": "wrap the forward pass in `torch.nn.attention.sdpa_kernel(SDPBackend.MATH)`",
-    "aot_autograd": "give hypergrad the uncompiled module (`model._orig_mod`)",
-    "_embedding_bag": "replace nn.EmbeddingBag by nn.Embedding followed by a sum or mean",
-    "cudnn_rnn": "run the forward pass under `torch.backends.cudnn.flags(enabled=False)`",
-    "donated buffers": "give hypergrad the uncompiled module (`model._orig_mod`)",
-    "incompatible with .grad()": "checkpoint with use_reentrant=False",
-    "is not implemented": "replace that operation by one whose derivative torch can differentiate again",
+_COMPILED = ("a module under torch.compile", "give hypergrad the uncompiled module (`model._orig_mod`)")
+# what torch says when a second derivative is missing -> the layer (None: the operation that torch names), and what to do
+_WAYS_OUT: dict[str, tuple[str | None, str]] = {
+    "scaled_dot_product": (
+        "scaled_dot_product_attention (also inside nn.MultiheadAttention and nn.Transformer)",
+        "wrap the forward pass in `torch.nn.attention.sdpa_kernel(SDPBackend.MATH)`",
+    ),
+    "aot_autograd": _COMPILED,
+    "donated buffers": _COMPILED,
+    "_embedding_bag": ("nn.EmbeddingBag", "replace it by nn.Embedding followed by a sum or mean"),
+    "cudnn_rnn": (
+        "a cuDNN layer (nn.LSTM, nn.GRU, nn.RNN)",
+        "run the forward pass under `torch.backends.cudnn.flags(enabled=False)`",
+    ),
+    "incompatible with .grad()": ("checkpoint with use_reentrant=True", "checkpoint with use_reentrant=False"),
+    "is not implemented": (None, "replace that operation by one whose derivative torch can differentiate again"),
 }
 
 
@@ -60,7 +68,7 @@ def survey(loss: Tensor, model: torch.nn.Module | None = None) -> Survey:
             exact = False
         elif node.name() == "WeightNormInterfaceBackward0":
             raise NotImplementedError(
-                f"{_weight_norm_layers(model)}: torch._weight_norm has a wrong second derivative in torch. Remove it "
+                f"{_weight_norm_layers(model)} has a wrong second derivative in torch: remove it "
                 "(torch.nn.utils.parametrize.remove_parametrizations, or torch.nn.utils.remove_weight_norm) and register "
                 "a parametrization whose forward(g, v) returns v * (g / v.norm(dim=1, keepdim=True)) instead."
             )
@@ -69,6 +77,8 @@ def survey(loss: Tensor, model: torch.nn.Module | None = None) -> Survey:
                 "a module has a full backward hook: torch would call it again on every Hessian product. Remove the hook "
                 "(register_full_backward_hook), or use a hook on a parameter (p.register_hook)."
             )
+        elif node.name() == "EmbeddingBackward0":
+            _check_embedding(node, model)
         elif isinstance(node, torch.autograd.function.BackwardCFunction):
             _check_twice_differentiable(node)
     return Survey(leaves, exact)
@@ -83,6 +93,20 @@ def _check_twice_differentiable(node: Any) -> None:
             f"the autograd Function {getattr(cls, '__qualname__', cls)} is marked @once_differentiable, so its second "
             "derivative would silently be 0: write its backward in differentiable torch operations, without that mark."
         )
+
+
+def _check_embedding(node: Any, model: torch.nn.Module | None) -> None:
+    if getattr(node, "_saved_scale_grad_by_freq", False):
+        raise NotImplementedError(
+            "an embedding with scale_grad_by_freq=True has a wrong second derivative in torch: build it with "
+            "scale_grad_by_freq=False."
+        )
+    for name, module in model.named_modules() if model is not None else ():
+        if isinstance(module, torch.nn.Embedding) and module.max_norm is not None and module.weight.requires_grad:
+            raise NotImplementedError(
+                f"nn.Embedding {name or 'of this model'!r} has max_norm: its forward pass writes to its weight, a step of "
+                "training that has no derivative here; build it with max_norm=None, and normalise what it returns."
+            )
 
 
 def _weight_norm_layers(model: torch.nn.Module | None) -> str:
@@ -150,7 +174,7 @@ class Linearization:
         if not any(self.active):
             raise ValueError("the loss does not depend on any parameter that the optimizer holds.")
         if any(g is not None and g.is_sparse for g in self.grads):
-            raise NotImplementedError("sparse gradients: build the embedding with sparse=False.")
+            raise NotImplementedError("an embedding with sparse=True has sparse gradients: build it with sparse=False.")
 
     def product(
         self,
@@ -219,9 +243,11 @@ def _explained() -> Iterator[None]:
     try:
         yield
     except (RuntimeError, NotImplementedError) as error:
-        for symptom, remedy in _WAYS_OUT.items():
+        for symptom, (layer, remedy) in _WAYS_OUT.items():
             if symptom in str(error):
-                raise NotImplementedError(f"{error} (torch has no second derivative here): {remedy}.") from error
+                named = re.search(r"aten::_?(\w+)|'_?(\w+)'", str(error))
+                layer = layer or (str(named[1] or named[2]).removesuffix("_backward") if named else "an operation")
+                raise NotImplementedError(f"{layer} has no second derivative in torch: {remedy}. ({error})") from error
         raise
 
 

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from hypergrad.modes.implicit import implicit
-from hypergrad.modes.stretch import Directions, Meter, Stretch
 from hypergrad.modes.snapshots import Snapshot
+from hypergrad.modes.stretch import Directions, Meter, Stretch
 from hypergrad.modes.unrolled import Tape, adjoint, default_every
 from hypergrad.problem import takes_step
 from hypergrad.updates.binding import State, Values

@@ -1,4 +1,4 @@
-"""Make README's tables, docs/figures and the state of the goals from experiments/results alone.
+"""Make the tables of README and docs/layers.md, docs/figures and the state of the goals from experiments/results alone.
 
 python scripts/tables.py            write them
 python scripts/tables.py --check    say what differs, and exit 1 if anything does
@@ -21,7 +21,8 @@ sys.path.insert(0, str(ROOT))
 
 from experiments import figures, results  # noqa: E402
 
-README, FIGURES, GOALS = ROOT / "README.md", ROOT / "docs/figures", results.FOLDER / "goals.json"
+TEXTS = (ROOT / "README.md", ROOT / "docs/layers.md")  # whose blocks are filled
+FIGURES, GOALS = ROOT / "docs/figures", results.FOLDER / "goals.json"
 Result = dict[str, Any]
 
 
@@ -96,6 +97,16 @@ def shootout(result: Result) -> str:
     return _table(head, body) + "\n\n" + _source(result)
 
 
+def layers(result: Result) -> str:
+    head = ("layer", "comes out", "error, unrolled", "error, forward", "what is said")
+    body = []
+    for row in result["rows"]:
+        errors = ("–" if row[mode] is None else f"{row[mode]:.0e}" for mode in ("unrolled", "forward"))
+        first = re.split(r"\.(?= |$)", row["says"], maxsplit=1)[0].replace("|", r"\|")
+        body.append((row["layer"], row["outcome"], *errors, first))
+    return _table(head, body) + "\n\n" + _source(result)
+
+
 def goals(rows: list[Result]) -> str:
     head = ("goal", "target", "reached", "met", "command")
     body = []
@@ -111,6 +122,7 @@ TABLES: dict[str, Callable[[Result], str]] = {
     "quickstart": quickstart,
     "fashion_mnist": fashion_mnist,
     "shootout": shootout,
+    "layers": layers,
 }
 PLOTS: dict[str, tuple[str, Callable[[list[Result]], Any]]] = {
     "quickstart": ("quickstart_curves.json", figures.quickstart),
@@ -126,7 +138,7 @@ def fill(text: str, goal_rows: list[Result], folder: Path = results.FOLDER) -> s
     def block(match: re.Match[str]) -> str:
         name = match[1]
         if name != "goals" and name not in TABLES:
-            raise SystemExit(f"README has a table {name!r}, which scripts/tables.py does not know: {sorted(TABLES)}")
+            raise SystemExit(f"a text has a table {name!r}, which scripts/tables.py does not know: {sorted(TABLES)}")
         if name == "goals":
             content = goals(goal_rows)
         else:
@@ -146,12 +158,13 @@ def differences(write: bool) -> list[str]:
         found.append("experiments/results/goals.json")
         if write:
             results.save(GOALS, new_goals)
-    old = README.read_text(encoding="utf-8")
-    new = fill(old, new_goals)
-    if new != old:
-        found.append("README.md")
-        if write:
-            README.write_text(new, encoding="utf-8")
+    for path in TEXTS:
+        old = path.read_text(encoding="utf-8")
+        new = fill(old, new_goals)
+        if new != old:
+            found.append(path.relative_to(ROOT).as_posix())
+            if write:
+                path.write_text(new, encoding="utf-8")
     for name, (file, plot) in PLOTS.items():
         result, path = results.load(file), FIGURES / f"{name}.png"
         if result and _fingerprint(path) != (made_from := _digest(result["rows"])):

@@ -260,13 +260,6 @@ def recurrent() -> Setup:
     return supervised(model, groups, lambda i: randn(6, 3, 3, seed=i), 3)
 
 
-def spectral() -> Setup:
-    norm = nn.utils.parametrizations.spectral_norm
-    model = _seeded(lambda: nn.Sequential(norm(nn.Linear(5, 6)), nn.Tanh(), nn.Linear(6, 3)))
-    groups = [list(model[0].parameters()), list(model[2].parameters())]
-    return supervised(model, groups, lambda i: randn(12, 5, seed=i), 3)
-
-
 class Tied(nn.Module):
     """`encode` is used twice, by two names; `frozen` never moves; `unused` is held by the optimizer and never used."""
 
@@ -311,5 +304,5 @@ def loss_hypers() -> Setup:
 
 
 _ALL = (quadratic, ridge, mlp, mlp_live, cnn_batchnorm, embedding, dropout, tied_frozen, loss_hypers)
-_LAYERS = (matrices, matrices_live, normalised, checkpointed, attention, recurrent, deep_batchnorm, spectral)
+_LAYERS = (matrices, matrices_live, normalised, checkpointed, attention, recurrent, deep_batchnorm)
 PROBLEMS: dict[str, Callable[[], Setup]] = {f.__name__: f for f in (*_ALL, *_LAYERS)}

@@ -125,6 +125,10 @@ BAD: dict[str, Row] = {
     "every a fraction": (lambda s: {"every": 1.5}, ValueError, "every"),
     "look_back 0": (lambda s: {"mode": "implicit", "look_back": 0}, ValueError, "look_back"),
     "look_back negative": (lambda s: {"mode": "implicit", "look_back": -2}, ValueError, "look_back"),
+    "solver a name": (lambda s: {"mode": "implicit", "wrt": "weight_decay", "solver": "cg"}, TypeError, "hypergrad.solvers"),
+    "solver of another shape": (
+        lambda s: {"mode": "implicit", "wrt": "weight_decay", "solver": lambda matvec, b: b[1:]}, TypeError, "b's shape",
+    ),
     "val_steps a fraction": (lambda s: {"val_steps": [1.5]}, ValueError, "0 to 6"),
     "solver and look_back": (
         lambda s: {"mode": "implicit", "look_back": 2, "solver": hypergrad.solvers.cg}, ValueError, "look_back",

@@ -13,8 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 import hypergrad
-from hypergrad.problem import Problem
-from tests.cases import AT_DEFAULT_EPS, EVERY_PROBLEM_WITH, MODES, Case
+from tests.cases import AT_DEFAULT_EPS, MODES, Case
 from tests.oracle import AGREE, assert_matches, assert_same, finite_difference, hypergradient
 from tests.problems import DEVICE, PROBLEMS, Setup, randint, randn
 
@@ -100,51 +99,6 @@ def test_trap_hyperparameter_as_0d_tensor(mode: str) -> None:
     assert_same(tensor, plain, EXACT)
 
 
-LAYERS = {
-    "layer_norm": lambda: nn.LayerNorm([4, 6]),
-    "batch_norm": lambda: nn.BatchNorm1d(4),
-    "instance_norm": lambda: nn.InstanceNorm1d(4, affine=True),
-    "group_norm": lambda: nn.GroupNorm(2, 4),
-}
-
-
-@pytest.mark.parametrize("layer", LAYERS)
-def test_trap_hessian_products_of_normalisations(layer: str) -> None:
-    """Against central differences of the gradient, extrapolated."""
-    model = nn.Sequential(nn.Conv1d(3, 4, 3, padding=1), LAYERS[layer](), nn.Tanh(), nn.Conv1d(4, 2, 3)).double()
-    model.to(DEVICE)
-    x, params = randn(5, 3, 6, seed=0), list(model.parameters())
-    problem = Problem(model, params, lambda model, batch: model(batch).square().sum())
-    v = [torch.randn_like(p) for p in params]
-
-    def gradient(h: float) -> Tensor:
-        with torch.no_grad():
-            for p, d in zip(params, v, strict=True):
-                p.add_(d, alpha=h)
-        grads = torch.autograd.grad(problem.training_loss(x), params)
-        with torch.no_grad():
-            for p, d in zip(params, v, strict=True):
-                p.sub_(d, alpha=h)
-        return torch.cat([g.flatten() for g in grads])
-
-    def difference(h: float) -> Tensor:
-        return (gradient(h) - gradient(-h)) / (2 * h)
-
-    a, b, c = difference(4e-3), difference(2e-3), difference(1e-3)
-    want = ((4 * c - b) / 3 * 16 - (4 * b - a) / 3) / 15
-    got = torch.cat([r.flatten() for r in problem.linearize(x).product(v) if r is not None])
-    assert torch.linalg.vector_norm(got - want) <= 1e-8 * torch.linalg.vector_norm(want)
-
-
-@pytest.mark.parametrize("optimizer", EVERY_PROBLEM_WITH[:2])
-@pytest.mark.parametrize("problem", ["normalised", "checkpointed", "attention", "recurrent"])
-@pytest.mark.parametrize("mode", BOTH)
-def test_trap_layers(mode: str, problem: str, optimizer: str) -> None:
-    """LayerNorm and its kin, non-reentrant checkpointing with dropout, attention under MATH, an LSTM."""
-    case = Case(problem, optimizer)
-    assert_matches(hypergradient(case, mode=mode), case)
-
-
 @pytest.mark.parametrize("mode", BOTH)
 def test_trap_checkpoint_is_the_same_as_without(mode: str) -> None:
     setup, plain = PROBLEMS["checkpointed"](), PROBLEMS["checkpointed"]()
@@ -188,14 +142,6 @@ def test_trap_random_numbers_of_another_generator(mode: str) -> None:
         return
     with pytest.raises(ValueError, match="deterministic"):
         hypergradient(case, mode=mode)
-
-
-@pytest.mark.parametrize("mode", BOTH)
-def test_trap_spectral_norm_is_said(mode: str) -> None:
-    """The path from θ to the power iteration's vectors, which are buffers, is left out: 0.1 % off here."""
-    with pytest.warns(UserWarning, match=r"_u, .*_v; a path through them"):
-        result = hypergradient(Case("spectral", "sgd"), mode=mode)
-    assert "_u" in result.stats["warnings"][0]
 
 
 class Reversed(torch.autograd.Function):

@@ -33,6 +33,10 @@ def implicit(stretch: Stretch, solver: Solve | None = None, look_back: int | Non
         raise ValueError(f"look_back must be a whole number of terms from 1, got {look_back!r}.")
     if look_back is not None and solver is not None:
         raise ValueError("pass solver (a linear solve at a minimum) or look_back (the update map's series), not both.")
+    if solver is not None and not callable(solver):
+        raise TypeError(
+            f"solver must be a function solve(matvec, b), got {type(solver).__name__}: see hypergrad.solvers."
+        )
     if look_back is None:
         _check_minimum_depends_on(stretch)
     with evaluation(stretch) as meter:
@@ -91,7 +95,7 @@ class _Objective:
         self.decay = torch.zeros_like(state.theta)
         for (a, b), group in zip(self.transition.ranges, self.transition.group_of, strict=True):
             self.decay[a:b] = stretch.values[-1]["weight_decay"][group] or 0.0
-        self.theta = state.theta
+        self.theta, self.calls = state.theta, 0
         sign = [-1.0 if getattr(rule, "maximize", False) else 1.0 for rule in self.transition.rules]
         self.sign = torch.cat([self.theta.new_full((b - a,), sign[g]) for (a, b), g in self._ranges()])
 
@@ -106,6 +110,7 @@ class _Objective:
         views = self.transition.split(v)
         rows = [self.transition.flatten(lin.product(views)) for lin in self.lins]
         self.meter.products += len(rows)
+        self.calls += 1
         return self.sign * torch.stack(rows).mean(0) + self.decay * v
 
     def into_hypers(self, v: Tensor) -> list[Tensor | None]:
@@ -130,9 +135,12 @@ def _at_minimum(stretch: Stretch, state: State, solver: Solve, meter: Meter) -> 
     v, stretch.problem.stats = lam.theta, None
     objective = _Objective(stretch, state, meter)
     x = solver(objective.hessian, v)
-    residual = torch.linalg.vector_norm(objective.hessian(x) - v) / torch.linalg.vector_norm(v).clamp_min(1e-300)
+    if not isinstance(x, Tensor) or x.shape != v.shape:
+        what = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
+        raise TypeError(f"solver(matvec, b) must return a tensor of b's shape {tuple(v.shape)}, got {what}.")
     meter.extra |= {
-        "solver_residual": float(residual),
+        "solver_iterations": objective.calls,
+        "solver_residual": _ratio(objective.hessian(x) - v, v),
         "gradient_norm": float(torch.linalg.vector_norm(objective.gradient())),
     }
     decay = [{"weight_decay": state.theta.new_zeros(())} for _ in stretch.transition.groups]
@@ -155,6 +163,13 @@ def _look_back(stretch: Stretch, state: State, terms: int, meter: Meter) -> Resu
     rng.restore()
     lin = problem.linearize(stretch.batches[-1])
     meter.gradients += 1
+    first = lam.theta
     for left in reversed(range(terms)):
         lam = pull_through(stretch, state, steps - 1, lin, lam, total, meter, retain=left > 0)
+    # x = Σ_{j<i} (Jᵀ)ʲ λ leaves λ − (I − Jᵀ) x = (Jᵀ)ⁱ λ
+    meter.extra |= {"solver_iterations": terms, "solver_residual": _ratio(lam.theta, first)}
     return Result(total.value, total.gradients, meter.stats(steps))
+
+
+def _ratio(a: Tensor, b: Tensor) -> float:
+    return float(torch.linalg.vector_norm(a) / torch.linalg.vector_norm(b).clamp_min(torch.finfo(b.dtype).tiny))

@@ -43,7 +43,8 @@ class Result:
             exponent), nonfinite_share (of steps after which that norm was not finite), warnings (sentences; one says when training
             is too chaotic for its hypergradient to be of use, and what smooths it), for mode="unrolled" replay_mismatch (largest
             relative difference of a loss when played again) and replayed_exactly (weights bit for bit the same then),
-            and for mode="implicit" solver_residual and gradient_norm.
+            and for mode="implicit" solver_iterations (products that the solver asked for; terms of a look-back),
+            solver_residual (‖b − A x‖/‖b‖; of a look-back the part of it in θ) and, without look_back, gradient_norm.
         initial: derivative of `value` in the weights before the first step (the optimizer's tensors held fixed), for each
             parameter in the order of the optimizer's groups; None for one that is frozen, and for modes other than "unrolled".
     """

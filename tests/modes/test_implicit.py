@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 import hypergrad
-from hypergrad.solvers import neumann
+from hypergrad.solvers import neumann, nystrom
 from tests.cases import OPTIMIZERS, Case, case_of
 from tests.problems import DEVICE, Vector, randint, randn
 
@@ -20,7 +20,11 @@ CLOSED_FORM = 1e-8  # relative: the solvers' residual times a condition number b
 CONVERGED = 1e-6  # relative: what is left of 0.9^K after K steps
 SERIES = 1e-9
 
-SOLVERS: dict[str, Any] = {"cg": None, "neumann": partial(neumann, terms=3000)}
+SOLVERS: dict[str, Any] = {
+    "cg": None,
+    "neumann": partial(neumann, terms=3000),
+    "nystrom": partial(nystrom, rank=8, rho=1e-12),
+}
 N = 20
 
 
@@ -179,13 +183,24 @@ class HeavyBall:
         b = momentum * b + self.a @ theta - self.c + wd * theta
         return torch.cat([theta - lr * b, b])
 
-    def series(self, h: Tensor, steps: int, terms: int) -> Tensor:
+    def at_the_end(self, h: Tensor, steps: int) -> tuple[Tensor, Tensor, Tensor]:
+        """∂L/∂s after the last step, of L = ‖θ − 1‖²/2; ∂Φ/∂s, ∂Φ/∂h before it."""
         theta = self.model().detach()
         s = torch.cat([theta, torch.zeros_like(theta)])
         for _ in range(steps - 1):
             s = self.step(s, h)
-        lam = torch.cat([self.step(s, h)[:8] - 1, torch.zeros_like(theta)])  # of L = ‖θ − 1‖²/2
-        by_s, by_h = torch.autograd.functional.jacobian(self.step, (s, h))
+        lam = torch.cat([self.step(s, h)[:8] - 1, torch.zeros_like(theta)])
+        return lam, *torch.autograd.functional.jacobian(self.step, (s, h))
+
+    def residual(self, h: Tensor, steps: int, terms: int) -> float:
+        """‖λ − (I − Jᵀ) Σ_{j<i} (Jᵀ)ʲ λ‖ / ‖λ‖, its part in θ."""
+        lam, by_s, _ = self.at_the_end(h, steps)
+        x = sum(torch.linalg.matrix_power(by_s.T, j) @ lam for j in range(terms))
+        left = lam - x + by_s.T @ x
+        return float(torch.linalg.vector_norm(left[:8]) / torch.linalg.vector_norm(lam[:8]))
+
+    def series(self, h: Tensor, steps: int, terms: int) -> Tensor:
+        lam, by_s, by_h = self.at_the_end(h, steps)
         total = torch.zeros_like(h)
         for _ in range(terms):
             total, lam = total + torch.einsum("i,ijk->jk", lam, by_h), lam @ by_s
@@ -218,7 +233,8 @@ def test_look_back_is_its_truncated_series(steps: int, terms: int) -> None:
     for got, want in zip(result.gradients.values(), ball.series(h, steps, terms), strict=True):
         assert close(got, want, SERIES)
     assert result.stats["gradient_evaluations"] == steps + 1  # the last step's graph serves every term
-    assert result.stats["hessian_products"] == terms
+    assert result.stats["hessian_products"] == result.stats["solver_iterations"] == terms
+    assert result.stats["solver_residual"] == pytest.approx(ball.residual(h, steps, terms), rel=SERIES)
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
