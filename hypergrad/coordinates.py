@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hypergrad.descent import Descent
 from hypergrad.hyperparameters import KIND_OF, START_FROM_ZERO, Hyperparameter
-from hypergrad.modes.stretch import Directions, Entry
+from hypergrad.modes.directions import Directions, Entry
 from hypergrad.updates.rule import Tensors, parts
 from hypergrad.updates.transition import Transition
 

@@ -10,9 +10,10 @@ from torch import Tensor
 
 from hypergrad.hyperparameters import Hyperparameter
 from hypergrad.modes import MODES, OPTIONS, Result
+from hypergrad.modes.directions import Directions
 from hypergrad.modes.granularity import HOW
 from hypergrad.modes.scheduled import Function, Schedules, check_finite
-from hypergrad.modes.stretch import Directions, Stretch
+from hypergrad.modes.stretch import Stretch
 from hypergrad.problem import Problem, Rng, takes_hypers
 from hypergrad.updates.binding import Values
 from hypergrad.updates.ema import EMA, Averaged, check_decay
@@ -83,11 +84,12 @@ def hypergradient(
         ema: decay d of an average of the weights, a ← d a + (1 − d) θ after every step, a = θ at the start; `val_loss` is then
             computed with the averaged weights in the model (and the buffers of training). Not for mode="implicit".
         options: mode="unrolled": `graph_memory`, bytes that the graphs of all steps may take up (default 1 GiB): where they
-            fit, they are kept; `every`, steps between snapshots where they do not, or else (default √K); `offload`, where snapshots
-            go but the newest few: "host" memory of a GPU's machine, "disk" (a temporary folder) or a folder: device memory is
-            then independent of K. mode="implicit": `solver`, a function
-            solve(matvec, b) such as `hypergrad.solvers.neumann` or `nystrom` (default cg; a `hypergrad.solvers.WarmStart`
-            starts from the last call's answer), or `look_back`, a number of terms of the update map's own series.
+            fit, they are kept; `every`, steps between snapshots where they do not (default √K; no graphs are kept where it is
+            given); `offload`, where all snapshots but the newest few go: "host" memory of a GPU's machine, "disk" (a temporary
+            folder) or a folder; device memory is then independent of K, at `every` given or not.
+            mode="implicit": `solver`, a function solve(matvec, b) such as `hypergrad.solvers.neumann` or `nystrom` (default cg; a
+            `hypergrad.solvers.WarmStart` starts from the last call's answer), or `look_back`, a number of terms of the update
+            map's own series.
 
     Returns:
         Result, with `.value`, `.gradients` and `.stats`. Gradients are in the value itself, not in a transform of it.
@@ -137,7 +139,7 @@ def hypergradient(
     finely = granularity(per, [name for name in names if name in values])
     rng = Rng(transition.params[0].device)
     lazy = hasattr(batches, "__getitem__") and hasattr(batches, "__len__")
-    items = batches if lazy else list(batches)  # a DataLoader draws from the global generator here
+    items: Any = batches if lazy else list(batches)  # a DataLoader draws from the global generator here
     rng.restore()
     if not len(items):
         raise ValueError("batches is empty: pass at least one batch.")

@@ -15,9 +15,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from hypergrad.modes.directions import Directions
 from hypergrad.modes.implicit import implicit
+from hypergrad.modes.meter import Meter
 from hypergrad.modes.snapshots import Snapshot
-from hypergrad.modes.stretch import Directions, Meter, Stretch
+from hypergrad.modes.stretch import Stretch
 from hypergrad.modes.unrolled import Tape, adjoint, default_every
 from hypergrad.problem import takes_step
 from hypergrad.updates.binding import State, Values

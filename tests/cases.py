@@ -209,7 +209,7 @@ def case_of(optimizer: str) -> Case:
 
 MODES: dict[str, dict[str, Any]] = {
     "forward": {"mode": "forward"},
-    "every step": {"mode": "unrolled", "every": 1},
-    "default": {"mode": "unrolled"},
+    "graphs kept": {"mode": "unrolled"},
+    "every second step": {"mode": "unrolled", "every": 2},
     "one snapshot": {"mode": "unrolled", "every": STEPS + 4},
 }

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from hypergrad.graph import Linearization
-from hypergrad.modes.stretch import Meter, Result, Stretch, evaluation
+from hypergrad.modes.meter import Meter
+from hypergrad.modes.stretch import Result, Stretch, evaluation
 from hypergrad.updates.transition import Tangent
 
 

@@ -20,7 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hypergrad.modes.stretch import Meter, Result, Stretch, evaluation
+from hypergrad.modes.meter import Meter
+from hypergrad.modes.stretch import Result, Stretch, evaluation
 from hypergrad.modes.unrolled import Total, pull_through, train
 from hypergrad.solvers import Solve, cg
 from hypergrad.updates.binding import State

@@ -50,7 +50,7 @@ class Snapshot:
         theta = self.state.theta
         if theta.device.type != "cpu":
             return int(torch.hash_tensor(theta))
-        return zlib.crc32(theta.detach().contiguous().view(torch.uint8).numpy())
+        return zlib.crc32(theta.detach().contiguous().view(torch.uint8).numpy().data)
 
 
 class Stack(Protocol):
@@ -163,6 +163,10 @@ class Stacks(AbstractContextManager["Stacks"]):
     """
 
     def __init__(self, offload: str | Path | None, device: torch.device):
+        if offload is not None and not isinstance(offload, (str, Path)):
+            raise TypeError(f"offload must be None, 'host', 'disk' or a folder, got {type(offload).__name__}.")
+        if offload not in (None, "host", "disk") and not Path(offload).is_dir():
+            raise ValueError(f"offload: there is no folder {str(offload)!r}; make it, or pass 'host' or 'disk'.")
         self.device = device
         self.far = offload is not None and not (offload == "host" and device.type == "cpu")
         self.folder: tempfile.TemporaryDirectory[str] | None = None

@@ -2,30 +2,23 @@
 
 from __future__ import annotations
 
-import copy
-import math
-import resource
-import sys
-import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from hypergrad.graph import Linearization
-from hypergrad.modes.granularity import Granularity, Rows
-from hypergrad.modes.scheduled import Schedules
+from hypergrad.modes.directions import Directions
+from hypergrad.modes.meter import Meter
 from hypergrad.problem import Problem
 from hypergrad.updates.binding import State, Values
 from hypergrad.updates.ema import EMA, Averaged
-from hypergrad.updates.rule import Tensors, parts
-from hypergrad.updates.transition import CLIPS, Tangent, Transition
+from hypergrad.updates.rule import Tensors
+from hypergrad.updates.transition import Tangent, Transition
 
 
 @dataclass
@@ -40,8 +33,8 @@ class Result:
             [n_groups]; with per_step one more leading dimension [steps].
         stats: steps, seconds, peak_bytes (growth of memory), gradient_evaluations (gradients of the training loss),
             hessian_products, growth_rate (of the tangent's or adjoint's norm, per step, natural log: the finite-time Lyapunov
-            exponent), nonfinite_share (of steps after which that norm was not finite), warnings (sentences; one says when training
-            is too chaotic for its hypergradient to be of use, and what smooths it), for mode="unrolled" replay_mismatch (largest
+            exponent), nonfinite_share (of steps after which that norm was not finite), warnings (sentences; one says when
+            training is too chaotic for its hypergradient to be of use, and what smooths it), for mode="unrolled" replay_mismatch (largest
             relative difference of a loss when played again) and replayed_exactly (weights bit for bit the same then),
             and for mode="implicit" solver_iterations (products that the solver asked for; terms of a look-back),
             solver_residual (‖b − A x‖/‖b‖; of a look-back the part of it in θ) and, without look_back, gradient_norm.
@@ -53,146 +46,6 @@ class Result:
     gradients: dict[str, Tensor]
     stats: dict[str, Any] = field(default_factory=dict)
     initial: list[Tensor | None] | None = None
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One number that is differentiated in: one element of one gradient array."""
-
-    name: str
-    index: tuple[int, ...]  # in the array gradients[name]
-    group: int | None  # None: a hyperparameter in the loss, or a clipping threshold
-    part: str  # the rule's name of it (beta1)
-    step: int | None  # None: the same number at every step
-
-
-class Directions:
-    """The numbers to differentiate in, numbered 0 … k−1.
-
-    Args:
-        transition: the optimizer.
-        wrt: names in param_groups, of the clipping threshold or of the average's decay, and keys of `hypers`.
-        hypers: tensors in the loss and in schedules.
-        steps: with per-step hypergradients, the number of steps; else None.
-        per: name -> "parameter" or "element", for names that are not differentiated per group.
-        schedules: of names in param_groups.
-    """
-
-    def __init__(
-        self,
-        transition: Transition,
-        wrt: Sequence[str],
-        hypers: Tensors,
-        steps: int | None = None,
-        per: Mapping[str, str] | None = None,
-        schedules: Schedules | None = None,
-    ):
-        self.transition, self.hypers, self.wrt, self.steps = transition, hypers, tuple(wrt), steps
-        self.fine = Granularity(transition, per or {})
-        self.schedules = schedules or Schedules({}, {}, {})
-        self.ungrouped = {*hypers, *CLIPS, *((EMA,) if isinstance(transition, Averaged) else ())}
-        self.shapes: dict[str, tuple[int, ...]] = {}
-        for name in wrt:
-            shape = tuple(hypers[name].shape) if name in hypers else ()
-            if name not in self.ungrouped:
-                shape = (self.fine.count(name), *((len(parts(name)),) if len(parts(name)) > 1 else ()))
-            self.shapes[name] = shape if steps is None else (steps, *shape)
-
-    @cached_property  # the adjoint has no use for them, and they may be many
-    def entries(self) -> list[Entry]:
-        return [entry for name in self.wrt for entry in self._entries(name)]
-
-    def _entries(self, name: str) -> Iterator[Entry]:
-        lead, shape, groups = 0 if self.steps is None else 1, self.shapes[name], self.fine.group_of(name)
-        for flat in range(torch.Size(shape).numel()):
-            index: tuple[int, ...] = tuple(int(i) for i in np.unravel_index(flat, shape))
-            group = None if name in self.ungrouped else groups[index[lead]]
-            if group is not None and parts(name)[0] not in self.transition.rules[group].hyperparameters:
-                continue
-            part = parts(name)[index[-1]] if len(parts(name)) > 1 else name
-            if name == EMA and name not in self.hypers:
-                group = 0  # see updates/ema.py
-            yield Entry(name, index, group, part, index[0] if lead else None)
-
-    def __len__(self) -> int:
-        return len(self.entries)
-
-    def subset(self, indices: Sequence[int]) -> Directions:
-        """The same with some of the numbers only."""
-        other = copy.copy(self)
-        other.entries = [self.entries[j] for j in indices]
-        return other
-
-    def zeros(self) -> Tensors:
-        like = self.transition.params[0]
-        return {name: like.new_zeros(shape) for name, shape in self.shapes.items()}
-
-    def pack(self, vector: Tensor) -> Tensors:
-        """A vector [k] as gradient arrays."""
-        out = self.zeros()
-        for entry, x in zip(self.entries, vector, strict=True):
-            out[entry.name][entry.index] = x
-        return out
-
-    def seeds(self, t: int, scale: Tensor | None = None) -> tuple[list[Tensors], Tensor | None]:
-        """Tangents of each group's scalars at step t, [k, 1] each, and of the clipping threshold.
-
-        Args:
-            scale: [k], the derivative of each number at step t in the quantity that is differentiated in; default 1.
-        """
-        like = self.transition.params[0]
-        columns: list[Tensors] = [{} for _ in self.transition.groups]
-        clip = None
-        for j, entry in enumerate(self.entries):
-            if entry.name in self.hypers or entry.name in self.fine.per or entry.step not in (None, t):
-                continue
-            if entry.group is None:
-                clip = like.new_zeros(len(self), 1) if clip is None else clip
-                column = clip
-            else:
-                column = columns[entry.group].setdefault(entry.part, like.new_zeros(len(self), 1))
-            column[j] = 1 if scale is None else scale[j]
-        for group, part, slopes in self.schedules.push(t):
-            if group is None:
-                column = clip = like.new_zeros(len(self), 1) if clip is None else clip
-            else:
-                column = columns[group].setdefault(part, like.new_zeros(len(self), 1))
-            for name in slopes.keys() & self.shapes.keys():
-                first, size = self._first(name), self.hypers[name].numel()
-                first += 0 if self.steps is None else t * size
-                column[first : first + size, 0] += slopes[name].reshape(-1).to(column)
-        return columns, clip
-
-    def _first(self, name: str) -> int:
-        """The number of a tensor's first direction; the others follow."""
-        return next(j for j, entry in enumerate(self.entries) if entry.name == name)
-
-    def fine_rows(self, t: int) -> Rows:
-        """The directions that are numbers of one parameter or element, at step t."""
-        found: dict[str, list[tuple[int, int]]] = {}
-        lead = 0 if self.steps is None else 1
-        for j, entry in enumerate(self.entries if self.fine.per else ()):
-            if entry.name in self.fine.per and entry.step in (None, t):
-                found.setdefault(entry.part, []).append((j, entry.index[lead]))
-        pairs = {part: torch.tensor(x) for part, x in found.items()}
-        return {part: (x[:, 0], x[:, 1]) for part, x in pairs.items()}
-
-    def differentiates(self, name: str) -> bool:
-        """Whether a derivative in a name of param_groups is formed: its own, or on the way to a schedule's tensors."""
-        return name in self.wrt or (name in self.schedules.functions and bool(self.hypers.keys() & set(self.wrt)))
-
-    def unreached(self, read: set[str]) -> list[str]:
-        """Tensors that nothing depends on. `read`: those that a loss depends on."""
-        return [name for name in self.wrt if name in self.hypers and name not in read | self.schedules.reached]
-
-    def into_loss(self, j: int, t: int) -> list[Tensor | None] | None:
-        """Direction j among the tensors in the loss at step t: one-hot; None where it is not one of them."""
-        entry = self.entries[j]
-        if entry.name not in self.hypers or entry.step not in (None, t):
-            return None
-        one = torch.zeros_like(self.hypers[entry.name])
-        one[entry.index[1:] if entry.step is not None else entry.index] = 1
-        return [one if name == entry.name else None for name in self.hypers]
 
 
 class Share(NamedTuple):
@@ -282,94 +135,6 @@ class Stretch:
             if name in gradients:
                 target = gradients[name][-1] if self.directions.steps is not None else gradients[name]
                 target += g
-
-
-CHAOS = 1e3  # growth of the norm beyond which a hypergradient is of little use
-SMOOTHER = (
-    "What smooths it: a smaller lr, gradient clipping, a larger eps in Adam's root, larger batches, smooth activations, average "
-    "in place of max pooling, or a shorter stretch."
-)
-
-
-class Meter:
-    """Counts what a mode did, for `Result.stats`."""
-
-    def __init__(self, device: torch.device):
-        self.device, self.start = device, time.perf_counter()
-        self.gradients = self.products = 0
-        self.first_norm = self.last_norm = float("nan")
-        self.norm_steps = self.norms_seen = self.nonfinite = 0
-        self.largest_norm = 0.0
-        self.extra: dict[str, Any] = {"warnings": [], "replayed_exactly": True}
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(device)
-        self.base = self._peak()
-
-    def _peak(self) -> int:
-        if self.device.type == "cuda":
-            return torch.cuda.max_memory_allocated(self.device)
-        unit = 1 if sys.platform == "darwin" else 1024
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-    def norm(self, x: Tensor) -> None:
-        """Note the norm of the tangent or adjoint after one more step."""
-        norm = float(torch.linalg.vector_norm(x))
-        self.norms_seen += 1
-        if not math.isfinite(norm):
-            self.nonfinite += 1
-        elif norm > 0:
-            if self.norm_steps == 0:
-                self.first_norm = norm
-            self.last_norm, self.norm_steps = norm, self.norm_steps + 1
-            self.largest_norm = max(self.largest_norm, norm)
-
-    def not_replayed(self, t: int) -> None:
-        """Note that weights were not the same, bit for bit, when step t came to be played again."""
-        first = self.extra["replayed_exactly"]
-        self.extra["replayed_exactly"] = False
-        if first and (self.device.type == "cpu" or torch.are_deterministic_algorithms_enabled()):
-            self.extra["warnings"].append(
-                f"the steps before step {t} were not the same, bit for bit, when they were played again, though losses agree to "
-                "0.1 %: something in the training loss is not deterministic. mode='forward' plays nothing again."
-            )
-
-    def look_for_chaos(self, usual: float) -> None:
-        """Say where tangent or adjoint grew beyond use. `usual`: the growth that goes with the number of steps alone."""
-        growth = self.largest_norm / self.first_norm / usual if self.norm_steps else 0.0
-        if growth > CHAOS or self.nonfinite:
-            how = f"grew by a factor {growth:.1e}" if not self.nonfinite else "overflowed"
-            self.extra["warnings"].append(
-                f"training is chaotic here: its derivative {how} in {self.norms_seen} steps. The hypergradient is that of a "
-                f"function which looks like noise at any step of useful size. {SMOOTHER}"
-            )
-
-    def look_for_ill_conditioning(self, stretch: Stretch, state: State, g: Tensor, t: int) -> None:
-        """Note where the derivative in weight_decay is about lr·θ/eps: coupled decay at 0, gradients exactly 0."""
-        if not stretch.directions.differentiates("weight_decay") or "ill_conditioned" in self.extra:
-            return
-        groups = stretch.transition.ill_conditioned_decay(state, g, stretch.values[t])
-        if groups:
-            self.extra["ill_conditioned"] = ["weight_decay"]
-            self.extra["warnings"].append(
-                f"the derivative in weight_decay is ill-conditioned in param groups {groups}: with coupled decay at 0 and "
-                "gradients that are exactly 0 it is about lr * p / eps. Use a weight decay above 0, a larger eps, or AdamW."
-            )
-            warnings.warn(self.extra["warnings"][-1], stacklevel=2)
-
-    def stats(self, steps: int, usual: float = 1.0) -> dict[str, Any]:
-        self.look_for_chaos(usual)
-        growth = float("nan")
-        if self.norm_steps > 1:
-            growth = float(torch.tensor(self.last_norm / self.first_norm).log() / (self.norm_steps - 1))
-        return {
-            "steps": steps,
-            "seconds": time.perf_counter() - self.start,
-            "peak_bytes": self._peak() - self.base,
-            "gradient_evaluations": self.gradients,
-            "hessian_products": self.products,
-            "growth_rate": growth,
-            "nonfinite_share": self.nonfinite / max(1, self.norms_seen),
-        } | self.extra
 
 
 @contextmanager

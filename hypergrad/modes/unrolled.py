@@ -23,8 +23,9 @@ import torch
 from torch import Tensor
 
 from hypergrad.graph import Linearization
+from hypergrad.modes.meter import Meter
 from hypergrad.modes.snapshots import Snapshot, Stack, Stacks
-from hypergrad.modes.stretch import Meter, Result, Stretch, evaluation
+from hypergrad.modes.stretch import Result, Stretch, evaluation
 from hypergrad.problem import Rng
 from hypergrad.updates.binding import State
 from hypergrad.updates.rule import Tensors, parts
@@ -67,9 +68,9 @@ class Tape:
         self.mismatch = max(self.mismatch, float(off))
         if float(off) > REPLAY_RTOL:
             raise ValueError(
-                f"step {steps[int(i)]} is not deterministic: its loss was {float(then[i]):.9g}, played again {float(now[i]):.9g}. Draw "
-                "random numbers in the loss from torch's global generator (which is put back), not from numpy or a generator of "
-                "your own, or use mode='forward', which plays nothing again."
+                f"step {steps[int(i)]} is not deterministic: its loss was {float(then[i]):.9g}, played again "
+                f"{float(now[i]):.9g}. Draw random numbers in the loss from torch's global generator (which is put back), not "
+                "from numpy or a generator of your own, or use mode='forward', which plays nothing again."
             )
 
 

@@ -25,7 +25,7 @@ def test_every_optimizer_in_every_mode(case: Case, mode: str) -> None:
     assert_matches(hypergradient(case, **MODES[mode]), case)
 
 
-@pytest.mark.parametrize("mode", ["forward", "default"])
+@pytest.mark.parametrize("mode", ["forward", "graphs kept"])
 @pytest.mark.parametrize("case", EVERY_PROBLEM + CLIPPED, ids=str)
 def test_every_problem_and_clipping(case: Case, mode: str) -> None:
     assert_matches(hypergradient(case, **MODES[mode]), case)
@@ -34,5 +34,5 @@ def test_every_problem_and_clipping(case: Case, mode: str) -> None:
 @pytest.mark.parametrize("case", EVERY_OPTIMIZER + EVERY_PROBLEM + CLIPPED, ids=str)
 def test_mode_against_mode(case: Case) -> None:
     forward = hypergradient(case, mode="forward")
-    for mode in ("every step", "default", "one snapshot"):
+    for mode in ("graphs kept", "every second step", "one snapshot"):
         assert_same(hypergradient(case, **MODES[mode]), forward)
