@@ -22,6 +22,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -256,9 +257,9 @@ def measure(args: Args, name: str, steps: int, methods: Sequence[str]) -> list[R
                     p.copy_(x)
                     p.grad = None
             gc.collect()
-            began = _clock(args.device)
+            began = clock(args.device)
             answers[method] = calls[method]()
-            spent = _clock(args.device) - began
+            spent = clock(args.device) - began
             if turn:
                 seconds[method].append(spent / steps)
     rows = []
@@ -276,7 +277,7 @@ def measure(args: Args, name: str, steps: int, methods: Sequence[str]) -> list[R
     return rows
 
 
-def _clock(device: str) -> float:
+def clock(device: str) -> float:
     """Seconds: of the processor on CPU, where one thread works and the machine may be shared; of the wall on a GPU."""
     if not device.startswith("cuda"):
         return time.process_time()
@@ -293,14 +294,20 @@ def growth(method: str, name: str, steps: int, device: str) -> float:
         METHODS[method](short)()
     call = METHODS[method](case)
     gc.collect()
-    before = _peak(device)
+    before = peak(device)
     call()
-    return (_peak(device) - before) / MIB
+    return (peak(device) - before) / MIB
 
 
-def _peak(device: str) -> int:
+def peak(device: str, reset: bool = False) -> int:
+    """Bytes: the largest memory so far. reset: begin at what is in use now, where that can be done."""
     if device.startswith("cuda"):
+        if reset:
+            torch.cuda.reset_peak_memory_stats()
         return torch.cuda.max_memory_allocated()
+    if reset:
+        with suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5")
     try:  # ru_maxrss begins at that of the parent process
         status = Path("/proc/self/status").read_text()
         return 1024 * int(next(line.split()[1] for line in status.splitlines() if line.startswith("VmHWM")))

@@ -7,6 +7,7 @@ of snapshots, whatever the speed of the disk.
 
 from __future__ import annotations
 
+import math
 import tempfile
 import zlib
 from collections import deque
@@ -15,7 +16,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -25,6 +26,7 @@ from hypergrad.updates.binding import State
 
 NEAR = 3  # snapshots that stay on the device
 PENDING = 2
+SEGMENT = 4  # steps between snapshots that go to files
 
 
 @dataclass
@@ -111,7 +113,7 @@ class FarStack:
 
     def _name(self) -> Path | None:
         self.written += 1
-        return None if self.folder is None else self.folder / f"{id(self)}-{self.written}.pt"
+        return None if self.folder is None else self.folder / f"{id(self)}-{self.written}"
 
     # ---- in the worker's thread
 
@@ -123,15 +125,15 @@ class FarStack:
             host = [_to_host(x) for x in tensors]
         if name is None:
             return host
-        torch.save(host, name)
-        return name
+        with name.open("wb", buffering=0) as file:
+            for x in host:
+                file.write(x.view(-1).view(torch.uint8).numpy())
+        return _File(name, [(x.shape, x.dtype) for x in host])
 
     def _back(self, away: Future[Any]) -> list[Tensor]:
-        held = away.result()
-        host = held
-        if isinstance(held, Path):
-            host = torch.load(held, weights_only=True)
-            held.unlink()
+        host = away.result()
+        if isinstance(host, _File):
+            host = host.read()
         with self._beside(None):
             return [x.to(self.device, non_blocking=True) for x in host]
 
@@ -148,9 +150,29 @@ class FarStack:
             self.stream.synchronize()
 
 
+class _File(NamedTuple):
+    """Tensors in a file, one behind the other."""
+
+    path: Path
+    kinds: list[tuple[torch.Size, torch.dtype]]
+
+    def read(self) -> list[Tensor]:
+        with self.path.open("rb", buffering=0) as file:
+            out = [_read(file, shape, dtype) for shape, dtype in self.kinds]
+        self.path.unlink()
+        return out
+
+
+def _read(file: Any, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    x = torch.empty(shape, dtype=dtype)
+    if x.numel():
+        file.readinto(x.view(-1).view(torch.uint8).numpy())
+    return x
+
+
 def _to_host(x: Tensor) -> Tensor:
     if x.device.type == "cpu":
-        return x.clone()  # a view of a large tensor would be written with all of it
+        return x.contiguous()
     return torch.empty_like(x, device="cpu", pin_memory=True).copy_(x, non_blocking=True)
 
 
@@ -159,7 +181,8 @@ class Stacks(AbstractContextManager["Stacks"]):
 
     Args:
         offload: None, everything stays on the device; "host", older snapshots go to host memory; a folder (or "disk" for a
-            temporary one), to files there, which are gone at the end.
+            temporary one), to files there, which are gone at the end. Files are slow for the states of a segment that is
+            played again, one a step: these stay on the device then, and segments are `SEGMENT` steps long, whatever K is.
     """
 
     def __init__(self, offload: str | Path | None, device: torch.device):
@@ -181,6 +204,14 @@ class Stacks(AbstractContextManager["Stacks"]):
         if self.worker is None:
             return []
         return FarStack(None if self.folder is None else Path(self.folder.name), self.device, self.worker)
+
+    def of_a_segment(self) -> Stack:
+        return [] if self.folder is not None else self.new()
+
+    def default_every(self, steps: int) -> int:
+        """√K, or fewer where it is a matter of memory that does not grow with K."""
+        root = max(1, math.isqrt(steps))
+        return root if self.folder is None else min(root, SEGMENT)
 
     def __exit__(self, *_: object) -> None:
         if self.worker is not None:

@@ -97,7 +97,7 @@ def unrolled(
         raise ValueError(f"graph_memory must be a number of bytes from 0, got {graph_memory!r}.")
     with Stacks(offload, stretch.problem.device) as stacks, evaluation(stretch) as meter:
         keep = every is None and offload is None and graph_memory > 0
-        tape = Tape(1 if keep else every or default_every(len(stretch.batches)), stacks.new(), stacks.new)
+        tape = Tape(1 if keep else every or stacks.default_every(len(stretch.batches)), stacks.new(), stacks.of_a_segment)
         record(stretch, tape, meter, graph_memory if keep else 0)
         if not tape.graphs:
             return adjoint(stretch, tape, meter)
