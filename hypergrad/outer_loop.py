@@ -143,7 +143,7 @@ class OuterLoop:
         best = self.steps.best if self.level == len(self.horizons) - 1 else None
         if best is None:
             self.warnings.append(
-                f"no evaluation at horizon {self.horizons[-1]:.3g} was finite, the values are of a shorter one: take more outer steps."
+                f"no evaluation at horizon {self.horizons[-1]:.3g} was finite: values are of a shorter one."
             )
         for text in dict.fromkeys(self.warnings):
             warnings.warn(text, stacklevel=3)
