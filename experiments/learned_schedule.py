@@ -2,11 +2,12 @@
 
     python -m experiments.learned_schedule [--seed 1000] [--steps 1000] [--quick]
 
-The MLP of the Fashion-MNIST protocol (784-50-10, batch 50, standardised pixels) is trained for `steps` steps of plain SGD; what counts
-is the cross-entropy on the 10,000 validation images at the last weights. "grid": lr(x) = peak (1 − x)^power on normalised time x, 20
-peaks × 10 powers. "learned": 9 knots, linear between them, moved in their logarithms by sign steps of `hypergrad.tune_run` over
-horizons T/16, T/4 and T; it starts flat, at 1/100 of the grid's best flat lr. Every run of a seed has the same batches, in the
-grid too. Both winners then train on fresh seeds, which chose nothing. Costs are in plain runs: a gradient counts 1, a Hessian product 2.
+The MLP of the Fashion-MNIST protocol (784-50-10, batch 50, standardised pixels) is trained for `steps` steps of plain SGD; what
+counts is the cross-entropy on the 10,000 validation images at the last weights. "grid": lr(x) = peak (1 − x)^power on normalised
+time x, 20 peaks × 10 powers. "learned": 9 knots, linear between them, moved in their logarithms by sign steps of
+`hypergrad.tune_run` over horizons T/16, T/4 and T; it starts flat, at 1/100 or at 100 times the grid's best flat lr. Every run of
+a seed has the same batches, in the grid too. Both winners then train on fresh seeds, which chose nothing. Costs are in plain
+runs: a gradient counts 1, a Hessian product 2.
 """
 
 from __future__ import annotations
@@ -58,7 +59,8 @@ class Args:
 @cache
 def batches(seed: int, steps: int, examples: int) -> list[Tensor]:
     """Indices of each step: passes over the shuffled training images."""
-    draws, out = torch.Generator().manual_seed(seed), []
+    draws = torch.Generator().manual_seed(seed)
+    out: list[Tensor] = []
     while len(out) < steps:
         out += torch.randperm(examples, generator=draws)[: examples // BATCH * BATCH].split(BATCH)
     return out[:steps]
@@ -151,8 +153,8 @@ def main(args: Args) -> list[Row]:
 def of_learned(args: Args, name: str, start: float, bar: float) -> list[Row]:
     """Rows of one learned schedule: each outer step, the result, and the result on fresh seeds."""
     found = learn(args, start, Path(args.out, f"tune_run_{list(WRONG).index(name)}_{args.seed}_{args.steps}"))
-    common = {"seed": args.seed, "steps": args.steps}
-    path = [
+    common: Row = {"seed": args.seed, "steps": args.steps}
+    path: list[Row] = [
         {"method": "outer step", "start": name}
         | common
         | {key: row[key] for key in ("step", "horizon", "value", "best", "run_equivalents")}
@@ -163,7 +165,7 @@ def of_learned(args: Args, name: str, start: float, bar: float) -> list[Row]:
     reached = next((row["run_equivalents"] for row in whole if row["value"] <= bar), None)
     within = min((row["value"] for row in whole if row["run_equivalents"] <= 40), default=math.nan)
     knots = found.values["lr_knots"]
-    result = {"method": "learned", "start": name} | common
+    result: Row = {"method": "learned", "start": name} | common
     result |= {"start_lr": start, "val_loss": found.value, "val_loss_of_grid": bar, "knots": knots.tolist()}
     result |= {"val_loss_within_40": within, "ratio_within_40": within / bar, "run_equivalents": found.run_equivalents}
     result |= {"run_equivalents_to_grid": reached, "gradient_evaluations": found.stats["gradient_evaluations"]}
@@ -186,8 +188,8 @@ def report(rows: list[Row], best: Row) -> None:
     for row in rows:
         if row["method"] == "learned":
             print(
-                f"{row['start']}: {row['val_loss']:.4f} ({row['run_equivalents']:.1f} plain runs), {row['val_loss_within_40']:.4f} "
-                f"within 40, as good as the grid after {row['run_equivalents_to_grid']}"
+                f"{row['start']}: {row['val_loss']:.4f} ({row['run_equivalents']:.1f} plain runs), "
+                f"{row['val_loss_within_40']:.4f} within 40, as good as the grid after {row['run_equivalents_to_grid']}"
             )
     for name in dict.fromkeys(row["start"] for row in rows if row["method"] == "fresh"):
         own = [row for row in rows if row["method"] == "fresh" and row["start"] == name]

@@ -73,7 +73,9 @@ class OuterSteps:
         g, old = point.gradient, self.best
         if old is not None:
             agree = torch.ones_like(g) if self.rule != "sign" else (g * old.gradient).sign()
-            self.size = self.size * torch.where(agree > 0, GROW, torch.where(agree < 0, HALF, 1.0))
+            factor = torch.ones_like(g)
+            factor[agree > 0], factor[agree < 0] = GROW, HALF
+            self.size = self.size * factor
         self.m, self.m_steps = BETA1 * self.m + (1 - BETA1) * g, self.m_steps + 1
         self.v, self.v_steps = BETA2 * self.v + (1 - BETA2) * g * g, self.v_steps + 1
         self.best = point
