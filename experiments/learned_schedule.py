@@ -104,6 +104,11 @@ def build(seed: int, horizon: float, steps: int, data_dir: str | None) -> hyperg
     return hypergrad.Run(model, optimizer, batches(seed, n, len(data.train.y)), loss, val_loss, schedules=plan)
 
 
+def of_knots(knots: Tensor) -> Callable[[float], float]:
+    """lr as a function of normalised time."""
+    return lambda x: float(shapes.knots(x, knots))
+
+
 def learn(args: Args, start: float, folder: Path) -> hypergrad.RunResult:
     """The learned schedule, from a flat one."""
     knots = hypergrad.Hyperparameter(torch.full((KNOTS,), start, dtype=torch.float64), kind="positive")
@@ -170,7 +175,7 @@ def of_learned(args: Args, name: str, start: float, bar: float) -> list[Row]:
     result |= {"val_loss_within_40": within, "ratio_within_40": within / bar, "run_equivalents": found.run_equivalents}
     result |= {"run_equivalents_to_grid": reached, "gradient_evaluations": found.stats["gradient_evaluations"]}
     result |= {"hessian_products": found.stats["hessian_products"], "stopped": found.stats["stopped"]}
-    return [*path, result, *on_fresh(args, name, lambda x: float(shapes.knots(x, knots)))]
+    return [*path, result, *on_fresh(args, name, of_knots(knots))]
 
 
 def on_fresh(args: Args, name: str, schedule: Callable[[float], float]) -> list[Row]:

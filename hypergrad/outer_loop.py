@@ -149,8 +149,8 @@ class OuterLoop:
             self.warnings.append(
                 f"no evaluation at horizon {self.horizons[-1]:.3g} was finite: values are of a shorter one."
             )
-        for text in dict.fromkeys(self.warnings):
-            warnings.warn(text, stacklevel=3)
+        if self.warnings:
+            warnings.warn(" ".join(self.warnings), stacklevel=3)
         phi = vector(self.last) if best is None else best.phi
         same = [row["step"] for row in self.history if row["best"]]
         stats = self.counts | {

@@ -139,7 +139,9 @@ class Runs:
 
     def _hypergradient(self, run: Run, below: float | None) -> Any:
         c = self.coordinates
-        options: dict[str, Any] = self.options | {name: float(x) for name, x in c.hypers.items() if name in CLIPS}
+        options: dict[str, Any] = self.options | {
+            name: float(x.detach()) for name, x in c.hypers.items() if name in CLIPS
+        }
         if below is not None and self.options["mode"] == "unrolled":
             options["below"] = below
         return hypergradient(

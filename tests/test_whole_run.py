@@ -10,7 +10,6 @@ from torch import nn
 
 import hypergrad
 from hypergrad import Hyperparameter, Run, tune_run
-from hypergrad.modes.stretch import Result
 from hypergrad.outer_steps import GROW, HALF, OuterSteps, Point
 from hypergrad.study_file import NAME
 
@@ -213,7 +212,7 @@ def test_knots_of_a_schedule_are_learned():
         plan = {"lr": lambda t, h: hypergrad.shapes.knots(t / 4, h["knots"])}
         return quadratic(seed, schedules=plan)
 
-    start = Hyperparameter(torch.full((3,), 0.05, dtype=torch.float64), kind="positive")
+    start = Hyperparameter(torch.tensor([0.3, 0.1, 0.03], dtype=torch.float64), kind="positive")
     found = tune_run(build, {"knots": start}, outer="sign", outer_lr=0.5, outer_steps=25, horizons=(1.0,))
     assert found.values["knots"].shape == (3,)
     assert found.value < objective(best_lr())  # more than any single lr can do
@@ -352,15 +351,14 @@ def test_curves_and_json_lines(tmp_path):
 
 
 def test_below_spares_the_way_back():
-    run = quadratic(0, val_steps=(1, 4))
-    whole = hypergrad.hypergradient(*run[:5], wrt="lr", val_steps=run.val_steps)
+    run = quadratic(0)
+    arguments = (run.model, run.optimizer, run.loss, run.batches, run.val_loss, "lr")
+    whole = hypergrad.hypergradient(*arguments, val_steps=(1, 4))
     for below in (float(whole.value) + 1e-9, math.inf):
-        same = hypergrad.hypergradient(*run[:5], wrt="lr", val_steps=run.val_steps, below=below)
+        same = hypergrad.hypergradient(*arguments, val_steps=(1, 4), below=below)
         assert float(same.value) == float(whole.value)
         assert torch.equal(same.gradients["lr"], whole.gradients["lr"])
-    spared: Result = hypergrad.hypergradient(
-        *run[:5], wrt="lr", val_steps=run.val_steps, below=float(whole.value) - 1e-9
-    )
+    spared = hypergrad.hypergradient(*arguments, val_steps=(1, 4), below=float(whole.value) - 1e-9)
     assert float(spared.value) == pytest.approx(float(whole.value), rel=1e-14)
     assert spared.gradients["lr"].isnan().all()
     assert spared.stats["gradient_evaluations"] == 4
