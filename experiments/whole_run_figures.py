@@ -67,7 +67,7 @@ def learned_schedule(rows: Rows) -> Figure:
     for horizon, marker in zip(sorted({row["horizon"] for row in steps}), "^so"):
         own = [row for row in steps if row["horizon"] == horizon and row["best"]]
         x, y = ([row[name] for row in own] for name in ("run_equivalents", "value"))
-        label = "whole runs" if horizon == 1 else f"the first 1/{round(1 / horizon)} of the run"
+        label = "whole runs" if horizon == 1 else f"runs 1/{round(1 / horizon)} as long"
         right.plot(
             x, y, color=TUNED if horizon == 1 else OTHERS[1], marker=marker, markersize=4, linewidth=1, label=label
         )
