@@ -125,6 +125,7 @@ def ours(mode: str, **options: Any) -> Callable[[Case], Call]:
 
     def of(case: Case) -> Call:
         optimizer = case.optimizer()
+
         def call() -> Answer:
             found = hypergrad.hypergradient(
                 case.model,

@@ -2,9 +2,9 @@
 
     python -m experiments.long_run [--device cuda] [--quick]
 
-Three processes: a plain run of all steps (torch.optim), and hypergradients over a tenth of them and over all, with snapshots on
-disk. Each prints the peak of its memory above that before the model was made, and its seconds. `long_run.json` has a row for each,
-and the ratios; with --rounds also the time of a thousand steps by turns in one process, a steadier ratio on a shared machine.
+Three processes: a plain run of all steps (torch.optim), and hypergradients over a tenth of them and over all, with snapshots
+on disk. Each says the peak of its memory above that before the model was made, and its seconds. `long_run.json` has a row for
+each, and their ratios; the time also of a tenth of the steps by turns in one process, a steadier ratio on a shared machine.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ class Work:
             self.model,
             self.optimizer,
             self.loss,
-            Batches(self.data.train, steps),
+            Batches(self.data.train, steps),  # type: ignore[arg-type]
             self.val_loss,
             wrt=("lr", "weight_decay"),
             schedules={"lr": lambda t, _: self.args.lr * (1 - t / steps)},

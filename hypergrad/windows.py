@@ -20,7 +20,8 @@ from hypergrad.modes.implicit import implicit
 from hypergrad.modes.meter import Meter
 from hypergrad.modes.snapshots import Snapshot
 from hypergrad.modes.stretch import Stretch
-from hypergrad.modes.unrolled import Tape, adjoint, default_every
+from hypergrad.modes.tape import Tape
+from hypergrad.modes.unrolled import adjoint, default_every
 from hypergrad.problem import takes_step
 from hypergrad.updates.binding import State, Values
 from hypergrad.updates.rule import Tensors

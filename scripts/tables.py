@@ -19,7 +19,7 @@ from typing import Any
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-from experiments import figures, results  # noqa: E402
+from experiments import figures, results, whole_run_figures  # noqa: E402
 
 TEXTS = (ROOT / "README.md", ROOT / "docs/layers.md")  # whose blocks are filled
 FIGURES, GOALS = ROOT / "docs/figures", results.FOLDER / "goals.json"
@@ -129,6 +129,9 @@ PLOTS: dict[str, tuple[str, Callable[[list[Result]], Any]]] = {
     "fashion_mnist": ("fashion_mnist.json", figures.fashion_mnist),
     "trajectories": ("fashion_mnist_paths.json", figures.trajectories),
     "shootout": ("shootout.json", figures.shootout),
+    "metalearn_lr": ("metalearn_lr.json", whole_run_figures.metalearn_lr),
+    "learned_schedule": ("learned_schedule.json", whole_run_figures.learned_schedule),
+    "data_cleaning": ("data_cleaning.json", whole_run_figures.data_cleaning),
 }
 
 

@@ -33,6 +33,7 @@ class Meter:
         self.first_norm = self.last_norm = float("nan")
         self.norm_steps = self.norms_seen = self.nonfinite = 0
         self.largest_norm = 0.0
+        self.moved: list[str] | None = None  # buffers that training changes, where a mode has looked at its end
         self.extra: dict[str, Any] = {"warnings": [], "replayed_exactly": True}
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)

@@ -127,7 +127,7 @@ class FarStack:
             return host
         with name.open("wb", buffering=0) as file:
             for x in host:
-                file.write(x.view(-1).view(torch.uint8).numpy())
+                file.write(x.view(-1).view(torch.uint8).numpy().data)
         return _File(name, [(x.shape, x.dtype) for x in host])
 
     def _back(self, away: Future[Any]) -> list[Tensor]:

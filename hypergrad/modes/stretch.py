@@ -34,8 +34,8 @@ class Result:
         stats: steps, seconds, peak_bytes (growth of memory), gradient_evaluations (gradients of the training loss),
             hessian_products, growth_rate (of the tangent's or adjoint's norm, per step, natural log: the finite-time Lyapunov
             exponent), nonfinite_share (of steps after which that norm was not finite), warnings (sentences; one says when
-            training is too chaotic for its hypergradient to be of use, and what smooths it), for mode="unrolled" replay_mismatch (largest
-            relative difference of a loss when played again) and replayed_exactly (weights bit for bit the same then),
+            training is too chaotic for its hypergradient to be of use, and what smooths it), for mode="unrolled" replay_mismatch
+            (largest relative difference of a loss when played again) and replayed_exactly (weights bit for bit the same then),
             and for mode="implicit" solver_iterations (products that the solver asked for; terms of a look-back),
             solver_residual (‖b − A x‖/‖b‖; of a look-back the part of it in θ) and, without look_back, gradient_norm.
         initial: derivative of `value` in the weights before the first step (the optimizer's tensors held fixed), for each
@@ -148,7 +148,7 @@ def evaluation(stretch: Stretch) -> Iterator[Meter]:
             meter.extra["warnings"].append(
                 f"nothing depends on hypers[{name!r}], neither the training loss, nor a schedule, nor val_loss: gradient 0."
             )
-        moved = stretch.problem.unfollowed_since(before)
+        moved = stretch.problem.unfollowed_since(before) if meter.moved is None else meter.moved
         if moved:
             meter.extra["warnings"].append(
                 f"training changes the buffers {', '.join(moved)}; a path through them to the validation loss is not part of the "

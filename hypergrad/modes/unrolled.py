@@ -14,8 +14,7 @@ was the same. (Maclaurin et al. 2015, arXiv 1502.03492; Griewank & Walther 2000.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,52 +25,12 @@ from hypergrad.graph import Linearization
 from hypergrad.modes.meter import Meter
 from hypergrad.modes.snapshots import Snapshot, Stack, Stacks
 from hypergrad.modes.stretch import Result, Stretch, evaluation
-from hypergrad.problem import Rng
+from hypergrad.modes.tape import Tape
 from hypergrad.updates.binding import State
 from hypergrad.updates.rule import Tensors, parts
 from hypergrad.updates.transition import CLIPS, Tangent
 
 GRAPH_MEMORY = 2**30  # bytes
-REPLAY_RTOL = 1e-3  # bit-identical on CPU; kernels on a GPU may add up in another order
-
-
-@dataclass
-class Tape:
-    """What a replay needs: states every c steps, and every step's random numbers; or every step's graph.
-
-    Snapshot i was taken before step i·c; the last one is the state after the last step.
-    """
-
-    every: int
-    snapshots: Stack = field(default_factory=list)
-    new_stack: Callable[[], Stack] = list  # for the states of a segment
-    graphs: list[Linearization] = field(default_factory=list)
-    rng: list[Rng] = field(default_factory=list)
-    losses: list[Tensor] = field(default_factory=list)
-    digests: dict[int, int] = field(default_factory=dict)  # of the states before each segment's last step
-    played: dict[int, Tensor] = field(default_factory=dict)  # losses of the segment at hand, as played again
-    mismatch: float = 0.0  # the largest relative difference of those
-
-    def note_rng(self, rng: Rng) -> None:
-        """Random numbers before the next step; those of the last one again where none were drawn."""
-        self.rng.append(self.rng[-1] if self.rng and self.rng[-1].equals(rng) else rng)
-
-    def verify(self) -> None:
-        """Raise where a step of the segment, played again, does not have the loss it had."""
-        steps = [t for t in self.played if t < len(self.losses)]
-        if not steps:
-            return
-        then, now = torch.stack([self.losses[t] for t in steps]), torch.stack([self.played[t] for t in steps])
-        self.played = {}
-        same = (now == then) | (now.isnan() & then.isnan())
-        off, i = ((now - then).abs() / then.abs()).nan_to_num(nan=math.inf).masked_fill_(same, 0).max(0)
-        self.mismatch = max(self.mismatch, float(off))
-        if float(off) > REPLAY_RTOL:
-            raise ValueError(
-                f"step {steps[int(i)]} is not deterministic: its loss was {float(then[i]):.9g}, played again "
-                f"{float(now[i]):.9g}. Draw random numbers in the loss from torch's global generator (which is put back), not "
-                "from numpy or a generator of your own, or use mode='forward', which plays nothing again."
-            )
 
 
 def default_every(steps: int) -> int:
@@ -83,6 +42,7 @@ def unrolled(
     every: int | None = None,
     graph_memory: float = GRAPH_MEMORY,
     offload: str | Path | None = None,
+    below: float | None = None,
 ) -> Result:
     """Hypergradient of a stretch of training by the adjoint.
 
@@ -90,6 +50,7 @@ def unrolled(
         every: steps between snapshots. None: graphs are kept where they fit; else √K.
         graph_memory: bytes that graphs may take up.
         offload: where snapshots go besides the newest few (see snapshots.py); no graphs are kept then.
+        below: where the validation loss is not at most this, there is no way back, and gradients are NaN.
     """
     if every is not None and (not isinstance(every, int) or isinstance(every, bool) or every < 1):
         raise ValueError(f"every must be a whole number of steps from 1, got {every!r}.")
@@ -97,8 +58,14 @@ def unrolled(
         raise ValueError(f"graph_memory must be a number of bytes from 0, got {graph_memory!r}.")
     with Stacks(offload, stretch.problem.device) as stacks, evaluation(stretch) as meter:
         keep = every is None and offload is None and graph_memory > 0
-        tape = Tape(1 if keep else every or stacks.default_every(len(stretch.batches)), stacks.new(), stacks.of_a_segment)
-        record(stretch, tape, meter, graph_memory if keep else 0)
+        tape = Tape(
+            1 if keep else every or stacks.default_every(len(stretch.batches)), stacks.new(), stacks.of_a_segment
+        )
+        record(stretch, tape, meter, graph_memory if keep else 0, below is not None)
+        value = sum(tape.values, stretch.transition.params[0].new_zeros(()))
+        if below is not None and not float(value) <= below:
+            nothing = {name: torch.full_like(g, math.nan) for name, g in stretch.directions.zeros().items()}
+            return Result(value, nothing, meter.stats(len(stretch.batches)))
         if not tape.graphs:
             return adjoint(stretch, tape, meter)
         without = replace(tape, graphs=[], snapshots=[*tape.snapshots])  # type: ignore[misc]
@@ -110,11 +77,13 @@ def unrolled(
         return adjoint(stretch, without, meter)
 
 
-def record(stretch: Stretch, tape: Tape, meter: Meter, graph_memory: float = 0) -> None:
-    """Train through the stretch on the user's model, in place, and keep what the adjoint needs."""
-    steps, problem = len(stretch.batches), stretch.problem
-    keep, state = graph_memory > 0, stretch.transition.read()
+def record(stretch: Stretch, tape: Tape, meter: Meter, graph_memory: float = 0, watch: bool = False) -> None:
+    """Train through the stretch on the user's model, in place, and keep what the adjoint needs. `watch`: and the objective."""
+    steps, problem, watched = len(stretch.batches), stretch.problem, stretch.val_steps if watch else ()
+    keep, state, before = graph_memory > 0, stretch.transition.read(), problem.read_buffers()
     for t in range(steps):
+        if t in watched:
+            tape.values.append(stretch.validate(t, state).value)
         at = Snapshot(state, problem.read_buffers())
         if t % tape.every == 0:
             tape.snapshots.append(at)
@@ -129,6 +98,9 @@ def record(stretch: Stretch, tape: Tape, meter: Meter, graph_memory: float = 0) 
         state = advance(stretch, state, t, lin, meter, graphs_stay=keep)
         tape.losses.append(lin.loss)
     tape.snapshots.append(Snapshot(state, problem.read_buffers()))
+    meter.moved = problem.unfollowed_since(before)
+    if steps in watched:
+        tape.values.append(stretch.validate(steps, state).value)
 
 
 def train(stretch: Stretch, state: State, t: int, meter: Meter) -> tuple[State, Linearization]:
