@@ -5,7 +5,20 @@ from hypergrad.checks import Report, check
 from hypergrad.exact import hypergradient
 from hypergrad.hyperparameters import Hyperparameter
 from hypergrad.modes import Result
+from hypergrad.run_evaluations import Run
 from hypergrad.tuner import Tuner
+from hypergrad.whole_run import RunResult, tune_run
 
 __version__ = "0.1.0"
-__all__ = ["Hyperparameter", "Report", "Result", "Tuner", "check", "hypergradient", "solvers"]
+__all__ = [
+    "Hyperparameter",
+    "Report",
+    "Result",
+    "Run",
+    "RunResult",
+    "Tuner",
+    "check",
+    "hypergradient",
+    "solvers",
+    "tune_run",
+]

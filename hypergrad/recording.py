@@ -7,7 +7,7 @@ import math
 import re
 import time
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +18,20 @@ class Recorder:
     Args:
         log_dir: folder of the run; made if needed. `metrics.jsonl` in it gets one object a call of `scalars`.
         hparams: shown in TensorBoard's HParams tab, in the same run, once `close` is called.
+        pages: tags → the Custom Scalars tab; by default a tuner's.
     """
 
-    def __init__(self, log_dir: str | Path, hparams: Mapping[str, Any]):
+    def __init__(
+        self,
+        log_dir: str | Path,
+        hparams: Mapping[str, Any],
+        pages: Callable[[Sequence[str]], dict[str, dict[str, list[Any]]]] | None = None,
+    ):
         from torch.utils.tensorboard import SummaryWriter  # here: it takes a second to import
 
         self.folder = Path(log_dir)
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.hparams = dict(hparams)
+        self.hparams, self.pages = dict(hparams), pages or layout
         self.writer = SummaryWriter(str(self.folder))
         self.closed = False
         self.last: dict[str, float] = {}
@@ -42,7 +48,7 @@ class Recorder:
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         if not self.last:
-            self.writer.add_custom_scalars(layout(values))
+            self.writer.add_custom_scalars(self.pages(list(values)))
         values = {**values, **self.starts}
         for tag, value in values.items():
             self.writer.add_scalar(tag, value, step)

@@ -1,0 +1,122 @@
+"""How far φ moves from one whole run to the next: SGD, Adam or sign steps, with a size that halves and grows.
+
+A value that is not worse than the best so far is the new best, and the step from it is longer by GROW. After a worse one the
+step is taken again from the best point, half as long. What is moved by, with g the hypergradient in φ:
+
+    sgd     η σ g
+    adam    η σ m̂/√v̂                 Kingma & Ba 2015; after a worse value m starts again from the best point's g
+    sign    η σ_j sign g_j           Rprop, Riedmiller & Braun 1993: σ_j halves where g_j changed its sign, and grows else
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+RULES = ("adam", "sign", "sgd")
+BETA1, BETA2 = 0.8, 0.95  # of Adam: there are some twenty steps, not thousands
+GROW, HALF = 1.2, 0.5
+SMALLEST = 2.0**-12  # a step this much shorter than the first is no step
+LOOK, PROGRESS = 2, 0.02  # stalled: the last 2 values brought less than 2 % of what the horizon brought in all
+
+
+@dataclass(frozen=True)
+class Point:
+    """One φ with what was found there: objective, hypergradient [k], and the number of the outer step."""
+
+    value: float
+    phi: Tensor
+    gradient: Tensor
+    step: int
+
+    def is_finite(self) -> bool:
+        return math.isfinite(self.value) and bool(torch.isfinite(self.gradient).all())
+
+
+class OuterSteps:
+    """Steps of φ [k], float64, at one horizon.
+
+    Args:
+        rule: one of RULES.
+        lr: η, the length of the first step.
+        k: how many numbers there are.
+    """
+
+    def __init__(self, rule: str, lr: float, k: int):
+        self.rule, self.lr = rule, lr
+        zero = torch.zeros(k, dtype=torch.float64)
+        self.size, self.m, self.v = torch.ones_like(zero), zero, zero.clone()
+        self.m_steps = self.v_steps = 0
+        self.best: Point | None = None
+        self.bests: list[float] = []  # the best value after each evaluation
+
+    def take(self, point: Point) -> bool:
+        """Take in what was found at a point. Whether it is the best so far; one that is not finite never is."""
+        better = point.is_finite() and (self.best is None or point.value <= self.best.value)
+        if better:
+            self._accept(point)
+        else:
+            self.size = self.size * HALF
+            if self.best is not None:
+                self.m, self.m_steps = (1 - BETA1) * self.best.gradient, 1
+        if self.best is not None:
+            self.bests.append(self.best.value)
+        return better
+
+    def _accept(self, point: Point) -> None:
+        g, old = point.gradient, self.best
+        if old is not None:
+            agree = torch.ones_like(g) if self.rule != "sign" else (g * old.gradient).sign()
+            self.size = self.size * torch.where(agree > 0, GROW, torch.where(agree < 0, HALF, 1.0))
+        self.m, self.m_steps = BETA1 * self.m + (1 - BETA1) * g, self.m_steps + 1
+        self.v, self.v_steps = BETA2 * self.v + (1 - BETA2) * g * g, self.v_steps + 1
+        self.best = point
+
+    def next(self) -> Tensor:
+        """The φ to be looked at next: a step from the best point."""
+        assert self.best is not None
+        return self.best.phi - self.lr * self.size * self._direction(self.best.gradient)
+
+    def _direction(self, g: Tensor) -> Tensor:
+        if self.rule == "sgd":
+            return g
+        if self.rule == "sign":
+            return g.sign()
+        m, v = self.m / (1 - BETA1**self.m_steps), self.v / (1 - BETA2**self.v_steps)
+        return torch.where(v > 0, m / v.sqrt().clamp_min(1e-300), 0)
+
+    def stalled(self) -> bool:
+        """Whether the last values brought next to nothing."""
+        if len(self.bests) <= LOOK:
+            return False
+        return self.bests[-1 - LOOK] - self.bests[-1] <= PROGRESS * (self.bests[0] - self.bests[-1])
+
+    def exhausted(self) -> bool:
+        """Whether steps have become too short to matter."""
+        return float(self.size.max()) < SMALLEST
+
+    def state_dict(self) -> dict[str, Any]:
+        """Numbers and lists, for JSON."""
+        best = None if self.best is None else {n: listed(x) for n, x in asdict(self.best).items()}
+        state = {name: listed(getattr(self, name)) for name in ("size", "m", "v", "m_steps", "v_steps", "bests")}
+        return state | {"best": best}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        for name in ("size", "m", "v"):
+            setattr(self, name, vector(state[name]))
+        self.m_steps, self.v_steps, self.bests = state["m_steps"], state["v_steps"], list(state["bests"])
+        best = state["best"]
+        self.best = best and Point(best["value"], vector(best["phi"]), vector(best["gradient"]), best["step"])
+
+
+def listed(x: Any) -> Any:
+    return x.tolist() if isinstance(x, Tensor) else x
+
+
+def vector(x: list[float]) -> Tensor:
+    return torch.tensor(x, dtype=torch.float64)

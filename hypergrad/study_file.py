@@ -1,0 +1,61 @@
+"""What `tune_run` keeps of itself on disk, so that it can go on after a kill: one JSON file, replaced in one move."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+NAME = "tune_run.json"
+
+
+class StudyFile:
+    """The file of one study in a folder.
+
+    Args:
+        log_dir: the folder; None: nothing is kept.
+        study: what tells one study from another, numbers and strings.
+    """
+
+    def __init__(self, log_dir: str | Path | None, study: Mapping[str, Any]):
+        self.path = None if log_dir is None else Path(log_dir, NAME)
+        self.study = json.loads(json.dumps(study))
+
+    def load(self, resume: bool) -> dict[str, Any] | None:
+        """What was saved last, or None where this is the beginning.
+
+        Raises:
+            ValueError: the file is torn, of another study, or there though `resume` is False.
+        """
+        if self.path is None or not self.path.is_file():
+            return None
+        if not resume:
+            raise ValueError(f"{self.path} is there already: pass resume=True to go on from it, or another log_dir.")
+        try:
+            content = json.loads(self.path.read_text(encoding="utf-8"))
+            known, state = content["study"], content["state"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{self.path} cannot be read ({error}): delete it to begin anew.") from error
+        differ = [name for name in {**self.study, **known} if known.get(name) != self.study.get(name)]
+        if differ:
+            shown = "; ".join(f"{n}: {_short(known.get(n))} there, {_short(self.study.get(n))} here" for n in differ)
+            raise ValueError(f"{self.path} is of another study ({shown}): pass another log_dir, or delete the file.")
+        return state
+
+    def save(self, state: Mapping[str, Any]) -> None:
+        if self.path is None:
+            return
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        draft = self.path.with_name(self.path.name + ".tmp")
+        with draft.open("w", encoding="utf-8") as file:
+            json.dump({"study": self.study, "state": state}, file)
+            file.flush()
+            os.fsync(file.fileno())
+        draft.replace(self.path)
+
+
+def _short(x: Any) -> str:
+    text = json.dumps(x)
+    return text if len(text) <= 60 else text[:57] + "..."
