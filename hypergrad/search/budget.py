@@ -56,7 +56,11 @@ class Budget:
         if not self.limits:
             raise ValueError(f"a budget needs a limit: one or more of {', '.join(UNITS)}.")
         for unit, limit in self.limits.items():
-            if isinstance(limit, bool) or not isinstance(limit, (int, float)) or not (limit > 0 and math.isfinite(limit)):
+            if (
+                isinstance(limit, bool)
+                or not isinstance(limit, (int, float))
+                or not (limit > 0 and math.isfinite(limit))
+            ):
                 raise ValueError(f"budget: {unit} must be a number above 0, got {limit!r}.")
         if self.trials is not None and self.trials != int(self.trials):
             raise ValueError(f"budget: trials must be a whole number, got {self.trials}.")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import json
 import math
 import random
 import time
@@ -46,9 +47,9 @@ class Trial:
         self.number, self.params, self.seed = number, dict(params), seed
         self.notes: dict[str, Any] = {}
         self.curve: list[tuple[int, float]] = []
-        self._asked, self._left = asked, left or Left()
+        self.asked, self._left = asked, left or Left()
         self._epochs = self._gradients = 0.0
-        self._began = time.perf_counter()
+        self.began = time.perf_counter()
 
     def report(self, value: Any, step: int | None = None) -> None:
         """Say how well training goes.
@@ -60,16 +61,25 @@ class Trial:
         """
         step = (self.curve[-1][0] if self.curve else 0) + 1 if step is None else int(step)
         if step < 1 or (self.curve and step <= self.curve[-1][0]):
-            raise ValueError(f"trial.report: steps count up from 1, got {step} after {[s for s, _ in self.curve[-1:]]}.")
+            raise ValueError(
+                f"trial.report: steps count up from 1, got {step} after {[s for s, _ in self.curve[-1:]]}."
+            )
+        self.look(value, step)
+        self._epochs = float(step)
+
+    def look(self, value: Any, step: int) -> None:
+        """As `report`, but nothing that a budget counts."""
         number = as_number(value, "trial.report was given")
         self.curve.append((step, number))
-        self._epochs = float(step)
-        if self._asked is not None and step not in self._asked.storage.get_trial(self._asked._trial_id).intermediate_values:
-            self._asked.report(number, step)  # a trial that was interrupted has some already
+        if (
+            self.asked is not None
+            and step not in self.asked.storage.get_trial(self.asked._trial_id).intermediate_values
+        ):
+            self.asked.report(number, step)  # a trial that was interrupted has some already
 
     def should_prune(self) -> bool:
         """Whether the strategy gives this trial up: raise `Pruned()` then."""
-        return self._asked is not None and bool(self.curve) and self._asked.should_prune()
+        return self.asked is not None and bool(self.curve) and self.asked.should_prune()
 
     def count(self, gradient_evaluations: float) -> None:
         """Add to what a budget in gradient evaluations counts."""
@@ -77,6 +87,12 @@ class Trial:
 
     def note(self, name: str, value: Any) -> None:
         """Keep something beside the result: a column of the study's table. A number, a string, or lists and dicts of them."""
+        try:
+            json.dumps(value)
+        except TypeError:
+            raise TypeError(
+                f"trial.note({name!r}, …) keeps numbers, strings, lists and dicts, got {type(value).__name__}."
+            ) from None
         self.notes[name] = value
 
     @property
@@ -86,7 +102,7 @@ class Trial:
 
     @property
     def cost(self) -> Cost:
-        return Cost(1, self._epochs, self._gradients, time.perf_counter() - self._began)
+        return Cost(1, self._epochs, self._gradients, time.perf_counter() - self.began)
 
 
 @dataclass(frozen=True)
@@ -121,6 +137,7 @@ def evaluate(run: Callable[[Trial], float], trial: Trial, isolated: bool = True)
         isolated: seed the global generators for the trial's time, and put them back.
     """
     state, value, error = "complete", None, None
+    trial.began = time.perf_counter()
     with seeded(trial.seed) if isolated else _nothing():
         try:
             value = as_number(run(trial), "the objective returned")
@@ -157,7 +174,9 @@ def as_number(value: Any, who: str) -> float:
         raise WrongType(f"{who} None: return the validation loss, a float.")
     if isinstance(value, Tensor):
         if value.requires_grad:
-            raise WrongType(f"{who} a tensor that needs grad: compute it under torch.no_grad(), and return loss.item().")
+            raise WrongType(
+                f"{who} a tensor that needs grad: compute it under torch.no_grad(), and return loss.item()."
+            )
         if value.numel() != 1:
             raise WrongType(f"{who} a tensor of shape {tuple(value.shape)}: return one number.")
         return float(value)
@@ -185,7 +204,9 @@ def takes_trial(objective: Objective) -> bool:
     required = [p for p in positional if p.default is inspect.Parameter.empty]
     variadic = any(p.kind is inspect.Parameter.VAR_POSITIONAL for p in parameters)
     if len(required) > 2 or not (positional or variadic):
-        raise TypeError(f"objective must take f(params) or f(params, trial); {name_of(objective)} takes {len(required)}.")
+        raise TypeError(
+            f"objective must take f(params) or f(params, trial); {name_of(objective)} takes {len(required)}."
+        )
     return len(required) == 2 or (len(positional) > 1 and positional[1].name == "trial")
 
 

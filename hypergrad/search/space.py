@@ -70,7 +70,9 @@ class _Number:
             )
         if self.scale == "logit" and not (self.low > 0 and self.high < 1):
             raise ValueError(f"{name}: a logit range lies inside (0, 1), got ({self.low}, {self.high}).")
-        if self.points is not None and (isinstance(self.points, bool) or self.points != int(self.points) or self.points < 2):
+        if self.points is not None and (
+            isinstance(self.points, bool) or self.points != int(self.points) or self.points < 2
+        ):
             raise ValueError(f"{name}: points must be a whole number from 2, got {self.points}.")
         if self.start is not None and not self.low <= self.start <= self.high:
             raise ValueError(f"{name}: start {self.start} is outside ({self.low}, {self.high}).")
@@ -415,5 +417,7 @@ def _parents_first(entries: dict[str, Entry]) -> dict[str, Entry]:
 
 def _countable(points: int) -> int:
     if points > LARGEST_GRID:
-        raise ValueError(f"a grid of {points:,} values along one entry is too large: give it points=…, or a larger step.")
+        raise ValueError(
+            f"a grid of {points:,} values along one entry is too large: give it points=…, or a larger step."
+        )
     return points

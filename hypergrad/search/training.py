@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -24,20 +25,21 @@ def is_run(result: Any) -> bool:
 def train(run: Run, trial: Trial) -> float:
     """Train a run with the values it was built with; its validation loss.
 
-    Reports the validation loss at every tenth of the run, with the number of steps done, and ends early where it should.
+    A pruner sees the validation loss at every tenth of the run, and may end it. Gradient evaluations are counted, epochs are not.
     """
     items, opts = list(run.batches), as_optimizers(run.optimizer)
     if not items:
         raise ValueError("the objective gave a run without batches: give one batch a step.")
     extra = loss_hypers(run.loss, trial.params)
     when = tuple(run.val_steps or (len(items),))
-    looks = {round(len(items) * (i + 1) / LOOKS) for i in range(LOOKS - 1)} - {0, len(items)}
+    looks = {math.ceil(len(items) * i / LOOKS): i for i in range(1, LOOKS)}
+    looks.pop(len(items), None)
     total = 0.0
     for t in range(len(items) + 1):
         value = validation(run.val_loss, t) if t in when or t in looks else 0.0
         total += when.count(t) * value
         if t in looks:
-            trial.report(value, t)
+            trial.look(value, looks[t])
             if trial.should_prune():
                 raise Pruned
         if t < len(items):

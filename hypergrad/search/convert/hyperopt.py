@@ -61,7 +61,9 @@ def to_hyperopt(space: Space | Mapping[str, Any]) -> dict[str, Any]:
     for name, entry in space.items():
         parents = list(entry.when or {})
         if len(parents) > 1 or not all(isinstance(space[p], Categorical) for p in parents):
-            raise ValueError(f"{name}: Hyperopt's conditions are choices between dicts: one Categorical parent for each entry.")
+            raise ValueError(
+                f"{name}: Hyperopt's conditions are choices between dicts: one Categorical parent for each entry."
+            )
     return {name: _expression(name, entry, space, hp) for name, entry in space.items() if not entry.when}
 
 

@@ -140,7 +140,9 @@ def _entry(name: str, value: Any) -> Any:
     low, high = (float(x) for x in value.support())
     kind = value.dist.name
     if not (math.isfinite(low) and math.isfinite(high)):
-        raise ValueError(f"{name}: scipy's {kind} has no bounds, and a search needs some: write Float(low, high, scale).")
+        raise ValueError(
+            f"{name}: scipy's {kind} has no bounds, and a search needs some: write Float(low, high, scale)."
+        )
     match kind:
         case "uniform":
             return Float(low, high)
@@ -148,4 +150,6 @@ def _entry(name: str, value: Any) -> Any:
             return Float(low, high, "log")
         case "randint":
             return Int(int(low), int(high))
-    raise ValueError(f"{name}: scipy's {kind} is not read; uniform, loguniform and randint are: write Float(low, high, scale).")
+    raise ValueError(
+        f"{name}: scipy's {kind} is not read; uniform, loguniform and randint are: write Float(low, high, scale)."
+    )
