@@ -19,12 +19,13 @@ from hypergrad.search.convert import (
     to_ray,
 )
 from hypergrad.search.convert.optuna import suggest
+from hypergrad.search.entries import Categorical, Float, Int
 from hypergrad.search.loop import optimize
 from hypergrad.search.objective import Pruned, Trial
-from hypergrad.search.space import Categorical, Float, Int, Space
+from hypergrad.search.space import Space
 from hypergrad.search.strategies import STRATEGIES
 from hypergrad.search.study import NoTrialCompleted, Study, Verification
-from hypergrad.search.suggest import suggest_space
+from hypergrad.search.ranges import suggest_space
 
 __all__ = [
     "STRATEGIES",

@@ -3,35 +3,32 @@
 from __future__ import annotations
 
 import json
-import os
 import tempfile
 import time
 import warnings
-from collections.abc import Iterator, Mapping
-from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
+from collections.abc import Mapping
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import asdict, replace
-from functools import partial
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-import torch
 from tqdm import tqdm
 
 from hypergrad.search.budget import Budget, Cost, as_budget
 from hypergrad.search.convert.optuna import encode, suggest
 from hypergrad.search.extras import need
-from hypergrad.search.objective import Left, Objective, Outcome, Trial, evaluate, name_of, seed_of, takes_trial
+from hypergrad.search.objective import Left, Objective, Outcome, Trial, name_of, seed_of, takes_trial
 from hypergrad.search.recording import record_trial
 from hypergrad.search.space import Space, Values, as_space
 from hypergrad.search.storage import NAME, alone, open_storage, open_study, quiet
 from hypergrad.search.strategies import make
 from hypergrad.search.strategies.base import Strategy
 from hypergrad.search.study import NoTrialCompleted, Study, record
+from hypergrad.search.workers import WORKERS, Runner, check_picklable, runner
 
-BACKENDS, WORKERS = ("local",), ("processes", "threads")
+BACKENDS = ("local",)
 
 
 def optimize(
@@ -103,12 +100,12 @@ def optimize(
         stack.enter_context(quiet())
         passing = n_jobs > 1 and workers == "processes" and storage is None
         if n_jobs > 1 and workers == "processes":
-            _check_picklable(objective)
+            check_picklable(objective)
         if passing:  # processes speak through a file
             storage = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "study.journal"
         asked = open_study(open_storage(storage), study, chosen.pruner())
         loop = Loop(objective, space, chosen, limit, seed, asked, Path(log_dir) if log_dir else None)
-        loop.run(stack.enter_context(_executor(n_jobs, workers, storage)), n_jobs, progress)
+        loop.run(stack.enter_context(runner(n_jobs, workers, storage)), n_jobs, progress)
         result = Study(_in_memory(asked) if passing else asked, space, objective, seed, loop.interrupted)
     if not any(each.state == "complete" for each in result.trials):
         if loop.interrupted:
@@ -149,7 +146,7 @@ class Loop:
     def _frozen(self) -> list[Any]:
         return self.asked.get_trials(deepcopy=False)
 
-    def run(self, executor: _Run, n_jobs: int, progress: bool | None) -> None:
+    def run(self, executor: Runner, n_jobs: int, progress: bool | None) -> None:
         """Until the budget is spent, or Ctrl-C."""
         total = min((x for x in (self.strategy.size, self.budget and self.budget.trials) if x), default=None)
         disable = None if progress is None else not progress
@@ -169,8 +166,8 @@ class Loop:
             self.interrupted = True
         except BrokenProcessPool as error:
             raise RuntimeError(
-                "a worker process died (killed, or out of memory). What had ended is kept; with a storage in a file, the same call "
-                "goes on and runs again what was cut off."
+                "a worker process died (killed, or out of memory). What had ended is kept; with a storage in a file, the same "
+                "call goes on and runs again what was cut off."
             ) from error
         finally:
             bar.close()
@@ -186,7 +183,7 @@ class Loop:
             return True
         return self.budget is not None and self.budget.reached(replace(self._clock(), trials=n))
 
-    def _begin(self, executor: _Run) -> None:
+    def _begin(self, executor: Runner) -> None:
         trial = self._ask()
         values = suggest(self.space, trial)
         own = Trial(trial.number, values, seed_of(self.seed, trial.number), None, Left(self.budget, self._clock()))
@@ -231,59 +228,14 @@ class Loop:
         units = self.budget.limits if self.budget else {}
         if units and self.strategy.size is None and not any(getattr(self._clock(), unit) for unit in units):
             raise ValueError(
-                f"the budget is in {' and '.join(units)}, but the objective counts none: call trial.report(value, step) for epochs, "
-                "trial.count(n) for gradient evaluations, or set a budget in trials or seconds."
+                f"the budget is in {' and '.join(units)}, but the objective counts none: call trial.report(value, step) for "
+                "epochs, trial.count(n) for gradient evaluations, or set a budget in trials or seconds."
             )
         if self.strategy.needs_reports and not outcome.curve:
             raise ValueError(
                 "this strategy gives trials up early by what they report, and the objective reports nothing: call "
                 "trial.report(value, step), and raise hypergrad.search.Pruned() where trial.should_prune()."
             )
-
-
-class _Run:
-    """Runs trials where `executor` says; None: here and now."""
-
-    def __init__(self, executor: Executor | None, storage: Any, isolated: bool):
-        self.executor, self.storage, self.isolated = executor, storage, isolated
-
-    def submit(self, objective: Objective, strategy: Strategy, own: Trial, asked: Any) -> Future[Outcome]:
-        if isinstance(self.executor, ProcessPoolExecutor):
-            return self.executor.submit(_in_process, self.storage, asked._trial_id, objective, strategy, own)
-        own.asked = asked
-        work = partial(evaluate, partial(strategy.run, objective), own, self.isolated)
-        if self.executor is not None:
-            return self.executor.submit(work)
-        done: Future[Outcome] = Future()
-        done.set_result(work())
-        return done
-
-
-def _in_process(storage: Any, trial_id: int, objective: Objective, strategy: Strategy, own: Trial) -> Outcome:
-    optuna = need("optuna", "a search")
-    with quiet():
-        sampler = optuna.samplers.RandomSampler(seed=0)
-        study = optuna.load_study(
-            study_name=NAME, storage=open_storage(storage), sampler=sampler, pruner=strategy.pruner()
-        )
-        own.asked = optuna.Trial(study, trial_id)
-        return evaluate(partial(strategy.run, objective), own)
-
-
-@contextmanager
-def _executor(n_jobs: int, workers: str, storage: Any) -> Iterator[_Run]:
-    if n_jobs == 1:
-        yield _Run(None, storage, isolated=True)
-        return
-    if workers == "threads":
-        pool: Executor = ThreadPoolExecutor(n_jobs)
-    else:
-        threads = max(1, (os.cpu_count() or 1) // n_jobs)
-        pool = ProcessPoolExecutor(n_jobs, get_context("spawn"), initializer=torch.set_num_threads, initargs=(threads,))
-    try:
-        yield _Run(pool, storage, isolated=workers == "processes")
-    finally:
-        pool.shutdown(cancel_futures=True)
 
 
 def _in_memory(asked: Any) -> Any:
@@ -311,15 +263,3 @@ def _check_how(
         )
     if strategy.needs_run and n_jobs > 1 and workers == "threads":
         raise ValueError(f"strategy {name!r} seeds torch's generator, which threads share: use workers='processes'.")
-
-
-def _check_picklable(objective: Objective) -> None:
-    import pickle
-
-    try:
-        pickle.dumps(objective)
-    except Exception as error:
-        raise ValueError(
-            f"n_jobs > 1 sends the objective to other processes, and {name_of(objective)} cannot be sent: define it at the top of a "
-            "module, or use workers='threads'."
-        ) from error

@@ -69,8 +69,8 @@ def open_study(storage: Any, identity: dict[str, Any], pruner: Any) -> Any:
     if differs:
         key = differs[0]
         raise ValueError(
-            f"the storage holds another study: its {key} is {known.get(key)!r}, not {identity[key]!r}. Choose another storage, or "
-            "call optimize as before to go on with it."
+            f"the storage holds another study: its {key} is {known.get(key)!r}, not {identity[key]!r}. Choose another storage, "
+            "or call optimize as before to go on with it."
         )
     return study
 
@@ -106,6 +106,7 @@ def quiet() -> Iterator[None]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            warnings.filterwarnings("ignore", "Clip non-finite values")  # of the Gaussian process, for losses of infinity
             yield
     finally:
         optuna.logging.set_verbosity(before)

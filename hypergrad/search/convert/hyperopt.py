@@ -1,7 +1,7 @@
 """Hyperopt: expressions of `hp`.
 
 Conditions are what Hyperopt writes as `hp.choice` between dicts. A point that `fmin` hands to its objective is then nested, and
-`flat` makes it a dict of values again. Hyperopt has no logit scale: it is written out, 1/(1 + exp(−hp.uniform("logit(name)", …))).
+`flat` makes it a dict of values again. A logit scale is written out, 1/(1 + exp(−hp.uniform("logit(name)", …))).
 """
 
 from __future__ import annotations
@@ -10,8 +10,9 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from hypergrad.search.entries import Categorical, Entry, Float, Int, phi, phi_inverse, plain, same
 from hypergrad.search.extras import need
-from hypergrad.search.space import Categorical, Entry, Float, Int, Space, Values, _phi, _phi_inverse, as_space, same
+from hypergrad.search.space import Space, Values, as_space
 
 _WHAT = "a space of Hyperopt"
 _VALUE = "value"  # beside its children in the dict of a choice
@@ -20,7 +21,7 @@ _VALUE = "value"  # beside its children in the dict of a choice
 def _expression(name: str, entry: Entry, space: Space, hp: Any) -> Any:
     if isinstance(entry, Categorical):
         return hp.choice(name, [_with_children(space, name, choice, hp) for choice in entry.choices])
-    low, high = _phi(entry.low, entry.scale), _phi(entry.high, entry.scale)
+    low, high = phi(entry.low, entry.scale), phi(entry.high, entry.scale)
     if isinstance(entry, Float):
         match entry.scale:
             case "logit":
@@ -79,7 +80,7 @@ def flat(point: Mapping[str, Any]) -> Values:
         if isinstance(value, Mapping) and _VALUE in value:
             values |= {name: value[_VALUE]} | flat({n: v for n, v in value.items() if n != _VALUE})
         else:
-            values[name] = int(value) if type(value).__module__ == "numpy" and "int" in type(value).__name__ else value
+            values[name] = plain(value)
     return values
 
 
@@ -120,7 +121,7 @@ def _entry(name: str, expression: Any) -> tuple[Entry, list[tuple[Any, Mapping[s
     numbers = [arg.obj for arg in node.pos_args] + [arg.obj for _, arg in node.named_args if arg.name == "literal"]
     match node.name:
         case "uniform" if label == f"logit({name})":
-            low, high = (float(f"{_phi_inverse(x, 'logit'):.15g}") for x in numbers[:2])
+            low, high = (float(f"{phi_inverse(x, 'logit'):.15g}") for x in numbers[:2])
             return Float(low, high, "logit"), []
         case "uniform":
             return Float(*numbers[:2]), []

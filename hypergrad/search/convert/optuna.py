@@ -9,8 +9,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from hypergrad.search.entries import Categorical, Entry, Float, Int, labels, phi, phi_inverse
 from hypergrad.search.extras import need
-from hypergrad.search.space import Categorical, Entry, Float, Int, Space, Values, _phi, _phi_inverse, as_space, labels
+from hypergrad.search.space import Space, Values, as_space
 
 _LOGIT = ("logit(", ")")
 
@@ -29,7 +30,7 @@ def distribution(entry: Entry) -> Any:
         high = entry.high if entry.scale == "log" else entry.last
         return d.IntDistribution(entry.low, high, log=entry.scale == "log", step=entry.step)
     if entry.scale == "logit":
-        return d.FloatDistribution(_phi(entry.low, "logit"), _phi(entry.high, "logit"))
+        return d.FloatDistribution(phi(entry.low, "logit"), phi(entry.high, "logit"))
     high = entry.high if entry.step is None else entry.grid()[-1]
     return d.FloatDistribution(entry.low, high, log=entry.scale == "log", step=entry.step)
 
@@ -79,14 +80,14 @@ def _suggest(trial: Any, name: str, entry: Entry) -> Any:
 def _inside(entry: Entry, value: Any) -> Any:
     if isinstance(entry, Categorical):
         return labels(entry)[entry.index(value)]
-    return _phi(value, "logit") if entry.scale == "logit" else value
+    return phi(value, "logit") if entry.scale == "logit" else value
 
 
 def _outside(entry: Entry, param: Any) -> Any:
     if isinstance(entry, Categorical):
         return entry.choices[labels(entry).index(param)]
     if entry.scale == "logit":
-        return min(max(float(f"{_phi_inverse(param, 'logit'):.15g}"), entry.low), entry.high)
+        return min(max(float(f"{phi_inverse(param, 'logit'):.15g}"), entry.low), entry.high)
     return param
 
 
@@ -124,7 +125,7 @@ def from_optuna(distributions: Mapping[str, Any]) -> Space:
         elif isinstance(each, d.IntDistribution):
             entries[name] = Int(each.low, each.high, "log" if each.log else "linear", step=each.step)
         elif name.startswith(_LOGIT[0]) and name.endswith(_LOGIT[1]):
-            low, high = (float(f"{_phi_inverse(x, 'logit'):.15g}") for x in (each.low, each.high))
+            low, high = (float(f"{phi_inverse(x, 'logit'):.15g}") for x in (each.low, each.high))
             entries[name[len(_LOGIT[0]) : -len(_LOGIT[1])]] = Float(low, high, "logit")
         else:
             entries[name] = Float(each.low, each.high, "log" if each.log else "linear", step=each.step)

@@ -1,6 +1,6 @@
 """Ray Tune: sample spaces of `ray.tune`.
 
-Ray has neither conditions nor a logit scale: a conditional space is refused, and a logit entry is a `sample_from` of its own draw.
+Ray has neither conditions nor a logit scale: a conditional space is refused, a logit entry is a `sample_from` of its own draw.
 """
 
 from __future__ import annotations
@@ -9,8 +9,9 @@ import random
 from collections.abc import Mapping
 from typing import Any
 
+from hypergrad.search.entries import Categorical, Entry, Float, Int
 from hypergrad.search.extras import need
-from hypergrad.search.space import Categorical, Entry, Float, Int, Space, as_space
+from hypergrad.search.space import Space, as_space
 
 _WHAT = "a space of Ray Tune"
 
@@ -64,9 +65,9 @@ def from_ray(param_space: Mapping[str, Any]) -> Space:
 
 
 def _entry(name: str, each: Any) -> Any:
-    if isinstance(each, Mapping) and set(each) == {"grid_search"}:
-        return Categorical(list(each["grid_search"]))
     kind, sampler = type(each).__name__, getattr(each, "sampler", None)
+    if kind == "dict" and set(each) == {"grid_search"}:
+        return Categorical(list(each["grid_search"]))
     if sampler is None and kind not in ("Float", "Integer", "Categorical", "Function"):
         return each
     step = getattr(sampler, "q", None)

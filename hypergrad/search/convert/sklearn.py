@@ -10,8 +10,9 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from hypergrad.search.entries import Categorical, Entry, Float, Int, same
 from hypergrad.search.extras import need
-from hypergrad.search.space import Categorical, Entry, Float, Int, Space, as_space, same
+from hypergrad.search.space import Space, as_entry, as_space
 
 Params = dict[str, Any]
 
@@ -115,7 +116,7 @@ def _joined(dicts: Sequence[Mapping[str, Any]]) -> Space:
     entries: Params = {parent: Categorical([value for each in dicts for value in each[parent]])}
     for name in dict.fromkeys(name for each in dicts for name in each if name != parent):
         having = [each for each in dicts if name in each]
-        made = [_entry(name, each[name]) for each in having]
+        made = [as_entry(name, _entry(name, each[name])) for each in having]
         if any(repr(entry) != repr(made[0]) for entry in made):
             raise ValueError(f"{name!r} has different ranges in different dicts: give them different names.")
         when = None if len(having) == len(dicts) else {parent: [v for each in having for v in each[parent]]}

@@ -34,8 +34,8 @@ def make(name: str, space: Space, seed: int, options: Mapping[str, Any]) -> Stra
     """
     if name == "pbt":
         raise NotImplementedError(
-            "strategy 'pbt' (population-based training) copies weights between trials that run side by side, which backend 'local' "
-            "does not do: use 'asha', or 'hypergradient', which also changes values while it trains."
+            "strategy 'pbt' (population-based training) copies weights between trials that run side by side, which backend "
+            "'local' does not do: use 'asha', or 'hypergradient', which also changes values while it trains."
         )
     if name not in STRATEGIES:
         raise ValueError(f"strategy must be one of {', '.join(STRATEGIES)}, got {name!r}.")

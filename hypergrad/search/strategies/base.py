@@ -37,7 +37,7 @@ class Strategy:
         unknown = [name for name in options if self.takes and name not in self.takes]
         if unknown or (options and not self.takes):
             takes = ", ".join(self.takes) or "no options"
-            raise ValueError(f"this strategy does not take {[*(unknown or options)][0]!r}; it takes {takes}.")
+            raise ValueError(f"this strategy does not take {next(iter(unknown or options))!r}; it takes {takes}.")
 
     def point(self, number: int) -> Values | None:
         """The values of a trial; None: its sampler chooses."""

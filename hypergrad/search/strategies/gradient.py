@@ -24,8 +24,9 @@ from hypergrad.checks import as_found
 from hypergrad.exact import as_optimizers, hypergradient
 from hypergrad.outer_steps import OuterSteps, Point
 from hypergrad.run_evaluations import COST_OF_PRODUCT, Run
+from hypergrad.search.entries import Float
 from hypergrad.search.objective import Objective, Trial, WrongType, call, seeded
-from hypergrad.search.space import Float, Space, Values
+from hypergrad.search.space import Space, Values
 from hypergrad.search.strategies.base import Strategy
 from hypergrad.search.strategies.grid import Random
 from hypergrad.search.strategies.samplers import CMA, GP, TPE
@@ -216,7 +217,8 @@ def moves(run: Run, space: Space, values: Values) -> dict[str, Moved]:
             found[name] = Moved(name)
         elif space[name].differentiable:  # type: ignore[union-attr]
             raise ValueError(
-                f"{name!r} is differentiable=True, but the run's param groups have {sorted(columns)} and its loss does not read it."
+                f"{name!r} is differentiable=True, but the run's param groups have {sorted(columns)} and its loss does not "
+                "read it."
             )
     return found
 
@@ -243,12 +245,14 @@ def _still(now: dict[str, Moved], before: dict[str, Moved]) -> dict[str, Moved]:
     for name, old in before.items():
         new = now.get(name)
         kept = new is not None and (old.ratios is None) == (new.ratios is None)
-        close = kept and all(
-            abs(a - b) <= FOLLOWS * max(abs(a), 1.0) for a, b in zip(new.ratios or (), old.ratios or ())
+        close = (
+            kept
+            and new is not None
+            and all(abs(a - b) <= FOLLOWS * max(abs(a), 1.0) for a, b in zip(new.ratios or (), old.ratios or ()))
         )
         if not close:
             raise ValueError(
-                f"{name!r} does not move in proportion with the param groups' {old.name}: let the objective put its value there, or "
-                "a multiple of it, or say differentiable=False."
+                f"{name!r} does not move in proportion with the param groups' {old.name}: let the objective put its value there, "
+                "or a multiple of it, or say differentiable=False."
             )
     return {name: now[name] for name in before}

@@ -8,8 +8,9 @@ from functools import cached_property
 from typing import Any
 
 from hypergrad.search.convert import to_param_distributions, to_param_grid
+from hypergrad.search.entries import LARGEST_GRID, plain
 from hypergrad.search.extras import need
-from hypergrad.search.space import LARGEST_GRID, Space, Values, plain
+from hypergrad.search.space import Space, Values
 from hypergrad.search.strategies.base import Strategy
 
 
@@ -28,7 +29,7 @@ class Grid(Strategy):
 
 
 class Random(Strategy):
-    """Independent draws, uniform in the scale of each entry (Bergstra & Bengio, JMLR 2012), without repetition if all are lists."""
+    """Independent draws, uniform in the scale of each entry (Bergstra & Bengio, JMLR 2012), of lists without repetition."""
 
     def __init__(self, space: Space, seed: int, options: Mapping[str, Any]):
         super().__init__(space, seed, options)

@@ -3,7 +3,7 @@
 ASHA         of trials that come to a rung the best 1/η go on         Li et al., MLSys 2020 (arXiv 1810.05934)
 Hyperband    several such ladders, which begin at different rungs     Li et al., JMLR 2018 (arXiv 1603.06560)
 
-The objective must report: `trial.report(value, step)`, and raise `Pruned()` where `trial.should_prune()`. A `Run` does so by itself.
+It must report, `trial.report(value, step)`, and raise `Pruned()` where `trial.should_prune()`. A `Run` does so itself.
 """
 
 from __future__ import annotations

@@ -41,9 +41,9 @@ class TPE(Sampler):
 
 class GP(Sampler):
     name, needs = "GPSampler", ("scipy",)
-    fixed = {"warn_independent_sampling": False}
+    fixed: ClassVar[dict[str, Any]] = {"warn_independent_sampling": False}
 
 
 class CMA(Sampler):
     name, needs = "CmaEsSampler", ("cmaes",)
-    fixed = {"warn_independent_sampling": False}
+    fixed: ClassVar[dict[str, Any]] = {"warn_independent_sampling": False}

@@ -9,8 +9,8 @@ H its Hessian. Means over the pairs of
 
 give what bounds lr. A step η d changes the loss by −η A + η² B/2, so
 
-    best      η* = A/B                            the steepest descent there is in one step, noise included (McCandlish et al. 2018,
-                                                  arXiv 1812.06162: η* falls with the noise in d)
+    best      η* = A/B                            the most that one step descends, noise included (McCandlish et al. 2018, arXiv
+                                                  1812.06162: η* falls with the noise in d)
     edge      η₊ = 2 S/B                          above it a step along d overshoots: d = P g, and dᵀHd/dᵀP⁻¹d = B/S is the
                                                   curvature that P leaves; heavy-ball momentum m raises it by 1 + m
     idle      η₋ = S/(B T)                        below it T steps do not come to the minimum along d
@@ -39,7 +39,8 @@ from torch import Tensor
 
 from hypergrad.checks import as_found, twin
 from hypergrad.exact import Optimizers, as_optimizers
-from hypergrad.search.space import Float, Space
+from hypergrad.search.entries import Float
+from hypergrad.search.space import Space
 from hypergrad.updates.transition import Transition
 from hypergrad.warm_start import LEAST, LITTLE, MOST, largest_momentum
 
@@ -105,8 +106,8 @@ def suggest_space(
         look = _mean([_look(model, optimizers, loss, i, j) for i, j in itertools.pairwise(items)])
     if not (all(map(math.isfinite, look)) and look.own > 0 and look.curvature > 0):
         raise ValueError(
-            f"no ranges can be read from these batches: slope {look.own:.3g}, curvature {look.curvature:.3g} along the optimizer's "
-            "step. Is the model at a minimum, or the loss not finite?"
+            f"no ranges can be read from these batches: slope {look.own:.3g}, curvature {look.curvature:.3g} along the "
+            "optimizer's step. Is the model at a minimum, or the loss not finite?"
         )
     T = steps or 10 * len(source)  # type: ignore[arg-type]
     momentum = largest_momentum(transition.values(), transition.rules)
