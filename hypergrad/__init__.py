@@ -1,6 +1,6 @@
 """Hyperparameters of a PyTorch training loop, tuned by gradient descent while the model trains."""
 
-from hypergrad import search, solvers
+from hypergrad import search, shapes, solvers
 from hypergrad.checks import Report, check
 from hypergrad.exact import hypergradient
 from hypergrad.hyperparameters import Hyperparameter
@@ -20,6 +20,7 @@ __all__ = [
     "check",
     "hypergradient",
     "search",
+    "shapes",
     "solvers",
     "tune_run",
 ]

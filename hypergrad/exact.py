@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -11,9 +10,12 @@ from torch import Tensor
 
 from hypergrad.hyperparameters import Hyperparameter
 from hypergrad.modes import MODES, OPTIONS, Result
+from hypergrad.modes.granularity import HOW
+from hypergrad.modes.scheduled import Function, Schedules, check_finite
 from hypergrad.modes.stretch import Directions, Stretch
-from hypergrad.problem import Problem, Rng
+from hypergrad.problem import Problem, Rng, takes_hypers
 from hypergrad.updates.binding import Values
+from hypergrad.updates.ema import EMA, Averaged, check_decay
 from hypergrad.updates.rule import Tensors, parts
 from hypergrad.updates.transition import CLIPS, Transition
 
@@ -33,6 +35,9 @@ def hypergradient(
     val_steps: Sequence[int] | None = None,
     clip_norm: float | None = None,
     clip_value: float | None = None,
+    schedules: Mapping[str, Function] | None = None,
+    per: str | Mapping[str, str] = "group",
+    ema: float | None = None,
     **options: Any,
 ) -> Result:
     r"""Differentiate a validation loss in hyperparameters, through training steps.
@@ -48,26 +53,44 @@ def hypergradient(
         optimizer: a live optimizer or a list of them: torch.optim's SGD, Adam, AdamW, RMSprop, Adagrad, Adamax, NAdam, RAdam,
             Adadelta, Adafactor, Muon; Lion of pytorch_optimizer or lion_pytorch; Lamb of pytorch_optimizer; any other
             through its own step, slowly, or it is refused (docs/optimizers.md).
-        loss: `loss(model, batch)` → scalar; `loss(model, batch, hypers)` where `hypers` is given.
+        loss: `loss(model, batch)` → scalar; `loss(model, batch, hypers)` where `hypers` is given. With `schedules` either:
+            `hypers` is passed where a third positional argument is required, or is `None` by default.
         batches: one batch a step; K in all.
         val_loss: `val_loss()` → scalar, computed with the model's own parameters, deterministic; called as `val_loss(t)`,
             t the number of steps done, where it has a required argument, or one `t=None`.
         wrt: names in param_groups (lr, weight_decay, momentum, dampening, betas, alpha, eps, rho, lr_decay, momentum_decay,
-            initial_accumulator_value, beta2_decay, d, ns_coefficients), "clip_norm" or "clip_value" where given, and keys
-            of `hypers`.
+            initial_accumulator_value, beta2_decay, d, ns_coefficients), "clip_norm", "clip_value" or "ema" where given, and keys
+            of `hypers`. Of a name that has a schedule, the derivative in a number added to its value: at each step with
+            per_step, else at every step (the sum of those).
         mode: "unrolled" (adjoint; any number of hyperparameters), "forward" (tangents; any number of steps) or "implicit"
             (the minimum that training came to).
-        hypers: name → tensor (or number) that the loss reads as `hypers[name]`.
+        hypers: name → tensor (or number) that the loss and schedules read as `hypers[name]`. The gradient in one that nothing
+            reads is 0, and a sentence in `stats["warnings"]` says so.
         per_step: one gradient per step, for schedules: a leading dimension [K].
         val_steps: numbers of completed steps, 0 … K, at which the validation loss is taken; None: K alone.
         clip_norm: threshold of `clip_grad_norm_` over all parameters, between gradient and step.
         clip_value: threshold of `clip_grad_value_`.
-        options: mode="unrolled": `every`, steps between snapshots (default √K). mode="implicit": `solver`, a function
+        schedules: name in param_groups, "clip_norm", "clip_value" or "ema" → function f(step, hypers), step = 0 … K − 1, that
+            returns the value itself, not a factor as LambdaLR's function does (of that, `lambda t, h: base_lr * lr_lambda(t)`):
+            a number, a scalar tensor, or one for each param group; for betas a pair, or a pair for each group. It stands in
+            for the number in param_groups. Tensors of `hypers` that it computes with get a gradient through it, by autograd.
+            `hypergrad.shapes` has shapes of schedules.
+        per: "group"; "parameter", one derivative for each parameter tensor; or "element", one for each element (of update rules
+            that act elementwise); or a mapping from names in param_groups to these. For "element" gradients have shape [n], or
+            [n, 2]: `[x.view_as(p) for x, p in zip(gradient.split([p.numel() for p in params]), params)]`, with params in the
+            order of the optimizer's groups, has them in the parameters' shapes. mode="forward" takes at most 4096 of them.
+        ema: decay d of an average of the weights, a ← d a + (1 − d) θ after every step, a = θ at the start; `val_loss` is then
+            computed with the averaged weights in the model (and the buffers of training). Not for mode="implicit".
+        options: mode="unrolled": `every`, steps between snapshots (default √K); `below`, a value: where the validation loss is
+            not at most this, gradients are NaN, and were not computed. mode="implicit": `solver`, a function
             solve(matvec, b) such as `hypergrad.solvers.neumann` (default cg), or `look_back`, a number of terms of the
             update map's own series.
 
     Returns:
         Result, with `.value`, `.gradients` and `.stats`. Gradients are in the value itself, not in a transform of it.
+        With mode="unrolled" also `.initial`: dL/dθ₀, the derivative in the weights before the first step, for each parameter:
+        the meta-gradient of MAML (Finn et al. 2017, arXiv 1703.03400, eq. 1). With a task's inner steps as `batches` and its
+        query loss as `val_loss`, the mean of `.initial` over tasks is what the outer optimizer descends along.
 
     Raises:
         ValueError: unknown names, no batches, losses that are not scalars or do not depend on the parameters, a derivative
@@ -85,32 +108,48 @@ def hypergradient(
         >>> r = hypergradient(model, sgd, half_square, [None], lambda: half_square(model, None), wrt="lr")
         >>> round(float(r.value), 4), round(float(r.gradients["lr"][0]), 4)
         (1.62, -3.6)
+
+        Two steps at lr 0.1 c and 0.1 c², c = 1: θ = 2 (1 − 0.1 c)(1 − 0.1 c²), dL/dc = θ dθ/dc = 1.62 · (−0.54) = −0.8748; and
+        dL/dθ₀ = 1.62 · 0.81 = 1.3122.
+
+        >>> r = hypergradient(model, sgd, half_square, [None] * 2, lambda: half_square(model, None), "c",
+        ...                   hypers={"c": 1.0}, schedules={"lr": lambda t, h: 0.1 * h["c"] ** (t + 1)})
+        >>> round(float(r.gradients["c"]), 4), round(float(r.initial[0]), 4)
+        (-0.8748, 1.3122)
     """
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}.")
-    run, mode_options = _choose(mode, per_step, val_steps, options)
+    run, mode_options = _choose(mode, per_step, val_steps, ema, options)
     tensors = leaves(hypers)
     clip, threshold = clipping(clip_norm, clip_value)
     names = (wrt,) if isinstance(wrt, str) else tuple(wrt)
-    transition = Transition(as_optimizers(optimizer), frozenset(names), clip)
+    stage = Transition if ema is None else Averaged
+    transition = stage(as_optimizers(optimizer), frozenset({*names, *(schedules or ())}), clip)
     values = transition.values() | ({} if clip is None else {clip: [threshold]})
+    if isinstance(transition, Averaged):
+        values |= transition.decays(check_decay(ema, "ema"))  # type: ignore[arg-type]
     check_names(names, values, tensors)
+    scheduled = Schedules(schedules or {}, tensors, values)
+    finely = granularity(per, [name for name in names if name in values])
     rng = Rng(transition.params[0].device)
     items = list(batches)  # a DataLoader draws from the global generator here
     rng.restore()
     if not items:
         raise ValueError("batches is empty: pass at least one batch.")
     steps = len(items)
-    problem = Problem(model, transition.params, loss, tensors)
-    directions = Directions(transition, names, tensors, steps if per_step else None)
+    problem = Problem(model, transition.params, loss, tensors, schedules is None or takes_hypers(loss))
+    directions = Directions(transition, names, tensors, steps if per_step else None, finely, scheduled)
     when = (steps,) if val_steps is None else tuple(val_steps)
     if not when or not all(int(t) == t and 0 <= t <= steps for t in when):
         raise ValueError(f"val_steps must be numbers of completed steps from 0 to {steps}, got {val_steps}.")
-    stretch = Stretch(problem, transition, items, [values] * steps, directions, val_loss, when)
+    every_steps = scheduled.evaluate(steps, transition)
+    stretch = Stretch(problem, transition, items, every_steps, directions, val_loss, when)
     return run(stretch, **mode_options)
 
 
-def _choose(mode: str, per_step: bool, val_steps: Any, options: dict[str, Any]) -> tuple[Callable[..., Result], Any]:
+def _choose(
+    mode: str, per_step: bool, val_steps: Any, ema: float | None, options: dict[str, Any]
+) -> tuple[Callable[..., Result], Any]:
     if mode not in MODES:
         raise ValueError(f"mode must be one of {', '.join(MODES)}, got {mode!r}.")
     for name in options:
@@ -120,6 +159,11 @@ def _choose(mode: str, per_step: bool, val_steps: Any, options: dict[str, Any]) 
     if mode == "implicit" and (per_step or val_steps is not None):
         raise NotImplementedError(
             "mode='implicit' differentiates the point reached, not the way there: per_step and val_steps need "
+            "mode='unrolled' or 'forward'."
+        )
+    if mode == "implicit" and ema is not None:
+        raise NotImplementedError(
+            "mode='implicit' differentiates the point reached, not the average of the weights on the way there: ema needs "
             "mode='unrolled' or 'forward'."
         )
     return MODES[mode], options
@@ -161,6 +205,22 @@ def clipping(clip_norm: float | None, clip_value: float | None) -> tuple[str | N
     return None, 0.0
 
 
+def granularity(per: str | Mapping[str, str], names: Sequence[str]) -> dict[str, str]:
+    """name -> "group", "parameter" or "element", of the names in param_groups. `names`: those that are differentiated."""
+    single = {*CLIPS, EMA}
+    if isinstance(per, str):
+        per = {name: per for name in names if name not in single} or {"": per}
+    out = {}
+    for name, how in per.items():
+        if how not in HOW:
+            raise ValueError(f"per must be one of {', '.join(HOW)}, or a mapping from names to these, got {how!r}.")
+        if name and (name in single or name not in names):
+            known = [x for x in names if x not in single]
+            raise ValueError(f"per[{name!r}]: not a name in param_groups that stands in wrt; there are {known}.")
+        out[name] = how
+    return {name: how for name, how in out.items() if name}
+
+
 def check_names(names: Sequence[str], values: Values, hypers: Tensors) -> None:
     """Every name is that of a hyperparameter that exists."""
     if not names:
@@ -175,19 +235,12 @@ def check_names(names: Sequence[str], values: Values, hypers: Tensors) -> None:
         if name in hypers:
             continue
         if name in values:
-            _check_finite(name, values[name])
+            check_finite(name, values[name])
             continue
-        if name in CLIPS:
-            raise ValueError(f"to differentiate in {name!r}, pass {name}=<threshold>.")
+        if name in (*CLIPS, EMA):
+            raise ValueError(f"to differentiate in {name!r}, pass {name}=<number>.")
         if any(name in parts(known) for known in values):
             whole = next(known for known in values if name in parts(known))
             raise ValueError(f"name all of them: {whole!r}, not {name!r}.")
         known = [*values, *hypers]
         raise ValueError(f"no param group has a hyperparameter {name!r} that can be differentiated; there are {known}.")
-
-
-def _check_finite(name: str, column: Sequence[Any]) -> None:
-    for x in column:
-        for number in x if isinstance(x, tuple) else (x,):
-            if number is not None and not math.isfinite(number):
-                raise ValueError(f"{name} is {number} in a param group: set it to a finite number.")

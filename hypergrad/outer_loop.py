@@ -15,6 +15,7 @@ from torch import Tensor
 from hypergrad.outer_steps import OuterSteps, Point, listed, vector
 from hypergrad.run_evaluations import Found, Runs
 
+CARRIED = 2.0  # the first step at a horizon, in the last one before it, and never more than the first of all
 LR_CUT = math.log(10)  # a start that is not finite, with nothing to go back to
 
 
@@ -27,8 +28,9 @@ class RunResult:
             last horizon; never NaN.
         value: the objective there, NaN where no run of the last horizon ended finite.
         history: a row an outer step: step, horizon, value, seed_values, best (whether it was the best so far at its horizon),
-            size (of the step that led away from it, in that of the first), gradient_norm (of dL/dφ), values,
-            run_equivalents (so far). Values of different horizons are different objectives: compare within one.
+            size (of the step that led away from it, in that of the first), gradient_norm (of dL/dφ; None where it was not
+            needed, or not finite), values, run_equivalents (so far). Values of different horizons are different objectives:
+            compare within one.
         run_equivalents: cost of all of it in plain whole runs: (gradients + 2 × Hessian products) over steps of the run.
         best_step: the row of `history` that `values` are of.
         stats: steps (of the whole run), seconds, gradient_evaluations, hessian_products, halvings, not_finite (evaluations),
@@ -69,13 +71,15 @@ class OuterLoop:
     def step(self) -> Found:
         """One evaluation, and where the next one will be."""
         began, horizon = time.perf_counter(), self.horizons[self.level]
-        found = self.runs.evaluate(self.phi, horizon)
+        best = self.steps.best
+        found = self.runs.evaluate(self.phi, horizon, best and best.value)
         point = Point(found.value, self.phi, found.gradient, len(self.history))
         better = self.steps.take(point)
         self.counts["gradient_evaluations"] += found.gradients
         self.counts["hessian_products"] += found.products
         self.counts["halvings"] += not better
-        self._note_not_finite(point, horizon)
+        if not math.isfinite(point.value) or (not point.is_finite() and (best is None or point.value <= best.value)):
+            self._note_not_finite(point, horizon)
         self.history.append(
             {
                 "step": point.step,
@@ -84,7 +88,7 @@ class OuterLoop:
                 "seed_values": found.of_seeds,
                 "best": better,
                 "size": float(self.steps.size.max()),
-                "gradient_norm": float(torch.linalg.vector_norm(found.gradient)),
+                "gradient_norm": float(torch.linalg.vector_norm(found.gradient)) if point.is_finite() else None,
                 "values": {name: x.tolist() for name, x in self.runs.values(self.phi).items()},
                 "run_equivalents": self.cost(),
             }
@@ -94,12 +98,11 @@ class OuterLoop:
         return found
 
     def _note_not_finite(self, point: Point, horizon: float) -> None:
-        if not point.is_finite():
-            self.counts["not_finite"] += 1
-            what = "hypergradient" if math.isfinite(point.value) else "value"
-            self.warnings.append(
-                f"outer step {point.step}, horizon {horizon:.3g}: the {what} is not finite; stepped back and halved."
-            )
+        self.counts["not_finite"] += 1
+        what = "hypergradient" if math.isfinite(point.value) else "value"
+        self.warnings.append(
+            f"outer step {point.step}, horizon {horizon:.3g}: the {what} is not finite; stepped back and halved."
+        )
 
     def _move(self) -> None:
         """φ of the next evaluation, at the next horizon where this one is through."""
@@ -114,7 +117,8 @@ class OuterLoop:
             self.stopped = "steps have become too small to matter" if stuck else ""
         elif stuck or self.steps.stalled() or self._share_is_used():
             self.safe = listed(self.runs.start[0]) if self.level == 0 else self.safe
-            self.level, self.phi, self.steps = self.level + 1, self.steps.best.phi, OuterSteps(*self.rule)
+            size = min(1.0, CARRIED * float(self.steps.size.max()))
+            self.level, self.phi, self.steps = self.level + 1, self.steps.best.phi, OuterSteps(*self.rule, size)
         else:
             self.phi = phi
 
@@ -143,7 +147,7 @@ class OuterLoop:
         best = self.steps.best if self.level == len(self.horizons) - 1 else None
         if best is None:
             self.warnings.append(
-                f"no evaluation at horizon {self.horizons[-1]:.3g} was finite, the values are of a shorter one: take more outer steps."
+                f"no evaluation at horizon {self.horizons[-1]:.3g} was finite: values are of a shorter one."
             )
         for text in dict.fromkeys(self.warnings):
             warnings.warn(text, stacklevel=3)

@@ -45,12 +45,13 @@ class OuterSteps:
         rule: one of RULES.
         lr: η, the length of the first step.
         k: how many numbers there are.
+        size: σ of the first step.
     """
 
-    def __init__(self, rule: str, lr: float, k: int):
+    def __init__(self, rule: str, lr: float, k: int, size: float = 1.0):
         self.rule, self.lr = rule, lr
         zero = torch.zeros(k, dtype=torch.float64)
-        self.size, self.m, self.v = torch.ones_like(zero), zero, zero.clone()
+        self.size, self.m, self.v = torch.full_like(zero, size), zero, zero.clone()
         self.m_steps = self.v_steps = 0
         self.best: Point | None = None
         self.bests: list[float] = []  # the best value after each evaluation

@@ -64,6 +64,18 @@ def _wants_step(val_loss: Callable[..., Tensor]) -> bool:
     return any(p.default is inspect.Parameter.empty or (p.name == "t" and p.default is None) for p in positional)
 
 
+def takes_hypers(loss: Callable[..., Tensor]) -> bool:
+    """Whether a loss takes hypers beside model and batch: a third positional argument that is required or `None`, or *args."""
+    try:
+        parameters = inspect.signature(loss).parameters.values()
+    except (TypeError, ValueError):
+        return True
+    if any(p.kind is inspect.Parameter.VAR_POSITIONAL for p in parameters):
+        return True
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return any(p.default in (inspect.Parameter.empty, None) for p in [p for p in parameters if p.kind in kinds][2:3])
+
+
 class Saved(NamedTuple):
     """A buffer: the tensor itself, and a copy of its value."""
 
@@ -88,6 +100,7 @@ class Problem:
         params: the tensors the optimizer holds.
         loss: `loss(model, batch)`, or `loss(model, batch, hypers)` where `hypers` is not empty.
         hypers: name -> leaf tensor that the loss reads.
+        hand_over: False where they are not an argument of the loss: schedules alone read them.
     """
 
     def __init__(
@@ -96,9 +109,12 @@ class Problem:
         params: Sequence[Tensor],
         loss: Callable[..., Tensor] | None,
         hypers: dict[str, Tensor] | None = None,
+        hand_over: bool = True,
     ):
         self.model, self.params, self.loss = model, list(params), loss
         self.hypers = hypers or {}
+        self.extra = (self.hypers,) if self.hypers and hand_over else ()  # arguments of the loss beside model and batch
+        self.read: set[str] = set()  # keys of `hypers` that a loss was found to depend on
         self.places = [(m, name) for m in model.modules() for name, b in m._buffers.items() if b is not None]
         self.device = self.params[0].device
         self.stats: RunningStats | None = None  # set by `follow_running_stats`
@@ -143,10 +159,10 @@ class Problem:
             raise ValueError("a training loss is needed here: pass loss=..., a function loss(model, batch).")
         with torch.enable_grad():
             try:
-                loss = self.loss(self.model, batch, self.hypers) if self.hypers else self.loss(self.model, batch)
+                loss = self.loss(self.model, batch, *self.extra)
             except (TypeError, ValueError, RuntimeError, IndexError, KeyError, AttributeError) as error:
                 raise ValueError(
-                    f"loss(model, batch{', hypers' if self.hypers else ''}) failed on a batch of type "
+                    f"loss(model, batch{', hypers' if self.extra else ''}) failed on a batch of type "
                     f"{type(batch).__name__}: {type(error).__name__}: {error}. Check what the loss takes apart."
                 ) from error
             check_scalar(loss, "the training loss")
@@ -171,7 +187,11 @@ class Problem:
             survey(loss, self.model)
         lin = Linearization(loss, self.params, extra, products)
         lin.decay = decay
+        self._note(lin.extra_grads[: len(self.hypers)])
         return lin
+
+    def _note(self, of_hypers: Sequence[Tensor | None]) -> None:
+        self.read |= {name for name, g in zip(self.hypers, of_hypers, strict=True) if g is not None}
 
     def follow_running_stats(self, val_loss: Callable[..., Tensor], t: int) -> None:
         """Make running statistics part of the state where the validation loss reads them."""
@@ -209,6 +229,7 @@ class Problem:
             )
         read = self.stats is not None and any(g is not None for g in of_stats)
         flat = self.stats.flat(of_stats) if read and self.stats else None
+        self._note(grads[len(self.params) : len(inputs)])
         return Validation(loss.detach(), of_params, grads[len(self.params) : len(inputs)], flat)
 
     def look(self, val_loss: Callable[..., Tensor], t: int, seed: int) -> Tensor:

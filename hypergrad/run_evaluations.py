@@ -29,6 +29,7 @@ class Run(NamedTuple):
         loss: `loss(model, batch)`, or `loss(model, batch, hypers)` where hyperparameters in the loss are tuned.
         val_loss: `val_loss()` or `val_loss(t)`.
         val_steps: numbers of completed steps at which it is taken; None: after the last.
+        schedules: name in param_groups → f(step, hypers), which reads hyperparameters that are tuned.
     """
 
     model: torch.nn.Module
@@ -37,6 +38,7 @@ class Run(NamedTuple):
     loss: Callable[..., Tensor]
     val_loss: Callable[..., Tensor]
     val_steps: Sequence[int] | None = None
+    schedules: Mapping[str, Callable[..., Any]] | None = None
 
 
 class Found(NamedTuple):
@@ -64,7 +66,7 @@ class Runs:
     ):
         self.build, self.seeds, self.options = build, tuple(seeds), dict(options)
         self.takes_horizon = _takes_horizon(build)
-        spec = {name: as_hyperparameter(name, value) for name, value in hypers.items()}
+        spec = self.spec = {name: as_hyperparameter(name, value) for name, value in hypers.items()}
         with seeded(self.seeds[0]):
             whole = self._built(self.seeds[0], 1.0)
             batches = whole.batches if isinstance(whole.batches, Sized) else list(whole.batches)
@@ -87,11 +89,14 @@ class Runs:
     def _check_known(self, in_loss: Mapping[str, Hyperparameter], run: Run, groups: list[str]) -> None:
         takes = [p for p in inspect.signature(run.loss).parameters.values() if p.kind is not p.KEYWORD_ONLY]
         takes_hypers = len(takes) > 2 or any(p.kind is p.VAR_POSITIONAL for p in takes)
+        for name in run.schedules or ():
+            if name in groups and name in self.spec:
+                raise ValueError(f"{name!r} has a schedule: tune what the schedule reads, under another name.")
         for name in self.in_loss:
-            if not takes_hypers:
+            if not takes_hypers and not run.schedules:
                 raise ValueError(
                     f"{name!r} is no number of the param groups, which have {groups}, and loss(model, batch) takes no third "
-                    "argument `hypers` to read it from."
+                    "argument `hypers` to read it from, nor is there a schedule that does."
                 )
 
     def _built(self, seed: int, horizon: float) -> Run:
@@ -114,15 +119,17 @@ class Runs:
         return run._replace(batches=list(islice(run.batches, steps)), val_steps=when)
 
     # L(φ) = 1/S Σ_s L_s(x(φ)),   dL/dφ = dL/dx · dx/dφ
-    def evaluate(self, phi: Tensor, horizon: float) -> Found:
-        """Value and hypergradient at φ [k]."""
+    def evaluate(self, phi: Tensor, horizon: float, below: float | None = None) -> Found:
+        """Value and hypergradient at φ [k]. `below`: of a value that is not at most this no hypergradient is needed."""
         self.move(phi)
         of_seeds, total, gradients, products = [], torch.zeros_like(phi), 0, 0
         for seed in self.seeds:
             with seeded(seed):
                 run = self.cut(seed, horizon)
+                last = len(of_seeds) == len(self.seeds) - 1  # what it has to reach follows from the others
+                rest = None if below is None or not last else below * len(self.seeds) - sum(of_seeds)
                 with self._written(run.optimizer):
-                    result = self._hypergradient(run)
+                    result = self._hypergradient(run, rest)
             of_seeds.append(float(result.value))
             total += self._flat(result.gradients)
             gradients += result.stats["gradient_evaluations"]
@@ -130,9 +137,11 @@ class Runs:
         mean = sum(of_seeds) / len(of_seeds)
         return Found(mean, of_seeds, total / len(of_seeds) * self.coordinates.slope(), gradients, products)
 
-    def _hypergradient(self, run: Run) -> Any:
+    def _hypergradient(self, run: Run, below: float | None) -> Any:
         c = self.coordinates
         options: dict[str, Any] = self.options | {name: float(x) for name, x in c.hypers.items() if name in CLIPS}
+        if below is not None and self.options["mode"] == "unrolled":
+            options["below"] = below
         return hypergradient(
             run.model,
             run.optimizer,
@@ -142,6 +151,7 @@ class Runs:
             wrt=c.directions.wrt,
             hypers={name: c.hypers[name].detach() for name in self.in_loss} or None,
             val_steps=run.val_steps,
+            schedules=run.schedules,
             **options,
         )
 

@@ -23,7 +23,7 @@ from hypergrad.run_evaluations import Found, Run, Runs
 from hypergrad.study_file import StudyFile
 
 FEW = 32  # numbers of one name that are recorded one by one
-ALSO = ("clip_norm", "clip_value")
+ALSO = ("clip_norm", "clip_value", "ema")
 
 
 def tune_run(
@@ -50,18 +50,18 @@ def tune_run(
     compare. A horizon's best φ goes on to the next horizon when progress stalls, or its share of the steps is used.
 
     Args:
-        build: `build(seed)` → hypergrad.Run(model, optimizer, batches, loss, val_loss, val_steps=None), called anew for every
-            evaluation, with torch's random numbers seeded by `seed`; horizons below 1 train on its first batches.
+        build: `build(seed)` → hypergrad.Run(model, optimizer, batches, loss, val_loss, val_steps=None, schedules=None), called
+            anew for every evaluation, with torch's random numbers seeded by `seed`; horizons below 1 train on its first batches.
             `build(seed, horizon)` makes the shorter run itself, such as one whose schedule is as much shorter.
         hypers: name → hypergrad.Hyperparameter, number, tensor, or None for the value in the param groups. Names in
-            param groups, of a clipping threshold, or of what the loss reads as `hypers[name]`.
+            param groups, of a clipping threshold, or of what loss or schedules read as `hypers[name]`.
         outer_steps: evaluations of all seeds, over all horizons, which have equal shares of them.
         outer: "adam", "sign" (each number's own step, halved when its hypergradient changes sign) or "sgd", in the transformed
             coordinate of each hyperparameter's kind: log for "positive", the value itself for "free".
         outer_lr: η, the length of the first step at a horizon: in φ for "adam" and "sign", times the hypergradient for "sgd".
         seeds: of the runs averaged over.
         horizons: shares of the run, increasing; the last one's is the objective.
-        mode: of `hypergradient`, as are `options`: every, clip_norm, clip_value, solver, look_back.
+        mode: of `hypergradient`, as are `options`: every, clip_norm, clip_value, ema, solver, look_back.
         log_dir: folder of TensorBoard events, metrics.jsonl and tune_run.json, from which a killed call goes on as if nothing
             had happened. A call with more `outer_steps` goes on too.
         resume: False: a file that is there already is an error.
@@ -164,7 +164,7 @@ def _check(
         raise ValueError(f"horizons must be increasing shares of the run, above 0 and at most 1, got {horizons!r}.")
     if mode not in MODES:
         raise ValueError(f"mode must be one of {', '.join(MODES)}, got {mode!r}.")
-    known = (*OPTIONS[mode], *ALSO)
+    known = tuple(name for name in (*OPTIONS[mode], *ALSO) if name != "below")
     for name in options:
         if name not in known:
             raise ValueError(f"mode={mode!r} of tune_run does not take {name!r}; it takes {', '.join(known)}.")

@@ -10,7 +10,7 @@ from hypergrad.modes.unrolled import unrolled
 MODES: dict[str, Callable[..., Result]] = {"forward": forward, "unrolled": unrolled, "implicit": implicit}
 OPTIONS: dict[str, tuple[str, ...]] = {
     "forward": (),
-    "unrolled": ("every",),
+    "unrolled": ("every", "below"),
     "implicit": ("solver", "look_back"),
 }
 

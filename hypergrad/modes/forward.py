@@ -22,6 +22,7 @@ from hypergrad.updates.transition import Tangent
 def forward(stretch: Stretch) -> Result:
     """Hypergradient of a stretch of training by forward mode."""
     problem, transition, directions = stretch.problem, stretch.transition, stretch.directions
+    directions.fine.check_forward(directions.shapes)
     state = transition.read()
     tangent = Tangent.zeros(state, len(directions))
     value, total = state.theta.new_zeros(()), state.theta.new_zeros(len(directions))
@@ -29,10 +30,8 @@ def forward(stretch: Stretch) -> Result:
     with evaluation(stretch) as meter:
         for t in range(len(stretch.batches) + 1):
             if t in stretch.val_steps:
-                share = stretch.validate(t)
-                value, total = value + share.value, total + tangent.theta @ share.theta
-                if share.stats is not None and tangent.stats is not None:
-                    total = total + tangent.stats @ share.stats
+                share = stretch.validate(t, state)
+                value, total = value + share.value, total + share.along(tangent)
                 stretch.add_direct(direct, share.direct)
             if t == len(stretch.batches):
                 break
@@ -42,6 +41,7 @@ def forward(stretch: Stretch) -> Result:
             meter.look_for_ill_conditioning(stretch, state, g, t)
             seeds, clip_seed = directions.seeds(t)
             tangent = transition.jvp(state, g, lin.active, values, tangent, dg, seeds, clip_seed)
+            tangent = directions.fine.pushed(tangent, directions.fine_rows(t), state, g, lin.active, values)
             tangent.stats = dstats
             state = transition.step(state, g, lin.active, values)
             del lin  # its graph, before the next one is built

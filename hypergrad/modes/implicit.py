@@ -54,9 +54,16 @@ def _check_minimum_depends_on(stretch: Stretch) -> None:
                 f"mode='implicit' cannot differentiate in {name!r}: the minimum that training converges to does not depend "
                 "on it. Use mode='unrolled' or 'forward', or look_back=5 for the update map's truncated series."
             )
+    for t in range(len(stretch.batches)):
+        for slope in stretch.directions.schedules.push(t):
+            if slope.part != "weight_decay" and slope.of.keys() & set(stretch.directions.wrt):
+                raise NotImplementedError(
+                    f"mode='implicit' cannot differentiate in a schedule of {slope.part!r}: the minimum that training converges "
+                    "to does not depend on it. Use mode='unrolled' or 'forward', or look_back=5."
+                )
     decays = stretch.values[-1].get("weight_decay", [])
     for rule, wd in zip(stretch.transition.rules, decays, strict=False):
-        if getattr(rule, "decoupled", False) and (wd or "weight_decay" in stretch.directions.wrt):
+        if getattr(rule, "decoupled", False) and (wd or stretch.directions.differentiates("weight_decay")):
             raise NotImplementedError(
                 "mode='implicit' cannot handle decoupled weight decay (AdamW), or that of an optimizer without an update rule: "
                 "its fixed point need not be a minimum of the loss plus a penalty. Use torch.optim.Adam (coupled decay), "
@@ -114,7 +121,7 @@ class _Objective:
 
 def _at_minimum(stretch: Stretch, state: State, solver: Solve, meter: Meter) -> Result:
     steps, total = len(stretch.batches), Total(stretch)
-    lam = total.validate(steps, Tangent.zeros(state))
+    lam = total.validate(steps, Tangent.zeros(state), state)
     if lam.stats is not None:
         raise NotImplementedError(
             "mode='implicit' leaves out the path through BatchNorm's running statistics, which val_loss reads: validate in train "
@@ -131,7 +138,9 @@ def _at_minimum(stretch: Stretch, state: State, solver: Solve, meter: Meter) -> 
     decay = [{"weight_decay": state.theta.new_zeros(())} for _ in stretch.transition.groups]
     for (a, b), group in zip(stretch.transition.ranges, stretch.transition.group_of, strict=True):
         decay[group]["weight_decay"] = decay[group]["weight_decay"] - x[a:b] @ state.theta[a:b]
-    total.add(0, decay, None, [None if g is None else -g for g in objective.into_hypers(x)])
+    per = stretch.directions.fine
+    fine = {part: per.summed(part, -x * state.theta) for part in per.of_part}  # weight decay's: others are refused
+    total.add(steps - 1, decay, None, [None if g is None else -g for g in objective.into_hypers(x)], fine)
     return Result(total.value, total.gradients, meter.stats(steps))
 
 
@@ -139,8 +148,8 @@ def _look_back(stretch: Stretch, state: State, terms: int, meter: Meter) -> Resu
     """The series on the update map of the last batch, at the state before it; the loss is taken after it."""
     steps, total, problem = len(stretch.batches), Total(stretch), stretch.problem
     buffers, rng = problem.read_buffers(), problem.rng()
-    train(stretch, state, steps - 1, meter)
-    lam = total.validate(steps, Tangent.zeros(state))
+    after, _ = train(stretch, state, steps - 1, meter)
+    lam = total.validate(steps, Tangent.zeros(state), after)
     stretch.transition.load(state.theta)
     problem.write_buffers(buffers)
     rng.restore()

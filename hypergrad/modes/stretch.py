@@ -7,9 +7,10 @@ import resource
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,10 +18,13 @@ import torch
 from torch import Tensor
 
 from hypergrad.graph import Linearization
+from hypergrad.modes.granularity import Granularity, Rows
+from hypergrad.modes.scheduled import Schedules
 from hypergrad.problem import Problem
 from hypergrad.updates.binding import State, Values
+from hypergrad.updates.ema import EMA, Averaged
 from hypergrad.updates.rule import Tensors, parts
-from hypergrad.updates.transition import CLIPS, Transition
+from hypergrad.updates.transition import CLIPS, Tangent, Transition
 
 
 @dataclass
@@ -31,15 +35,19 @@ class Result:
         value: the validation loss, 0-d.
         gradients: name -> derivative of `value` in that hyperparameter's value. Shape [n_groups] for names of param groups
             ([n_groups, 2] for betas), [] for a clipping threshold, the tensor's own shape for hyperparameters in the
-            loss; with per_step one more leading dimension [steps].
+            loss; with per="parameter" [n_params], with per="element" [n], in the order of the optimizer's groups, in place of
+            [n_groups]; with per_step one more leading dimension [steps].
         stats: steps, seconds, peak_bytes (growth of memory), gradient_evaluations (gradients of the training loss),
             hessian_products, growth_rate (of the tangent's or adjoint's norm, per step, natural log), warnings (sentences),
             and for mode="implicit" solver_residual and gradient_norm.
+        initial: derivative of `value` in the weights before the first step, for each parameter in the order of the optimizer's
+            groups (its tensors held fixed); None for modes other than "unrolled".
     """
 
     value: Tensor
     gradients: dict[str, Tensor]
     stats: dict[str, Any] = field(default_factory=dict)
+    initial: list[Tensor] | None = None
 
 
 @dataclass(frozen=True)
@@ -58,34 +66,47 @@ class Directions:
 
     Args:
         transition: the optimizer.
-        wrt: names in param_groups, of the clipping threshold, and keys of `hypers`.
-        hypers: tensors in the loss.
+        wrt: names in param_groups, of the clipping threshold or of the average's decay, and keys of `hypers`.
+        hypers: tensors in the loss and in schedules.
         steps: with per-step hypergradients, the number of steps; else None.
+        per: name -> "parameter" or "element", for names that are not differentiated per group.
+        schedules: of names in param_groups.
     """
 
-    def __init__(self, transition: Transition, wrt: Sequence[str], hypers: Tensors, steps: int | None = None):
+    def __init__(
+        self,
+        transition: Transition,
+        wrt: Sequence[str],
+        hypers: Tensors,
+        steps: int | None = None,
+        per: Mapping[str, str] | None = None,
+        schedules: Schedules | None = None,
+    ):
         self.transition, self.hypers, self.wrt, self.steps = transition, hypers, tuple(wrt), steps
+        self.fine = Granularity(transition, per or {})
+        self.schedules = schedules or Schedules({}, {}, {})
+        self.ungrouped = {*hypers, *CLIPS, *((EMA,) if isinstance(transition, Averaged) else ())}
         self.shapes: dict[str, tuple[int, ...]] = {}
-        self.entries: list[Entry] = []
-        n_groups, prefix = len(transition.groups), () if steps is None else (steps,)
         for name in wrt:
-            if name in hypers:
-                shape: tuple[int, ...] = tuple(hypers[name].shape)
-            elif name in CLIPS:
-                shape = ()
-            else:
-                shape = (n_groups,) if len(parts(name)) == 1 else (n_groups, len(parts(name)))
-            self.shapes[name] = prefix + shape
-            self.entries += list(self._entries(name, prefix + shape, name not in hypers and name not in CLIPS))
+            shape = tuple(hypers[name].shape) if name in hypers else ()
+            if name not in self.ungrouped:
+                shape = (self.fine.count(name), *((len(parts(name)),) if len(parts(name)) > 1 else ()))
+            self.shapes[name] = shape if steps is None else (steps, *shape)
 
-    def _entries(self, name: str, shape: tuple[int, ...], grouped: bool) -> Iterator[Entry]:
-        lead = 0 if self.steps is None else 1
+    @cached_property  # the adjoint has no use for them, and they may be many
+    def entries(self) -> list[Entry]:
+        return [entry for name in self.wrt for entry in self._entries(name)]
+
+    def _entries(self, name: str) -> Iterator[Entry]:
+        lead, shape, groups = 0 if self.steps is None else 1, self.shapes[name], self.fine.group_of(name)
         for flat in range(torch.Size(shape).numel()):
             index: tuple[int, ...] = tuple(int(i) for i in np.unravel_index(flat, shape))
-            group = index[lead] if grouped else None
+            group = None if name in self.ungrouped else groups[index[lead]]
             if group is not None and parts(name)[0] not in self.transition.rules[group].hyperparameters:
                 continue
             part = parts(name)[index[-1]] if len(parts(name)) > 1 else name
+            if name == EMA and name not in self.hypers:
+                group = 0  # see updates/ema.py
             yield Entry(name, index, group, part, index[0] if lead else None)
 
     def __len__(self) -> int:
@@ -118,7 +139,7 @@ class Directions:
         columns: list[Tensors] = [{} for _ in self.transition.groups]
         clip = None
         for j, entry in enumerate(self.entries):
-            if entry.name in self.hypers or entry.step not in (None, t):
+            if entry.name in self.hypers or entry.name in self.fine.per or entry.step not in (None, t):
                 continue
             if entry.group is None:
                 clip = like.new_zeros(len(self), 1) if clip is None else clip
@@ -126,7 +147,38 @@ class Directions:
             else:
                 column = columns[entry.group].setdefault(entry.part, like.new_zeros(len(self), 1))
             column[j] = 1 if scale is None else scale[j]
+        for group, part, slopes in self.schedules.push(t):
+            if group is None:
+                column = clip = like.new_zeros(len(self), 1) if clip is None else clip
+            else:
+                column = columns[group].setdefault(part, like.new_zeros(len(self), 1))
+            for name in slopes.keys() & self.shapes.keys():
+                first, size = self._first(name), self.hypers[name].numel()
+                first += 0 if self.steps is None else t * size
+                column[first : first + size, 0] += slopes[name].reshape(-1).to(column)
         return columns, clip
+
+    def _first(self, name: str) -> int:
+        """The number of a tensor's first direction; the others follow."""
+        return next(j for j, entry in enumerate(self.entries) if entry.name == name)
+
+    def fine_rows(self, t: int) -> Rows:
+        """The directions that are numbers of one parameter or element, at step t."""
+        found: dict[str, list[tuple[int, int]]] = {}
+        lead = 0 if self.steps is None else 1
+        for j, entry in enumerate(self.entries if self.fine.per else ()):
+            if entry.name in self.fine.per and entry.step in (None, t):
+                found.setdefault(entry.part, []).append((j, entry.index[lead]))
+        pairs = {part: torch.tensor(x) for part, x in found.items()}
+        return {part: (x[:, 0], x[:, 1]) for part, x in pairs.items()}
+
+    def differentiates(self, name: str) -> bool:
+        """Whether a derivative in a name of param_groups is formed: its own, or on the way to a schedule's tensors."""
+        return name in self.wrt or (name in self.schedules.functions and bool(self.hypers.keys() & set(self.wrt)))
+
+    def unreached(self, read: set[str]) -> list[str]:
+        """Tensors that nothing depends on. `read`: those that a loss depends on."""
+        return [name for name in self.wrt if name in self.hypers and name not in read | self.schedules.reached]
 
     def into_loss(self, j: int, t: int) -> list[Tensor | None] | None:
         """Direction j among the tensors in the loss at step t: one-hot; None where it is not one of them."""
@@ -145,6 +197,23 @@ class Share(NamedTuple):
     theta: Tensor
     stats: Tensor | None
     direct: Tensors
+    averaged: bool  # θ stands for the average of the weights
+
+    def along(self, tangent: Tangent) -> Tensor:
+        """Derivatives along tangents [k]."""
+        out = (tangent.slots[EMA] if self.averaged else tangent.theta) @ self.theta
+        return out if self.stats is None or tangent.stats is None else out + tangent.stats @ self.stats
+
+    def added_to(self, lam: Tangent) -> Tangent:
+        """The adjoint with this share of the objective."""
+        theta, slots, stats = lam.theta, lam.slots, lam.stats
+        if self.averaged:
+            slots = slots | {EMA: slots[EMA] + self.theta}
+        else:
+            theta = theta + self.theta
+        if self.stats is not None:
+            stats = self.stats if stats is None else stats + self.stats
+        return Tangent(theta, slots, stats)
 
 
 @dataclass
@@ -167,16 +236,38 @@ class Stretch:
     def gradient(self, lin: Linearization) -> Tensor:
         return self.transition.flatten(lin.grads)
 
-    def validate(self, t: int) -> Share:
-        """Step t's share of the objective and its gradients."""
+    @property
+    def averaged(self) -> bool:
+        return isinstance(self.transition, Averaged)
+
+    def validate(self, t: int, state: State) -> Share:
+        """Step t's share of the objective and its gradients, at a state whose parameters and buffers are in the model."""
         weight = self.val_steps.count(t) / len(self.val_steps)
-        found = self.problem.validate(self.val_loss, t)
+        with self._evaluated_weights(state):
+            found = self.problem.validate(self.val_loss, t)
         direct = {
             name: torch.zeros_like(x) if g is None else g * weight
             for (name, x), g in zip(self.problem.hypers.items(), found.of_hypers, strict=True)
         }
         stats = None if found.of_stats is None else found.of_stats * weight
-        return Share(found.value * weight, self.transition.flatten(found.of_params) * weight, stats, direct)
+        theta = self.transition.flatten(found.of_params) * weight
+        return Share(found.value * weight, theta, stats, direct, self.averaged)
+
+    @contextmanager
+    def _evaluated_weights(self, state: State) -> Iterator[None]:
+        """The averaged weights in the model, where there is an average."""
+        if not self.averaged:
+            yield
+            return
+        self.transition.load(state.slots[EMA])
+        try:
+            yield
+        finally:
+            self.transition.load(state.theta)
+
+    def initial(self, lam: Tangent) -> list[Tensor]:
+        """dL/dθ₀ of each parameter from the adjoint before the first step. The average starts at θ₀."""
+        return self.transition.split(lam.theta + lam.slots[EMA] if self.averaged else lam.theta)
 
     def add_direct(self, gradients: Tensors, direct: Tensors) -> None:
         """Add the direct dependence of the validation loss on tensors in the training loss, once."""
@@ -215,7 +306,7 @@ class Meter:
 
     def look_for_ill_conditioning(self, stretch: Stretch, state: State, g: Tensor, t: int) -> None:
         """Note where the derivative in weight_decay is about lr·θ/eps: coupled decay at 0, gradients exactly 0."""
-        if "weight_decay" not in stretch.directions.wrt or "ill_conditioned" in self.extra:
+        if not stretch.directions.differentiates("weight_decay") or "ill_conditioned" in self.extra:
             return
         groups = stretch.transition.ill_conditioned_decay(state, g, stretch.values[t])
         if groups:
@@ -247,6 +338,10 @@ def evaluation(stretch: Stretch) -> Iterator[Meter]:
         stretch.problem.follow_running_stats(stretch.val_loss, stretch.val_steps[-1])
         meter, before = Meter(stretch.problem.device), stretch.problem.read_buffers()
         yield meter
+        for name in stretch.directions.unreached(stretch.problem.read):
+            meter.extra["warnings"].append(
+                f"nothing depends on hypers[{name!r}], neither the training loss, nor a schedule, nor val_loss: gradient 0."
+            )
         moved = stretch.problem.unfollowed_since(before)
         if moved:
             meter.extra["warnings"].append(

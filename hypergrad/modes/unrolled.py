@@ -45,6 +45,7 @@ class Tape:
     snapshots: list[Snapshot] = field(default_factory=list)
     rng: list[Rng] = field(default_factory=list)
     losses: list[Tensor] = field(default_factory=list)
+    values: list[Tensor] = field(default_factory=list)  # shares of the objective, where they were looked at
 
     def verify(self, t: int, loss: Tensor) -> None:
         """Raise where step t, played again, does not have the loss it had."""
@@ -60,25 +61,39 @@ def default_every(steps: int) -> int:
     return max(1, math.isqrt(steps))
 
 
-def unrolled(stretch: Stretch, every: int | None = None) -> Result:
-    """Hypergradient of a stretch of training by the adjoint. `every`: steps between snapshots, default √K."""
+def unrolled(stretch: Stretch, every: int | None = None, below: float | None = None) -> Result:
+    """Hypergradient of a stretch of training by the adjoint.
+
+    Args:
+        every: steps between snapshots, default √K.
+        below: where the validation loss is not at most this, there is no way back, and gradients are NaN.
+    """
     if every is not None and (not isinstance(every, int) or isinstance(every, bool) or every < 1):
         raise ValueError(f"every must be a whole number of steps from 1, got {every!r}.")
     with evaluation(stretch) as meter:
-        tape = record(stretch, every or default_every(len(stretch.batches)), meter)
+        tape = record(stretch, every or default_every(len(stretch.batches)), meter, below is not None)
+        value = sum(tape.values, stretch.transition.params[0].new_zeros(()))
+        if below is not None and not float(value) <= below:
+            nothing = {name: torch.full_like(g, math.nan) for name, g in stretch.directions.zeros().items()}
+            return Result(value, nothing, meter.stats(len(stretch.batches)))
         return adjoint(stretch, tape, meter)
 
 
-def record(stretch: Stretch, every: int, meter: Meter) -> Tape:
-    """Train through the stretch on the user's model, in place, and keep what a replay needs."""
+def record(stretch: Stretch, every: int, meter: Meter, watch: bool = False) -> Tape:
+    """Train through the stretch on the user's model, in place, and keep what a replay needs. `watch`: and the objective."""
+    watched = stretch.val_steps if watch else ()
     tape, state = Tape(every), stretch.transition.read()
     for t in range(len(stretch.batches)):
+        if t in watched:
+            tape.values.append(stretch.validate(t, state).value)
         if t % every == 0:
             tape.snapshots.append(Snapshot(state, stretch.problem.read_buffers()))
         tape.rng.append(stretch.problem.rng())
         state, loss = train(stretch, state, t, meter)
         tape.losses.append(loss)
     tape.snapshots.append(Snapshot(state, stretch.problem.read_buffers()))
+    if len(stretch.batches) in watched:
+        tape.values.append(stretch.validate(len(stretch.batches), state).value)
     return tape
 
 
@@ -116,7 +131,7 @@ def adjoint(stretch: Stretch, tape: Tape, meter: Meter) -> Result:
     total = Total(stretch)
     restore(stretch, tape.snapshots[-1])
     lam = Tangent.zeros(tape.snapshots[-1].state)
-    lam = total.validate(len(stretch.batches), lam)
+    lam = total.validate(len(stretch.batches), lam, tape.snapshots[-1].state)
     for segment in reversed(range(len(tape.snapshots) - 1)):
         states = replay(stretch, tape, segment, meter)
         while states:
@@ -127,9 +142,9 @@ def adjoint(stretch: Stretch, tape: Tape, meter: Meter) -> Result:
             meter.norm(lam.theta)
             if t in stretch.val_steps:
                 restore(stretch, at)
-                lam = total.validate(t, lam)
+                lam = total.validate(t, lam, at.state)
         tape.snapshots[segment + 1 :] = []
-    return Result(total.value, total.gradients, meter.stats(len(stretch.batches)))
+    return Result(total.value, total.gradients, meter.stats(len(stretch.batches)), stretch.initial(lam))
 
 
 def pull(
@@ -155,12 +170,13 @@ def pull_through(
 ) -> Tangent:
     """The same through a gradient stage in hand. `retain`: keep its graph for one more."""
     transition, g, stats = stretch.transition, stretch.gradient(lin), lam.stats
+    fine = stretch.directions.fine.shares(state, g, lin.active, stretch.values[t], lam)
     lam, lam_g, lam_h, lam_clip = transition.vjp(state, g, lin.active, stretch.values[t], lam)
     extra = None if stats is None or lin.decay is None else [None] * len(stretch.problem.hypers) + [stats]
     rows = lin.product(transition.split(lam_g), extra, into_extra=True, retain=retain)
     meter.products += 1
     n = len(transition.params)
-    total.add(t, lam_h, lam_clip, rows[n:])
+    total.add(t, lam_h, lam_clip, rows[n:], fine)
     stats = stats if stats is None or lin.decay is None else stats * lin.decay  # b' = d ∘ b + S(θ)
     return Tangent(lam.theta + transition.flatten(rows[:n]), lam.slots, stats)
 
@@ -173,28 +189,37 @@ class Total:
         self.value = stretch.transition.params[0].new_zeros(()).detach()
         self.gradients = stretch.directions.zeros()
 
-    def validate(self, t: int, lam: Tangent) -> Tangent:
+    def validate(self, t: int, lam: Tangent, state: State) -> Tangent:
         if t not in self.stretch.val_steps:
             return lam
-        share, stats = self.stretch.validate(t), lam.stats
+        share = self.stretch.validate(t, state)
         self.value = self.value + share.value
         self.stretch.add_direct(self.gradients, share.direct)
-        if share.stats is not None:
-            stats = share.stats if stats is None else stats + share.stats
-        return Tangent(lam.theta + share.theta, lam.slots, stats)
+        return share.added_to(lam)
 
-    def add(self, t: int, lam_h: list[Tensors], lam_clip: Tensor | None, of_hypers: list[Any]) -> None:
+    def add(
+        self, t: int, lam_h: list[Tensors], lam_clip: Tensor | None, of_hypers: list[Any], fine: Tensors | None = None
+    ) -> None:
+        """Step t's share. `fine`: of the numbers that are differentiated per parameter or element, by the rule's name."""
+        directions, fine = self.stretch.directions, fine or {}
+        scheduled = directions.schedules.pull(t, lambda name: self._shares(name, lam_h, lam_clip))
+        in_loss = dict(zip(self.stretch.problem.hypers, of_hypers, strict=False))
         for name, array in self.gradients.items():
-            target = array if self.stretch.directions.steps is None else array[t]
+            target = array if directions.steps is None else array[t]
             if name in self.stretch.problem.hypers:
-                g = of_hypers[list(self.stretch.problem.hypers).index(name)]
-                if g is not None:
-                    target += g
-            elif name in CLIPS:
-                target += 0 if lam_clip is None else lam_clip
+                for g in (in_loss[name], scheduled.get(name)):
+                    target += 0 if g is None else g
+            elif name in directions.fine.per:
+                if fine:
+                    target += torch.stack([fine[part] for part in parts(name)], -1).view(target.shape)
             else:
-                for group, lam in enumerate(lam_h):
-                    shares = [lam.get(part, 0) for part in parts(name)]
-                    target[group] += torch.stack([torch.as_tensor(x).to(target) for x in shares]).view(
-                        target[group].shape
-                    )
+                target += self._shares(name, lam_h, lam_clip).view(target.shape)
+
+    def _shares(self, name: str, lam_h: list[Tensors], lam_clip: Tensor | None) -> Tensor:
+        """The derivative in a name: [n_groups], [n_groups, 2] of betas, [] of what belongs to no group."""
+        if name in CLIPS:
+            return self.value.new_zeros(()) if lam_clip is None else lam_clip
+        if name in self.stretch.directions.ungrouped:  # the average's decay
+            return torch.as_tensor(lam_h[0].get(name, 0)).to(self.value)
+        rows = [[torch.as_tensor(lam.get(part, 0)).to(self.value) for part in parts(name)] for lam in lam_h]
+        return torch.stack([torch.stack(row) for row in rows]).squeeze(-1)
