@@ -4,7 +4,8 @@
 
 Every one of 144 points is scored by 5-fold cross-validated accuracy on the training part, once inside `GridSearchCV` and once as
 an objective of `hypergrad.search.optimize(strategy="grid")`; the forest's random state and the split are fixed. Of equal scores
-the first in ParameterGrid's order wins, in both. The winner is then fitted on the whole training part and scored on the test part.
+the first in ParameterGrid's order wins, in both. The winner is then fitted on the whole training part
+and scored on the test part.
 """
 
 from __future__ import annotations
@@ -77,7 +78,10 @@ def compare(iris: Iris, grid: dict[str, list[Any]]) -> list[Row]:
     theirs, ours = iris.scikit_learn(grid), iris.hypergrad(grid)
     verified = ours.verify(iris.test_error)
     winners = {"scikit-learn": theirs.best_params_, "hypergrad.search": ours.best_params}
-    scores = {"scikit-learn": theirs.cv_results_["mean_test_score"], "hypergrad.search": [-x.value for x in ours.trials if x.value]}
+    scores = {
+        "scikit-learn": theirs.cv_results_["mean_test_score"],
+        "hypergrad.search": [-each.value for each in ours.trials if each.value is not None],
+    }
     tests = {
         "scikit-learn": float(theirs.best_estimator_.score(iris.x_test, iris.y_test)),
         "hypergrad.search": -verified.test[0],

@@ -22,10 +22,10 @@ from hypergrad.search.convert.optuna import suggest
 from hypergrad.search.entries import Categorical, Float, Int
 from hypergrad.search.loop import optimize
 from hypergrad.search.objective import Pruned, Trial
+from hypergrad.search.ranges import suggest_space
 from hypergrad.search.space import Space
 from hypergrad.search.strategies import STRATEGIES
 from hypergrad.search.study import NoTrialCompleted, Study, Verification
-from hypergrad.search.ranges import suggest_space
 
 __all__ = [
     "STRATEGIES",

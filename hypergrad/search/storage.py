@@ -106,7 +106,9 @@ def quiet() -> Iterator[None]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-            warnings.filterwarnings("ignore", "Clip non-finite values")  # of the Gaussian process, for losses of infinity
+            warnings.filterwarnings(
+                "ignore", "Clip non-finite values"
+            )  # of the Gaussian process, for losses of infinity
             yield
     finally:
         optuna.logging.set_verbosity(before)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -11,9 +10,11 @@ import torch
 from torch import Tensor
 
 from hypergrad.exact import as_optimizers
-from hypergrad.problem import takes_step
+from hypergrad.modes.scheduled import Schedules
+from hypergrad.problem import takes_hypers, takes_step
 from hypergrad.run_evaluations import Run
 from hypergrad.search.objective import Pruned, Trial
+from hypergrad.updates.transition import Transition
 
 LOOKS = 10  # validation losses that a run reports to a pruner on its way
 
@@ -30,7 +31,9 @@ def train(run: Run, trial: Trial) -> float:
     items, opts = list(run.batches), as_optimizers(run.optimizer)
     if not items:
         raise ValueError("the objective gave a run without batches: give one batch a step.")
-    extra = loss_hypers(run.loss, trial.params)
+    hypers = hypers_of(run, trial.params)
+    schedules, transition = schedules_of(run, hypers)
+    columns = schedules.evaluate(len(items), transition) if run.schedules else []
     when = tuple(run.val_steps or (len(items),))
     looks = {math.ceil(len(items) * i / LOOKS): i for i in range(1, LOOKS)}
     looks.pop(len(items), None)
@@ -45,7 +48,10 @@ def train(run: Run, trial: Trial) -> float:
         if t < len(items):
             for opt in opts:
                 opt.zero_grad()
-            run.loss(run.model, items[t], *extra).backward()
+            for name in run.schedules or ():
+                for group, value in zip(transition.groups, columns[t][name]):
+                    group |= {} if value is None else {name: value}
+            loss_of(run, items[t], hypers).backward()
             for opt in opts:
                 opt.step()
             trial.count(1)
@@ -57,9 +63,17 @@ def validation(val_loss: Callable[..., Tensor], t: int) -> float:
         return float(val_loss(t) if takes_step(val_loss) else val_loss())
 
 
-def loss_hypers(loss: Callable[..., Any], params: Mapping[str, Any]) -> tuple[dict[str, Tensor], ...]:
-    """The third argument of a loss that takes one: every number among the values, as tensors."""
-    takes = [p for p in inspect.signature(loss).parameters.values() if p.kind is not p.KEYWORD_ONLY]
-    if len(takes) <= 2 and not any(p.kind is p.VAR_POSITIONAL for p in takes):
-        return ()
-    return ({n: torch.tensor(float(x)) for n, x in params.items() if isinstance(x, float)},)
+def hypers_of(run: Run, params: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Every float among the values as a tensor, for a loss and schedules that read them; none where neither does."""
+    if not (takes_hypers(run.loss) or run.schedules):
+        return {}
+    return {n: torch.tensor(x, dtype=torch.float64) for n, x in params.items() if isinstance(x, float)}
+
+
+def loss_of(run: Run, batch: Any, hypers: dict[str, Tensor]) -> Tensor:
+    return run.loss(run.model, batch, hypers) if hypers and takes_hypers(run.loss) else run.loss(run.model, batch)
+
+
+def schedules_of(run: Run, hypers: dict[str, Tensor]) -> tuple[Schedules, Transition]:
+    transition = Transition(as_optimizers(run.optimizer), frozenset(run.schedules or ()))
+    return Schedules(run.schedules or {}, hypers, transition.values()), transition

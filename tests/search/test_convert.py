@@ -103,7 +103,9 @@ def test_sklearn_grid_there_and_back() -> None:
 
 def test_a_conditional_grid_has_every_point_once() -> None:
     selection = pytest.importorskip("sklearn.model_selection")
-    space = Space({"a": [1, 2, 3], "b": Categorical([5, 6], when={"a": (1, 3)}), "c": Categorical([7, 8], when={"b": 5})})
+    space = Space(
+        {"a": [1, 2, 3], "b": Categorical([5, 6], when={"a": (1, 3)}), "c": Categorical([7, 8], when={"b": 5})}
+    )
     points = list(selection.ParameterGrid(to_param_grid(space)))
     assert len(points) == 7  # a = 2; a in {1, 3}: b = 5 with two c, b = 6
     assert all(space.check(point) for point in points)
@@ -145,7 +147,9 @@ def test_hyperopt_conditions_are_choices_between_dicts() -> None:
 def test_hyperopts_own_expressions_are_read() -> None:
     from hyperopt import hp
 
-    space = from_hyperopt({"x": hp.quniform("x", 2, 10, 2), "n": hp.uniformint("n", 1, 5), "k": hp.randint("k", 4), "c": 7})
+    space = from_hyperopt(
+        {"x": hp.quniform("x", 2, 10, 2), "n": hp.uniformint("n", 1, 5), "k": hp.randint("k", 4), "c": 7}
+    )
     assert dict(space) == {
         "x": Int(2, 10, step=2),
         "n": Int(1, 5),

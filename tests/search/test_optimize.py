@@ -117,6 +117,18 @@ def test_what_the_loss_reads_is_differentiated_and_what_it_does_not_is_left() ->
         quiet(ridge, space | {"dropout": Float(0.0, 0.5, differentiable=True)}, "hypergradient", 1)
 
 
+def test_what_a_schedule_reads_is_differentiated_and_trained_with() -> None:
+    def decaying(p: dict[str, Any], trial: Trial) -> Run:
+        return quadratic({"lr": 0.1}, trial)._replace(schedules={"lr": lambda t, h: h["peak"] * (1 - t / 5)})
+
+    space = {"peak": Float(1e-2, 2.0, "log", start=0.1)}
+    study = quiet(decaying, space, "hypergradient", 1)
+    assert set(study.best_trial.notes["learned"]) == {"peak"} and study.best_value < 0.01
+    trained = quiet(decaying, {"peak": Categorical([0.5, 0.25])}, "grid")
+    factors = [math.prod(1 - peak * (1 - t / 5) for t in range(5)) for peak in (0.5, 0.25)]
+    assert [each.value for each in trained.trials] == pytest.approx([2 * factor**2 for factor in factors])
+
+
 def test_param_groups_that_hold_a_multiple_are_followed_and_others_are_refused() -> None:
     def layers(p: dict[str, Any], trial: Trial, fixed: bool = False) -> Run:
         run = quadratic(p, trial)
@@ -191,7 +203,9 @@ def test_processes_and_threads_do_all_trials_once(tmp_path: Path) -> None:
     alone = quiet(bowl, SPACE, "random", 12)
     for workers, storage in (("processes", tmp_path / "s.journal"), ("threads", None), ("processes", None)):
         study = quiet(bowl, SPACE, "random", 12, n_jobs=2, workers=workers, storage=storage)
-        assert [(x.number, x.params, x.value) for x in study.trials] == [(x.number, x.params, x.value) for x in alone.trials]
+        assert [(x.number, x.params, x.value) for x in study.trials] == [
+            (x.number, x.params, x.value) for x in alone.trials
+        ]
     halving = quiet(reporting_bowl, SPACE, "asha", 12, n_jobs=2)  # processes report and are pruned through the storage
     assert {each.state for each in halving.trials} == {"complete", "pruned"}
 
@@ -220,7 +234,9 @@ def test_nan_is_a_failure_and_infinity_the_worst_value() -> None:
 @pytest.mark.parametrize("strategy", ["tpe", "gp", "cma"])
 def test_samplers_bear_infinity(strategy: str) -> None:
     needs(strategy)
-    study = quiet(lambda p: math.inf if p["x"] > 0.5 else p["x"] + p["y"], {"x": Float(0, 1), "y": Float(0, 1)}, strategy, 25)
+    study = quiet(
+        lambda p: math.inf if p["x"] > 0.5 else p["x"] + p["y"], {"x": Float(0, 1), "y": Float(0, 1)}, strategy, 25
+    )
     assert study.best_value < 0.6
 
 
@@ -251,7 +267,13 @@ def counts(p: dict[str, Any], trial: Trial) -> float:
 
 @pytest.mark.parametrize(
     ("budget", "trials"),
-    [(3, 3), ({"trials": 3}, 3), ({"epochs": 10}, 3), ({"gradient_evaluations": 81}, 3), (Budget(trials=9, epochs=8), 2)],
+    [
+        (3, 3),
+        ({"trials": 3}, 3),
+        ({"epochs": 10}, 3),
+        ({"gradient_evaluations": 81}, 3),
+        (Budget(trials=9, epochs=8), 2),
+    ],
 )
 def test_a_budget_ends_the_study(budget: Any, trials: int) -> None:
     study = quiet(counts, SPACE, "random", budget)

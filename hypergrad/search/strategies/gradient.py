@@ -30,7 +30,7 @@ from hypergrad.search.space import Space, Values
 from hypergrad.search.strategies.base import Strategy
 from hypergrad.search.strategies.grid import Random
 from hypergrad.search.strategies.samplers import CMA, GP, TPE
-from hypergrad.search.training import is_run, loss_hypers, train
+from hypergrad.search.training import hypers_of, is_run, loss_of, schedules_of, train
 from hypergrad.updates.rule import PARTS
 from hypergrad.updates.transition import Transition
 
@@ -135,7 +135,6 @@ class Descent(Strategy):
 
     def _slope(self, run: Run, trial: Trial, values: Values, moved: Mapping[str, Moved]) -> tuple[float, list[float]]:
         """Validation loss and dL/du of the run."""
-        extra = loss_hypers(run.loss, values)
         result = hypergradient(
             run.model,
             run.optimizer,
@@ -144,8 +143,9 @@ class Descent(Strategy):
             run.val_loss,
             wrt=tuple(dict.fromkeys(each.name for each in moved.values())),
             mode=self.mode,
-            hypers=extra[0] if extra else None,
+            hypers=hypers_of(run, values) or None,
             val_steps=run.val_steps,
+            schedules=run.schedules,
         )
         trial.count(result.stats["gradient_evaluations"] + COST_OF_PRODUCT * result.stats["hessian_products"])
         slopes = []
@@ -198,14 +198,15 @@ def _columns(run: Run) -> dict[str, list[Any]]:
 
 
 def moves(run: Run, space: Space, values: Values) -> dict[str, Moved]:
-    """The entries that a hypergradient of this run moves: names of its param groups, beta1 and beta2, and what its loss reads.
+    """The entries that a hypergradient of this run moves: names of its param groups, beta1 and beta2, and what its loss or its
+    schedules read.
 
     Raises:
         ValueError: an entry that says differentiable=True and is none of these.
     """
-    columns, found = _columns(run), {}
+    columns, found = {n: c for n, c in _columns(run).items() if n not in (run.schedules or ())}, {}
     candidates = [name for name in space.active(values) if _may_move(space[name])]
-    read = _read_by_the_loss(
+    read = _read_by_the_run(
         run, values, [name for name in candidates if _PART_OF.get(name, (name,))[0] not in columns]
     )
     for name in candidates:
@@ -227,16 +228,19 @@ def _ratio(x: float, value: float) -> float:
     return x / value if value else float(x == 0)
 
 
-def _read_by_the_loss(run: Run, values: Values, names: list[str]) -> set[str]:
-    """Those that the training loss depends on, through its third argument."""
-    extra = loss_hypers(run.loss, values)
-    if not extra or not names:
+def _read_by_the_run(run: Run, values: Values, names: list[str]) -> set[str]:
+    """Those that the training loss depends on, through its third argument, or a schedule at its first, middle or last step."""
+    hypers = hypers_of(run, values)
+    if not hypers or not names:
         return set()
-    batch = next(iter(run.batches))
-    leaves = {name: x.clone().requires_grad_(name in names) for name, x in extra[0].items()}
+    items = list(run.batches)
+    leaves = {name: x.clone().requires_grad_(name in names) for name, x in hypers.items()}
+    schedules, _ = schedules_of(run, leaves)
     with as_found(run.model, as_optimizers(run.optimizer)):
-        loss = run.loss(run.model, batch, leaves)
-        grads = torch.autograd.grad(loss, [leaves[name] for name in names], allow_unused=True)
+        outputs = [loss_of(run, items[0], leaves)]
+        outputs += [schedules.at(n, t).sum() for n in run.schedules or () for t in (0, len(items) // 2, len(items) - 1)]
+        total = torch.stack([x.double() for x in outputs]).sum()
+        grads = torch.autograd.grad(total, [leaves[name] for name in names], allow_unused=True)
     return {name for name, g in zip(names, grads) if g is not None}
 
 
