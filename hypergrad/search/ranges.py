@@ -31,7 +31,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -161,19 +161,39 @@ def _look(
 
 
 def _direction(params: list[Tensor], optimizers: list[torch.optim.Optimizer]) -> tuple[list[Tensor], float]:
-    """d = −dθ/dη at the present gradients, and how much longer it is once they have been the same for long."""
+    """d = −dθ/dη at the present gradients, and how much longer it is once they have been the same for long.
+
+    d is read off a step about as long as θ: the difference of weights that hardly move is rounding.
+    """
+    norm = _dot(params, params) ** 0.5
+    first = next(_steps(params, optimizers, 1.0))
+    length = _dot(first, first) ** 0.5
+    lr = max(float(group["lr"]) for opt in optimizers for group in opt.param_groups)
+    larger = norm / (lr * length) if norm > 0 and 0 < length < math.inf else 1.0
+    lengths: list[float] = []
+    for d in itertools.islice(_steps(params, optimizers, larger), LONGEST):
+        first = d if not lengths else first
+        lengths.append(_dot(d, d) ** 0.5)
+        if len(lengths) > 1 and not abs(lengths[-1] - lengths[-2]) > SETTLED * lengths[-1]:
+            break
+    return first, lengths[-1] / lengths[0] if lengths[0] > 0 else 1.0
+
+
+def _steps(params: list[Tensor], optimizers: list[torch.optim.Optimizer], larger: float) -> Iterator[list[Tensor]]:
+    """d of one step after the other from the same weights and gradients, without decay and momentum.
+
+    Args:
+        larger: a factor on every lr.
+    """
     twins = [twin(opt) for opt in optimizers]
     groups = [group for opt in twins for group in opt.param_groups]
+    still = {"weight_decay": 0.0, "momentum": 0.0, "dampening": 0.0, "nesterov": False}
+    for group in groups:
+        group |= {name: x for name, x in still.items() if name in group} | {"lr": larger * group["lr"]}
     scale = max(float(group["lr"]) for group in groups)
     if not scale > 0:
         raise ValueError("lr is 0 in every param group: set it to any positive number, it is only a unit here.")
-    for group in groups:
-        group |= {name: 0.0 for name in ("weight_decay", "momentum") if name in group} | {
-            "nesterov": False,
-            "dampening": 0.0,
-        }
-
-    def step() -> list[Tensor]:
+    while True:
         before = [p.detach().clone() for p in params]
         for opt in twins:
             opt.step()
@@ -181,14 +201,7 @@ def _direction(params: list[Tensor], optimizers: list[torch.optim.Optimizer]) ->
         with torch.no_grad():
             for p, old in zip(params, before):
                 p.copy_(old)
-        return d
-
-    first = step()
-    lengths = [_dot(first, first) ** 0.5]
-    while len(lengths) < 2 or (abs(lengths[-1] - lengths[-2]) > SETTLED * lengths[-1] and len(lengths) < LONGEST):
-        d = step()
-        lengths.append(_dot(d, d) ** 0.5)
-    return first, lengths[-1] / lengths[0] if lengths[0] > 0 else 1.0
+        yield d
 
 
 def _dot(xs: Iterable[Tensor | None], ys: Iterable[Tensor | None]) -> float:

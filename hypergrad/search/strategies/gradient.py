@@ -206,9 +206,7 @@ def moves(run: Run, space: Space, values: Values) -> dict[str, Moved]:
     """
     columns, found = {n: c for n, c in _columns(run).items() if n not in (run.schedules or ())}, {}
     candidates = [name for name in space.active(values) if _may_move(space[name])]
-    read = _read_by_the_run(
-        run, values, [name for name in candidates if _PART_OF.get(name, (name,))[0] not in columns]
-    )
+    read = _read_by_the_run(run, values, [name for name in candidates if _PART_OF.get(name, (name,))[0] not in columns])
     for name in candidates:
         group_name, part = _PART_OF.get(name, (name, None))
         if group_name in columns:
