@@ -1,6 +1,6 @@
 """Hyperparameters of a PyTorch training loop, tuned by gradient descent while the model trains."""
 
-from hypergrad import shapes, solvers
+from hypergrad import search, shapes, solvers
 from hypergrad.checks import Report, check
 from hypergrad.exact import hypergradient
 from hypergrad.hyperparameters import Hyperparameter
@@ -19,6 +19,7 @@ __all__ = [
     "Tuner",
     "check",
     "hypergradient",
+    "search",
     "shapes",
     "solvers",
     "tune_run",

@@ -1,0 +1,55 @@
+"""Search for hyperparameters: grid, random, Bayesian, Hyperband and hypergradient behind one call.
+
+study = hypergrad.search.optimize(objective, space, strategy="tpe", budget={"trials": 64})
+study.best_params, study.best_value
+print(study.verify(test_objective))
+"""
+
+from hypergrad.run_evaluations import Run
+from hypergrad.search.budget import Budget
+from hypergrad.search.convert import (
+    from_hyperopt,
+    from_optuna,
+    from_ray,
+    from_sklearn,
+    to_hyperopt,
+    to_optuna,
+    to_param_distributions,
+    to_param_grid,
+    to_ray,
+)
+from hypergrad.search.convert.optuna import suggest
+from hypergrad.search.entries import Categorical, Float, Int
+from hypergrad.search.loop import optimize
+from hypergrad.search.objective import Pruned, Trial
+from hypergrad.search.ranges import suggest_space
+from hypergrad.search.space import Space
+from hypergrad.search.strategies import STRATEGIES
+from hypergrad.search.study import NoTrialCompleted, Study, Verification
+
+__all__ = [
+    "STRATEGIES",
+    "Budget",
+    "Categorical",
+    "Float",
+    "Int",
+    "NoTrialCompleted",
+    "Pruned",
+    "Run",
+    "Space",
+    "Study",
+    "Trial",
+    "Verification",
+    "from_hyperopt",
+    "from_optuna",
+    "from_ray",
+    "from_sklearn",
+    "optimize",
+    "suggest",
+    "suggest_space",
+    "to_hyperopt",
+    "to_optuna",
+    "to_param_distributions",
+    "to_param_grid",
+    "to_ray",
+]

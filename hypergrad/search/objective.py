@@ -1,0 +1,256 @@
+"""What is minimised: an objective, and the trial it may speak to.
+
+An objective is a function `f(params)`, or `f(params, trial)` where it has something to say while it runs. It returns the
+validation loss, or the training run that leads to it, a `Run`. A run can be trained with the values it was built with, which is
+all that samplers need; and it can be differentiated, which is what strategies "hypergradient" and "hybrid" need.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import json
+import math
+import random
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from numbers import Real
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hypergrad.search.budget import Budget, Cost
+
+Objective = Callable[..., Any]
+
+
+class Pruned(Exception):
+    """Raised by an objective that ends early because `trial.should_prune()` says so."""
+
+
+class Trial:
+    """What an objective with a second argument is given.
+
+    Attributes:
+        number: of the trial, from 0.
+        params: the values it is to try, a dict.
+        seed: a number of its own, the same in every run of the same study. The global generators of random, numpy and torch are
+            seeded with it while the trial runs (where trials do not run in threads).
+    """
+
+    def __init__(self, number: int, params: dict[str, Any], seed: int, asked: Any = None, left: Left | None = None):
+        self.number, self.params, self.seed = number, dict(params), seed
+        self.notes: dict[str, Any] = {}
+        self.curve: list[tuple[int, float]] = []
+        self.asked, self._left = asked, left or Left()
+        self._epochs = self._gradients = 0.0
+        self.began = time.perf_counter()
+
+    def report(self, value: Any, step: int | None = None) -> None:
+        """Say how well training goes.
+
+        Args:
+            value: the validation loss so far.
+            step: epochs done so far, from 1; None: one more than at the last report. This is what a budget in epochs counts and
+                what Hyperband and ASHA call a resource.
+        """
+        step = (self.curve[-1][0] if self.curve else 0) + 1 if step is None else int(step)
+        if step < 1 or (self.curve and step <= self.curve[-1][0]):
+            raise ValueError(
+                f"trial.report: steps count up from 1, got {step} after {[s for s, _ in self.curve[-1:]]}."
+            )
+        self.look(value, step)
+        self._epochs = float(step)
+
+    def look(self, value: Any, step: int) -> None:
+        """As `report`, but nothing that a budget counts."""
+        number = as_number(value, "trial.report was given")
+        self.curve.append((step, number))
+        if (
+            self.asked is not None
+            and step not in self.asked.storage.get_trial(self.asked._trial_id).intermediate_values
+        ):
+            self.asked.report(number, step)  # a trial that was interrupted has some already
+
+    def should_prune(self) -> bool:
+        """Whether the strategy gives this trial up: raise `Pruned()` then."""
+        return self.asked is not None and bool(self.curve) and self.asked.should_prune()
+
+    def count(self, gradient_evaluations: float) -> None:
+        """Add to what a budget in gradient evaluations counts."""
+        self._gradients += gradient_evaluations
+
+    def note(self, name: str, value: Any) -> None:
+        """Keep something beside the result: a column of the study's table. A number, a string, or lists and dicts of them."""
+        try:
+            json.dumps(value)
+        except TypeError:
+            raise TypeError(
+                f"trial.note({name!r}, …) keeps numbers, strings, lists and dicts, got {type(value).__name__}."
+            ) from None
+        self.notes[name] = value
+
+    @property
+    def exhausted(self) -> bool:
+        """Whether the study's budget (not counting trials) has run out while this trial runs."""
+        return self._left.reached(self.cost)
+
+    @property
+    def cost(self) -> Cost:
+        return Cost(1, self._epochs, self._gradients, time.perf_counter() - self.began)
+
+
+@dataclass(frozen=True)
+class Left:
+    """What was left of a budget when a trial began."""
+
+    budget: Budget | None = None
+    spent: Cost = field(default_factory=Cost)
+
+    def reached(self, cost: Cost) -> bool:
+        limits = {} if self.budget is None else {u: x for u, x in self.budget.limits.items() if u != "trials"}
+        return any(getattr(self.spent, unit) + getattr(cost, unit) >= limit for unit, limit in limits.items())
+
+
+@dataclass
+class Outcome:
+    """How a trial ended: state "complete", "pruned" or "failed"."""
+
+    state: str
+    value: float | None
+    cost: Cost
+    notes: dict[str, Any]
+    curve: list[tuple[int, float]]
+    error: str | None = None  # the traceback of one that failed
+
+
+def evaluate(run: Callable[[Trial], float], trial: Trial, isolated: bool = True) -> Outcome:
+    """Run a trial to its end, whatever that is; Ctrl-C and what is wrong with the objective itself go through.
+
+    Args:
+        run: gives the validation loss.
+        isolated: seed the global generators for the trial's time, and put them back.
+    """
+    state, value, error = "complete", None, None
+    trial.began = time.perf_counter()
+    with seeded(trial.seed) if isolated else _nothing():
+        try:
+            value = as_number(run(trial), "the objective returned")
+        except WrongType:
+            raise
+        except Pruned:
+            state = "pruned"
+        except Exception as raised:
+            state = "pruned" if type(raised).__name__ == "TrialPruned" else "failed"
+            error = None if state == "pruned" else traceback.format_exc()
+    if value is not None and (math.isnan(value) or value == -math.inf):
+        state, error, value = "failed", f"ValueError: the objective returned {value}.", None
+    return Outcome(state, value, trial.cost, trial.notes, trial.curve, error)
+
+
+class WrongType(TypeError):
+    """The objective is not one: this ends the study, at its first trial."""
+
+
+def as_number(value: Any, who: str) -> float:
+    """A loss as a float.
+
+    Raises:
+        WrongType: None, a tensor that needs grad, several numbers, or no number at all.
+
+    Example:
+        >>> as_number(torch.tensor(0.5), "f returned")
+        0.5
+        >>> as_number(None, "f returned")
+        Traceback (most recent call last):
+        hypergrad.search.objective.WrongType: f returned None: return the validation loss, a float.
+    """
+    if value is None:
+        raise WrongType(f"{who} None: return the validation loss, a float.")
+    if isinstance(value, Tensor):
+        if value.requires_grad:
+            raise WrongType(
+                f"{who} a tensor that needs grad: compute it under torch.no_grad(), and return loss.item()."
+            )
+        if value.numel() != 1:
+            raise WrongType(f"{who} a tensor of shape {tuple(value.shape)}: return one number.")
+        return float(value)
+    if isinstance(value, np.ndarray) and value.size == 1:
+        value = value.item()
+    if isinstance(value, (bool, np.bool_)) or not isinstance(value, Real):
+        raise WrongType(f"{who} {value!r} ({type(value).__name__}): return the validation loss, a float.")
+    return float(value)
+
+
+def takes_trial(objective: Objective) -> bool:
+    """Whether an objective has a second argument, or one called `trial`.
+
+    Raises:
+        TypeError: it is no function, or one that cannot be called with one or two arguments.
+    """
+    if not callable(objective):
+        raise TypeError(f"objective must be a function of a dict of values, got {type(objective).__name__}.")
+    try:
+        parameters = list(inspect.signature(objective).parameters.values())
+    except (TypeError, ValueError):
+        return False
+    free = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    positional = [p for p in parameters if p.kind in free]
+    required = [p for p in positional if p.default is inspect.Parameter.empty]
+    variadic = any(p.kind is inspect.Parameter.VAR_POSITIONAL for p in parameters)
+    if len(required) > 2 or not (positional or variadic):
+        raise TypeError(
+            f"objective must take f(params) or f(params, trial); {name_of(objective)} takes {len(required)}."
+        )
+    return len(required) == 2 or (len(positional) > 1 and positional[1].name == "trial")
+
+
+def call(objective: Objective, trial: Trial) -> Any:
+    """What an objective returns for a trial's values."""
+    params = dict(trial.params)
+    return objective(params, trial) if takes_trial(objective) else objective(params)
+
+
+def name_of(objective: Objective) -> str:
+    """The name that a stored study knows its objective by."""
+    while isinstance(objective, functools.partial):
+        objective = objective.func
+    return getattr(objective, "__qualname__", type(objective).__qualname__)
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Seed the global generators of random, numpy and torch, and put them back as they were."""
+    python, numpy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() and torch.cuda.is_initialized() else None
+    random.seed(seed)
+    np.random.seed(seed)  # noqa: NPY002
+    torch.manual_seed(seed)
+    try:
+        yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)  # noqa: NPY002
+        torch.set_rng_state(cpu)
+        if cuda is not None:
+            torch.cuda.set_rng_state_all(cuda)
+
+
+@contextmanager
+def _nothing() -> Iterator[None]:
+    yield
+
+
+def seed_of(study: int, number: int) -> int:
+    """The seed of a trial, from that of the study.
+
+    Example:
+        >>> seed_of(0, 0) == seed_of(0, 0), seed_of(0, 0) == seed_of(0, 1), seed_of(0, 1) < 2**31
+        (True, False, True)
+    """
+    return int(np.random.SeedSequence([study, number]).generate_state(1)[0] >> 1)

@@ -1,0 +1,114 @@
+"""Where a study is kept: an Optuna storage, by default a journal file, which one call of `optimize` at a time may write to."""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from hypergrad.search.extras import need
+
+NAME = "hypergrad.search"  # of the study in its storage
+IDENTITY = "hypergrad.search"  # the user attribute that says which study it is
+
+
+def open_storage(storage: Any) -> Any:
+    """Optuna's storage from a path, a URL, or itself; None: in memory.
+
+    Raises:
+        ValueError: a file that is no journal.
+    """
+    optuna = need("optuna", "a search")
+    if storage is None:
+        return optuna.storages.InMemoryStorage()
+    if isinstance(storage, optuna.storages.BaseStorage):
+        return storage
+    if isinstance(storage, str) and "://" in storage:
+        return optuna.storages.get_storage(storage)
+    if not isinstance(storage, (str, os.PathLike)):
+        raise TypeError(f"storage must be a path, a URL or a storage of Optuna, got {type(storage).__name__}.")
+    path = Path(storage)
+    if path.is_dir():
+        raise ValueError(f"storage {path} is a folder: name a file in it, such as {path / 'study.journal'}.")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    backend = optuna.storages.journal.JournalFileBackend(str(path))
+    try:
+        return optuna.storages.JournalStorage(backend)
+    except Exception as error:
+        raise ValueError(f"storage {path} is a file, but no journal of a study: choose another name.") from error
+
+
+def open_study(storage: Any, identity: dict[str, Any], pruner: Any) -> Any:
+    """The study in a storage, begun where there is none.
+
+    Raises:
+        ValueError: it is another study; the message says what differs.
+    """
+    optuna = need("optuna", "a search")
+    names = optuna.get_all_study_names(storage)
+    if names and NAME not in names:
+        raise ValueError(
+            f"the storage holds another study, {names[0]!r}, which is not of hypergrad.search: choose another storage."
+        )
+    study = optuna.create_study(
+        study_name=NAME,
+        storage=storage,
+        pruner=pruner,
+        sampler=optuna.samplers.RandomSampler(seed=0),
+        load_if_exists=True,
+    )
+    known = study.user_attrs.get(IDENTITY)
+    if known is None:
+        study.set_user_attr(IDENTITY, identity)
+        return study
+    differs = [key for key in identity if known.get(key) != identity[key]]
+    if differs:
+        key = differs[0]
+        raise ValueError(
+            f"the storage holds another study: its {key} is {known.get(key)!r}, not {identity[key]!r}. Choose another storage, "
+            "or call optimize as before to go on with it."
+        )
+    return study
+
+
+@contextmanager
+def alone(storage: Any) -> Iterator[None]:
+    """Hold a journal file for one call of `optimize`; what is not a file needs no holding."""
+    if storage is None or not isinstance(storage, (str, os.PathLike)) or "://" in str(storage):
+        yield
+        return
+    filelock = need("filelock", "a storage in a file")
+    lock = filelock.FileLock(f"{storage}.in_use")
+    try:
+        lock.acquire(timeout=0)
+    except filelock.Timeout:
+        raise ValueError(
+            f"storage {storage} is in use by another call of optimize: wait for it, or choose another."
+        ) from None
+    try:
+        yield
+    finally:
+        lock.release()
+        with suppress(OSError):
+            Path(lock.lock_file).unlink()
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Optuna without its messages on stderr and without its warnings of what is experimental, as long as this lasts."""
+    optuna = need("optuna", "a search")
+    before = optuna.logging.get_verbosity()
+    optuna.logging.set_verbosity(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            warnings.filterwarnings(
+                "ignore", "Clip non-finite values"
+            )  # of the Gaussian process, for losses of infinity
+            yield
+    finally:
+        optuna.logging.set_verbosity(before)

@@ -1,0 +1,42 @@
+"""The strategies by name. To add one is to add a row."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from hypergrad.search.space import Space
+from hypergrad.search.strategies.base import Strategy
+from hypergrad.search.strategies.gradient import Hybrid, Hypergradient
+from hypergrad.search.strategies.grid import Grid, Random
+from hypergrad.search.strategies.halving import ASHA, Hyperband
+from hypergrad.search.strategies.samplers import CMA, GP, TPE
+
+STRATEGIES: dict[str, type[Strategy]] = {
+    "grid": Grid,
+    "random": Random,
+    "tpe": TPE,
+    "gp": GP,
+    "cma": CMA,
+    "hyperband": Hyperband,
+    "asha": ASHA,
+    "hypergradient": Hypergradient,
+    "hybrid": Hybrid,
+}
+
+
+def make(name: str, space: Space, seed: int, options: Mapping[str, Any]) -> Strategy:
+    """The strategy of that name, over a space.
+
+    Raises:
+        ValueError: an unknown name, options that it does not take, a space that it cannot search.
+        NotImplementedError: "pbt": population-based training hands weights from trial to trial, which no strategy here does.
+    """
+    if name == "pbt":
+        raise NotImplementedError(
+            "strategy 'pbt' (population-based training) copies weights between trials that run side by side, which backend "
+            "'local' does not do: use 'asha', or 'hypergradient', which also changes values while it trains."
+        )
+    if name not in STRATEGIES:
+        raise ValueError(f"strategy must be one of {', '.join(STRATEGIES)}, got {name!r}.")
+    return STRATEGIES[name](space, seed, options)

@@ -1,0 +1,67 @@
+"""What a strategy is: it chooses the values of a trial, runs it, and may give it up early."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from hypergrad.search.extras import need
+from hypergrad.search.objective import Objective, Trial, call, seed_of
+from hypergrad.search.space import Space, Values
+from hypergrad.search.training import is_run, train
+
+
+class Strategy:
+    """A strategy over one space.
+
+    The values of a trial are a function of the space, the seed, the trial's number and the trials that ended before: nothing is
+    remembered in between. So a study that was interrupted goes on as if it had not been.
+
+    Args:
+        space: what is searched.
+        seed: of the study.
+        options: what the strategy's library takes, by the library's own names.
+
+    Attributes:
+        size: how many different trials there are; None: no end.
+    """
+
+    takes: ClassVar[tuple[str, ...]] = ()  # names of options, where they are not those of a library's class
+    needs_run: ClassVar[bool] = False  # whether the objective must return a Run
+    needs_reports: ClassVar[bool] = False  # whether it must report
+    size: int | None = None
+
+    def __init__(self, space: Space, seed: int, options: Mapping[str, Any]):
+        self.space, self.seed, self.options = space, seed, dict(options)
+        unknown = [name for name in options if self.takes and name not in self.takes]
+        if unknown or (options and not self.takes):
+            takes = ", ".join(self.takes) or "no options"
+            raise ValueError(f"this strategy does not take {next(iter(unknown or options))!r}; it takes {takes}.")
+
+    def point(self, number: int) -> Values | None:
+        """The values of a trial; None: its sampler chooses."""
+        return None
+
+    def sampler(self, number: int) -> Any:
+        """The Optuna sampler that chooses the values of a trial, from the study's trials before it."""
+        return self.seeded("RandomSampler", number)
+
+    def pruner(self) -> Any:
+        """The Optuna pruner that trials ask."""
+        return need("optuna", "a search").pruners.NopPruner()
+
+    def run(self, objective: Objective, trial: Trial) -> Any:
+        """Run a trial: its validation loss."""
+        result = call(objective, trial)
+        return train(result, trial) if is_run(result) else result
+
+    def seeded(self, name: str, number: int, **options: Any) -> Any:
+        """A sampler of Optuna with a seed of the trial's own."""
+        samplers = need("optuna", "a search").samplers
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # some of Optuna's samplers call themselves experimental
+            try:
+                return getattr(samplers, name)(seed=seed_of(self.seed, number), **options)
+            except TypeError as error:
+                raise ValueError(f"options: optuna.samplers.{name} does not take them: {error}") from error

@@ -1,0 +1,260 @@
+r"""Gradient descent on the validation loss of whole runs, in the hyperparameters that have a derivative.
+
+In the coordinate u ∈ [0, 1] of each entry's own scale (`space`), with x = x(u),
+
+    u ← u − α D(dL/du),      dL/du = dL/dx · dx/du = Σ_g r_g ∂L/∂x_g · dx/du
+
+where x_g = r_g x is what the run's param group g makes of the entry x, L the validation loss of the run that the objective builds
+at these values, its gradient `hypergrad.hypergradient`'s, and D Adam with step sizes that halve after a worse value
+(`hypergrad.outer_steps`). Every step builds the run anew with the trial's seed. A trial is one descent: "hypergradient" begins
+the first at the space's own start and the next ones at random; "hybrid" lets a sampler of Optuna choose every start, and with it
+what has no derivative.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+
+from hypergrad.checks import as_found
+from hypergrad.exact import as_optimizers, hypergradient
+from hypergrad.outer_steps import OuterSteps, Point
+from hypergrad.run_evaluations import COST_OF_PRODUCT, Run
+from hypergrad.search.entries import Float
+from hypergrad.search.objective import Objective, Trial, WrongType, call, seeded
+from hypergrad.search.space import Space, Values
+from hypergrad.search.strategies.base import Strategy
+from hypergrad.search.strategies.grid import Random
+from hypergrad.search.strategies.samplers import CMA, GP, TPE
+from hypergrad.search.training import hypers_of, is_run, loss_of, schedules_of, train
+from hypergrad.updates.rule import PARTS
+from hypergrad.updates.transition import Transition
+
+FOLLOWS = 1e-6  # relative: a param group's number that keeps its ratio to the entry's value
+_PART_OF = {part: (name, i) for name, names in PARTS.items() for i, part in enumerate(names)}  # beta1 -> (betas, 0)
+
+
+@dataclass(frozen=True)
+class Moved:
+    """An entry that hypergradients move: what the run calls it, and its ratio in each param group, or None in the loss."""
+
+    name: str
+    part: int | None = None
+    ratios: tuple[float, ...] | None = None
+
+
+class Descent(Strategy):
+    """What both strategies share: one trial is one descent.
+
+    Options:
+        steps: runs of one trial; all but the last are differentiated.
+        step_size: of the first step, as a share of each entry's range.
+        mode: of `hypergrad.hypergradient`: "unrolled" or "forward".
+    """
+
+    takes: ClassVar[tuple[str, ...]] = ("steps", "step_size", "mode")
+    needs_run = True
+    least: ClassVar[int]  # entries that must have a derivative
+    defaults: ClassVar[dict[str, Any]]
+
+    def __init__(self, space: Space, seed: int, options: Mapping[str, Any]):
+        super().__init__(space, seed, options)
+        given = self.defaults | dict(options)
+        self.steps, self.step_size, self.mode = given["steps"], given["step_size"], given["mode"]
+        if not isinstance(self.steps, int) or isinstance(self.steps, bool) or self.steps < 2:
+            raise ValueError(f"options: steps must be a whole number from 2, got {self.steps!r}.")
+        if not (isinstance(self.step_size, (int, float)) and 0 < self.step_size <= 1):
+            raise ValueError(
+                f"options: step_size must be a share of the range, above 0 and at most 1, got {self.step_size!r}."
+            )
+        if self.mode not in ("unrolled", "forward"):
+            raise ValueError(f"options: mode must be 'unrolled' or 'forward', got {self.mode!r}.")
+        if self.least and not any(_may_move(entry) for entry in space.values()):
+            raise ValueError(
+                "no entry of the space can be moved by a hypergradient: that takes a Float without a step and without "
+                "differentiable=False. For this space use 'tpe', 'random' or 'grid'."
+            )
+
+    def run(self, objective: Objective, trial: Trial) -> float:
+        """Descend from the trial's values; the best validation loss. Where it was is noted as `learned`."""
+        values, path = dict(trial.params), []
+        run = self._built(objective, trial, values)
+        moved = moves(run, self.space, values)
+        if len(moved) < self.least:
+            raise WrongType(
+                f"no entry of the space is a hyperparameter of the run with a derivative: its param groups have "
+                f"{sorted(_columns(run))}. Name entries so, or read them from the loss's third argument."
+            )
+        if not moved:
+            return train(run, trial)
+        rule, u = OuterSteps("adam", self.step_size, len(moved)), self._coordinates(values, moved)
+        for step in range(self.steps):
+            last = step == self.steps - 1 or trial.exhausted
+            value, gradient = (
+                (train(run, trial), [0.0] * len(moved)) if last else self._slope(run, trial, values, moved)
+            )
+            rule.take(Point(value, u, torch.tensor(gradient, dtype=torch.float64), step))
+            path.append({"value": value if math.isfinite(value) else None} | {name: values[name] for name in moved})
+            if last:
+                break
+            u = (u / 2 if rule.best is None else rule.next()).clamp(
+                0, 1
+            )  # nothing finite yet: towards the lower bounds
+            values |= {n: self._float(n).from_unit(float(x)) for n, x in zip(moved, u)}
+            run = self._built(objective, trial, values)
+            moved = _still(moves(run, self.space, values), moved)
+        trial.note("path", path)
+        if rule.best is None:
+            raise ValueError(f"none of the {len(path)} runs ended with a finite validation loss: {path}.")
+        best = path[rule.best.step]
+        trial.note("learned", {name: best[name] for name in moved})
+        return rule.best.value
+
+    def _built(self, objective: Objective, trial: Trial, values: Values) -> Run:
+        trial.params = dict(values)
+        with seeded(trial.seed):
+            run = call(objective, trial)
+        if not is_run(run):
+            raise WrongType(
+                f"this strategy differentiates the training run: the objective must return hypergrad.Run(model, optimizer, "
+                f"batches, loss, val_loss), got {type(run).__name__}."
+            )
+        return run._replace(batches=list(run.batches))
+
+    def _float(self, name: str) -> Float:
+        entry = self.space[name]
+        assert isinstance(entry, Float)
+        return entry
+
+    def _coordinates(self, values: Values, moved: Mapping[str, Moved]) -> torch.Tensor:
+        return torch.tensor([self._float(name).to_unit(values[name]) for name in moved], dtype=torch.float64)
+
+    def _slope(self, run: Run, trial: Trial, values: Values, moved: Mapping[str, Moved]) -> tuple[float, list[float]]:
+        """Validation loss and dL/du of the run."""
+        result = hypergradient(
+            run.model,
+            run.optimizer,
+            run.loss,
+            run.batches,
+            run.val_loss,
+            wrt=tuple(dict.fromkeys(each.name for each in moved.values())),
+            mode=self.mode,
+            hypers=hypers_of(run, values) or None,
+            val_steps=run.val_steps,
+            schedules=run.schedules,
+        )
+        trial.count(result.stats["gradient_evaluations"] + COST_OF_PRODUCT * result.stats["hessian_products"])
+        slopes = []
+        for name, each in moved.items():
+            g = result.gradients[each.name].double()
+            if each.ratios is not None:  # dL/dx = Σ_g r_g ∂L/∂x_g
+                g = (g if each.part is None else g[:, each.part]) @ torch.tensor(each.ratios, dtype=torch.float64).to(g)
+            slopes.append(float(g) * self._float(name).slope(values[name]))
+        return float(result.value), slopes
+
+
+class Hypergradient(Descent):
+    """Descents alone: the first from the space's start, the next ones from random values."""
+
+    least, defaults = 1, {"steps": 10, "step_size": 0.1, "mode": "unrolled"}
+
+    def __init__(self, space: Space, seed: int, options: Mapping[str, Any]):
+        super().__init__(space, seed, options)
+        self.random = Random(space, seed, {})
+
+    def point(self, number: int) -> Values | None:
+        return self.space.first() if number == 0 else self.random.point(number)
+
+
+class Hybrid(Descent):
+    """A sampler of Optuna for starts and for what has no derivative. Option `sampler`: "tpe", "gp" or "cma"."""
+
+    takes = (*Descent.takes, "sampler")
+    least, defaults = 0, {"steps": 4, "step_size": 0.1, "mode": "unrolled"}
+    samplers: ClassVar[dict[str, type[TPE | GP | CMA]]] = {"tpe": TPE, "gp": GP, "cma": CMA}
+
+    def __init__(self, space: Space, seed: int, options: Mapping[str, Any]):
+        super().__init__(space, seed, options)
+        name = options.get("sampler", "tpe")
+        if name not in self.samplers:
+            raise ValueError(f"options: sampler must be one of {', '.join(self.samplers)}, got {name!r}.")
+        self.chooses = self.samplers[name](space, seed, {})
+
+    def sampler(self, number: int) -> Any:
+        return self.chooses.sampler(number)
+
+
+def _may_move(entry: Any) -> bool:
+    return isinstance(entry, Float) and entry.step is None and entry.differentiable is not False
+
+
+def _columns(run: Run) -> dict[str, list[Any]]:
+    """name → its value in each param group, of what an optimizer's rule can be differentiated in."""
+    return dict(Transition(as_optimizers(run.optimizer), frozenset()).values())
+
+
+def moves(run: Run, space: Space, values: Values) -> dict[str, Moved]:
+    """The entries that a hypergradient of this run moves: names of its param groups, beta1 and beta2, and what its loss or its
+    schedules read.
+
+    Raises:
+        ValueError: an entry that says differentiable=True and is none of these.
+    """
+    columns, found = {n: c for n, c in _columns(run).items() if n not in (run.schedules or ())}, {}
+    candidates = [name for name in space.active(values) if _may_move(space[name])]
+    read = _read_by_the_run(run, values, [name for name in candidates if _PART_OF.get(name, (name,))[0] not in columns])
+    for name in candidates:
+        group_name, part = _PART_OF.get(name, (name, None))
+        if group_name in columns:
+            numbers = [x if part is None or x is None else x[part] for x in columns[group_name]]
+            found[name] = Moved(group_name, part, tuple(0.0 if x is None else _ratio(x, values[name]) for x in numbers))
+        elif name in read:
+            found[name] = Moved(name)
+        elif space[name].differentiable:  # type: ignore[union-attr]
+            raise ValueError(
+                f"{name!r} is differentiable=True, but the run's param groups have {sorted(columns)} and its loss does not "
+                "read it."
+            )
+    return found
+
+
+def _ratio(x: float, value: float) -> float:
+    return x / value if value else float(x == 0)
+
+
+def _read_by_the_run(run: Run, values: Values, names: list[str]) -> set[str]:
+    """Those that the training loss depends on, through its third argument, or a schedule at its first, middle or last step."""
+    hypers = hypers_of(run, values)
+    if not hypers or not names:
+        return set()
+    items = list(run.batches)
+    leaves = {name: x.clone().requires_grad_(name in names) for name, x in hypers.items()}
+    schedules, _ = schedules_of(run, leaves)
+    with as_found(run.model, as_optimizers(run.optimizer)):
+        outputs = [loss_of(run, items[0], leaves)]
+        outputs += [schedules.at(n, t).sum() for n in run.schedules or () for t in (0, len(items) // 2, len(items) - 1)]
+        total = torch.stack([x.double() for x in outputs]).sum()
+        grads = torch.autograd.grad(total, [leaves[name] for name in names], allow_unused=True)
+    return {name for name, g in zip(names, grads) if g is not None}
+
+
+def _still(now: dict[str, Moved], before: dict[str, Moved]) -> dict[str, Moved]:
+    """The same entries, with the ratios they had: else their derivative was of something else."""
+    for name, old in before.items():
+        new = now.get(name)
+        kept = new is not None and (old.ratios is None) == (new.ratios is None)
+        close = (
+            kept
+            and new is not None
+            and all(abs(a - b) <= FOLLOWS * max(abs(a), 1.0) for a, b in zip(new.ratios or (), old.ratios or ()))
+        )
+        if not close:
+            raise ValueError(
+                f"{name!r} does not move in proportion with the param groups' {old.name}: let the objective put its value there, "
+                "or a multiple of it, or say differentiable=False."
+            )
+    return {name: now[name] for name in before}

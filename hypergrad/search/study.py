@@ -1,0 +1,199 @@
+"""What a search has found."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from hypergrad.search.budget import Cost
+from hypergrad.search.convert.optuna import decode
+from hypergrad.search.objective import Objective, Trial, as_number, call, seed_of, seeded
+from hypergrad.search.space import Space, Values
+from hypergrad.search.training import is_run, train
+
+STATES = {
+    "COMPLETE": "complete",
+    "PRUNED": "pruned",
+    "FAIL": "failed",
+    "RUNNING": "interrupted",
+    "WAITING": "interrupted",
+}
+
+
+@dataclass(frozen=True)
+class Record:
+    """One trial.
+
+    Attributes:
+        number: from 0.
+        state: "complete", "pruned", "failed", or "interrupted": it will be run again when the study goes on.
+        params: its values; where hypergradients moved some, those they came to.
+        value: the validation loss, or None; of a pruned trial the last one that it reported.
+        cost: what it took.
+        error: the traceback of a failed one.
+        notes: what was kept with `trial.note`.
+    """
+
+    number: int
+    state: str
+    params: Values
+    value: float | None
+    cost: Cost
+    error: str | None = None
+    notes: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Verification:
+    """The best values, trained again: validation and test side by side.
+
+    Attributes:
+        params: the values.
+        selected: the validation loss they were selected by. Of many, the least is too small: it was selected for being so.
+        validation, test: losses of the runs trained again, one for each seed.
+    """
+
+    params: Values
+    selected: float
+    validation: list[float]
+    test: list[float]
+
+    def __str__(self) -> str:
+        rows = [("validation, when selected", self.selected), ("validation, again", fmean(self.validation))]
+        return "\n".join(f"{name:<26}{value:>12.5g}" for name, value in [*rows, ("test", fmean(self.test))])
+
+
+class NoTrialCompleted(ValueError):
+    """Every trial failed or was pruned: there is no best one. `study` has their tracebacks."""
+
+    def __init__(self, study: Study):
+        self.study = study
+        failed = [record for record in study.trials if record.error]
+        why = f" The first one failed with:\n{failed[0].error}" if failed else ""
+        super().__init__(f"none of {len(study.trials)} trials came to a validation loss.{why}")
+
+
+class Study:
+    """A search, as far as it has come.
+
+    Attributes:
+        optuna: the `optuna.Study` underneath, for its own plots and its dashboard.
+        interrupted: whether Ctrl-C ended it.
+    """
+
+    def __init__(self, optuna: Any, space: Space, objective: Objective, seed: int, interrupted: bool = False):
+        self.optuna, self.space, self.objective, self.seed, self.interrupted = (
+            optuna,
+            space,
+            objective,
+            seed,
+            interrupted,
+        )
+
+    @property
+    def trials(self) -> list[Record]:
+        """All trials, in order."""
+        return [record(frozen, self.space) for frozen in self.optuna.get_trials(deepcopy=False)]
+
+    @property
+    def best_trial(self) -> Record:
+        """The complete trial with the least validation loss, the first of equals."""
+        complete = [each for each in self.trials if each.state == "complete" and each.value is not None]
+        if not complete:
+            raise NoTrialCompleted(self)
+        return min(complete, key=lambda each: each.value if each.value is not None else math.inf)
+
+    @property
+    def best_params(self) -> Values:
+        return self.best_trial.params
+
+    @property
+    def best_value(self) -> float:
+        value = self.best_trial.value
+        assert value is not None
+        return value
+
+    @property
+    def spent(self) -> Cost:
+        """What all trials took; seconds are theirs, added up."""
+        return Cost.total(each.cost for each in self.trials)
+
+    def table(self) -> Any:
+        """A row a trial: a pandas.DataFrame where pandas is installed, else a list of dicts."""
+        rows = [_row(each, list(self.space)) for each in self.trials]
+        try:
+            import pandas
+        except ImportError:
+            return rows
+        return pandas.DataFrame(rows)
+
+    def verify(self, test_objective: Callable[..., Any], seeds: int = 1) -> Verification:
+        """Train the best again, on seeds that chose nothing, and report validation and test side by side.
+
+        Args:
+            test_objective: `f(params)` or `f(params, trial)`, trains with these values and returns the test loss, beside which
+                the objective is called again; or the pair (validation loss, test loss), where one training gives both; or a
+                `Run` whose val_loss is the test's.
+            seeds: how many times.
+        """
+        if seeds < 1:
+            raise ValueError(f"seeds must be a whole number from 1, got {seeds}.")
+        best = self.best_trial
+        validation, test = [], []
+        for i in range(seeds):
+            trial_seed = seed_of(self.seed, 2**31 + i)
+            found = _again(test_objective, best, trial_seed)
+            if isinstance(found, (tuple, list)) and len(found) == 2:
+                pair = found
+            else:
+                pair = _again(self.objective, best, trial_seed), found
+            validation.append(as_number(pair[0], "the objective returned"))
+            test.append(as_number(pair[1], "test_objective returned"))
+        return Verification(best.params, self.best_value, validation, test)
+
+    def plot(self, folder: str | Path) -> dict[str, Path]:
+        """PNGs of the history, of quality against cost, and of each entry's importance; name → file."""
+        from hypergrad.search.plots import plot
+
+        return plot(self, Path(folder))
+
+    def __repr__(self) -> str:
+        states = [each.state for each in self.trials]
+        counts = ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states))
+        return f"Study({counts})"
+
+
+def record(frozen: Any, space: Space) -> Record:
+    """A trial of Optuna as a Record."""
+    attrs = frozen.user_attrs
+    notes = dict(attrs.get("notes", {}))
+    params = decode(space, frozen.params) | notes.get("learned", {})
+    value = frozen.value if frozen.values else None
+    return Record(
+        frozen.number,
+        STATES[frozen.state.name],
+        params,
+        value,
+        Cost(**attrs.get("cost", {})),
+        attrs.get("error"),
+        notes,
+    )
+
+
+def _again(objective: Objective, best: Record, seed: int) -> Any:
+    trial = Trial(best.number, best.params, seed)
+    with seeded(seed):
+        result = call(objective, trial)
+        return train(result, trial) if is_run(result) else result
+
+
+def _row(each: Record, names: list[str]) -> dict[str, Any]:
+    cost = {unit: getattr(each.cost, unit) for unit in ("seconds", "epochs", "gradient_evaluations")}
+    head: dict[str, Any] = {"trial": each.number, "state": each.state, "value": each.value}
+    params = {name: each.params.get(name) for name in names}
+    notes = {f"note {name}": value for name, value in each.notes.items()}
+    return head | params | cost | notes | {"error": each.error}

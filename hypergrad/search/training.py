@@ -1,0 +1,79 @@
+"""A training run as an objective: trained by its own optimizer, as the user would."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hypergrad.exact import as_optimizers
+from hypergrad.modes.scheduled import Schedules
+from hypergrad.problem import takes_hypers, takes_step
+from hypergrad.run_evaluations import Run
+from hypergrad.search.objective import Pruned, Trial
+from hypergrad.updates.transition import Transition
+
+LOOKS = 10  # validation losses that a run reports to a pruner on its way
+
+
+def is_run(result: Any) -> bool:
+    return isinstance(result, Run)
+
+
+def train(run: Run, trial: Trial) -> float:
+    """Train a run with the values it was built with; its validation loss.
+
+    A pruner sees the validation loss at every tenth of the run, and may end it. Gradient evaluations are counted, epochs are not.
+    """
+    items, opts = list(run.batches), as_optimizers(run.optimizer)
+    if not items:
+        raise ValueError("the objective gave a run without batches: give one batch a step.")
+    hypers = hypers_of(run, trial.params)
+    schedules, transition = schedules_of(run, hypers)
+    columns = schedules.evaluate(len(items), transition) if run.schedules else []
+    when = tuple(run.val_steps or (len(items),))
+    looks = {math.ceil(len(items) * i / LOOKS): i for i in range(1, LOOKS)}
+    looks.pop(len(items), None)
+    total = 0.0
+    for t in range(len(items) + 1):
+        value = validation(run.val_loss, t) if t in when or t in looks else 0.0
+        total += when.count(t) * value
+        if t in looks:
+            trial.look(value, looks[t])
+            if trial.should_prune():
+                raise Pruned
+        if t < len(items):
+            for opt in opts:
+                opt.zero_grad()
+            for name in run.schedules or ():
+                for group, value in zip(transition.groups, columns[t][name]):
+                    group |= {} if value is None else {name: value}
+            loss_of(run, items[t], hypers).backward()
+            for opt in opts:
+                opt.step()
+            trial.count(1)
+    return total / len(when)
+
+
+def validation(val_loss: Callable[..., Tensor], t: int) -> float:
+    with torch.no_grad():
+        return float(val_loss(t) if takes_step(val_loss) else val_loss())
+
+
+def hypers_of(run: Run, params: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Every float among the values as a tensor, for a loss and schedules that read them; none where neither does."""
+    if not (takes_hypers(run.loss) or run.schedules):
+        return {}
+    return {n: torch.tensor(x, dtype=torch.float64) for n, x in params.items() if isinstance(x, float)}
+
+
+def loss_of(run: Run, batch: Any, hypers: dict[str, Tensor]) -> Tensor:
+    return run.loss(run.model, batch, hypers) if hypers and takes_hypers(run.loss) else run.loss(run.model, batch)
+
+
+def schedules_of(run: Run, hypers: dict[str, Tensor]) -> tuple[Schedules, Transition]:
+    transition = Transition(as_optimizers(run.optimizer), frozenset(run.schedules or ()))
+    return Schedules(run.schedules or {}, hypers, transition.values()), transition
