@@ -156,6 +156,45 @@ def shootout(rows: Rows) -> Figure:
     return figure
 
 
+def bench_modes(rows: Rows) -> Figure:
+    """Time against memory at the largest K: the unrolled mode over the distance between snapshots, and everything else."""
+    longest = max(row["steps"] for row in rows)
+    rows = [row for row in rows if row["steps"] == longest and row.get("memory_mib") is not None]
+    cases = list(dict.fromkeys(row["case"] for row in rows))
+    titles = {"mlp_sgd": "MLP, SGD with momentum", "mlp_adam": "MLP, Adam", "cnn_sgd": "CNN, SGD with momentum"}
+    figure = Figure(figsize=(4.2 * len(cases), 4.0), layout="constrained")
+    for panel, case in zip(figure.subplots(1, len(cases), squeeze=False)[0], cases):
+        own = [row for row in rows if row["case"] == case and row["method"] != "plain"]
+        curve = sorted((_every(row["method"], longest), row) for row in own if _every(row["method"], longest))
+        panel.plot([r["memory_mib"] for _, r in curve], [r["times_plain"] for _, r in curve], color=TUNED, zorder=2)
+        for every, row in curve:
+            _place(panel, row, TUNED, "o", f"every {every}" if every > 1 else "every step")
+        for row in own:
+            if not _every(row["method"], longest):
+                ours = row["method"].startswith(("unrolled", "forward"))
+                _place(panel, row, TUNED if ours else OTHERS[0], "D" if ours else "s", row["method"])
+        panel.set_xscale("log")
+        panel.set_ylim(bottom=0)
+        _tidy(panel, f"{titles.get(case, case)}, K = {longest}", "growth of peak memory, MiB")
+    figure.axes[0].set_ylabel("time of a step, in plain steps")
+    return figure
+
+
+def _every(method: str, steps: int) -> int:
+    """Steps between snapshots; 0 for a method of another kind, or a compiled one."""
+    known = {"unrolled, a snapshot every step": 1, "unrolled, every √K": max(1, math.isqrt(steps))}
+    if method.startswith("unrolled, every ") and method.endswith(" steps"):
+        return int(method.split()[2])
+    return known.get(method, 0)
+
+
+def _place(panel: Axes, row: dict[str, Any], colour: str, marker: str, text: str) -> None:
+    x, y = row["memory_mib"], row["times_plain"]
+    panel.scatter([x], [y], s=26, color=colour, marker=marker, zorder=3)
+    text = text.removeprefix("unrolled, ")
+    panel.annotate(text, (x, y), xytext=(4, 4), textcoords="offset points", fontsize=7, color=colour)
+
+
 def _points(panel: Axes, rows: Rows, marker: str, colour: str, legend: str) -> None:
     for row in rows:
         panel.plot([row["cost"]] * 2, [row["low"], row["high"]], color=colour, linewidth=1, alpha=0.45)

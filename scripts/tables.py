@@ -1,4 +1,4 @@
-"""Make the tables of README and docs/layers.md, docs/figures and the state of the goals from experiments/results alone.
+"""Make the tables of README and docs, docs/figures and the state of the goals from experiments/results alone.
 
 python scripts/tables.py            write them
 python scripts/tables.py --check    say what differs, and exit 1 if anything does
@@ -19,9 +19,10 @@ from typing import Any
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-from experiments import figures, results, whole_run_figures  # noqa: E402
+from experiments import figures, mode_tables, results, whole_run_figures  # noqa: E402
+from experiments.markdown import source, table  # noqa: E402
 
-TEXTS = (ROOT / "README.md", ROOT / "docs/layers.md")  # whose blocks are filled
+TEXTS = (ROOT / "README.md", ROOT / "docs/layers.md", ROOT / "docs/modes.md")  # whose blocks are filled
 FIGURES, GOALS = ROOT / "docs/figures", results.FOLDER / "goals.json"
 Result = dict[str, Any]
 
@@ -38,7 +39,7 @@ def quickstart(result: Result) -> str:
         )
         for row in result["rows"]
     ]
-    return _table(head, body)
+    return table(head, body)
 
 
 # Rows of the table: the method, and which of its losses. Each of hypergrad's stands beside the same of the grid's winner.
@@ -70,7 +71,7 @@ def fashion_mnist(result: Result) -> str:
             nan, (flops, seconds) = len(rows) - len(losses), _cost(rows, of_grid, loss)
             name = name.format(grid=len(of_grid))
             body.append((name, str(len(rows)), *shown, str(nan), f"{flops:.2f}×", f"{seconds:.1f}"))
-    return _table(head, body) + "\n\n" + _source(result)
+    return table(head, body) + "\n\n" + source(result)
 
 
 def _cost(rows: list[Result], of_grid: list[Result], loss: str) -> tuple[float, float]:
@@ -94,7 +95,7 @@ def shootout(result: Result) -> str:
         numbers = (f"{row['regret']:.3f}", spread, f"{row['worst']:.2f}") if all_there else ("–", "–", "–")
         cost = f"{row['cost']:.3g}×" if row["cost"] < 1000 else f"{row['cost']:,.0f}×"
         body.append((row["title"], *numbers, four, f"{row['lost']:.1%}", cost))
-    return _table(head, body) + "\n\n" + _source(result)
+    return table(head, body) + "\n\n" + source(result)
 
 
 def layers(result: Result) -> str:
@@ -104,7 +105,7 @@ def layers(result: Result) -> str:
         errors = ("–" if row[mode] is None else f"{row[mode]:.0e}" for mode in ("unrolled", "forward"))
         first = re.split(r"\.(?= |$)", row["says"], maxsplit=1)[0].replace("|", r"\|")
         body.append((row["layer"], row["outcome"], *errors, first))
-    return _table(head, body) + "\n\n" + _source(result)
+    return table(head, body) + "\n\n" + source(result)
 
 
 def goals(rows: list[Result]) -> str:
@@ -115,7 +116,7 @@ def goals(rows: list[Result]) -> str:
         sign = {"<=": "≤", ">=": "≥", "==": "="}.get(row["op"], row["op"])
         target = f"{sign} {row['target']:g} {row['unit']}".rstrip()
         body.append((row["goal"], target, reached, "yes" if row["met"] else "no", f"`{row['command']}`"))
-    return _table(head, body)
+    return table(head, body)
 
 
 TABLES: dict[str, Callable[[Result], str]] = {
@@ -123,12 +124,14 @@ TABLES: dict[str, Callable[[Result], str]] = {
     "fashion_mnist": fashion_mnist,
     "shootout": shootout,
     "layers": layers,
+    **mode_tables.TABLES,
 }
 PLOTS: dict[str, tuple[str, Callable[[list[Result]], Any]]] = {
     "quickstart": ("quickstart_curves.json", figures.quickstart),
     "fashion_mnist": ("fashion_mnist.json", figures.fashion_mnist),
     "trajectories": ("fashion_mnist_paths.json", figures.trajectories),
     "shootout": ("shootout.json", figures.shootout),
+    "bench_modes": ("bench_modes.json", figures.bench_modes),
     "metalearn_lr": ("metalearn_lr.json", whole_run_figures.metalearn_lr),
     "learned_schedule": ("learned_schedule.json", whole_run_figures.learned_schedule),
     "data_cleaning": ("data_cleaning.json", whole_run_figures.data_cleaning),
@@ -190,23 +193,6 @@ def _fingerprint(path: Path) -> str | None:
 
     with Image.open(path) as image:
         return image.info.get("Source")
-
-
-def _table(head: tuple[str, ...], body: list[tuple[str, ...]]) -> str:
-    lines = [head, ("---", *("---:" if _numeric(column) else "---" for column in list(zip(*body))[1:])), *body]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
-def _numeric(column: tuple[str, ...]) -> bool:
-    return all(re.match(r"^[\d.,eE+–-]+[%×]?$", cell) for cell in column)
-
-
-def _source(result: Result) -> str:
-    environment = result["environment"]
-    return (
-        f"<sub>`{result['command']}` · Python {environment['python']}, torch {environment['torch']}, "
-        f"{environment['platform']}, {environment['cpus']} CPUs, {environment['device']}</sub>"
-    )
 
 
 if __name__ == "__main__":
