@@ -20,6 +20,7 @@ from tests.problems import DEVICE, Setup
 ALL_MODES = {
     "forward": {"mode": "forward"},
     "unrolled": {"mode": "unrolled"},
+    "replayed": {"mode": "unrolled", "every": 2},
     "unrolled, one snapshot": {"mode": "unrolled", "every": 50},
     "implicit": {"mode": "implicit", "wrt": "weight_decay", "solver": hypergrad.solvers.neumann},
     "look back": {"mode": "implicit", "look_back": 2},
@@ -84,8 +85,8 @@ def test_everything_is_left_as_found(mode: str, problem: str) -> None:
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
-@pytest.mark.parametrize("calls", [2, 8])  # 8: in the replay of unrolled mode
-@pytest.mark.parametrize("mode", ["forward", "unrolled", "implicit"])
+@pytest.mark.parametrize("calls", [2, 8])  # 8: where steps are played again
+@pytest.mark.parametrize("mode", ["forward", "unrolled", "replayed", "implicit"])
 def test_everything_is_left_as_found_when_the_loss_raises(mode: str, calls: int, error: type[BaseException]) -> None:
     setup = Case("cnn_batchnorm", "momentum").build()
     before, count = everything(setup), 0
@@ -93,7 +94,7 @@ def test_everything_is_left_as_found_when_the_loss_raises(mode: str, calls: int,
     def loss(model: torch.nn.Module, batch: Any) -> Tensor:
         nonlocal count
         count += 1
-        if count == min(calls, 6 if mode == "forward" else calls):
+        if count == min(calls, 6 if mode in ("forward", "unrolled") else calls):
             raise error("stop")
         return setup.loss(model, batch)
 
@@ -174,9 +175,9 @@ def test_no_graph_survives(mode: str, problem: str) -> None:
 
 
 @pytest.mark.usefixtures("no_gc")
-@pytest.mark.parametrize("mode", ["forward", "unrolled"])
-def test_one_graph_at_a_time(mode: str) -> None:
-    """While a step is differentiated, no other step's activations are alive."""
+@pytest.mark.parametrize("options", [{"mode": "forward"}, {"every": 1}, {"every": 3}, {"graph_memory": 0}], ids=str)
+def test_one_graph_at_a_time(options: dict[str, Any]) -> None:
+    """While a step is differentiated, no other step's activations are alive, unless graphs are kept."""
     setup, alive, most = Case("mlp", "momentum").build(), [], 0
     loss = watched(setup, alive)
 
@@ -186,5 +187,5 @@ def test_one_graph_at_a_time(mode: str) -> None:
         most = max(most, sum(ref() is not None for ref in alive))
         return out
 
-    run(setup, loss=counting, mode=mode)
+    run(setup, loss=counting, **options)
     assert most == 1
