@@ -131,12 +131,9 @@ def run(data: datasets.Data, args: Args, seed: int) -> list[Row]:
     row["mean_weight_right"], row["mean_weight_wrong"] = (
         float(w.sigmoid()[m].mean()) for m in (~task.wrong, task.wrong)
     )
-    weights_row = {"kind": "weights", "seed": seed, "histogram_right": _histogram(w[~task.wrong])}
-    return [
-        *path,
-        weights_row | {"histogram_wrong": _histogram(w[task.wrong])},
-        row | {"run_equivalents": found.run_equivalents},
-    ]
+    counts = zip(_histogram(w[~task.wrong]), _histogram(w[task.wrong]), strict=True)
+    bins = [{"kind": "bin", "seed": seed, "bin": i, "right": a, "wrong": b} for i, (a, b) in enumerate(counts)]
+    return [*path, *bins, row | {"run_equivalents": found.run_equivalents}]
 
 
 def _histogram(w: Tensor) -> list[int]:

@@ -163,7 +163,7 @@ def of_learned(args: Args, name: str, start: float, bar: float) -> list[Row]:
         {"method": "outer step", "start": name}
         | common
         | {key: row[key] for key in ("step", "horizon", "value", "best", "run_equivalents")}
-        | {"knots": row["values"]["lr_knots"]}
+        | flat(row["values"]["lr_knots"])
         for row in found.history
     ]
     whole = [row for row in path if row["horizon"] == 1 and row["value"] is not None]
@@ -171,11 +171,15 @@ def of_learned(args: Args, name: str, start: float, bar: float) -> list[Row]:
     within = min((row["value"] for row in whole if row["run_equivalents"] <= 40), default=math.nan)
     knots = found.values["lr_knots"]
     result: Row = {"method": "learned", "start": name} | common
-    result |= {"start_lr": start, "val_loss": found.value, "val_loss_of_grid": bar, "knots": knots.tolist()}
+    result |= {"start_lr": start, "val_loss": found.value, "val_loss_of_grid": bar} | flat(knots.tolist())
     result |= {"val_loss_within_40": within, "ratio_within_40": within / bar, "run_equivalents": found.run_equivalents}
     result |= {"run_equivalents_to_grid": reached, "gradient_evaluations": found.stats["gradient_evaluations"]}
     result |= {"hessian_products": found.stats["hessian_products"], "stopped": found.stats["stopped"]}
     return [*path, result, *on_fresh(args, name, of_knots(knots))]
+
+
+def flat(knots: list[float]) -> Row:
+    return {f"knot_{i}": x for i, x in enumerate(knots)}
 
 
 def on_fresh(args: Args, name: str, schedule: Callable[[float], float]) -> list[Row]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 from matplotlib import colormaps
@@ -51,14 +52,14 @@ def learned_schedule(rows: Rows) -> Figure:
     scale, colours = Normalize(0, max(row["step"] for row in steps)), colormaps["viridis"]
     for row in steps:
         if row["best"]:
-            x = np.linspace(0, 1, len(row["knots"]))
-            left.plot(x, row["knots"], color=colours(scale(row["step"])), linewidth=1.3, marker="o", markersize=2.5)
+            x = np.linspace(0, 1, len(_knots(row)))
+            left.plot(x, _knots(row), color=colours(scale(row["step"])), linewidth=1.3, marker="o", markersize=2.5)
     x = np.linspace(0, 0.999, 200)
     left.plot(
         x, won["peak"] * (1 - x) ** won["power"], color=OTHERS[0], linestyle="--", linewidth=1.4, label="grid's winner"
     )
     left.set_yscale("log")
-    left.set_ylim(bottom=min(min(row["knots"]) for row in steps) / 1.5)
+    left.set_ylim(bottom=min(min(_knots(row)) for row in steps) / 1.5)
     _tidy(left, "learning rate of each outer step that was the best so far", "share of the run")
     left.legend(frameon=False, fontsize=9, loc="best")
     bar = figure.colorbar(ScalarMappable(scale, colours), ax=left, pad=0.01, aspect=30)
@@ -91,14 +92,24 @@ def data_cleaning(rows: Rows) -> Figure:
     """Learned weights of right and of wrong labels, all seeds together, and AUROC along the outer steps."""
     figure = Figure(figsize=(10, 3.8), layout="constrained")
     left, right = figure.subplots(1, 2)
-    of_weights = [row for row in rows if row["kind"] == "weights"]
+    bins = [row for row in rows if row["kind"] == "bin"]
     for field, label, colour in (("wrong", "wrong labels", OTHERS[0]), ("right", "right labels", TUNED)):
-        counts = np.sum([row[f"histogram_{field}"] for row in of_weights], axis=0)
+        counts = [
+            sum(row[field] for row in bins if row["bin"] == i) for i in range(1 + max(row["bin"] for row in bins))
+        ]
         left.stairs(counts, np.linspace(0, 1, len(counts) + 1), fill=True, alpha=0.55, color=colour, label=label)
-    _tidy(left, f"examples by their learned weight, {len(of_weights)} seeds", "weight σ(w)")
+    _tidy(
+        left,
+        f"examples by their learned weight, {len(dict.fromkeys(row['seed'] for row in bins))} seeds",
+        "weight σ(w)",
+    )
     left.legend(frameon=False, fontsize=9)
     for seed in dict.fromkeys(row["seed"] for row in rows):
         own = [row for row in rows if (row["kind"], row["seed"]) == ("outer step", seed)]
         right.plot([row["step"] for row in own], [row["auroc"] for row in own], color=TUNED, linewidth=1, alpha=0.8)
     _tidy(right, "AUROC of 1 − weight against corruption, a line a seed", "outer step")
     return figure
+
+
+def _knots(row: dict[str, Any]) -> list[float]:
+    return [x for name, x in row.items() if name.startswith("knot_")]

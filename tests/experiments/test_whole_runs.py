@@ -46,7 +46,8 @@ def test_learned_schedule_has_grid_and_outer_steps_and_goes_on(stand_in, tmp_pat
     assert len(grid) == 4
     assert learned["val_loss_of_grid"] == min(row["val_loss"] for row in grid if not row["diverged"])
     assert [row["step"] for row in path] == list(range(6))
-    assert path[0]["knots"] == pytest.approx([learned["start_lr"]] * learned_schedule.KNOTS)
+    knots = [path[0][f"knot_{i}"] for i in range(learned_schedule.KNOTS)]
+    assert knots == pytest.approx([learned["start_lr"]] * learned_schedule.KNOTS)
     assert learned["val_loss"] == min(row["value"] for row in path if row["horizon"] == 1)
     monkeypatch.setattr(learned_schedule, "run", lambda *_: pytest.fail("a finished run was run again"))
     again = learned_schedule.main(args(learned_schedule, *words))
