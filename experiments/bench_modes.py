@@ -345,8 +345,6 @@ def main(args: Args) -> list[Row]:
         method, name, steps = args.memory_of.split(":")
         print(growth(method, name, int(steps), args.device))
         return []
-    if not all(os.environ.get(name) == value for name, value in KEPT.items()):
-        os.execve(sys.executable, [*sys.orig_argv], os.environ | KEPT)
     methods = [m for m in args.methods or METHODS if m not in curve(10**9) or m in args.methods]
     methods = [m for m in methods if _installed(m)]
     methods = ["plain", *(m for m in methods if m != "plain")]
@@ -373,5 +371,13 @@ def _installed(method: str) -> bool:
     return False
 
 
+def start() -> None:
+    """The command: in a process whose malloc keeps what is freed, but for measuring memory."""
+    args = parse(Args)
+    if not args.memory_of and not all(os.environ.get(name) == value for name, value in KEPT.items()):
+        os.execve(sys.executable, sys.orig_argv, os.environ | KEPT)
+    main(args)
+
+
 if __name__ == "__main__":
-    main(parse(Args))
+    start()
