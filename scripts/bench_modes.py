@@ -5,7 +5,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from experiments.bench_modes import start  # noqa: E402
+from experiments.bench_modes import start
 
 if __name__ == "__main__":
     start()
