@@ -357,7 +357,7 @@ def main(args: Args) -> list[Row]:
             if row["case"] == name and row["steps"] == max(args.lengths):
                 row["memory_mib"] = round(growth_of(row["method"], name, row["steps"], args.device), 1)
                 print(f"{name:9} K={row['steps']:<4} {row['method']:34} {row['memory_mib']:7.1f} MiB", flush=True)
-    results.write(Path(args.out, "bench_modes.json"), command(args), rows, args.device)
+        results.write(Path(args.out, "bench_modes.json"), command(args), rows, args.device)  # a case at a time
     return rows
 
 
