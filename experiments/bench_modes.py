@@ -25,6 +25,8 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -178,7 +180,7 @@ def plain_unrolled(case: Case) -> Call:
 
 def higher(case: Case) -> Call:
     """higher 0.2.1: innerloop_ctx, with lr overridden and weight decay in the loss."""
-    import higher as library
+    library = import_module("higher")
 
     def call() -> Answer:
         like = {"dtype": case.params[0].dtype, "device": case.params[0].device, "requires_grad": True}
@@ -197,7 +199,7 @@ def higher(case: Case) -> Call:
 
 def torchopt(case: Case) -> Call:
     """TorchOpt 0.7.3: functional optimizers with a tensor for lr, weight decay in the loss."""
-    import torchopt as library
+    library = import_module("torchopt")
 
     names = [name for name, _ in case.model.named_parameters()]
 
@@ -362,8 +364,6 @@ def main(args: Args) -> list[Row]:
 
 
 def _installed(method: str) -> bool:
-    from importlib.util import find_spec
-
     package = PACKAGES.get(method)
     if package is None or find_spec(package):
         return True

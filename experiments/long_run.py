@@ -122,7 +122,8 @@ def one(args: Args) -> Row:
     """One run here: its seconds and the growth of the peak."""
     data = datasets.fashion_mnist(args.data_dir).to(args.device)
     warm = Work(args, data)  # torch loads code when it is first used
-    warm.plain(3), warm.differentiated(3)
+    warm.plain(3)
+    warm.differentiated(3)
     del warm
     before, began = peak(args.device, reset=True), clock(args.device)
     row = KINDS[args.one](Work(args, data), args.steps)
