@@ -168,13 +168,29 @@ def bench_modes(rows: Rows) -> Figure:
         curve = sorted((_every(row["method"], longest), row) for row in own if _every(row["method"], longest))
         panel.plot([r["memory_mib"] for _, r in curve], [r["times_plain"] for _, r in curve], color=TUNED, zorder=2)
         for every, row in curve:
-            _place(panel, row, TUNED, "o", f"every {every}" if every > 1 else "every step")
-        for row in own:
-            if not _every(row["method"], longest):
-                ours = row["method"].startswith(("unrolled", "forward"))
-                _place(panel, row, TUNED if ours else OTHERS[0], "D" if ours else "s", row["method"])
+            _place(panel, row, TUNED, "o", {1: "every step", longest: f"every {longest}"}.get(every, str(every)))
+        rest = [row for row in own if not _every(row["method"], longest)]
+        for row in rest:
+            ours = row["method"].startswith(("unrolled", "forward"))
+            colour = TUNED if ours else OTHERS[0]
+            text = row["method"].removeprefix("unrolled, ").replace("graph kept", "").strip(", ") or "graph kept"
+            _place(panel, row, colour, "D" if ours else "s", "" if row["times_plain"] < 3.7 and not ours else text)
+        peers = sorted((row for row in rest if row["method"][0] in "pTh"), key=lambda row: -row["times_plain"])
+        names = "\n".join(row["method"].split(",")[0] for row in peers)
+        x, y = min(row["memory_mib"] for row in peers), min(row["times_plain"] for row in peers)
+        panel.annotate(
+            f"from above:\n{names}",
+            (x, y),
+            xytext=(-4, -8),
+            textcoords="offset points",
+            fontsize=7,
+            color=OTHERS[0],
+            ha="right",
+            va="top",
+        )
         panel.set_xscale("log")
-        panel.set_ylim(bottom=0)
+        panel.margins(x=0.22)
+        panel.set_ylim(0, 1.12 * max(row["times_plain"] for row in own))
         _tidy(panel, f"{titles.get(case, case)}, K = {longest}", "growth of peak memory, MiB")
     figure.axes[0].set_ylabel("time of a step, in plain steps")
     return figure

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -165,6 +167,15 @@ def test_a_resumed_study_is_the_uninterrupted_one(strategy: str, tmp_path: Path)
     assert [(x.params, x.value, x.state) for x in study.trials] == [(x.params, x.value, x.state) for x in whole.trials]
 
 
+@pytest.fixture
+def ctrl_c() -> Iterator[None]:
+    """Python's own handler, which a shell takes away from what runs in the background."""
+    old = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, old)
+
+
+@pytest.mark.usefixtures("ctrl_c")
 def test_ctrl_c_keeps_what_is_done_and_the_trial_is_run_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     flag = tmp_path / "flag"
     monkeypatch.setenv("INTERRUPT", str(flag))
