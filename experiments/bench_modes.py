@@ -87,6 +87,17 @@ class Case:
     def loss(self, model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
         return cross_entropy(model(batch[0]), batch[1])
 
+    def loss_at(self, theta: Sequence[Tensor], batch: Any) -> Tensor:
+        """The loss as a function of the parameters, for methods that are functional."""
+        named = dict(zip((name for name, _ in self.model.named_parameters()), theta, strict=True))
+        return self.loss(lambda x: torch.func.functional_call(self.model, named, (x,)), batch)  # type: ignore[arg-type]
+
+    def leaves(self) -> tuple[Tensor, Tensor]:
+        """lr and weight decay as tensors to be differentiated in."""
+        p = self.params[0]
+        lr, wd = (torch.tensor(x, dtype=p.dtype, device=p.device, requires_grad=True) for x in (self.lr, WEIGHT_DECAY))
+        return lr, wd
+
     def optimizer(self) -> torch.optim.Optimizer:
         if self.rule == "sgd":
             return torch.optim.SGD(self.params, lr=self.lr, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY)
@@ -148,15 +159,10 @@ def ours(mode: str, **options: Any) -> Callable[[Case], Call]:
 
 def plain_unrolled(case: Case) -> Call:
     """The same steps in plain code whose whole graph autograd keeps."""
-    names = [name for name, _ in case.model.named_parameters()]
-
-    def loss(theta: Sequence[Tensor], batch: Any) -> Tensor:
-        module = lambda x: torch.func.functional_call(case.model, dict(zip(names, theta, strict=True)), (x,))  # noqa: E731
-        return case.loss(module, batch)  # type: ignore[arg-type]
+    loss = case.loss_at
 
     def call() -> Answer:
-        like = {"dtype": case.params[0].dtype, "device": case.params[0].device, "requires_grad": True}
-        lr, wd = (torch.tensor(x, **like) for x in (case.lr, WEIGHT_DECAY))
+        lr, wd = case.leaves()
         theta = [p.detach().clone().requires_grad_() for p in case.params]
         m, v = ([torch.zeros_like(p) for p in theta] for _ in range(2))
         for t, batch in enumerate(case.batches, 1):
@@ -183,8 +189,7 @@ def higher(case: Case) -> Call:
     library = import_module("higher")
 
     def call() -> Answer:
-        like = {"dtype": case.params[0].dtype, "device": case.params[0].device, "requires_grad": True}
-        lr, wd = (torch.tensor(x, **like) for x in (case.lr, WEIGHT_DECAY))
+        lr, wd = case.leaves()
         optimizer = case.optimizer()
         for group in optimizer.param_groups:
             group["weight_decay"] = 0.0
@@ -201,15 +206,10 @@ def torchopt(case: Case) -> Call:
     """TorchOpt 0.7.3: functional optimizers with a tensor for lr, weight decay in the loss."""
     library = import_module("torchopt")
 
-    names = [name for name, _ in case.model.named_parameters()]
-
-    def loss(theta: Sequence[Tensor], batch: Any) -> Tensor:
-        module = lambda x: torch.func.functional_call(case.model, dict(zip(names, theta, strict=True)), (x,))  # noqa: E731
-        return case.loss(module, batch)  # type: ignore[arg-type]
+    loss = case.loss_at
 
     def call() -> Answer:
-        like = {"dtype": case.params[0].dtype, "device": case.params[0].device, "requires_grad": True}
-        lr, wd = (torch.tensor(x, **like) for x in (case.lr, WEIGHT_DECAY))
+        lr, wd = case.leaves()
         if case.rule == "sgd":
             rule = library.sgd(lr=lambda count: lr, momentum=MOMENTUM)
         else:

@@ -18,10 +18,10 @@ from torch import Tensor
 from hypergrad.modes.directions import Directions
 from hypergrad.modes.implicit import implicit
 from hypergrad.modes.meter import Meter
-from hypergrad.modes.snapshots import Snapshot
+from hypergrad.modes.snapshots import Snapshot, default_every
 from hypergrad.modes.stretch import Stretch
 from hypergrad.modes.tape import Tape
-from hypergrad.modes.unrolled import adjoint, default_every
+from hypergrad.modes.unrolled import adjoint
 from hypergrad.problem import takes_step
 from hypergrad.updates.binding import State, Values
 from hypergrad.updates.rule import Tensors

@@ -83,6 +83,7 @@ def test_matches_the_stock_loop_and_forward(name: str) -> None:
     unrolled = run.hypergradient(mode="unrolled")
     assert_right(run, unrolled)
     assert_same(run.hypergradient(mode="forward"), unrolled, MODES_AGREE)
+    assert_same(run.hypergradient(mode="unrolled", every=2), unrolled, MODES_AGREE)
     assert not unrolled.stats["warnings"]
 
 

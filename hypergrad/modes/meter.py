@@ -34,7 +34,7 @@ class Meter:
         self.norm_steps = self.norms_seen = self.nonfinite = 0
         self.largest_norm = 0.0
         self.moved: list[str] | None = None  # buffers that training changes, where a mode has looked at its end
-        self.extra: dict[str, Any] = {"warnings": [], "replayed_exactly": True}
+        self.extra: dict[str, Any] = {"warnings": []}
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
         self.base = self._peak()

@@ -29,6 +29,11 @@ PENDING = 2
 SEGMENT = 4  # steps between snapshots that go to files
 
 
+def default_every(steps: int) -> int:
+    """√K steps between snapshots: about 2√K states in all."""
+    return max(1, math.isqrt(steps))
+
+
 @dataclass
 class Snapshot:
     """The state before a step, and the model's buffers."""
@@ -125,7 +130,7 @@ class FarStack:
             host = [_to_host(x) for x in tensors]
         if name is None:
             return host
-        with name.open("wb", buffering=0) as file:
+        with name.open("wb") as file:  # buffered: a raw write may write a part only
             for x in host:
                 file.write(x.view(-1).view(torch.uint8).numpy().data)
         return _File(name, [(x.shape, x.dtype) for x in host])
@@ -157,7 +162,7 @@ class _File(NamedTuple):
     kinds: list[tuple[torch.Size, torch.dtype]]
 
     def read(self) -> list[Tensor]:
-        with self.path.open("rb", buffering=0) as file:
+        with self.path.open("rb") as file:
             out = [_read(file, shape, dtype) for shape, dtype in self.kinds]
         self.path.unlink()
         return out
@@ -166,7 +171,11 @@ class _File(NamedTuple):
 def _read(file: Any, shape: torch.Size, dtype: torch.dtype) -> Tensor:
     x = torch.empty(shape, dtype=dtype)
     if x.numel():
-        file.readinto(x.view(-1).view(torch.uint8).numpy())
+        read = file.readinto(x.view(-1).view(torch.uint8).numpy())
+        if read != x.numel() * x.element_size():
+            raise OSError(
+                f"a snapshot's file is too short: {read} of {x.numel() * x.element_size()} bytes of a tensor."
+            )
     return x
 
 
@@ -210,8 +219,7 @@ class Stacks(AbstractContextManager["Stacks"]):
 
     def default_every(self, steps: int) -> int:
         """√K, or fewer where it is a matter of memory that does not grow with K."""
-        root = max(1, math.isqrt(steps))
-        return root if self.folder is None else min(root, SEGMENT)
+        return default_every(steps) if self.folder is None else min(default_every(steps), SEGMENT)
 
     def __exit__(self, *_: object) -> None:
         if self.worker is not None:

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from hypergrad.graph import Linearization
 from hypergrad.modes.meter import Meter
-from hypergrad.modes.snapshots import Snapshot, Stack, Stacks
+from hypergrad.modes.snapshots import Snapshot, Stack, Stacks, default_every
 from hypergrad.modes.stretch import Result, Stretch, evaluation
 from hypergrad.modes.tape import Tape
 from hypergrad.updates.binding import State
@@ -31,10 +31,6 @@ from hypergrad.updates.rule import Tensors, parts
 from hypergrad.updates.transition import CLIPS, Tangent
 
 GRAPH_MEMORY = 2**30  # bytes
-
-
-def default_every(steps: int) -> int:
-    return max(1, math.isqrt(steps))
 
 
 def unrolled(
@@ -147,6 +143,7 @@ def restore(stretch: Stretch, at: Snapshot, graphs_stay: bool = False) -> None:
 def adjoint(stretch: Stretch, tape: Tape, meter: Meter) -> Result:
     """Run the adjoint over a recorded stretch. The model's state on return is unspecified."""
     total, kept, at = Total(stretch), bool(tape.graphs), tape.snapshots.pop()
+    meter.extra["replayed_exactly"] = True
     restore(stretch, at, kept)
     lam = total.validate(len(stretch.batches), Tangent.zeros(at.state), at.state)
     for segment in reversed(range(len(tape.snapshots))):

@@ -22,7 +22,7 @@ from hypergrad.updates.span import Span
 
 CLIPS: dict[str, type[Clip]] = {"clip_norm": ClipNorm, "clip_value": ClipValue}
 
-# On CPU a long range is cut, so that the ten or so passes of a rule over it, and what they allocate, stay in the cache.
+# On CPU a long range is cut, so that what a rule allocates for its ten or so passes is used again, and not new pages each time.
 CHUNK = 2**20
 
 WELL_CONDITIONED_EPS = 1e-3  # from here on d/d(weight decay) through g/(√v + eps) at g = v = 0 is of ordinary size
