@@ -20,6 +20,7 @@ from hypergrad.search.convert import (
 )
 from hypergrad.search.convert.optuna import suggest
 from hypergrad.search.entries import Categorical, Float, Int
+from hypergrad.search.hyperopt_objective import hyperopt_objective
 from hypergrad.search.loop import optimize
 from hypergrad.search.objective import Pruned, Trial
 from hypergrad.search.ranges import suggest_space
@@ -44,6 +45,7 @@ __all__ = [
     "from_optuna",
     "from_ray",
     "from_sklearn",
+    "hyperopt_objective",
     "optimize",
     "suggest",
     "suggest_space",
