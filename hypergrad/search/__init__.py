@@ -20,6 +20,8 @@ from hypergrad.search.convert import (
 )
 from hypergrad.search.convert.optuna import suggest
 from hypergrad.search.entries import Categorical, Float, Int
+from hypergrad.search.fmin import hyperopt_objective
+from hypergrad.search.gradient_steps import enqueue_hypergradient_step, hypergradient_step, note_hypergradient
 from hypergrad.search.loop import optimize
 from hypergrad.search.objective import Pruned, Trial
 from hypergrad.search.ranges import suggest_space
@@ -40,10 +42,14 @@ __all__ = [
     "Study",
     "Trial",
     "Verification",
+    "enqueue_hypergradient_step",
     "from_hyperopt",
     "from_optuna",
     "from_ray",
     "from_sklearn",
+    "hypergradient_step",
+    "hyperopt_objective",
+    "note_hypergradient",
     "optimize",
     "suggest",
     "suggest_space",

@@ -20,6 +20,7 @@ from hypergrad.search.budget import Budget, Cost, as_budget
 from hypergrad.search.convert.optuna import encode, suggest
 from hypergrad.search.extras import need
 from hypergrad.search.objective import Left, Objective, Outcome, Trial, name_of, seed_of, takes_trial
+from hypergrad.search.ray_workers import Cluster, as_cluster, check_sendable, ray_runner
 from hypergrad.search.recording import record_trial
 from hypergrad.search.space import Space, Values, as_space
 from hypergrad.search.storage import NAME, alone, open_storage, open_study, quiet
@@ -28,7 +29,7 @@ from hypergrad.search.strategies.base import Strategy
 from hypergrad.search.study import NoTrialCompleted, Study, record
 from hypergrad.search.workers import WORKERS, Runner, check_picklable, runner
 
-BACKENDS = ("local",)
+BACKENDS = ("local", "ray")
 
 
 def optimize(
@@ -43,6 +44,7 @@ def optimize(
     *,
     workers: str = "processes",
     options: Mapping[str, Any] | None = None,
+    cluster: Cluster | Mapping[str, Any] | None = None,
     log_dir: str | Path | None = None,
     progress: bool | None = None,
 ) -> Study:
@@ -59,10 +61,12 @@ def optimize(
         storage: path of a journal file, from which a call with the same arguments goes on; a URL or a storage of Optuna. None: in
             memory. What counts as the same study is objective's name, space, strategy, options and seed.
         n_jobs: trials at a time. With more than one, which trials a sampler has seen when it chooses depends on the clock.
-        backend: "local".
+        backend: "local", or "ray": n_jobs trials at a time on the workers of a Ray cluster (docs/ray.md). It needs a storage. The
+            trial of a worker that dies is run again.
         workers: what n_jobs > 1 runs in: "processes", for which the objective must be importable (a module's function), or
             "threads", which share random number generators: they are not seeded for each trial then.
         options: of the strategy: arguments of its class in Optuna, or steps, step_size and mode of hypergradients.
+        cluster: of backend "ray": a dict with some of address, num_cpus and num_gpus of one trial, retries.
         log_dir: folder for TensorBoard; every trial is a run with HParams.
         progress: True or False: a progress bar or none; None: one where stderr is a terminal.
 
@@ -88,6 +92,11 @@ def optimize(
     need("optuna", "a search")
     chosen = make(strategy, space, seed, options or {})
     _check_how(limit, chosen, strategy, speaks, n_jobs, backend, workers)
+    on = as_cluster(cluster)
+    if backend == "ray":
+        check_sendable(objective, storage)
+    elif cluster is not None:
+        raise ValueError("cluster describes a Ray cluster: pass backend='ray' with it.")
     study = {
         "objective": name_of(objective),
         "space": space.describe(),
@@ -98,14 +107,16 @@ def optimize(
     with ExitStack() as stack:
         stack.enter_context(alone(storage))
         stack.enter_context(quiet())
-        passing = n_jobs > 1 and workers == "processes" and storage is None
-        if n_jobs > 1 and workers == "processes":
+        in_processes = backend == "local" and n_jobs > 1 and workers == "processes"
+        passing = in_processes and storage is None
+        if in_processes:
             check_picklable(objective)
         if passing:  # processes speak through a file
             storage = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "study.journal"
         asked = open_study(open_storage(storage), study, chosen.pruner())
         loop = Loop(objective, space, chosen, limit, seed, asked, Path(log_dir) if log_dir else None)
-        loop.run(stack.enter_context(runner(n_jobs, workers, storage)), n_jobs, progress)
+        where = ray_runner(n_jobs, storage, chosen, on) if backend == "ray" else runner(n_jobs, workers, storage)
+        loop.run(stack.enter_context(where), n_jobs, progress)
         result = Study(_in_memory(asked) if passing else asked, space, objective, seed, loop.interrupted)
     if not any(each.state == "complete" for each in result.trials):
         if loop.interrupted:
@@ -213,6 +224,8 @@ class Loop:
             trial.set_user_attr("notes", outcome.notes)
         if outcome.error:
             trial.set_user_attr("error", outcome.error)
+        if outcome.retries:
+            trial.set_user_attr("retries", outcome.retries)
         state = {"complete": "COMPLETE", "pruned": "PRUNED", "failed": "FAIL"}[outcome.state]
         self.asked.tell(trial, outcome.value, state=getattr(optuna.trial.TrialState, state))
         self.spent += outcome.cost
@@ -261,5 +274,5 @@ def _check_how(
         raise ValueError(
             "a budget in epochs counts what trials report: let the objective be f(params, trial), with trial.report."
         )
-    if strategy.needs_run and n_jobs > 1 and workers == "threads":
+    if strategy.needs_run and n_jobs > 1 and workers == "threads" and backend == "local":
         raise ValueError(f"strategy {name!r} seeds torch's generator, which threads share: use workers='processes'.")

@@ -71,11 +71,8 @@ class Trial:
         """As `report`, but nothing that a budget counts."""
         number = as_number(value, "trial.report was given")
         self.curve.append((step, number))
-        if (
-            self.asked is not None
-            and step not in self.asked.storage.get_trial(self.asked._trial_id).intermediate_values
-        ):
-            self.asked.report(number, step)  # a trial that was interrupted has some already
+        if self.asked is not None:
+            self.asked.report(number, step)
 
     def should_prune(self) -> bool:
         """Whether the strategy gives this trial up: raise `Pruned()` then."""
@@ -105,6 +102,20 @@ class Trial:
         return Cost(1, self._epochs, self._gradients, time.perf_counter() - self.began)
 
 
+class Reports:
+    """An Optuna trial that reports go to: each step once, as a trial that was cut off and is run again has some already."""
+
+    def __init__(self, trial: Any):
+        self.trial = trial
+
+    def report(self, value: float, step: int) -> None:
+        if step not in self.trial.storage.get_trial(self.trial._trial_id).intermediate_values:
+            self.trial.report(value, step)
+
+    def should_prune(self) -> bool:
+        return self.trial.should_prune()
+
+
 @dataclass(frozen=True)
 class Left:
     """What was left of a budget when a trial began."""
@@ -127,6 +138,7 @@ class Outcome:
     notes: dict[str, Any]
     curve: list[tuple[int, float]]
     error: str | None = None  # the traceback of one that failed
+    retries: int = 0  # how often it was run again because its worker died
 
 
 def evaluate(run: Callable[[Trial], float], trial: Trial, isolated: bool = True) -> Outcome:

@@ -36,6 +36,7 @@ class Record:
         cost: what it took.
         error: the traceback of a failed one.
         notes: what was kept with `trial.note`.
+        retries: how often it was run again because its worker died.
     """
 
     number: int
@@ -45,6 +46,7 @@ class Record:
     cost: Cost
     error: str | None = None
     notes: dict[str, Any] = field(default_factory=dict)
+    retries: int = 0
 
 
 @dataclass(frozen=True)
@@ -181,6 +183,7 @@ def record(frozen: Any, space: Space) -> Record:
         Cost(**attrs.get("cost", {})),
         attrs.get("error"),
         notes,
+        attrs.get("retries", 0),
     )
 
 
@@ -196,4 +199,4 @@ def _row(each: Record, names: list[str]) -> dict[str, Any]:
     head: dict[str, Any] = {"trial": each.number, "state": each.state, "value": each.value}
     params = {name: each.params.get(name) for name in names}
     notes = {f"note {name}": value for name, value in each.notes.items()}
-    return head | params | cost | notes | {"error": each.error}
+    return head | params | cost | notes | {"retries": each.retries, "error": each.error}

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from hypergrad.search.extras import need
-from hypergrad.search.objective import Objective, Outcome, Trial, evaluate, name_of
+from hypergrad.search.objective import Objective, Outcome, Reports, Trial, evaluate, name_of
 from hypergrad.search.storage import NAME, open_storage, quiet
 from hypergrad.search.strategies.base import Strategy
 
@@ -30,7 +30,7 @@ class Runner:
     def submit(self, objective: Objective, strategy: Strategy, own: Trial, asked: Any) -> Future[Outcome]:
         if isinstance(self.executor, ProcessPoolExecutor):
             return self.executor.submit(_in_process, self.storage, asked._trial_id, objective, strategy, own)
-        own.asked = asked
+        own.asked = Reports(asked)
         work = partial(evaluate, partial(strategy.run, objective), own, self.isolated)
         if self.executor is not None:
             return self.executor.submit(work)
@@ -46,7 +46,7 @@ def _in_process(storage: Any, trial_id: int, objective: Objective, strategy: Str
         study = optuna.load_study(
             study_name=NAME, storage=open_storage(storage), sampler=sampler, pruner=strategy.pruner()
         )
-        own.asked = optuna.Trial(study, trial_id)
+        own.asked = Reports(optuna.Trial(study, trial_id))
         return evaluate(partial(strategy.run, objective), own)
 
 

@@ -58,3 +58,15 @@ def quadratic(p: dict[str, Any], trial: Trial) -> Run:
 
     sgd = torch.optim.SGD(model.parameters(), lr=p["lr"], momentum=p.get("momentum", 0.0))
     return Run(model, sgd, [None] * p.get("steps", 5), loss, lambda: loss(model, None))
+
+
+def deadly_bowl(folder: Path, deadly: int, deaths: int, p: dict[str, Any], trial: Trial) -> float:
+    """Writes down that it was begun; as trial `deadly` it kills its process in the second epoch, the first `deaths` times."""
+    with (folder / "begun").open("a") as file:
+        file.write(f"{trial.number}\n")
+    for epoch in range(1, 4):
+        trial.report(bowl(p) + 1 / epoch, epoch)
+        begun = (folder / "begun").read_text().split().count(str(deadly))
+        if trial.number == deadly and epoch == 2 and begun <= deaths:
+            os.kill(os.getpid(), signal.SIGKILL)
+    return bowl(p)

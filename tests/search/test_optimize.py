@@ -35,6 +35,7 @@ FOUND: dict[str, tuple[Any, int | None, float]] = {
     "tpe": (bowl, 40, CLOSE),
     "gp": (bowl, 25, CLOSE),
     "cma": (bowl, 60, CLOSE),
+    "hyperopt": (bowl, 60, CLOSE),
     "hyperband": (reporting_bowl, 60, CLOSE),
     "asha": (reporting_bowl, 60, CLOSE),
 }
@@ -46,8 +47,9 @@ SMALL = {
 
 
 def needs(strategy: str) -> None:
-    if strategy == "cma":
-        pytest.importorskip("cmaes")
+    package = {"cma": "cmaes", "hyperopt": "hyperopt"}.get(strategy)
+    if package:
+        pytest.importorskip(package)
 
 
 @pytest.mark.parametrize("strategy", FOUND)
@@ -153,7 +155,7 @@ def test_a_descent_that_begins_in_chaos_comes_back() -> None:
 # ---- studies that are kept
 
 
-STORED = ["grid", "random", "tpe", "gp", "cma", "hyperband"]
+STORED = ["grid", "random", "tpe", "gp", "cma", "hyperband", "hyperopt"]
 
 
 @pytest.mark.parametrize("strategy", STORED)
@@ -242,7 +244,7 @@ def test_nan_is_a_failure_and_infinity_the_worst_value() -> None:
     assert study.best_params == {"i": 2}
 
 
-@pytest.mark.parametrize("strategy", ["tpe", "gp", "cma"])
+@pytest.mark.parametrize("strategy", ["tpe", "gp", "cma", "hyperopt"])
 def test_samplers_bear_infinity(strategy: str) -> None:
     needs(strategy)
     study = quiet(

@@ -84,6 +84,31 @@ def flat(point: Mapping[str, Any]) -> Values:
     return values
 
 
+def labels_of(space: Space, values: Mapping[str, Any]) -> Values:
+    """Values by the labels of `to_hyperopt`'s expressions, as Hyperopt keeps them: a choice by its index.
+
+    Example:
+        >>> labels_of(Space({"m": Float(0.1, 0.9, "logit"), "layer": ["relu", "tanh"]}), {"m": 0.5, "layer": "tanh"})
+        {'logit(m)': 0.0, 'layer': 1}
+    """
+    found: Values = {}
+    for name, value in values.items():
+        entry = space[name]
+        label = next((_label(name, values[parent], space) for parent in entry.when or {}), name)
+        if isinstance(entry, Categorical):
+            found[label] = entry.index(value)
+        elif isinstance(entry, Float) and entry.scale == "logit":
+            found[f"logit({label})"] = phi(value, "logit")
+        elif entry.scale == "linear" and entry.step not in (
+            None,
+            1 if isinstance(entry, Int) else None,
+        ):  # an hp.choice
+            found[label] = min(range(len(entry.grid())), key=lambda i: abs(entry.grid()[i] - value))
+        else:
+            found[label] = value
+    return found
+
+
 def from_hyperopt(expressions: Mapping[str, Any]) -> Space:
     """A space from a dict of expressions: `uniform`, `loguniform`, `quniform`, `randint`, `uniformint` and `choice`, nested too.
 

@@ -10,6 +10,7 @@ from hypergrad.search.strategies.base import Strategy
 from hypergrad.search.strategies.gradient import Hybrid, Hypergradient
 from hypergrad.search.strategies.grid import Grid, Random
 from hypergrad.search.strategies.halving import ASHA, Hyperband
+from hypergrad.search.strategies.hyperopt import Hyperopt
 from hypergrad.search.strategies.samplers import CMA, GP, TPE
 
 STRATEGIES: dict[str, type[Strategy]] = {
@@ -18,6 +19,7 @@ STRATEGIES: dict[str, type[Strategy]] = {
     "tpe": TPE,
     "gp": GP,
     "cma": CMA,
+    "hyperopt": Hyperopt,
     "hyperband": Hyperband,
     "asha": ASHA,
     "hypergradient": Hypergradient,
