@@ -42,7 +42,7 @@ class Population:
 
     Args:
         models: P modules that differ in their weights alone.
-        optimizers: one live optimizer a model: one param group of SGD, Adam, AdamW, RMSprop, Adagrad or another elementwise rule of
+        optimizers: one live optimizer a model: one param group of SGD, AdamW, RMSprop or another elementwise rule of
             `hypergrad/updates`, of the same flags; lr, weight decay, … may differ.
         loss: `loss(model, batch)` → scalar.
         val_loss: `val_loss(model)` → scalar; needed where something is tuned.
@@ -58,7 +58,8 @@ class Population:
         NotImplementedError: buffers (BatchNorm's running statistics), several param groups, rules that are not elementwise, and
             code that vmap cannot take, such as `if` on a tensor's value.
 
-    Dropout, and whatever else draws random numbers in a loss, draws others for each member. `close()` writes weights, optimizer state and values back.
+    Dropout, and whatever else draws random numbers in a loss, draws others for each member.
+    `close()` writes weights, optimizer state and values back.
 
     Example:
         Gradient descent on θ²/2 from θ = 2 at lr 0.1 and 0.5: dL/dlr = −2 · 2 (1 − lr) = −3.6 and −2.
