@@ -98,7 +98,7 @@ class MLP:
         self.weights, self.grads = self._views(self.flat, sizes), self._views(self.grad, sizes)
         self.decayed = torch.cat([torch.full((s,), float(i % 2 == 0), dtype=dtype) for i, s in enumerate(sizes)])
         for row in range(models):  # Glorot's bounds, drawn as scikit-learn draws them
-            rng = np.random.RandomState(seed + row)  # noqa: NPY002
+            rng = np.random.RandomState(seed + row)
             for i, (fan_in, fan_out) in enumerate([(inputs, hidden), (hidden, outputs)]):
                 bound = math.sqrt(6.0 / (fan_in + fan_out))
                 self.weights[2 * i][row] = torch.as_tensor(rng.uniform(-bound, bound, (fan_in, fan_out)))
@@ -115,7 +115,7 @@ class MLP:
 
     def backward(self, x: Tensor, y: Tensor, alpha: float) -> None:
         """dL/dW into `grad`; for each of the three losses dL/d(output) = (prediction − y) / n."""
-        w1, _, w2, b2 = self.weights
+        _, _, w2, b2 = self.weights
         h = self.hidden(x)
         delta = (predict(torch.baddbmm(b2, h, w2), self.kind) - y) / x.shape[1]
         back = torch.bmm(delta, w2.transpose(1, 2)) * (h > 0)
