@@ -12,8 +12,8 @@ With f the best score found within a budget, f_best the table's best and f_media
 
     regret = min((f − f_best) / (f_median − f_best), 1),    score = 1 − regret
 
-One draw has a median regret of 1; a live run below the table's best has a negative regret. Nothing evaluated yet counts as 1. Means
-are over problems (set, space, metric) and seeds; intervals are bootstrapped over problems and, inside each, over seeds.
+One draw has a median regret of 1; a live run below the table's best has a negative regret. Nothing evaluated yet counts as 1.
+Means are over problems (set, space, metric) and seeds; intervals are bootstrapped over problems and, inside each, over seeds.
 """
 
 from __future__ import annotations
@@ -47,6 +47,9 @@ class Args:
     """Search the table, train the live runs, summarise both. Finished live runs are kept."""
 
     sets: tuple = arg(tuple(SETS), "any of them", quick=("iris",))
+    strategies: tuple = arg(
+        ("grid", "random", "tpe", "hyperband", "asha", "one_epoch", "hyperopt", "gp"), "searches of the table"
+    )
     seeds: int = arg(10, "of each black-box search", quick=2)
     live_seeds: int = arg(5, "of the live runs", quick=1)
     trials: int = arg(2, "live trials of a seed: the first is hypergradient, all are hybrid", quick=1)
@@ -301,7 +304,7 @@ def searched(
     todo = [
         dict(zip(("set", "space", "metric"), key, strict=True)) | {"strategy": name} | same
         for key in problems
-        for name in STRATEGIES
+        for name in args.strategies
     ]
     rows = sweep(partial(search, folder=Path(args.table)), todo, Path(args.runs) / "search_tables.jsonl", args.jobs)
     out: dict[str, dict[int, list[np.ndarray]]] = {}

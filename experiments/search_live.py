@@ -1,7 +1,7 @@
 """Live runs of the search benchmark: a run tuned online on one fold, its learned values replayed on all five.
 
-The training part of the first fold is split into four fifths that train and one that validates; a Tuner of default settings moves lr,
-weight decay and the momenta while it trains there for EPOCHS. The learned lr is then the scale of a linear decay to zero,
+The training part of the first fold is split into four fifths that train and one that validates; a Tuner of default settings moves
+lr and weight decay while it trains there for EPOCHS. The learned lr is then the scale of a linear decay to zero,
 and α = weight decay · batch, in plain runs of all five folds, whose held-out parts score them and are seen by nothing else.
 
 Cost in run-equivalents (the five fold fits of one configuration, 5 · EPOCHS · ⌈n/batch⌉ gradients): gradients of training batches

@@ -1,8 +1,8 @@
 """The problems of the search benchmark: scikit-learn's sets, its MLP with one hidden layer, and their five folds as one model.
 
 A fifth of each set is left out, as in Bayesmark; the rest is cut into five folds. Inputs (and a regression's target) are
-standardised by the mean and standard deviation of these four fifths. Folds' training parts have equal sizes: at most one row of each
-is left out. All folds are trained at once, a batched matrix product a layer, on
+standardised by the mean and standard deviation of these four fifths. Folds' training parts have equal sizes: at most one row of
+each is left out. All folds are trained at once, a batched matrix product a layer, on
 
     L = mean over the batch of the loss + α / (2 n_batch) (‖W1‖² + ‖W2‖²)          (biases are not decayed)
 

@@ -1,4 +1,4 @@
-"""The search benchmark: our MLP against scikit-learn's, the searches on a made-up table, and the whole of it in its quick mode."""
+"""The search benchmark: our MLP against scikit-learn's, searches of a made-up table, and all of it in its quick mode."""
 
 import numpy as np
 import pytest
@@ -81,7 +81,9 @@ def test_quick_mode(tmp_path, monkeypatch):
     monkeypatch.setattr(search_benchmark, "STRATEGIES", {"tpe": STRATEGIES["tpe"], "asha": STRATEGIES["random"]})
     folder = str(tmp_path)
     search_table.main(["--quick", "--out", folder])
-    rows = search_benchmark.main(["--quick", "--table", folder, "--out", folder, "--runs", folder])
+    rows = search_benchmark.main(
+        ["--quick", "--strategies", "tpe", "asha", "--table", folder, "--out", folder, "--runs", folder]
+    )
     assert {row["kind"] for row in rows} == {"summary", "problem", "difference", "live"}
     assert (tmp_path / "search_benchmark.json").is_file()
     assert all(row["cost"] > 0 for row in rows if row["kind"] == "live")
