@@ -3,8 +3,8 @@
     python -m experiments.search_benchmark [--quick]
 
 The table is that of `experiments.search_table`. A sampler proposes a point of the space; the nearest configuration in unit
-coordinates that it has not evaluated yet is evaluated and told in its place. What is minimised is the mean held-out score of the
-five folds; one run-equivalent is the five fits. Live trials are those of `experiments.search_live`. Their starts are random;
+coordinates that it has not evaluated yet is evaluated and told in its place. What is minimised is the mean held-out score
+of the five folds; one run-equivalent is the five fits. Live trials are those of `experiments.search_live`, from random starts;
 "hybrid" is such trials one after another, the best of them by the same held-out score. (Optuna's TPE draws its first ten points at
 random, and no hybrid here has more trials than that.)
 
@@ -109,16 +109,17 @@ def optuna_search(name: str) -> Callable[[Table, int, int], Best]:
 
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         space = {f"u{i}": optuna.distributions.FloatDistribution(0, 1) for i in range(table.unit.shape[1])}
+        fixed: dict[str, Any] = dict(space)
         study = optuna.create_study(sampler=getattr(optuna.samplers, name)(seed=seed))
 
         def ask(i: int) -> np.ndarray:
-            trial = study.ask(space)
+            trial = study.ask(fixed)
             study.tell(trial, state=optuna.trial.TrialState.FAIL)  # the nearest configuration is told in its place
             return np.array([trial.params[key] for key in space])
 
         def tell(point: np.ndarray, value: float) -> None:
             params = dict(zip(space, map(float, point), strict=True))
-            study.add_trial(optuna.create_trial(params=params, distributions=dict(space), value=value))
+            study.add_trial(optuna.create_trial(params=params, distributions=fixed, value=value))
 
         return _proposed(table, budget, ask, tell)
 
@@ -301,7 +302,7 @@ def searched(
 ) -> dict[str, dict[int, list[np.ndarray]]]:
     """strategy → budget → for each problem the regrets of its seeds."""
     same = {"seeds": args.seeds, "first_seed": args.first_seed, "budget": args.budget}
-    todo = [
+    todo: list[Row] = [
         dict(zip(("set", "space", "metric"), key, strict=True)) | {"strategy": name} | same
         for key in problems
         for name in args.strategies

@@ -20,7 +20,7 @@ from experiments import results
 from experiments.arguments import arg, command, parse
 from experiments.search_problems import EPOCHS, LOOKS, METRICS, SETS, SPACES, Values, fit, folds
 from experiments.sweep import sweep
-from hypergrad.search import Float, Space
+from hypergrad.search import Float, Int, Space
 
 Row = dict[str, Any]
 NAME = "search_table.json"
@@ -48,11 +48,11 @@ def values_at(space: Space, unit: np.ndarray) -> Values:
     out: Values = {}
     for u, (name, entry) in zip(unit, space.items(), strict=True):
         inside = float(min(max(u, 1e-9), 1 - 1e-9))
-        out[name] = (
-            entry.from_unit(inside)
-            if isinstance(entry, Float)
-            else int(entry.low + inside * (entry.high - entry.low + 1))
-        )
+        if isinstance(entry, Float):
+            out[name] = entry.from_unit(inside)
+        else:
+            assert isinstance(entry, Int)
+            out[name] = int(entry.low + inside * (entry.high - entry.low + 1))
     return out
 
 

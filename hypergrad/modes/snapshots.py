@@ -101,7 +101,9 @@ class FarStack:
         while len(self.near) > NEAR:
             old = self.near.popleft()
             tensors = old.tensors()
-            self.far.append((old.without_tensors(), self.worker.submit(self._away, tensors, self._mark(), self._name())))
+            self.far.append(
+                (old.without_tensors(), self.worker.submit(self._away, tensors, self._mark(), self._name()))
+            )
             if len(self.far) > PENDING:
                 empty, away = self.far[-1 - PENDING]
                 self.far[-1 - PENDING] = empty, _done(away)  # raises here what went wrong there
