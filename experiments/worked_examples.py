@@ -8,8 +8,8 @@ split (medicine) or another draw of the synthetic data.
 
 medicine    breast cancer; one gate a feature. Validation: log loss.
 finance     synthetic credit defaults, 5 % positive; a weight a class. A missed default costs 20, a refused good client 1.
-logistics   synthetic demand of 40 products with few or many records; one decay a product. Pinball loss at 0.9: stock that suffices
-            nine times in ten.
+logistics   synthetic demand of 40 products with few or many records; one decay a product. Pinball loss at 0.9: stock that
+            suffices nine times in ten.
 selection   synthetic, 5 of 30 features relevant; one gate a feature. Also: AUROC of gates against relevance.
 
 A gate g = 1/(1 + eᵃ) in (0, 1) multiplies a feature's weight by what a decay λ(1/g − 1) = λ eᵃ of that weight leaves of it;
@@ -119,7 +119,9 @@ def finance(seed: int) -> Example:
 def logistics(seed: int) -> Example:
     """A column an indicator of each product, and 4 shared features; products have 2 to 30 records to learn from."""
     g = torch.Generator().manual_seed(seed)
-    level = torch.randn(PRODUCTS, generator=g, dtype=torch.float64) * (torch.arange(PRODUCTS) % 2)  # half are like the rest
+    level = torch.randn(PRODUCTS, generator=g, dtype=torch.float64) * (
+        torch.arange(PRODUCTS) % 2
+    )  # half are like the rest
     shared = torch.randn(4, generator=g, dtype=torch.float64)
 
     def draw(counts: Tensor) -> tuple[Tensor, Tensor]:
