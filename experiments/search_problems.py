@@ -65,7 +65,8 @@ class Folds:
 
 @functools.cache
 def folds(name: str, dtype: torch.dtype = torch.float32) -> Folds:
-    x, y = map(np.asarray, SETS[name](return_X_y=True))
+    found: Any = SETS[name](return_X_y=True)
+    x, y = found
     regression = name == "diabetes"
     x, _, y, _ = train_test_split(x, y, test_size=0.2, random_state=SPLIT_SEED, stratify=None if regression else y)
     x = (x - x.mean(0)) / np.where(x.std(0) > 0, x.std(0), 1)

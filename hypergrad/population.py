@@ -4,8 +4,8 @@ All weights are one matrix Θ [P, n], a row a member. The loss of all members is
 
     ℓ(Θ) = Σᵢ ℓᵢ(θᵢ),   ∂ℓ/∂Θ has row i ∇ℓᵢ(θᵢ),   ∂⟨∂ℓ/∂Θ, Z⟩/∂Θ has row i ∇²ℓᵢ(θᵢ) zᵢ,
 
-as no member sees another. One backward pass gives all gradients, one more all Hessian products. The optimizer's algebra is that
-of `updates/`, a member at a time: its rules take one number each of lr, weight decay, ….
+as no member sees another. One backward pass gives all gradients, one more all Hessian products. The optimizer's algebra is
+that of `updates/`, a member at a time: its rules take one number each of lr, weight decay, ….
 """
 
 from __future__ import annotations
