@@ -101,13 +101,6 @@ def test_what_is_wrong_with_the_objective_comes_back_as_it_is(tmp_path: Path) ->
         on_ray(lambda p: None, SPACE, "random", 2, storage=tmp_path / "s.journal")
 
 
-def test_a_ray_that_is_started_for_a_study_is_shut_down_after_it(tmp_path: Path) -> None:
-    if ray.is_initialized():
-        ray.shutdown()
-    study = on_ray(bowl, SPACE, "random", 2, storage=tmp_path / "s.journal", n_jobs=1)
-    assert len(study.trials) == 2 and not ray.is_initialized()
-
-
 def _with(**arguments: Any) -> Any:
     given: dict[str, Any] = {"objective": never, "space": SPACE, "strategy": "random", "budget": 3, "storage": "s"}
     return lambda: on_ray(**given | arguments)
