@@ -157,7 +157,7 @@ def studies(args: Args) -> list[Row]:
 def _append(path: str, seconds: float, start: Any, counts: Any) -> None:
     import optuna
 
-    backend = optuna.storages.journal.JournalFileBackend(path)
+    backend = optuna.storages.journal.JournalFileBackend(path)  # type: ignore[attr-defined]
     start.wait()
     n, until = 0, time.perf_counter() + seconds
     while time.perf_counter() < until:

@@ -5,8 +5,8 @@
 The table is that of `experiments.search_table`. A sampler proposes a point of the space; the nearest configuration in unit
 coordinates that it has not evaluated yet is evaluated and told in its place. What is minimised is the mean held-out score
 of the five folds; one run-equivalent is the five fits. Live trials are those of `experiments.search_live`, from random
-starts; "hybrid" is such trials one after another, the best of them by the same held-out score. (Optuna's TPE draws its first ten points at
-random, and no hybrid here has more trials than that.)
+starts; "hybrid" is such trials one after another, the best of them by the same held-out score. (Optuna's TPE draws its first
+ten points at random, and no hybrid here has more trials than that.)
 
 With f the best score found within a budget, f_best the table's best and f_median the median of its 256,
 

@@ -65,10 +65,12 @@ class Folds:
 
 @functools.cache
 def folds(name: str, dtype: torch.dtype = torch.float32) -> Folds:
-    found: Any = SETS[name](return_X_y=True)
-    x, y = found
+    load: Any = SETS[name]
+    x, y = load(return_X_y=True)
     regression = name == "diabetes"
-    x, _, y, _ = train_test_split(x, y, test_size=0.2, random_state=SPLIT_SEED, stratify=None if regression else y)
+    x, _, y, _ = map(
+        np.asarray, train_test_split(x, y, test_size=0.2, random_state=SPLIT_SEED, stratify=None if regression else y)
+    )
     x = (x - x.mean(0)) / np.where(x.std(0) > 0, x.std(0), 1)
     if regression:
         kind, target = "identity", ((y - y.mean()) / y.std())[:, None]
