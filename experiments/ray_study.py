@@ -155,9 +155,9 @@ def studies(args: Args) -> list[Row]:
 
 
 def _append(path: str, seconds: float, start: Any, counts: Any) -> None:
-    import optuna
+    from optuna.storages.journal import JournalFileBackend
 
-    backend = optuna.storages.journal.JournalFileBackend(path)
+    backend = JournalFileBackend(path)
     start.wait()
     n, until = 0, time.perf_counter() + seconds
     while time.perf_counter() < until:

@@ -20,12 +20,14 @@ from hypergrad.search.budget import Budget, Cost, as_budget
 from hypergrad.search.convert.optuna import encode, suggest
 from hypergrad.search.extras import need
 from hypergrad.search.objective import Left, Objective, Outcome, Trial, name_of, seed_of, takes_trial
+from hypergrad.search.ray_population import population_runner
 from hypergrad.search.ray_workers import Cluster, as_cluster, check_sendable, ray_runner
 from hypergrad.search.recording import record_trial
 from hypergrad.search.space import Space, Values, as_space
 from hypergrad.search.storage import NAME, alone, open_storage, open_study, quiet
 from hypergrad.search.strategies import make
 from hypergrad.search.strategies.base import Strategy
+from hypergrad.search.strategies.population import PBT
 from hypergrad.search.study import NoTrialCompleted, Study, record
 from hypergrad.search.workers import WORKERS, Runner, check_picklable, runner
 
@@ -55,7 +57,8 @@ def optimize(
             a float; infinity is the worst there is, NaN is a failure. Or it returns the training run, a `hypergrad.Run`, with the
             optimizer made of these values: strategies "hypergradient" and "hybrid" need that, all others train it.
         space: name → Float, Int, Categorical, a list of choices or a constant.
-        strategy: "grid", "random", "tpe", "gp", "cma", "hyperband", "asha", "hypergradient" or "hybrid".
+        strategy: "grid", "random", "tpe", "gp", "cma", "hyperopt", "hyperband", "asha", "hypergradient", "hybrid",
+            or, with backend "ray", "pbt".
         budget: a `Budget`, a dict such as {"trials": 64} or {"seconds": 600}, or a number of trials. None: all of a finite grid.
         seed: of everything that is drawn.
         storage: path of a journal file, from which a call with the same arguments goes on; a URL or a storage of Optuna. None: in
@@ -115,8 +118,12 @@ def optimize(
             storage = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "study.journal"
         asked = open_study(open_storage(storage), study, chosen.pruner())
         loop = Loop(objective, space, chosen, limit, seed, asked, Path(log_dir) if log_dir else None)
-        where = ray_runner(n_jobs, storage, chosen, on) if backend == "ray" else runner(n_jobs, workers, storage)
-        loop.run(stack.enter_context(where), n_jobs, progress)
+        at_a_time = loop.left() if isinstance(chosen, PBT) else n_jobs
+        if isinstance(chosen, PBT):
+            where = population_runner(n_jobs, at_a_time, chosen, on, seed)
+        else:
+            where = ray_runner(n_jobs, storage, chosen, on) if backend == "ray" else runner(n_jobs, workers, storage)
+        loop.run(stack.enter_context(where), at_a_time, progress)
         result = Study(_in_memory(asked) if passing else asked, space, objective, seed, loop.interrupted)
     if not any(each.state == "complete" for each in result.trials):
         if loop.interrupted:
@@ -156,6 +163,10 @@ class Loop:
 
     def _frozen(self) -> list[Any]:
         return self.asked.get_trials(deepcopy=False)
+
+    def left(self) -> int:
+        """Trials that the budget leaves."""
+        return max(0, int((self.budget and self.budget.trials) or 0) - int(self.spent.trials))
 
     def run(self, executor: Runner, n_jobs: int, progress: bool | None) -> None:
         """Until the budget is spent, or Ctrl-C."""
@@ -273,6 +284,17 @@ def _check_how(
     if budget is not None and set(budget.limits) == {"epochs"} and not speaks:
         raise ValueError(
             "a budget in epochs counts what trials report: let the objective be f(params, trial), with trial.report."
+        )
+    if strategy.population and backend != "ray":
+        raise ValueError(
+            f"strategy {name!r} trains a population side by side, which only Ray Tune does: pass backend='ray' and a storage."
+        )
+    if strategy.population and not (
+        speaks and budget and set(budget.limits) == {"trials"} and (budget.trials or 0) > 1
+    ):
+        raise ValueError(
+            f"strategy {name!r} takes a budget in trials, the population, of 2 or more; and an objective f(params, trial), which "
+            "says how long it trains and calls trial.restore, trial.checkpoint and trial.report."
         )
     if strategy.needs_run and n_jobs > 1 and workers == "threads" and backend == "local":
         raise ValueError(f"strategy {name!r} seeds torch's generator, which threads share: use workers='processes'.")
