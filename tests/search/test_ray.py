@@ -13,12 +13,12 @@ import pytest
 from hypergrad.search import optimize
 from hypergrad.search.ray_workers import Cluster
 from tests.search.problems import SPACE, bowl, deadly_bowl, quadratic, reporting_bowl
-from tests.search.ray_cluster import QUIET, cluster
+from tests.search.ray_warnings import QUIET
 from tests.search.test_optimize import SMALL, never
 
+pytest.importorskip("ray", reason="ray is not installed: pip install 'ray[tune]'")
 pytest.importorskip("optuna")
 
-__all__ = ["cluster"]
 pytestmark = QUIET
 on_ray = partial(optimize, backend="ray", n_jobs=2, progress=False)
 
@@ -43,16 +43,15 @@ def test_a_killed_worker_loses_nothing_and_nothing_is_counted_twice(tmp_path: Pa
 @pytest.mark.usefixtures("cluster")
 def test_a_trial_whose_worker_always_dies_has_failed_and_the_study_goes_on(tmp_path: Path) -> None:
     objective, storage = partial(deadly_bowl, tmp_path, 1, 9), tmp_path / "study.journal"
-    study = on_ray(objective, SPACE, "random", 4, storage=storage, cluster={"retries": 1})
+    study = on_ray(objective, SPACE, "random", 4, storage=storage, cluster={"retries": 0})
     assert [x.state for x in study.trials] == ["complete", "failed", "complete", "complete"]
-    assert "died 2 times" in (study.trials[1].error or "") and study.trials[1].retries == 1
+    assert "died 1 times" in (study.trials[1].error or "") and study.trials[1].retries == 0
     more = on_ray(objective, SPACE, "random", 6, storage=storage)  # resumed: what failed stays so
     assert len(more.trials) == 6 and more.trials[1].state == "failed"
 
 
 # strategy -> objective, space, trials
 STRATEGIES: dict[str, tuple[Any, Any, int]] = {
-    "grid": (bowl, {"x": [1], "lr": [1e-2, 1e-1], "k": [3], "kind": ["a"]}, 2),
     "tpe": (bowl, SPACE, 4),
     "asha": (reporting_bowl, SPACE, 12),
     "hypergradient": (quadratic, SMALL, 2),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from functools import partial
 from pathlib import Path
@@ -9,17 +10,16 @@ from typing import Any
 
 import pytest
 
-from hypergrad.search import Categorical, Float, Int, optimize, ray_trainable, to_ray
+from hypergrad.search import Categorical, Float, Int, Trial, optimize, ray_trainable, to_ray
 from hypergrad.search.ray_tune import number_of
 from hypergrad.search.space import Space
 from hypergrad.search.strategies.population import PBT
 from tests.search.problems import bowl, keeps_nothing, tuned_online, valley
-from tests.search.ray_cluster import QUIET, cluster
+from tests.search.ray_warnings import QUIET
 from tests.search.test_optimize import never
 
 ray = pytest.importorskip("ray", reason="ray is not installed: pip install 'ray[tune]'")
 pytest.importorskip("optuna")
-__all__ = ["cluster"]
 pytestmark = QUIET
 SPACE = {"lr": Float(1e-3, 1.0, "log")}
 
@@ -29,12 +29,12 @@ pbt = partial(optimize, strategy="pbt", backend="ray", n_jobs=2, progress=False)
 @pytest.mark.usefixtures("cluster")
 def test_a_population_trains_and_its_worst_take_over_from_its_best(tmp_path: Path) -> None:
     storage = tmp_path / "s.journal"
-    study = pbt(partial(valley, 8, tmp_path), SPACE, budget=4, storage=storage, seed=1)
+    study = pbt(partial(valley, 6, tmp_path), SPACE, budget=4, storage=storage, seed=1)
     assert [x.state for x in study.trials] == ["complete"] * 4
     assert (tmp_path / "killed").exists() and [x.retries for x in study.trials] == [1, 0, 0, 0]
     for each in study.trials:
         path = each.notes["path"]
-        assert path[-1]["epoch"] == 8 and path[-1]["value"] == each.value
+        assert path[-1]["epoch"] == 6 and path[-1]["value"] == each.value
         assert each.params == each.notes["learned"] and all(1e-3 <= point["lr"] <= 1.0 for point in path)
         epochs = {point["epoch"]: point["value"] for point in path}
         reported = study.optuna.get_trials(deepcopy=False)[each.number].intermediate_values
@@ -42,10 +42,10 @@ def test_a_population_trains_and_its_worst_take_over_from_its_best(tmp_path: Pat
     moved = [each for each in study.trials if len({point["lr"] for point in each.notes["path"]}) > 1]
     assert moved  # some took over another's values, perturbed
     first = [each.notes["path"][0]["lr"] for each in study.trials]
-    assert len(set(first)) == 4 and study.best_value < min(16 / 2 * (1 - lr) ** 16 for lr in sorted(first)[:3])
+    assert len(set(first)) == 4 and study.best_value < min(16 / 2 * (1 - lr) ** 12 for lr in sorted(first)[:3])
     steps = [line.split()[1] for line in (tmp_path / "steps").read_text().splitlines()]
     assert steps.count("1") == 4  # members that paused, were killed or took over went on from a checkpoint
-    more = pbt(partial(valley, 8, tmp_path), SPACE, budget=4, storage=storage, seed=1)  # done: nothing is trained again
+    more = pbt(partial(valley, 6, tmp_path), SPACE, budget=4, storage=storage, seed=1)  # done: nothing is trained again
     assert [x.value for x in more.trials] == [x.value for x in study.trials]
 
 
@@ -57,7 +57,7 @@ def test_an_objective_that_keeps_nothing_is_told_what_to_call(tmp_path: Path) ->
 
 @pytest.mark.usefixtures("cluster")
 def test_ray_tune_stops_and_goes_on_with_our_objective_and_its_tuner(tmp_path: Path) -> None:
-    """ASHA over a trainable whose checkpoints hold a `hypergrad.Tuner`; the best checkpoint goes on as if it had not stopped."""
+    """ASHA over a trainable whose checkpoints hold a `hypergrad.Tuner`."""
     from ray import tune
     from ray.tune.schedulers import ASHAScheduler
 
@@ -65,7 +65,7 @@ def test_ray_tune_stops_and_goes_on_with_our_objective_and_its_tuner(tmp_path: P
     found = tune.Tuner(
         ray_trainable(tuned_online),
         param_space=to_ray({"lr": Float(1e-4, 1e-1, "log")}),
-        tune_config=tune.TuneConfig(metric="loss", mode="min", scheduler=asha, num_samples=5, reuse_actors=True),
+        tune_config=tune.TuneConfig(metric="loss", mode="min", scheduler=asha, num_samples=4, reuse_actors=True),
         run_config=tune.RunConfig(storage_path=str(tmp_path), verbose=0),
     ).fit()
     epochs = [each.metrics["epoch"] for each in found]
@@ -78,7 +78,28 @@ def test_ray_tune_stops_and_goes_on_with_our_objective_and_its_tuner(tmp_path: P
     with best.checkpoint.as_directory() as folder:
         state = torch.load(Path(folder) / "trial.pt", weights_only=False)["state"]
     assert state["epoch"] == 4 and state["tuner"]["steps"] == 40
-    assert float(best.metrics["notes"]["lr"]) == pytest.approx(state["optimizer"]["param_groups"][0]["lr"])  # type: ignore[index]
+
+
+class Kept(Trial):
+    """A trial that goes on from a state, and keeps those it is given."""
+
+    def __init__(self, state: Any = None):
+        super().__init__(0, {"lr": 1e-3}, 0)
+        self.state, self.states = state, []
+
+    def restore(self) -> Any:
+        return self.state
+
+    def checkpoint(self, state: Any) -> None:
+        self.states.append(copy.deepcopy(state))
+
+
+def test_a_trial_that_goes_on_from_its_tuner_s_checkpoint_is_the_one_that_did_not_stop() -> None:
+    whole = Kept()
+    value = tuned_online(whole.params, whole)
+    first = Kept(whole.states[1])
+    assert tuned_online(first.params, first) == value
+    assert len(whole.states) == 4 and len(first.states) == 2 and first.notes == whole.notes
 
 
 def test_perturbed_values_stay_between_their_bounds_and_choices_step_along_their_list() -> None:

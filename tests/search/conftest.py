@@ -1,4 +1,4 @@
-"""A local Ray of two CPUs for a module's tests."""
+"""A local Ray of two CPUs, started once for all tests that ask for it: its workers take seconds to import torch."""
 
 from __future__ import annotations
 
@@ -8,17 +8,11 @@ from collections.abc import Iterator
 
 import pytest
 
-ray = pytest.importorskip("ray", reason="ray is not installed: pip install 'ray[tune]'")
 
-# Ray 2.60 leaves what it opened of its own processes to the garbage collector, and its defaults announce their successors.
-QUIET = [
-    pytest.mark.filterwarnings("ignore::ResourceWarning"),
-    pytest.mark.filterwarnings("ignore:Tip. In future versions of Ray:FutureWarning"),
-]
-
-
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def cluster() -> Iterator[None]:
+    import ray
+
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"
