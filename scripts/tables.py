@@ -19,10 +19,12 @@ from typing import Any
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-from experiments import figures, mode_tables, results, whole_run_figures  # noqa: E402
+from experiments import figures, mode_tables, results, search_figures, whole_run_figures  # noqa: E402
 from experiments.markdown import source, table  # noqa: E402
 
-TEXTS = (ROOT / "README.md", ROOT / "docs/layers.md", ROOT / "docs/modes.md")  # whose blocks are filled
+TEXTS = tuple(
+    ROOT / name for name in ("README.md", "docs/layers.md", "docs/modes.md", "docs/search.md", "docs/several.md")
+)  # whose blocks are filled
 FIGURES, GOALS = ROOT / "docs/figures", results.FOLDER / "goals.json"
 Result = dict[str, Any]
 
@@ -125,6 +127,9 @@ TABLES: dict[str, Callable[[Result], str]] = {
     "shootout": shootout,
     "layers": layers,
     **mode_tables.TABLES,
+    "search_benchmark": search_figures.search_benchmark,
+    "worked_examples": search_figures.worked_examples,
+    "population": search_figures.population,
 }
 PLOTS: dict[str, tuple[str, Callable[[list[Result]], Any]]] = {
     "quickstart": ("quickstart_curves.json", figures.quickstart),
@@ -134,6 +139,7 @@ PLOTS: dict[str, tuple[str, Callable[[list[Result]], Any]]] = {
     "bench_modes": ("bench_modes.json", figures.bench_modes),
     "metalearn_lr": ("metalearn_lr.json", whole_run_figures.metalearn_lr),
     "learned_schedule": ("learned_schedule.json", whole_run_figures.learned_schedule),
+    "search_benchmark": ("search_benchmark.json", search_figures.search_regret),
     "data_cleaning": ("data_cleaning.json", whole_run_figures.data_cleaning),
 }
 

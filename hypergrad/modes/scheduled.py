@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections import ChainMap
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -36,6 +36,37 @@ class Slope(NamedTuple):
     of: Tensors
 
 
+class StepValues(Sequence[Values]):
+    """The hyperparameters of every step: those of the param groups, and what is scheduled, an array each, in their place."""
+
+    def __init__(self, base: Values, steps: int, names: Iterable[str]):
+        self.base, self.steps, self.names = base, steps, tuple(names)
+        self.arrays: Tensors = {}  # name -> [K], [K, n_groups], or [K, n_groups, 2] of betas
+
+    def write(self, name: str, t: int, x: Tensor) -> None:
+        if name not in self.arrays:
+            self.arrays[name] = x.new_empty(self.steps, *x.shape)
+        self.arrays[name][t] = x
+
+    def columns(self, t: int) -> Values:
+        """What is scheduled, a group without the name left out."""
+        return {name: self._column(name, self.arrays[name][t]) for name in self.names}
+
+    def _column(self, name: str, x: Tensor) -> list[Any]:
+        rows = [x.tolist()] if x.dim() == 0 else x.tolist()
+        rows += self.base[name][len(rows) :]  # of an EMA: None
+        return [
+            None if old is None else tuple(new) if isinstance(new, list) else new
+            for old, new in zip(self.base[name], rows, strict=True)
+        ]
+
+    def __getitem__(self, t: int) -> Values:  # type: ignore[override]
+        return self.base | self.columns(t) if self.names else self.base
+
+    def __len__(self) -> int:
+        return self.steps
+
+
 class Schedules:
     """The schedules of a stretch.
 
@@ -53,7 +84,7 @@ class Schedules:
     def __init__(self, functions: Mapping[str, Function], hypers: Tensors, base: Values):
         self.functions, self.hypers, self.base = dict(functions), hypers, base
         self.reached: set[str] = set()  # keys of φ that a schedule was found to depend on
-        self.columns: list[Values] = []  # of every step, once evaluated
+        self.evaluated: StepValues  # of every step, once they are
         for name, f in self.functions.items():
             if not callable(f):
                 raise TypeError(f"schedules[{name!r}] must be a function f(step, hypers), got {type(f).__name__}.")
@@ -65,20 +96,21 @@ class Schedules:
                     f"schedules[{name!r}]: no step reads a hyperparameter of this name; there are {known}."
                 )
 
-    def evaluate(self, steps: int, transition: Transition) -> list[Values]:
+    def evaluate(self, steps: int, transition: Transition) -> StepValues:
         """The values of every step, checked.
 
         Raises:
             ValueError: a value that is not finite, or where the optimizer is discontinuous.
         """
+        self.evaluated = StepValues(self.base, steps, self.functions)
         for t in range(steps):
             with torch.no_grad():
-                columns = {name: self._column(name, self.at(name, t), t) for name in self.functions}
-            self.columns.append(columns)
-            _check_flags(columns, transition, t)
+                for name in self.functions:
+                    self.evaluated.write(name, t, self._checked(name, self.at(name, t), t))
+            _check_flags(self.evaluated.columns(t), transition, t)
         if "momentum" in self.functions:
             self._check_momentum(transition)
-        return [self.base | columns for columns in self.columns]
+        return self.evaluated
 
     def at(self, name: str, t: int) -> Tensor:
         """h_t with its graph, on the CPU in float64: [n_groups], [n_groups, 2] of betas, [] of what belongs to no group."""
@@ -99,25 +131,20 @@ class Schedules:
             raise ValueError(f"schedules[{name!r}] returned shape {tuple(x.shape)} at step {t}, not one of {shapes}.")
         return x.expand(shapes[0])
 
-    def _column(self, name: str, x: Tensor, t: int) -> list[Any]:
-        """h_t as numbers, a group without the name left out."""
+    @staticmethod
+    def _checked(name: str, x: Tensor, t: int) -> Tensor:
         if not bool(torch.isfinite(x).all()):
             raise ValueError(f"schedules[{name!r}] is not finite at step {t}: {x.tolist()}.")
         if name in CLIPS and not x > 0:
             raise ValueError(f"schedules[{name!r}] is {float(x)} at step {t}: a clipping threshold must be positive.")
         if name == EMA:
             check_decay(float(x), f"schedules[{name!r}] at step {t}")
-        rows = [x.tolist()] if x.dim() == 0 else x.tolist()
-        rows += self.base[name][len(rows) :]  # of an EMA: None
-        return [
-            None if old is None else tuple(new) if isinstance(new, list) else new
-            for old, new in zip(self.base[name], rows, strict=True)
-        ]
+        return x
 
     # torch leaves the buffer as it is at a momentum of exactly 0, and a later step reads it
     def _check_momentum(self, transition: Transition) -> None:
         for group, rule in enumerate(transition.rules):
-            zero = [columns["momentum"][group] == 0 for columns in self.columns]
+            zero = (self.evaluated.arrays["momentum"][:, group] == 0).tolist()
             if getattr(rule, "buffered", False) and any(zero) and not all(zero):
                 raise ValueError(
                     f"schedules['momentum'] is exactly 0 at step {zero.index(True)} and not at another: {type(rule).__name__} "
@@ -151,7 +178,7 @@ class Schedules:
     def _again(self, name: str, t: int) -> Tensor:
         """h_t once more; it must be what it was."""
         h = self.at(name, t)
-        if self._column(name, h.detach(), t) != self.columns[t][name]:
+        if not torch.equal(h.detach(), self.evaluated.arrays[name][t]):
             raise ValueError(
                 f"schedules[{name!r}] gave another value at step {t} than before: it must be a function of the step and of "
                 "hypers alone, without a counter or random numbers of its own."

@@ -8,6 +8,7 @@ of snapshots, whatever the speed of the disk.
 from __future__ import annotations
 
 import math
+import os
 import tempfile
 import zlib
 from collections import deque
@@ -24,8 +25,9 @@ from torch import Tensor
 from hypergrad.problem import Saved
 from hypergrad.updates.binding import State
 
-NEAR = 3  # snapshots that stay on the device
+NEAR = 1  # snapshots that stay on the device, besides those on their way
 PENDING = 2
+NOTHING = torch.empty(0)
 SEGMENT = 4  # steps between snapshots that go to files
 
 
@@ -52,6 +54,13 @@ class Snapshot:
         buffers = [Saved(saved.tensor, x) for saved, x in zip(self.buffers, values, strict=True)]
         return Snapshot(replace(self.state, theta=theta, slots=slots), buffers)
 
+    def without_tensors(self) -> Snapshot:
+        """What `with_tensors` makes a whole snapshot of again."""
+        slots = dict.fromkeys(self.state.slots, NOTHING)
+        return Snapshot(
+            replace(self.state, theta=NOTHING, slots=slots), [Saved(saved.tensor, NOTHING) for saved in self.buffers]
+        )
+
     def digest(self) -> int:
         """A number of θ's bits: another one where a step was not played again bit for bit, but for one chance in four billion."""
         theta = self.state.theta
@@ -77,7 +86,8 @@ class FarStack:
         self.folder, self.device, self.worker = folder, device, worker
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self.near: deque[Snapshot] = deque()
-        self.far: list[tuple[Snapshot, Future[Any]]] = []  # without its tensors; what holds them
+        self.far: list[tuple[Snapshot, Any]] = []  # without its tensors; what holds them, or its future
+        self.kinds: list[tuple[torch.Size, torch.dtype]] = []  # of the last snapshot's tensors
         self.coming: tuple[Snapshot, Future[list[Tensor]]] | None = None
         self.written = 0
 
@@ -91,10 +101,12 @@ class FarStack:
         while len(self.near) > NEAR:
             old = self.near.popleft()
             tensors = old.tensors()
-            empty = old.with_tensors([x.new_empty(0) for x in tensors])
-            self.far.append((empty, self.worker.submit(self._away, tensors, self._mark(), self._name())))
+            self.far.append(
+                (old.without_tensors(), self.worker.submit(self._away, tensors, self._mark(), self._name()))
+            )
             if len(self.far) > PENDING:
-                self.far[-1 - PENDING][1].result()  # raises here what went wrong there
+                empty, away = self.far[-1 - PENDING]
+                self.far[-1 - PENDING] = empty, _done(away)  # raises here what went wrong there
 
     def pop(self) -> Snapshot:
         found = self.near.pop() if self.near else self._arrived()
@@ -133,10 +145,12 @@ class FarStack:
         with name.open("wb") as file:  # buffered: a raw write may write a part only
             for x in host:
                 file.write(x.view(-1).view(torch.uint8).numpy().data)
-        return _File(name, [(x.shape, x.dtype) for x in host])
+        kinds = [(x.shape, x.dtype) for x in host]
+        self.kinds = self.kinds if self.kinds == kinds else kinds  # one list for all files
+        return _File(str(name), self.kinds)
 
-    def _back(self, away: Future[Any]) -> list[Tensor]:
-        host = away.result()
+    def _back(self, away: Any) -> list[Tensor]:
+        host = _done(away)
         if isinstance(host, _File):
             host = host.read()
         with self._beside(None):
@@ -158,14 +172,18 @@ class FarStack:
 class _File(NamedTuple):
     """Tensors in a file, one behind the other."""
 
-    path: Path
+    path: str
     kinds: list[tuple[torch.Size, torch.dtype]]
 
     def read(self) -> list[Tensor]:
-        with self.path.open("rb") as file:
+        with open(self.path, "rb") as file:
             out = [_read(file, shape, dtype) for shape, dtype in self.kinds]
-        self.path.unlink()
+        os.unlink(self.path)
         return out
+
+
+def _done(away: Any) -> Any:
+    return away.result() if isinstance(away, Future) else away
 
 
 def _read(file: Any, shape: torch.Size, dtype: torch.dtype) -> Tensor:

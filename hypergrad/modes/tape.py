@@ -16,6 +16,29 @@ from hypergrad.problem import Rng
 REPLAY_RTOL = 1e-3  # bit-identical on CPU; kernels on a GPU may add up in another order
 
 
+class Series:
+    """Many 0-d tensors, packed as they come: by themselves they take half a kilobyte each."""
+
+    PACK = 256
+
+    def __init__(self) -> None:
+        self.packed: list[Tensor] = []
+        self.recent: list[Tensor] = []
+
+    def append(self, x: Tensor) -> None:
+        self.recent.append(x)
+        if len(self.recent) == self.PACK:
+            self.packed.append(torch.stack(self.recent))
+            self.recent = []
+
+    def __getitem__(self, i: int) -> Tensor:
+        pack, place = divmod(i, self.PACK)
+        return self.packed[pack][place] if pack < len(self.packed) else self.recent[place]
+
+    def __len__(self) -> int:
+        return self.PACK * len(self.packed) + len(self.recent)
+
+
 @dataclass
 class Tape:
     """What a replay needs: states every c steps, and every step's random numbers; or every step's graph.
@@ -28,7 +51,7 @@ class Tape:
     new_stack: Callable[[], Stack] = list  # for the states of a segment
     graphs: list[Linearization] = field(default_factory=list)
     rng: list[Rng] = field(default_factory=list)
-    losses: list[Tensor] = field(default_factory=list)
+    losses: Series = field(default_factory=Series)
     digests: dict[int, int] = field(default_factory=dict)  # of the states before each segment's last step
     played: dict[int, Tensor] = field(default_factory=dict)  # losses of the segment at hand, as played again
     mismatch: float = 0.0  # the largest relative difference of those

@@ -1,0 +1,97 @@
+"""Table and figure of the search benchmark, from its result file."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
+
+from experiments.figures import OTHERS, TUNED, Rows, _tidy
+from experiments.markdown import source, table
+
+NAMES = {
+    "hypergradient": "one hypergradient run",
+    "hybrid": "hybrid, two such runs",
+    "asha": "ASHA",
+    "hyperband": "Hyperband",
+    "tpe": "TPE (Optuna)",
+    "hyperopt": "TPE (Hyperopt)",
+    "gp": "Gaussian process",
+    "grid": "grid",
+    "random": "random",
+    "one_epoch": "one epoch, then top k",
+}
+DRAWN = {
+    "random": OTHERS[1],
+    "one_epoch": "#b9bbbe",
+    "tpe": OTHERS[2],
+    "asha": OTHERS[0],
+}  # the rest lies between these
+
+
+def _summaries(rows: Rows, strategy: str) -> dict[int, dict[str, Any]]:
+    """Budget → row; budgets at which no run has ended left out."""
+    own = [row for row in rows if row["kind"] == "summary" and row["strategy"] == strategy]
+    return {row["budget"]: row for row in own if row["regret"] < 1}
+
+
+def search_benchmark(result: dict[str, Any]) -> str:
+    """Mean score 1 − regret of every strategy at every budget."""
+    rows = result["rows"]
+    budgets = sorted({row["budget"] for row in rows if row["kind"] == "summary"})
+    body = []
+    for strategy, name in NAMES.items():
+        at = _summaries(rows, strategy)
+        body.append((name, *(f"{at[b]['score']:.3f}" if b in at else "–" for b in budgets)))
+    return table(("strategy", *map(str, budgets)), body) + "\n\n" + source(result)
+
+
+def search_regret(rows: Rows) -> Figure:
+    """Normalised regret over budget with 95 % bands; the hypergradient run is a point."""
+    figure = Figure(figsize=(7.5, 4.4), layout="constrained")
+    panel = figure.subplots()
+    for strategy, colour in DRAWN.items():
+        at = _summaries(rows, strategy)
+        budgets = sorted(at)
+        panel.plot(budgets, [at[b]["regret"] for b in budgets], color=colour, linewidth=1.5, label=NAMES[strategy])
+        low, high = ([at[b][end] for b in budgets] for end in ("low", "high"))
+        panel.fill_between(budgets, low, high, color=colour, alpha=0.15, linewidth=0)
+    for b, row in _summaries(rows, "hypergradient").items():
+        ends = [[row["regret"] - row["low"]], [row["high"] - row["regret"]]]
+        panel.errorbar(
+            [b], [row["regret"]], ends, color=TUNED, marker="o", capsize=3, label=NAMES["hypergradient"], zorder=5
+        )
+    panel.set_xscale("log", base=2)
+    ticks = sorted({row["budget"] for row in rows if row["kind"] == "summary"})
+    panel.set_xticks(ticks, [str(tick) for tick in ticks])
+    panel.xaxis.set_minor_formatter(NullFormatter())
+    panel.set_ylim(-0.03, 0.8)
+    _tidy(panel, "normalised regret, mean of 20 problems; bands: 95 %", "budget, run-equivalents (five fold fits each)")
+    panel.legend(frameon=False, fontsize=9)
+    return figure
+
+
+def worked_examples(result: dict[str, Any]) -> str:
+    """Mean validation and test loss of each method on each example."""
+    rows, body = result["rows"], []
+    for example in dict.fromkeys(row["example"] for row in rows):
+        for method in dict.fromkeys(row["method"] for row in rows):
+            own = [row for row in rows if (row["example"], row["method"]) == (example, method)]
+            cells = [f"{sum(row[field] for row in own) / len(own):.4f}" for field in ("val", "test")]
+            cost = f"{sum(row['gradient_evaluations'] for row in own) / len(own):,.0f}"
+            auroc = [row["auroc"] for row in own if "auroc" in row]
+            body.append((example, method, *cells, f"{sum(auroc) / len(auroc):.3f}" if auroc else "–", cost))
+    head = ("example", "method", "validation loss", "test loss", "AUROC of gates", "gradient evaluations")
+    return table(head, body) + "\n\n" + source(result)
+
+
+def population(result: dict[str, Any]) -> str:
+    """Time of members one by one over that of all together."""
+    rows = result["rows"]
+    sizes = sorted({row["members"] for row in rows})
+    body = []
+    for tuned, name in ((False, "plain training"), (True, "lr and weight decay tuned")):
+        at = {row["members"]: row["speed"] for row in rows if row["tuned"] == tuned}
+        body.append((name, *(f"{at[size]:.1f}×" if size in at else "–" for size in sizes)))
+    return table(("speed over one by one", *(f"{size} members" for size in sizes)), body) + "\n\n" + source(result)

@@ -1,0 +1,89 @@
+"""The search benchmark: our MLP against scikit-learn's, searches of a made-up table, and all of it in its quick mode."""
+
+import numpy as np
+import pytest
+import torch
+from sklearn.neural_network import MLPClassifier, MLPRegressor
+
+from experiments import search_benchmark, search_table
+from experiments.search_benchmark import ONE_BUDGET, STRATEGIES, Table, regret
+from experiments.search_problems import LOOKS, MLP, Rule, folds
+
+VALUES = {
+    "sgd": {"hidden": 50, "alpha": 0.1, "batch": 20, "lr": 0.01, "momentum": 0.7},
+    "adam": {"hidden": 50, "alpha": 0.1, "batch": 20, "lr": 0.01, "beta1": 0.8, "beta2": 0.95, "eps": 1e-7},
+}
+
+
+def sklearn_arguments(values, solver):
+    names = {"beta1": "beta_1", "beta2": "beta_2", "eps": "epsilon", "momentum": "momentum", "alpha": "alpha"}
+    return {names[k]: v for k, v in values.items() if k in names} | {
+        "hidden_layer_sizes": (values["hidden"],),
+        "batch_size": values["batch"],
+        "learning_rate_init": values["lr"],
+        "solver": solver,
+        "shuffle": False,
+        "max_iter": 3,
+        "random_state": 7,
+        "n_iter_no_change": 100,
+    }
+
+
+@pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
+@pytest.mark.parametrize("solver", ["sgd", "adam"])
+@pytest.mark.parametrize("name", ["iris", "diabetes"])
+def test_same_weights_as_scikit_learn(name, solver):
+    data, values = folds(name, torch.float64), VALUES[solver]
+    x, y = data.x[:1], data.y[:1]
+    theirs = (MLPRegressor if name == "diabetes" else MLPClassifier)(**sklearn_arguments(values, solver))
+    theirs.fit(x[0].numpy(), y[0, :, 0].numpy() if name == "diabetes" else y[0].argmax(-1).numpy())
+    net = MLP(1, x.shape[2], 50, y.shape[2], data.kind, 7, torch.float64)
+    rule = Rule(net.flat, values)
+    for _ in range(3):
+        for first in range(0, x.shape[1], values["batch"]):
+            part = slice(first, first + values["batch"])
+            net.backward(x[:, part], y[:, part], values["alpha"])
+            rule.step(net.grad)
+    for ours, coefficients in zip(net.weights[::2], theirs.coefs_, strict=True):
+        np.testing.assert_allclose(ours[0].numpy(), coefficients, rtol=1e-9, atol=1e-11)
+
+
+@pytest.fixture
+def table():
+    unit = np.random.default_rng(0).random((64, 3))
+    end = np.square(unit - 0.4).sum(1)
+    return Table(unit, np.stack([end + 1 / look for look in LOOKS], 1) - 1 / LOOKS[-1])
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_a_search_stays_within_its_budget_and_finds_what_is_there(table, name):
+    best = STRATEGIES[name](table, 3, 16)
+    costs = [cost for cost, _ in best]
+    assert costs == sorted(costs)
+    assert 0 <= regret(best, table, 16) < 1
+    assert regret(best, table, 16) <= regret(best, table, 4)
+    assert STRATEGIES[name](table, 3, 16) == best
+    if name in ONE_BUDGET:
+        assert costs[-1] <= 16
+
+
+def test_regret_is_0_at_the_tables_best_and_1_at_its_median_and_before_anything_ends(table):
+    low, middle = table.end.min(), np.median(table.end)
+    assert regret([(1.0, low)], table, 1) == 0
+    assert regret([(1.0, middle)], table, 1) == 1
+    assert regret([(2.0, low)], table, 1) == 1
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_quick_mode(tmp_path, monkeypatch):
+    monkeypatch.setattr(search_benchmark, "RESAMPLES", 20)
+    monkeypatch.setattr(search_benchmark, "LOOKS", (1, 2))
+    monkeypatch.setattr(search_benchmark, "STRATEGIES", {"tpe": STRATEGIES["tpe"], "asha": STRATEGIES["random"]})
+    folder = str(tmp_path)
+    search_table.main(["--quick", "--out", folder])
+    rows = search_benchmark.main(
+        ["--quick", "--strategies", "tpe", "asha", "--table", folder, "--out", folder, "--runs", folder]
+    )
+    assert {row["kind"] for row in rows} == {"summary", "problem", "difference", "live"}
+    assert (tmp_path / "search_benchmark.json").is_file()
+    assert all(row["cost"] > 0 for row in rows if row["kind"] == "live")
