@@ -112,7 +112,7 @@ def study_row(name: str, args: Args, kills: int, **how: Any) -> tuple[Row, list[
         wall = time.perf_counter() - began
         killer.over.set()
         killer.join()
-        ends = endings(storage)
+        ends, lines = endings(storage), len(storage.read_text().splitlines())
         begun, trials = len(log.read_text().splitlines()), study.trials
     seconds = [each.cost.seconds for each in trials]
     workers = how.get("n_jobs", 1)
@@ -127,6 +127,8 @@ def study_row(name: str, args: Args, kills: int, **how: Any) -> tuple[Row, list[
         "begun": begun,
         "retries": sum(each.retries for each in trials),
         "epochs_counted": sum(each.cost.epochs for each in trials),
+        "journal_lines_per_trial": lines / args.trials,
+        "reports_per_trial": args.epochs,
         "wall_seconds": wall,
         "trial_seconds": statistics.fmean(seconds),
         "overhead_seconds": workers * wall / args.trials - statistics.fmean(seconds),

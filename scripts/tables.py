@@ -19,11 +19,12 @@ from typing import Any
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-from experiments import figures, mode_tables, results, search_figures, whole_run_figures  # noqa: E402
+from experiments import figures, mode_tables, ray_tables, results, search_figures, whole_run_figures  # noqa: E402
 from experiments.markdown import source, table  # noqa: E402
 
 TEXTS = tuple(
-    ROOT / name for name in ("README.md", "docs/layers.md", "docs/modes.md", "docs/search.md", "docs/several.md")
+    ROOT / name
+    for name in ("README.md", "docs/layers.md", "docs/modes.md", "docs/ray.md", "docs/search.md", "docs/several.md")
 )  # whose blocks are filled
 FIGURES, GOALS = ROOT / "docs/figures", results.FOLDER / "goals.json"
 Result = dict[str, Any]
@@ -127,6 +128,7 @@ TABLES: dict[str, Callable[[Result], str]] = {
     "shootout": shootout,
     "layers": layers,
     **mode_tables.TABLES,
+    "ray_study": ray_tables.ray_study,
     "search_benchmark": search_figures.search_benchmark,
     "worked_examples": search_figures.worked_examples,
     "population": search_figures.population,
