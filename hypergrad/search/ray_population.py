@@ -36,6 +36,7 @@ class Member:
     future: Future[Outcome] = field(default_factory=Future)
     cost: Cost = field(default_factory=Cost)
     path: list[dict[str, Any]] = field(default_factory=list)
+    last: tuple[float, dict[str, Any]] | None = None  # the loss reported last, and the values that it was trained with
     notes: dict[str, Any] = field(default_factory=dict)
 
     def hear(self, result: dict[str, Any], retries: int) -> None:
@@ -50,10 +51,14 @@ class Member:
         if not result.get("done"):
             value = result["loss"] if math.isfinite(result["loss"]) else None
             self.path.append({"epoch": result["epoch"], "value": value} | result["config"])
+            self.last = result["loss"], result["config"]
             self.reports.report(result["loss"], result["epoch"])
             return
         error = result.get("error")
-        self.end(None if error else result["loss"], error, result["config"], result["time_total_s"], retries)
+        # One that took over another's weights at its last report ends with values that nothing was trained with: not theirs
+        # is the result, but that of the last report.
+        loss, config = self.last or (result["loss"], result["config"])
+        self.end(None if error else loss, error, config, result["time_total_s"], retries)
 
     def end(self, value: float | None, error: str | None, config: dict[str, Any], seconds: float, retries: int) -> None:
         if self.future.done():

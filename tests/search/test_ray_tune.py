@@ -10,7 +10,9 @@ from typing import Any
 
 import pytest
 
-from hypergrad.search import Categorical, Float, Int, Trial, optimize, ray_trainable, to_ray
+from hypergrad.search import Categorical, Float, Int, Trial, optimize, ray_trainable
+from hypergrad.search.objective import Reports
+from hypergrad.search.ray_population import Member
 from hypergrad.search.ray_tune import number_of
 from hypergrad.search.space import Space
 from hypergrad.search.strategies.population import PBT
@@ -29,7 +31,8 @@ pbt = partial(optimize, strategy="pbt", backend="ray", n_jobs=2, progress=False)
 @pytest.mark.usefixtures("cluster")
 def test_a_population_trains_and_its_worst_take_over_from_its_best(tmp_path: Path) -> None:
     storage = tmp_path / "s.journal"
-    study = pbt(partial(valley, 6, tmp_path), SPACE, budget=4, storage=storage, seed=1)
+    call = partial(pbt, partial(valley, 6, tmp_path), SPACE, budget=4, storage=storage, seed=1, options={"synch": True})
+    study = call()  # synch: who has come how far when the worst take over does not hang on the clock
     assert [x.state for x in study.trials] == ["complete"] * 4
     assert (tmp_path / "killed").exists() and [x.retries for x in study.trials] == [1, 0, 0, 0]
     for each in study.trials:
@@ -45,8 +48,23 @@ def test_a_population_trains_and_its_worst_take_over_from_its_best(tmp_path: Pat
     assert len(set(first)) == 4 and study.best_value < min(16 / 2 * (1 - lr) ** 12 for lr in sorted(first)[:3])
     steps = [line.split()[1] for line in (tmp_path / "steps").read_text().splitlines()]
     assert steps.count("1") == 4  # members that paused, were killed or took over went on from a checkpoint
-    more = pbt(partial(valley, 6, tmp_path), SPACE, budget=4, storage=storage, seed=1)  # done: nothing is trained again
+    more = call()  # done: nothing is trained again
     assert [x.value for x in more.trials] == [x.value for x in study.trials]
+
+
+def test_values_that_were_taken_over_at_the_last_report_are_no_result() -> None:
+    """Tune may hand a member another's weights and perturbed values when it has nothing left to train."""
+    import optuna
+
+    study = optuna.create_study()
+    member = Member(Kept(), Reports(study.ask()))
+    told = {"epochs_more": 1.0, "gradients_more": 1.0, "notes": {}, "time_total_s": 1.0}
+    member.hear(told | {"loss": 7.0, "epoch": 1, "config": {"lr": 0.1}}, 0)
+    member.hear(told | {"loss": 1.0, "epoch": 1, "config": {"lr": 0.2}, "done": True, "epochs_more": 0.0}, 0)
+    outcome = member.future.result(timeout=0)
+    assert (outcome.state, outcome.value, outcome.notes["learned"]) == ("complete", 7.0, {"lr": 0.1})
+    member.hear(told | {"loss": 0.0, "epoch": 2, "config": {"lr": 0.3}}, 0)  # after the end nothing counts
+    assert member.future.result() is outcome and len(member.path) == 1 and outcome.cost.epochs == 1.0
 
 
 @pytest.mark.usefixtures("cluster")
@@ -64,12 +82,16 @@ def test_ray_tune_stops_and_goes_on_with_our_objective_and_its_tuner(tmp_path: P
     asha = ASHAScheduler(time_attr="epoch", max_t=4, grace_period=1, reduction_factor=2)
     found = tune.Tuner(
         ray_trainable(tuned_online),
-        param_space=to_ray({"lr": Float(1e-4, 1e-1, "log")}),
-        tune_config=tune.TuneConfig(metric="loss", mode="min", scheduler=asha, num_samples=4, reuse_actors=True),
+        param_space={
+            "lr": tune.grid_search([3e-2, 1e-4, 1e-5])
+        },  # the best first, one at a time: ASHA stops the others
+        tune_config=tune.TuneConfig(
+            metric="loss", mode="min", scheduler=asha, max_concurrent_trials=1, reuse_actors=True
+        ),
         run_config=tune.RunConfig(storage_path=str(tmp_path), verbose=0),
     ).fit()
-    epochs = [each.metrics["epoch"] for each in found]
-    assert not found.errors and max(epochs) == 4 and min(epochs) < 4
+    epochs = {each.config["lr"]: each.metrics["epoch"] for each in found}
+    assert not found.errors and epochs == {3e-2: 4, 1e-4: 1, 1e-5: 1}
     best = found.get_best_result()
     assert best.checkpoint is not None and best.metrics["notes"]["lr"] != best.config["lr"]  # type: ignore[index]
 

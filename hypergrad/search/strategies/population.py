@@ -2,7 +2,7 @@
 
 A population trains side by side. Every few reports a member among the worst takes over weights and values of one among the best,
 and its values are perturbed: times 1.2 or 0.8, or a neighbouring choice, or drawn anew; kept between the bounds. What comes out
-is a schedule of values, which `notes["path"]` has; `params` are the last ones.
+is a schedule of values, which `notes["path"]` has; a trial's `value` is the last that was reported, `params` those it was with.
 """
 
 from __future__ import annotations
