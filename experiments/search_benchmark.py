@@ -2,11 +2,10 @@
 
     python -m experiments.search_benchmark [--quick]
 
-The table is that of `experiments.search_table`. A sampler proposes a point of the space; the nearest configuration in unit
-coordinates that it has not evaluated yet is evaluated and told in its place. What is minimised is the mean held-out score
-of the five folds; one run-equivalent is the five fits. Live trials are those of `experiments.search_live`, from random
-starts; "hybrid" is such trials one after another, the best of them by the same held-out score. (Optuna's TPE draws its first
-ten points at random, and no hybrid here has more trials than that.)
+The table is that of `experiments.search_table`, its searches those of `experiments.table_searches`. What is minimised is the mean
+held-out score of the five folds; one run-equivalent is the five fits. Live trials are those of `experiments.search_live`, from
+random starts; "hybrid" is such trials one after another, the best of them by the same held-out score. (Optuna's TPE draws its
+first ten points at random, and no hybrid here has more trials than that.)
 
 With f the best score found within a budget, f_best the table's best and f_median the median of its 256,
 
@@ -18,9 +17,6 @@ Means are over problems (set, space, metric) and seeds; intervals are bootstrapp
 
 from __future__ import annotations
 
-import math
-import warnings
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -34,12 +30,11 @@ from experiments.search_live import FIRST_FINAL_SEED, run
 from experiments.search_problems import EPOCHS, LOOKS, METRICS, SETS, SPACES
 from experiments.search_table import NAME, units
 from experiments.sweep import sweep
+from experiments.table_searches import BETWEEN, LARGEST, ONE_BUDGET, STRATEGIES, Best, Table
 
 Row = dict[str, Any]
-Best = list[tuple[float, float]]  # (run-equivalents spent, score of the evaluation), in order
 BUDGETS = (1, 2, 4, 8, 16, 32, 64)
 RESAMPLES = 2000
-BETWEEN = 1e-6  # added to a cost, against rounding
 
 
 @dataclass
@@ -61,166 +56,6 @@ class Args:
     runs: str = arg("runs/search_benchmark", "folder of finished live runs", quick="runs/search_benchmark_quick")
     out: str = arg("runs/search_benchmark", "folder of the result", quick="runs/search_benchmark_quick")
     quick: bool = arg(False, "a live run of 2 epochs on iris: a test of the machinery")
-
-
-class Table:
-    """One problem: unit coordinates [n, entries] of its configurations, and their scores [n, looks]."""
-
-    def __init__(self, unit: np.ndarray, score: np.ndarray):
-        self.unit, self.score, self.end = unit, score, score[:, -1]
-
-    def nearest(self, point: np.ndarray, used: set[int]) -> int:
-        distance = np.square(self.unit - point).sum(1)
-        distance[list(used)] = math.inf
-        return int(distance.argmin())
-
-
-def random(table: Table, seed: int, budget: int) -> Best:
-    order = np.random.default_rng(seed).permutation(len(table.end))[:budget]
-    return [(i + 1.0, float(table.end[c])) for i, c in enumerate(order)]
-
-
-def grid(table: Table, seed: int, budget: int) -> Best:
-    """Three values of each entry, 1/6, 1/2 and 5/6 of its range, in an order shuffled by the seed."""
-    d = table.unit.shape[1]
-    points = np.stack(np.meshgrid(*[[1 / 6, 1 / 2, 5 / 6]] * d, indexing="ij"), -1).reshape(-1, d)
-    chosen = np.random.default_rng(seed).permutation(len(points))
-    return _proposed(table, budget, lambda i: points[chosen[i]], lambda point, value: None)
-
-
-def _proposed(
-    table: Table, budget: int, ask: Callable[[int], np.ndarray], tell: Callable[[np.ndarray, float], None]
-) -> Best:
-    used: set[int] = set()
-    out: Best = []
-    for i in range(min(budget, len(table.end))):
-        config = table.nearest(np.asarray(ask(i)), used)
-        used.add(config)
-        tell(table.unit[config], float(table.end[config]))
-        out.append((i + 1.0, float(table.end[config])))
-    return out
-
-
-def optuna_search(name: str) -> Callable[[Table, int, int], Best]:
-    """A sampler of Optuna with its defaults."""
-
-    def search(table: Table, seed: int, budget: int) -> Best:
-        import optuna
-
-        optuna.logging.set_verbosity(optuna.logging.ERROR)
-        space = {f"u{i}": optuna.distributions.FloatDistribution(0, 1) for i in range(table.unit.shape[1])}
-        fixed: dict[str, Any] = dict(space)
-        study = optuna.create_study(sampler=getattr(optuna.samplers, name)(seed=seed))
-
-        def ask(i: int) -> np.ndarray:
-            trial = study.ask(fixed)
-            study.tell(trial, state=optuna.trial.TrialState.FAIL)  # the nearest configuration is told in its place
-            return np.array([trial.params[key] for key in space])
-
-        def tell(point: np.ndarray, value: float) -> None:
-            params = dict(zip(space, map(float, point), strict=True))
-            study.add_trial(optuna.create_trial(params=params, distributions=fixed, value=value))
-
-        return _proposed(table, budget, ask, tell)
-
-    return search
-
-
-def hyperopt(table: Table, seed: int, budget: int) -> Best:
-    """hyperopt.fmin with tpe.suggest; it is told the value of the nearest configuration at the point that it proposed."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        from hyperopt import fmin, hp, tpe
-
-        used: set[int] = set()
-        out: Best = []
-
-        def objective(point: list[float]) -> float:
-            config = table.nearest(np.array(point), used)
-            used.add(config)
-            out.append((len(used) + 0.0, float(table.end[config])))
-            return out[-1][1]
-
-        space = [hp.uniform(f"u{i}", 0, 1) for i in range(table.unit.shape[1])]
-        fmin(
-            objective,
-            space,
-            tpe.suggest,
-            budget,
-            rstate=np.random.default_rng(seed),
-            show_progressbar=False,
-            verbose=False,
-        )
-    return out
-
-
-def one_epoch(table: Table, seed: int, budget: int) -> Best:
-    """Half the budget for one epoch of random configurations, half for the best of them, to their end."""
-    top = max(budget // 2, 1)
-    first = min(len(table.end), int((budget - top) * EPOCHS))
-    order = np.random.default_rng(seed).permutation(len(table.end))[: max(first, top)]
-    ranked = order[np.argsort(table.score[order, 0], kind="stable")][:top] if first else order[:top]
-    share = (EPOCHS - 1) / EPOCHS if first else 1.0  # a run goes on from its first epoch
-    return [(first / EPOCHS + share * (i + 1), float(table.end[c])) for i, c in enumerate(ranked)]
-
-
-def asha(table: Table, seed: int, budget: int, rungs: tuple[int, ...] = (1, 5, 20, 40), eta: int = 4) -> Best:
-    """Successive halving without waiting (Li et al., MLSys 2020), one worker: promote if any rung has one in its best 1/η."""
-    order, at = iter(np.random.default_rng(seed).permutation(len(table.end))), [rungs.index(r) for r in rungs]
-    reached: list[list[int]] = [[] for _ in at]
-    gone: list[set[int]] = [set() for _ in at]
-    spent, out, columns = 0.0, [], [LOOKS.index(r) for r in rungs]
-    while spent < budget:
-        for level in reversed(at[:-1]):
-            best = sorted(reached[level], key=lambda c: table.score[c, columns[level]])[: len(reached[level]) // eta]
-            ready = [c for c in best if c not in gone[level]]
-            if ready:
-                config, target = ready[0], level + 1
-                gone[level].add(config)
-                break
-        else:
-            config, target = next(order, None), 0
-            if config is None:
-                break
-        spent += (rungs[target] - (rungs[target - 1] if target else 0)) / EPOCHS
-        reached[target].append(int(config))
-        out.append((spent, float(table.score[config, columns[target]])))
-    return out
-
-
-def hyperband(table: Table, seed: int, budget: int) -> Best:
-    """Hyperband's brackets one after another, each a ladder of halving that begins at another rung (Li et al., JMLR 2018)."""
-    rungs, eta = (1, 5, 20, 40), 4
-    order, spent, out = list(np.random.default_rng(seed).permutation(len(table.end))), 0.0, []
-    while spent < budget and order:
-        for start in range(len(rungs)):
-            ladder = rungs[start:]
-            n = math.ceil(len(rungs) / len(ladder) * eta ** (len(ladder) - 1))
-            batch, order, before = order[:n], order[n:], 0
-            for i, epochs in enumerate(ladder):
-                column = LOOKS.index(epochs)
-                for config in batch:
-                    spent += (epochs - before) / EPOCHS
-                    out.append((spent, float(table.score[config, column])))
-                batch, before = (
-                    sorted(batch, key=lambda c: table.score[c, column])[: max(n // eta ** (i + 1), 1)],
-                    epochs,
-                )
-    return out
-
-
-STRATEGIES: dict[str, Callable[[Table, int, int], Best]] = {
-    "grid": grid,
-    "random": random,
-    "tpe": optuna_search("TPESampler"),
-    "gp": optuna_search("GPSampler"),
-    "hyperopt": hyperopt,
-    "hyperband": hyperband,
-    "asha": asha,
-    "one_epoch": one_epoch,
-}
-ONE_BUDGET = ("one_epoch",)  # whose choices depend on the budget: searched anew for each
-LARGEST = {"gp": 16}  # budgets that a strategy is searched to, where all of them would take hours
 
 
 def tables(folder: Path, sets: tuple[str, ...]) -> dict[tuple[str, str, str], Table]:

@@ -1,4 +1,4 @@
-"""Table and figure of the search benchmark, from its result file."""
+"""Tables and figure of the search: its benchmark, Ray, populations and worked examples, each from its result file."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ NAMES = {
     "random": "random",
     "one_epoch": "one epoch, then top k",
 }
+WORKERS = 1000
 DRAWN = {
     "random": OTHERS[1],
     "one_epoch": "#b9bbbe",
@@ -84,6 +85,36 @@ def worked_examples(result: dict[str, Any]) -> str:
             body.append((example, method, *cells, f"{sum(auroc) / len(auroc):.3f}" if auroc else "–", cost))
     head = ("example", "method", "validation loss", "test loss", "AUROC of gates", "gradient evaluations")
     return table(head, body) + "\n\n" + source(result)
+
+
+def ray_study(result: dict[str, Any]) -> str:
+    """Studies on Ray and here, rates of writing, and from these the shortest trials that keep 1,000 workers busy."""
+    rows = result["rows"]
+    studies = {row["run"]: row for row in rows if row["kind"] == "study"}
+    trials = f"{studies['ray']['trials']} trials"
+    head = (trials, "killed", "lost", "counted twice", "wall, s", "a trial, ms", "beyond it, ms")
+    counts = ("killed", "lost", "duplicates")
+    body = [
+        (
+            name,
+            *(str(row[key]) for key in counts),
+            f"{row['wall_seconds']:.1f}",
+            *(f"{1000 * row[key]:.1f}" for key in ("trial_seconds", "overhead_seconds")),
+        )
+        for name, row in studies.items()
+    ]
+    rates = [(f"{row['kind']}, {row['run']}", f"{row['per_second']:,.0f}") for row in rows if "per_second" in row]
+    alone, calm = studies["one process"], studies["ray"]
+    reports = calm["epochs_counted"] / calm["trials"]
+    fastest = max(row["per_second"] for row in rows if row["kind"] == "reports")
+    each = {
+        "the loop, by the last row above": alone["overhead_seconds"],
+        f"the clerk, {reports:.0f} reports a trial": reports / fastest,
+    }
+    paper = [(name, f"{1000 * c:.1f}", f"{WORKERS * c:.1f}") for name, c in each.items()]
+    shared = ("shared by all workers", "c, ms a trial", f"shortest trial that keeps {WORKERS:,} workers busy, s")
+    written = ("writing", "a second")
+    return "\n\n".join([table(head, body), table(written, rates), table(shared, paper), source(result)])
 
 
 def population(result: dict[str, Any]) -> str:

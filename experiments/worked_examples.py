@@ -184,13 +184,9 @@ def trained(example: Example, steps: int, lr: float, weight_decay: float, a: Ten
         return float(val_loss()), {"test": float(example.score(out, y))} | example.extra(out, y)
 
 
-def auroc(score: Tensor, truth: Tensor) -> float:
-    """The share of pairs of a relevant and an irrelevant feature that the score orders rightly; ties count half."""
-    difference = score[truth == 1][:, None] - score[truth == 0][None, :]
-    return float(((difference > 0).double() + (difference == 0).double() / 2).mean())
-
-
 def compare(args: Args, name: str, seed: int) -> list[Row]:
+    from sklearn.metrics import roc_auc_score
+
     example = EXAMPLES[name](seed)
     zeros = torch.zeros(example.size, dtype=torch.float64)
     found = hypergrad.tune_run(
@@ -225,7 +221,7 @@ def compare(args: Args, name: str, seed: int) -> list[Row]:
         row: Row = {"example": name, "method": method, "seed": seed, "val": val} | test
         row |= {"lr": numbers[0], "weight_decay": numbers[1], "gradient_evaluations": cost * args.steps}
         if example.relevant is not None:
-            row["auroc"] = auroc(-numbers[2], example.relevant)
+            row["auroc"] = float(roc_auc_score(example.relevant.numpy(), -numbers[2].numpy()))
         rows.append(row)
     ours, theirs = rows[2]["test"], rows[1]["test"]
     rows[2] |= {"over_random": ours / theirs, "over_untuned": ours / rows[0]["test"], "wins": int(ours < theirs)}

@@ -23,7 +23,8 @@ from experiments import figures, mode_tables, results, search_figures, whole_run
 from experiments.markdown import source, table  # noqa: E402
 
 TEXTS = tuple(
-    ROOT / name for name in ("README.md", "docs/layers.md", "docs/modes.md", "docs/search.md", "docs/several.md")
+    ROOT / name
+    for name in ("README.md", "docs/layers.md", "docs/modes.md", "docs/ray.md", "docs/search.md", "docs/several.md")
 )  # whose blocks are filled
 FIGURES, GOALS = ROOT / "docs/figures", results.FOLDER / "goals.json"
 Result = dict[str, Any]
@@ -130,6 +131,7 @@ TABLES: dict[str, Callable[[Result], str]] = {
     "search_benchmark": search_figures.search_benchmark,
     "worked_examples": search_figures.worked_examples,
     "population": search_figures.population,
+    "ray_study": search_figures.ray_study,
 }
 PLOTS: dict[str, tuple[str, Callable[[list[Result]], Any]]] = {
     "quickstart": ("quickstart_curves.json", figures.quickstart),

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections import ChainMap
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -39,8 +39,8 @@ class Slope(NamedTuple):
 class StepValues(Sequence[Values]):
     """The hyperparameters of every step: those of the param groups, and what is scheduled, an array each, in their place."""
 
-    def __init__(self, base: Values, steps: int, names: Iterable[str]):
-        self.base, self.steps, self.names = base, steps, tuple(names)
+    def __init__(self, base: Values, steps: int):
+        self.base, self.steps = base, steps
         self.arrays: Tensors = {}  # name -> [K], [K, n_groups], or [K, n_groups, 2] of betas
 
     def write(self, name: str, t: int, x: Tensor) -> None:
@@ -50,7 +50,7 @@ class StepValues(Sequence[Values]):
 
     def columns(self, t: int) -> Values:
         """What is scheduled, a group without the name left out."""
-        return {name: self._column(name, self.arrays[name][t]) for name in self.names}
+        return {name: self._column(name, x[t]) for name, x in self.arrays.items()}
 
     def _column(self, name: str, x: Tensor) -> list[Any]:
         rows = [x.tolist()] if x.dim() == 0 else x.tolist()
@@ -61,7 +61,7 @@ class StepValues(Sequence[Values]):
         ]
 
     def __getitem__(self, t: int) -> Values:  # type: ignore[override]
-        return self.base | self.columns(t) if self.names else self.base
+        return self.base | self.columns(range(self.steps)[t])
 
     def __len__(self) -> int:
         return self.steps
@@ -102,7 +102,7 @@ class Schedules:
         Raises:
             ValueError: a value that is not finite, or where the optimizer is discontinuous.
         """
-        self.evaluated = StepValues(self.base, steps, self.functions)
+        self.evaluated = StepValues(self.base, steps)
         for t in range(steps):
             with torch.no_grad():
                 for name in self.functions:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 from hypergrad.search.convert.hyperopt import flat
-from hypergrad.search.objective import Objective, Trial, call, evaluate, seed_of, takes_trial
+from hypergrad.search.objective import Objective, Trial, evaluate, seed_of, takes_trial
 from hypergrad.search.space import Space, as_space
-from hypergrad.search.training import is_run, train
+from hypergrad.search.training import result_of
 
 
 def hyperopt_objective(objective: Objective, space: Space | Mapping[str, Any], seed: int = 0) -> Any:
@@ -50,12 +51,8 @@ class _Minimised:
         values = {name: values[name] for name in self.space.active(values)}
         trial = Trial(self.calls, values, seed_of(self.seed, self.calls))
         self.calls += 1
-        outcome = evaluate(self._run, trial)
+        outcome = evaluate(partial(result_of, self.objective), trial)
         said = {"params": values, "notes": outcome.notes, "cost": vars(outcome.cost)}
         if outcome.state == "complete":
             return {"loss": outcome.value, "status": "ok"} | said
         return {"status": "fail", "error": outcome.error or "the objective raised Pruned"} | said
-
-    def _run(self, trial: Trial) -> Any:
-        result = call(self.objective, trial)
-        return train(result, trial) if is_run(result) else result

@@ -55,7 +55,7 @@ def optimize(
             a float; infinity is the worst there is, NaN is a failure. Or it returns the training run, a `hypergrad.Run`, with the
             optimizer made of these values: strategies "hypergradient" and "hybrid" need that, all others train it.
         space: name → Float, Int, Categorical, a list of choices or a constant.
-        strategy: "grid", "random", "tpe", "gp", "cma", "hyperband", "asha", "hypergradient" or "hybrid".
+        strategy: "grid", "random", "tpe", "gp", "cma", "hyperopt", "hyperband", "asha", "hypergradient" or "hybrid".
         budget: a `Budget`, a dict such as {"trials": 64} or {"seconds": 600}, or a number of trials. None: all of a finite grid.
         seed: of everything that is drawn.
         storage: path of a journal file, from which a call with the same arguments goes on; a URL or a storage of Optuna. None: in

@@ -11,9 +11,9 @@ from typing import Any
 
 from hypergrad.search.budget import Cost
 from hypergrad.search.convert.optuna import decode
-from hypergrad.search.objective import Objective, Trial, as_number, call, seed_of, seeded
+from hypergrad.search.objective import Objective, Trial, as_number, seed_of, seeded
 from hypergrad.search.space import Space, Values
-from hypergrad.search.training import is_run, train
+from hypergrad.search.training import result_of
 
 STATES = {
     "COMPLETE": "complete",
@@ -190,8 +190,7 @@ def record(frozen: Any, space: Space) -> Record:
 def _again(objective: Objective, best: Record, seed: int) -> Any:
     trial = Trial(best.number, best.params, seed)
     with seeded(seed):
-        result = call(objective, trial)
-        return train(result, trial) if is_run(result) else result
+        return result_of(objective, trial)
 
 
 def _row(each: Record, names: list[str]) -> dict[str, Any]:

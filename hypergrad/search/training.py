@@ -13,7 +13,7 @@ from hypergrad.exact import as_optimizers
 from hypergrad.modes.scheduled import Schedules
 from hypergrad.problem import takes_hypers, takes_step
 from hypergrad.run_evaluations import Run
-from hypergrad.search.objective import Pruned, Trial
+from hypergrad.search.objective import Objective, Pruned, Trial, call
 from hypergrad.updates.transition import Transition
 
 LOOKS = 10  # validation losses that a run reports to a pruner on its way
@@ -21,6 +21,12 @@ LOOKS = 10  # validation losses that a run reports to a pruner on its way
 
 def is_run(result: Any) -> bool:
     return isinstance(result, Run)
+
+
+def result_of(objective: Objective, trial: Trial) -> Any:
+    """What an objective gives for a trial's values; a run is trained."""
+    result = call(objective, trial)
+    return train(result, trial) if is_run(result) else result
 
 
 def train(run: Run, trial: Trial) -> float:

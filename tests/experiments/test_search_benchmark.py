@@ -6,8 +6,9 @@ import torch
 from sklearn.neural_network import MLPClassifier, MLPRegressor
 
 from experiments import search_benchmark, search_table
-from experiments.search_benchmark import ONE_BUDGET, STRATEGIES, Table, regret
+from experiments.search_benchmark import regret
 from experiments.search_problems import LOOKS, MLP, Rule, folds
+from experiments.table_searches import ONE_BUDGET, STRATEGIES, Table
 
 VALUES = {
     "sgd": {"hidden": 50, "alpha": 0.1, "batch": 20, "lr": 0.01, "momentum": 0.7},
@@ -65,6 +66,12 @@ def test_a_search_stays_within_its_budget_and_finds_what_is_there(table, name):
     assert STRATEGIES[name](table, 3, 16) == best
     if name in ONE_BUDGET:
         assert costs[-1] <= 16
+
+
+@pytest.mark.parametrize("budget", [1, 2, 4, 16])
+def test_one_epoch_then_the_best_spends_its_budget(table, budget):
+    spent = STRATEGIES["one_epoch"](table, 3, budget)[-1][0]
+    assert budget - 1 < spent <= budget + 1e-9
 
 
 def test_regret_is_0_at_the_tables_best_and_1_at_its_median_and_before_anything_ends(table):

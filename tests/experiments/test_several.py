@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import pytest
-import torch
-
 from experiments import population, results, worked_examples
 from experiments.arguments import parse
 
@@ -28,8 +25,3 @@ def test_worked_examples_compare_at_one_budget(tmp_path):
             <= ours["gradient_evaluations"] / 2
         )
         assert ours["wins"] == (ours["test"] < mine["random search"]["test"])
-
-
-def test_auroc_counts_ordered_pairs():
-    truth = torch.tensor([1.0, 1.0, 0.0, 0.0])
-    assert worked_examples.auroc(torch.tensor([3.0, 2.0, 2.0, 1.0]), truth) == pytest.approx(3.5 / 4)

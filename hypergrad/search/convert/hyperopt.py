@@ -84,6 +84,11 @@ def flat(point: Mapping[str, Any]) -> Values:
     return values
 
 
+def _is_choice(entry: Float | Int) -> bool:
+    """Whether `_expression` lists a number's values."""
+    return entry.scale == "linear" and entry.step is not None and not (isinstance(entry, Int) and entry.step == 1)
+
+
 def labels_of(space: Space, values: Mapping[str, Any]) -> Values:
     """Values by the labels of `to_hyperopt`'s expressions, as Hyperopt keeps them: a choice by its index.
 
@@ -99,10 +104,7 @@ def labels_of(space: Space, values: Mapping[str, Any]) -> Values:
             found[label] = entry.index(value)
         elif isinstance(entry, Float) and entry.scale == "logit":
             found[f"logit({label})"] = phi(value, "logit")
-        elif entry.scale == "linear" and entry.step not in (
-            None,
-            1 if isinstance(entry, Int) else None,
-        ):  # an hp.choice
+        elif _is_choice(entry):
             found[label] = min(range(len(entry.grid())), key=lambda i: abs(entry.grid()[i] - value))
         else:
             found[label] = value

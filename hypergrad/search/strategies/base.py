@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from hypergrad.search.extras import need
-from hypergrad.search.objective import Objective, Trial, call, seed_of
+from hypergrad.search.objective import Objective, Trial, seed_of
 from hypergrad.search.space import Space, Values
-from hypergrad.search.training import is_run, train
+from hypergrad.search.training import result_of
 
 
 class Strategy:
@@ -53,8 +53,7 @@ class Strategy:
 
     def run(self, objective: Objective, trial: Trial) -> Any:
         """Run a trial: its validation loss."""
-        result = call(objective, trial)
-        return train(result, trial) if is_run(result) else result
+        return result_of(objective, trial)
 
     def seeded(self, name: str, number: int, **options: Any) -> Any:
         """A sampler of Optuna with a seed of the trial's own."""
