@@ -59,7 +59,11 @@ def values_at(space: Space, unit: np.ndarray) -> Values:
 def run(item: Row) -> Row:
     space = SPACES[item["space"]]
     values = values_at(space, units(space)[item["config"]])
-    curve = fit(folds(item["set"]), values, seed=item["config"], epochs=item["epochs"])
+    torch.set_flush_denormal(True)  # weights that decay to nothing are slow otherwise
+    try:
+        curve = fit(folds(item["set"]), values, seed=item["config"], epochs=item["epochs"])
+    finally:
+        torch.set_flush_denormal(False)  # it is the process's: hypothesis, for one, refuses to draw floats with it
     row = dict(item)
     for k, metric in enumerate(METRICS[item["set"]]):
         row |= {f"{metric}_{look}": float(f"{pair[k]:.5g}") for look, pair in zip(LOOKS, curve, strict=False)}
@@ -74,7 +78,6 @@ def main(argv: list[str] | None = None) -> list[Row]:
         for space in SPACES
         for i in range(args.configs)
     ]
-    torch.set_flush_denormal(True)
     rows = sweep(run, todo, Path(args.out) / "search_table.jsonl", args.jobs)
     rows.sort(key=lambda row: (row["set"], row["space"], row["config"]))
     results.write(Path(args.out) / NAME, command(args), rows, one_line_a_row=True)
