@@ -25,6 +25,7 @@ from hypergrad.search.gradient_steps import enqueue_hypergradient_step, hypergra
 from hypergrad.search.loop import optimize
 from hypergrad.search.objective import Pruned, Trial
 from hypergrad.search.ranges import suggest_space
+from hypergrad.search.ray_tune import ray_trainable
 from hypergrad.search.space import Space
 from hypergrad.search.strategies import STRATEGIES
 from hypergrad.search.study import NoTrialCompleted, Study, Verification
@@ -51,6 +52,7 @@ __all__ = [
     "hyperopt_objective",
     "note_hypergradient",
     "optimize",
+    "ray_trainable",
     "suggest",
     "suggest_space",
     "to_hyperopt",

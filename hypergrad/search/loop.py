@@ -20,6 +20,7 @@ from hypergrad.search.budget import Budget, Cost, as_budget
 from hypergrad.search.convert.optuna import encode, suggest
 from hypergrad.search.extras import need
 from hypergrad.search.objective import Left, Objective, Outcome, Trial, name_of, seed_of, takes_trial
+from hypergrad.search.ray_population import population_runner
 from hypergrad.search.ray_workers import Cluster, as_cluster, check_sendable, ray_runner
 from hypergrad.search.recording import record_trial
 from hypergrad.search.space import Space, Values, as_space
@@ -55,7 +56,8 @@ def optimize(
             a float; infinity is the worst there is, NaN is a failure. Or it returns the training run, a `hypergrad.Run`, with the
             optimizer made of these values: strategies "hypergradient" and "hybrid" need that, all others train it.
         space: name → Float, Int, Categorical, a list of choices or a constant.
-        strategy: "grid", "random", "tpe", "gp", "cma", "hyperopt", "hyperband", "asha", "hypergradient" or "hybrid".
+        strategy: "grid", "random", "tpe", "gp", "cma", "hyperopt", "hyperband", "asha", "hypergradient", "hybrid",
+            or, with backend "ray", "pbt".
         budget: a `Budget`, a dict such as {"trials": 64} or {"seconds": 600}, or a number of trials. None: all of a finite grid.
         seed: of everything that is drawn.
         storage: path of a journal file, from which a call with the same arguments goes on; a URL or a storage of Optuna. None: in
@@ -66,7 +68,7 @@ def optimize(
         workers: what n_jobs > 1 runs in: "processes", for which the objective must be importable (a module's function), or
             "threads", which share random number generators: they are not seeded for each trial then.
         options: of the strategy: arguments of its class in Optuna, or steps, step_size and mode of hypergradients.
-        cluster: of backend "ray": a dict with some of address, num_cpus and num_gpus of one trial, retries.
+        cluster: of backend "ray": a dict with some of address, num_cpus and num_gpus of one trial, retries, storage_path.
         log_dir: folder for TensorBoard; every trial is a run with HParams.
         progress: True or False: a progress bar or none; None: one where stderr is a terminal.
 
@@ -115,8 +117,14 @@ def optimize(
             storage = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "study.journal"
         asked = open_study(open_storage(storage), study, chosen.pruner())
         loop = Loop(objective, space, chosen, limit, seed, asked, Path(log_dir) if log_dir else None)
-        where = ray_runner(n_jobs, storage, chosen, on) if backend == "ray" else runner(n_jobs, workers, storage)
-        loop.run(stack.enter_context(where), n_jobs, progress)
+        at_a_time = loop.left() if chosen.population else n_jobs
+        if chosen.population:
+            where = population_runner(n_jobs, at_a_time, chosen, on, seed)
+        elif backend == "ray":
+            where = ray_runner(n_jobs, storage, chosen, on)
+        else:
+            where = runner(n_jobs, workers, storage)
+        loop.run(stack.enter_context(where), at_a_time, progress)
         result = Study(_in_memory(asked) if passing else asked, space, objective, seed, loop.interrupted)
     if not any(each.state == "complete" for each in result.trials):
         if loop.interrupted:
@@ -156,6 +164,10 @@ class Loop:
 
     def _frozen(self) -> list[Any]:
         return self.asked.get_trials(deepcopy=False)
+
+    def left(self) -> int:
+        """Trials that the budget leaves."""
+        return max(0, int((self.budget and self.budget.trials) or 0) - int(self.spent.trials))
 
     def run(self, executor: Runner, n_jobs: int, progress: bool | None) -> None:
         """Until the budget is spent, or Ctrl-C."""
@@ -273,6 +285,17 @@ def _check_how(
     if budget is not None and set(budget.limits) == {"epochs"} and not speaks:
         raise ValueError(
             "a budget in epochs counts what trials report: let the objective be f(params, trial), with trial.report."
+        )
+    if strategy.population and backend != "ray":
+        raise ValueError(
+            f"strategy {name!r} trains a population side by side, which only Ray Tune does: pass backend='ray' and a storage."
+        )
+    if strategy.population and not (
+        speaks and budget and set(budget.limits) == {"trials"} and (budget.trials or 0) > 1
+    ):
+        raise ValueError(
+            f"strategy {name!r} takes a budget in trials, the population, of 2 or more; and an objective f(params, trial), which "
+            "says how long it trains and calls trial.restore, trial.checkpoint and trial.report."
         )
     if strategy.needs_run and n_jobs > 1 and workers == "threads" and backend == "local":
         raise ValueError(f"strategy {name!r} seeds torch's generator, which threads share: use workers='processes'.")

@@ -78,6 +78,20 @@ class Trial:
         """Whether the strategy gives this trial up: raise `Pruned()` then."""
         return self.asked is not None and bool(self.curve) and self.asked.should_prune()
 
+    def checkpoint(self, state: Any) -> None:
+        """Hand over what training needs to go on from here; call it before `report`.
+
+        Strategy "pbt" and `ray_trainable` keep it and give it to `restore`, perhaps of another trial; for others it is nothing.
+
+        Args:
+            state: what torch.save writes, such as {"model": model.state_dict(), "optimizer": …, "tuner": tuner.state_dict(),
+                "epoch": 3}.
+        """
+
+    def restore(self) -> Any:
+        """The state that this trial goes on from; None: it begins anew. Values in `params` go before those in the state."""
+        return None
+
     def count(self, gradient_evaluations: float) -> None:
         """Add to what a budget in gradient evaluations counts."""
         self._gradients += gradient_evaluations

@@ -38,6 +38,8 @@ class Cluster:
             RAY_ADDRESS, or else one that is started on this machine for `n_jobs` trials and shut down at the end.
         num_cpus, num_gpus: of one trial; 0.25 GPUs let four trials share one.
         retries: how often a trial is run again because its worker died; then it has failed.
+        storage_path: of strategy "pbt", where Ray Tune keeps checkpoints: a folder that all machines share, or a URL such as
+            "s3://bucket/study"; None: a temporary folder, which does for one machine.
 
     Raises:
         ValueError: a number that is negative, or retries that are not whole.
@@ -47,6 +49,7 @@ class Cluster:
     num_cpus: float = 1
     num_gpus: float = 0
     retries: int = 3
+    storage_path: str | None = None
 
     def __post_init__(self) -> None:
         for name in ("num_cpus", "num_gpus", "retries"):

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from hypergrad import Tuner
 from hypergrad.search import Categorical, Float, Int, Pruned, Run, Trial
 
 SPACE = {"lr": Float(1e-4, 1.0, "log", points=5), "k": Int(0, 6), "kind": Categorical(["a", "b"])}
@@ -70,3 +71,52 @@ def deadly_bowl(folder: Path, deadly: int, deaths: int, p: dict[str, Any], trial
         if trial.number == deadly and epoch == 2 and begun <= deaths:
             os.kill(os.getpid(), signal.SIGKILL)
     return bowl(p)
+
+
+def valley(epochs: int, folder: Path | None, p: dict[str, Any], trial: Trial) -> float:
+    """θ²/2 from θ = 4, an epoch being a step of lr. What happened is written down; "killer" dies once, in its third epoch."""
+    state = trial.restore() or {"theta": 4.0, "epoch": 0}
+    theta = state["theta"]
+    for epoch in range(state["epoch"] + 1, epochs + 1):
+        theta -= p["lr"] * theta
+        if folder is not None:
+            with (folder / "steps").open("a") as file:
+                file.write(f"{trial.number} {epoch}\n")
+            if trial.number == 0 and epoch == 3 and not (folder / "killed").exists():
+                (folder / "killed").touch()
+                os.kill(os.getpid(), signal.SIGKILL)
+        trial.count(1)
+        trial.checkpoint({"theta": theta, "epoch": epoch})
+        trial.report(theta**2 / 2, epoch)
+    return theta**2 / 2
+
+
+def keeps_nothing(p: dict[str, Any], trial: Trial) -> float:
+    trial.report(1.0, 1)
+    return 1.0
+
+
+def tuned_online(p: dict[str, Any], trial: Trial) -> float:
+    """A tuner moves lr inside the trial; model, optimizer and tuner are what a checkpoint has."""
+    torch.manual_seed(0)
+    x = torch.randn(96, 4)
+    y = x[:, :1] + 0.1 * torch.randn(96, 1)
+    model = torch.nn.Linear(4, 1)
+    sgd = torch.optim.SGD(model.parameters(), lr=p["lr"])
+    tuner = Tuner(model, sgd, lambda: ((model(x[64:]) - y[64:]) ** 2).mean(), tune=("lr",), warm_start=False)
+    parts = {"model": model, "optimizer": sgd, "tuner": tuner}
+    state, value = trial.restore(), math.inf
+    if state is not None:
+        for name, part in parts.items():
+            part.load_state_dict(state[name])
+    for epoch in range(1 if state is None else state["epoch"] + 1, 5):
+        for _ in range(10):
+            sgd.zero_grad()
+            tuner.backward(((model(x[:64]) - y[:64]) ** 2).mean())
+            sgd.step()
+        with torch.no_grad():
+            value = float(((model(x[64:]) - y[64:]) ** 2).mean())
+        trial.note("lr", float(tuner.values["lr"]))
+        trial.checkpoint({name: part.state_dict() for name, part in parts.items()} | {"epoch": epoch})
+        trial.report(value, epoch)
+    return value

@@ -450,7 +450,6 @@ BAD: dict[str, tuple[Any, type[Exception], str]] = {
     "empty space": (_with(space={}), ValueError, "empty"),
     "infinite grid": (_with(space={"x": Float(0, 1)}, strategy="grid"), ValueError, "infinite"),
     "unknown strategy": (_with(strategy="magic"), ValueError, "grid, random, tpe"),
-    "population-based training": (_with(strategy="pbt"), NotImplementedError, "asha"),
     "no budget": (_with(budget=None), ValueError, "pass a budget"),
     "a budget of 0": (_with(budget=0), ValueError, "above 0"),
     "a budget of 0 seconds": (_with(budget={"seconds": 0}), ValueError, "above 0"),

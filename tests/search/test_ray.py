@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import threading
-import warnings
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,34 +13,14 @@ import pytest
 from hypergrad.search import optimize
 from hypergrad.search.ray_workers import Cluster
 from tests.search.problems import SPACE, bowl, deadly_bowl, quadratic, reporting_bowl
+from tests.search.ray_warnings import QUIET
 from tests.search.test_optimize import SMALL, never
 
-ray = pytest.importorskip("ray", reason="ray is not installed: pip install 'ray[tune]'")
+pytest.importorskip("ray", reason="ray is not installed: pip install 'ray[tune]'")
 pytest.importorskip("optuna")
 
-# Ray 2.60 leaves what it opened of its own processes to the garbage collector, and its defaults announce their successors.
-pytestmark = [
-    pytest.mark.filterwarnings("ignore::ResourceWarning"),
-    pytest.mark.filterwarnings("ignore:Tip. In future versions of Ray:FutureWarning"),
-]
-
+pytestmark = QUIET
 on_ray = partial(optimize, backend="ray", n_jobs=2, progress=False)
-
-
-@pytest.fixture(scope="module")
-def cluster() -> Iterator[None]:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        ray.init(
-            address="local",
-            num_cpus=2,
-            object_store_memory=80 * 2**20,
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level="ERROR",
-        )
-        yield
-        ray.shutdown()
 
 
 @pytest.mark.usefixtures("cluster")
@@ -120,7 +98,7 @@ BAD: dict[str, tuple[Any, type[Exception], str]] = {
     "no storage": (_with(storage=None), ValueError, "storage='study.journal'"),
     "a storage in memory": (_in_memory, ValueError, "storage='study.journal'"),
     "what cannot be sent": (_with(objective=partial(locked, threading.Lock())), ValueError, "cannot be sent"),
-    "an unknown word": (_with(cluster={"gpus": 1}), ValueError, "num_gpus, retries, not 'gpus'"),
+    "an unknown word": (_with(cluster={"gpus": 1}), ValueError, "storage_path, not 'gpus'"),
     "not a dict": (_with(cluster="auto"), TypeError, "a dict"),
     "negative GPUs": (_with(cluster={"num_gpus": -1}), ValueError, "num_gpus"),
     "one and a half GPUs": (_with(cluster={"num_gpus": 1.5}), ValueError, "whole"),

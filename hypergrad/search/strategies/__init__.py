@@ -11,6 +11,7 @@ from hypergrad.search.strategies.gradient import Hybrid, Hypergradient
 from hypergrad.search.strategies.grid import Grid, Random
 from hypergrad.search.strategies.halving import ASHA, Hyperband
 from hypergrad.search.strategies.hyperopt import Hyperopt
+from hypergrad.search.strategies.population import PBT
 from hypergrad.search.strategies.samplers import CMA, GP, TPE
 
 STRATEGIES: dict[str, type[Strategy]] = {
@@ -22,6 +23,7 @@ STRATEGIES: dict[str, type[Strategy]] = {
     "hyperopt": Hyperopt,
     "hyperband": Hyperband,
     "asha": ASHA,
+    "pbt": PBT,
     "hypergradient": Hypergradient,
     "hybrid": Hybrid,
 }
@@ -32,13 +34,7 @@ def make(name: str, space: Space, seed: int, options: Mapping[str, Any]) -> Stra
 
     Raises:
         ValueError: an unknown name, options that it does not take, a space that it cannot search.
-        NotImplementedError: "pbt": population-based training hands weights from trial to trial, which no strategy here does.
     """
-    if name == "pbt":
-        raise NotImplementedError(
-            "strategy 'pbt' (population-based training) copies weights between trials that run side by side, which backend "
-            "'local' does not do: use 'asha', or 'hypergradient', which also changes values while it trains."
-        )
     if name not in STRATEGIES:
         raise ValueError(f"strategy must be one of {', '.join(STRATEGIES)}, got {name!r}.")
     return STRATEGIES[name](space, seed, options)

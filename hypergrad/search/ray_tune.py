@@ -1,0 +1,144 @@
+"""An objective of this search as a trainable of Ray Tune, whose schedulers stop it, pause it, and hand weights on."""
+
+from __future__ import annotations
+
+import math
+import os
+import tempfile
+import traceback
+import zlib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hypergrad.search.entries import plain
+from hypergrad.search.extras import need
+from hypergrad.search.objective import Objective, Trial, WrongType, as_number, call, seed_of, seeded, takes_trial
+from hypergrad.search.training import is_run, train
+
+WHAT = "a trainable of Ray Tune"
+FILE = "trial.pt"  # in a checkpoint of Ray: the objective's state, and how far it had come
+
+
+class TuneTrial(Trial):
+    """A trial inside Ray Tune: what it reports goes to Tune's scheduler, with what it checkpointed before."""
+
+    def __init__(self, number: int, params: dict[str, Any], seed: int, must_restore: bool):
+        super().__init__(number, params, seed)
+        self.tune, self.must_restore = need("ray.tune", WHAT), must_restore
+        self.restored = None
+        if (kept := self.tune.get_checkpoint()) is not None:
+            with kept.as_directory() as folder:
+                known = torch.load(Path(folder) / FILE, weights_only=False)
+            self.restored, self.curve = known["state"], known["curve"]
+            self.seed = seed_of(seed, len(self.curve))  # not the random numbers of the beginning again
+            self._epochs = float(self.curve[-1][0])
+        self.told, self.asked_for = (self._epochs, 0.0), False
+        self.state: Any = None
+
+    def checkpoint(self, state: Any) -> None:
+        self.state = state
+
+    def restore(self) -> Any:
+        self.asked_for = True
+        return self.restored
+
+    def look(self, value: Any, step: int) -> None:
+        number = as_number(value, "trial.report was given")
+        self.curve.append((step, number))
+        if self.restored is not None and not self.asked_for:
+            raise WrongType(
+                "this trial goes on from a checkpoint, but the objective did not ask for it: begin with "
+                "state = trial.restore(), and load it unless it is None."
+            )
+        if self.state is None:
+            if self.must_restore:
+                raise WrongType(
+                    "strategy 'pbt' copies training from trial to trial, but the objective keeps none of it: call "
+                    "trial.checkpoint(state) before each trial.report, and begin with state = trial.restore()."
+                )
+            self.tune.report(self.metrics(number, step))
+            return
+        with tempfile.TemporaryDirectory() as folder:
+            torch.save({"state": self.state, "curve": self.curve}, Path(folder) / FILE)
+            kept = self.tune.Checkpoint.from_directory(folder)
+            self.tune.report(self.metrics(number, step), checkpoint=kept)
+
+    def metrics(self, loss: float, step: int) -> dict[str, Any]:
+        """What Tune is told; costs are those since it was told last."""
+        (epochs, gradients), self.told = self.told, (float(step), self._gradients)
+        more = {"epochs_more": step - epochs, "gradients_more": self._gradients - gradients}
+        return {"loss": loss, "epoch": step, "notes": dict(self.notes)} | more
+
+
+def ray_trainable(objective: Objective, seed: int = 0) -> Callable[[Mapping[str, Any]], None]:
+    """An objective as the function trainable that `ray.tune.Tuner` takes, over `param_space=to_ray(space)`.
+
+    Each `trial.report(value, step)` is a result with "loss" (to be minimised) and "epoch", which any scheduler of Ray Tune may
+    act on (ASHA, median stopping, population-based training); what `trial.checkpoint(state)` was given before goes with it as a
+    checkpoint of Ray, and comes back from `trial.restore()` where Tune goes on from one. The value returned is the loss of the
+    last result.
+
+    Args:
+        objective: as `optimize` takes it. A `Run` is trained, and reports ten times on its way.
+        seed: of the study; every trial has its own, from Tune's number for it.
+
+    Raises:
+        TypeError: an objective that is none.
+        ImportError: Ray is missing; the message has the line for pip.
+    """
+    takes_trial(objective)
+    need("ray.tune", WHAT)
+    made = Trainable(objective, seed, tells=False)
+
+    def trainable(config: Mapping[str, Any]) -> None:
+        made(config)
+
+    return trainable
+
+
+class Trainable:
+    """Called by Ray on a worker, once for each time that a trial begins or goes on.
+
+    Args:
+        tells: hand over failures as results and insist on checkpoints, as strategy "pbt" wants it; else they are raised.
+        numbers: of the study's trials, in Tune's order; None: Tune's own.
+    """
+
+    def __init__(self, objective: Objective, seed: int, tells: bool, numbers: list[int] | None = None):
+        self.objective, self.seed, self.tells, self.numbers = objective, seed, tells, numbers
+
+    def __call__(self, config: Mapping[str, Any]) -> None:
+        tune = need("ray.tune", WHAT)
+        params = {name: plain(value) for name, value in config.items()}
+        number = self._number(tune.get_context().get_trial_id())
+        if self.tells and (folder := os.environ.get("TUNE_ORIG_WORKING_DIR")):
+            os.chdir(folder)  # paths mean what they mean with every other strategy
+        last: dict[str, Any] = {"done": True}
+        try:
+            trial = TuneTrial(number, params, seed_of(self.seed, number), self.tells)
+            with seeded(trial.seed):
+                result = call(self.objective, trial)
+                value = as_number(train(result, trial) if is_run(result) else result, "the objective returned")
+            if math.isnan(value) or value == -math.inf:
+                raise ValueError(f"the objective returned {value}.")
+            last |= trial.metrics(value, int(trial.told[0]))
+        except Exception as error:
+            if not self.tells:
+                raise
+            wrong = str(error) if isinstance(error, WrongType) else ""
+            last |= {"loss": math.inf, "error": traceback.format_exc(), "wrong": wrong}
+        tune.report(last)
+
+    def _number(self, trial_id: str) -> int:
+        if self.numbers is None:
+            return number_of(trial_id)
+        return self.numbers[0 if len(self.numbers) == 1 else number_of(trial_id)]
+
+
+def number_of(trial_id: str) -> int:
+    """The number of a trial of Tune: the end of an id such as "9a3f1_00007", or a number made of any other id."""
+    end = trial_id.rsplit("_", 1)[-1]
+    return int(end) if end.isdigit() and "_" in trial_id else zlib.crc32(trial_id.encode())
