@@ -27,6 +27,7 @@ from hypergrad.search.space import Space, Values, as_space
 from hypergrad.search.storage import NAME, alone, open_storage, open_study, quiet
 from hypergrad.search.strategies import make
 from hypergrad.search.strategies.base import Strategy
+from hypergrad.search.strategies.population import PBT
 from hypergrad.search.study import NoTrialCompleted, Study, record
 from hypergrad.search.workers import WORKERS, Runner, check_picklable, runner
 
@@ -117,8 +118,9 @@ def optimize(
             storage = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "study.journal"
         asked = open_study(open_storage(storage), study, chosen.pruner())
         loop = Loop(objective, space, chosen, limit, seed, asked, Path(log_dir) if log_dir else None)
-        at_a_time = loop.left() if chosen.population else n_jobs
-        if chosen.population:
+        at_a_time = n_jobs
+        if isinstance(chosen, PBT):  # all members at once
+            at_a_time = loop.left()
             where = population_runner(n_jobs, at_a_time, chosen, on, seed)
         elif backend == "ray":
             where = ray_runner(n_jobs, storage, chosen, on)
@@ -286,11 +288,11 @@ def _check_how(
         raise ValueError(
             "a budget in epochs counts what trials report: let the objective be f(params, trial), with trial.report."
         )
-    if strategy.population and backend != "ray":
+    if isinstance(strategy, PBT) and backend != "ray":
         raise ValueError(
             f"strategy {name!r} trains a population side by side, which only Ray Tune does: pass backend='ray' and a storage."
         )
-    if strategy.population and not (
+    if isinstance(strategy, PBT) and not (
         speaks and budget and set(budget.limits) == {"trials"} and (budget.trials or 0) > 1
     ):
         raise ValueError(

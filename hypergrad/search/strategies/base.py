@@ -30,9 +30,6 @@ class Strategy:
     takes: ClassVar[tuple[str, ...]] = ()  # names of options, where they are not those of a library's class
     needs_run: ClassVar[bool] = False  # whether the objective must return a Run
     needs_reports: ClassVar[bool] = False  # whether it must report
-    population: ClassVar[bool] = (
-        False  # whether its trials train side by side inside Ray Tune, the budget being their number
-    )
     size: int | None = None
 
     def __init__(self, space: Space, seed: int, options: Mapping[str, Any]):

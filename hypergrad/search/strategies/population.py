@@ -25,7 +25,6 @@ class PBT(Random):
     each `trial.report`, and begin with `trial.restore()`.
     """
 
-    population = True
     fixed: ClassVar[dict[str, Any]] = {"time_attr": "training_iteration", "perturbation_interval": 2}
 
     def __init__(self, space: Space, seed: int, options: Mapping[str, Any]):
