@@ -7,8 +7,11 @@ state and batches. All methods of a case run in turn in one process with one thr
 rounds of (seconds a step) / (seconds of a plain `torch.optim` step in the same round). Memory is the growth of the peak in a
 fresh process. Peers take weight decay as a penalty in their loss, which for coupled decay is the same.
 
+On a GPU a GPT of 124 million parameters is added, for up to 20 steps; a method that runs out of memory there has a row with a
+null time. What implicit differentiation costs is in `experiments/bench_implicit.py`.
+
 `bench_modes.json` has a row for every method, case and K. `error` is the largest relative difference of the two numbers from
-those of plain code, all of it in float64, where rounding does not hide a mistake (K = 5 at most).
+those of plain code, all of it in float64, where rounding does not hide a mistake (K = 5 at most; the GPT's on a tiny one).
 """
 
 from __future__ import annotations
@@ -35,7 +38,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 import hypergrad
-from experiments import results
+from experiments import bench_gpt, results
 from experiments.arguments import arg, command, parse
 
 Row = dict[str, Any]
@@ -76,8 +79,7 @@ class Case:
         torch.manual_seed(0)
         self.model = MODELS[kind]().to(device, dtype)
         self.lr, self.steps = {"sgd": 0.02, "adam": 1e-3}[self.rule], steps
-        shape = INPUTS[kind]
-        x, y = torch.randn(*shape), torch.randint(0, 10, shape[:1])
+        x, y = DATA[kind]()
         distinct = [(x.roll(i, -1), y.roll(i)) for i in range(min(steps, 20))]
         move = lambda a: a.to(device, dtype) if a.is_floating_point() else a.to(device)  # noqa: E731
         self.batches = [tuple(move(a) for a in distinct[i % len(distinct)]) for i in range(steps)]
@@ -114,8 +116,23 @@ def _cnn() -> nn.Module:
     return nn.Sequential(*layers, *more, nn.Flatten(), nn.Linear(32 * 49, 10))
 
 
-MODELS: dict[str, Callable[[], nn.Module]] = {"mlp": _mlp, "cnn": _cnn}
-INPUTS = {"mlp": (128, 784), "cnn": (64, 1, 28, 28)}
+def _noise(*shape: int) -> tuple[Tensor, Tensor]:
+    return torch.randn(*shape), torch.randint(0, 10, shape[:1])
+
+
+MODELS: dict[str, Callable[[], nn.Module]] = {
+    "mlp": _mlp,
+    "cnn": _cnn,
+    "gpt": lambda: bench_gpt.GPT(bench_gpt.FULL),
+    "tinygpt": lambda: bench_gpt.GPT(bench_gpt.TINY),
+}
+DATA: dict[str, Callable[[], tuple[Tensor, Tensor]]] = {
+    "mlp": lambda: _noise(128, 784),
+    "cnn": lambda: _noise(64, 1, 28, 28),
+    "gpt": lambda: bench_gpt.data(bench_gpt.FULL),
+    "tinygpt": lambda: bench_gpt.data(bench_gpt.TINY),
+}
+GPT_CASE, GPT_STEPS = "gpt_adam", 20  # added on a GPU; its longest run
 
 
 # ---- the methods: (case) -> a call that computes the answer
@@ -226,15 +243,40 @@ def torchopt(case: Case) -> Call:
     return call
 
 
+def flag(case: Case) -> Call:
+    """torch.optim.Adam(differentiable=True): the stock step through which autograd passes; SGD's momentum is wrong with it."""
+
+    def call() -> Answer:
+        lr, wd = case.leaves()
+        theta = [p.detach().clone().requires_grad_().clone() for p in case.params]
+        optimizer = torch.optim.Adam(theta, lr=lr, weight_decay=wd, eps=EPS, differentiable=True, foreach=False)  # type: ignore[arg-type]
+        for batch in case.batches:
+            loss = case.loss_at([p.clone() for p in theta], batch)  # the step writes over what the graph needs
+            for p, g in zip(theta, torch.autograd.grad(loss, theta, create_graph=True), strict=True):
+                p.grad = g
+            optimizer.step()
+        found = torch.autograd.grad(case.loss_at(theta, case.held_out), [lr, wd])
+        return float(found[0]), float(found[1])
+
+    return call
+
+
+def suits(method: str, case: str) -> bool:
+    """Whether the method is right in this case."""
+    return method != FLAG or case.endswith("_adam")
+
+
 def _penalty(wd: Tensor, theta: Any) -> Tensor:
     return 0.5 * wd * sum((p * p).sum() for p in theta)
 
 
+FLAG = "torch.optim, differentiable=True"
 METHODS: dict[str, Callable[[Case], Call]] = {
     "plain": plain,
     "plain code, graph kept": plain_unrolled,
     "TorchOpt": torchopt,
     "higher": higher,
+    FLAG: flag,
     "unrolled, a snapshot every step": ours("unrolled", every=1),
     "unrolled, every √K": ours("unrolled", graph_memory=0),
     "unrolled, graph kept": ours("unrolled", graph_memory=2**40),
@@ -263,8 +305,11 @@ def measure(args: Args, name: str, steps: int, methods: Sequence[str]) -> list[R
                     p.grad = None
             gc.collect()
             began = clock(args.device)
-            calls[method]()
-            spent = clock(args.device) - began
+            try:
+                calls[method]()
+                spent = clock(args.device) - began
+            except torch.OutOfMemoryError:
+                spent = math.inf
             if turn:
                 seconds[method].append(spent / steps)
     rows = []
@@ -284,7 +329,8 @@ def error_of(method: str, name: str, steps: int, device: str) -> float | None:
     """The largest relative difference of an answer from plain code's, both in float64."""
     if method == "plain":
         return None
-    truth, found = (METHODS[m](Case(name, steps, device, torch.float64))() for m in ("plain code, graph kept", method))
+    small = name.replace("gpt", "tinygpt") if name == GPT_CASE else name
+    truth, found = (METHODS[m](Case(small, steps, device, torch.float64))() for m in ("plain code, graph kept", method))
     assert truth is not None
     assert found is not None
     return max(abs(a - b) / abs(b) for a, b in zip(found, truth, strict=True))
@@ -351,12 +397,13 @@ def main(args: Args) -> list[Row]:
     methods = [m for m in methods if _installed(m)]
     methods = ["plain", *(m for m in methods if m != "plain")]
     rows = []
-    for name in args.cases:
-        for steps in args.lengths:
-            at_length = [*methods, *(curve(steps) if steps == max(args.lengths) and not args.methods else ())]
-            rows += measure(args, name, steps, at_length)
+    for name in (*args.cases, *((GPT_CASE,) if args.device.startswith("cuda") and GPT_CASE not in args.cases else ())):
+        lengths = [k for k in args.lengths if name != GPT_CASE or k <= GPT_STEPS]
+        for steps in lengths:
+            at_length = [*methods, *(curve(steps) if steps == max(lengths) and not args.methods else ())]
+            rows += measure(args, name, steps, [m for m in at_length if suits(m, name)])
         for row in () if args.no_memory else rows:
-            if row["case"] == name and row["steps"] == max(args.lengths):
+            if row["case"] == name and row["steps"] == max(lengths) and math.isfinite(row["times_plain"]):
                 row["memory_mib"] = round(growth_of(row["method"], name, row["steps"], args.device), 1)
                 print(f"{name:9} K={row['steps']:<4} {row['method']:34} {row['memory_mib']:7.1f} MiB", flush=True)
         results.write(Path(args.out, "bench_modes.json"), command(args), rows, args.device)  # a case at a time

@@ -8,21 +8,22 @@ from typing import Any
 from experiments.markdown import source, table
 
 Result = dict[str, Any]
-CASES = {"mlp_sgd": "MLP, SGD-M", "mlp_adam": "MLP, Adam", "cnn_sgd": "CNN, SGD-M"}
+CASES = {"mlp_sgd": "MLP, SGD-M", "mlp_adam": "MLP, Adam", "cnn_sgd": "CNN, SGD-M", "gpt_adam": "GPT, Adam"}
 
 
 def bench_modes(result: Result) -> str:
     """Time of every method as a multiple of a plain step, for every K; memory at the largest."""
     rows = [row for row in result["rows"] if " steps" not in row["method"] and row["method"] != "plain"]
     lengths = sorted({row["steps"] for row in rows})
+    cases = {name: title for name, title in CASES.items() if any(row["case"] == name for row in rows)}
     of = {(row["method"], row["case"], row["steps"]): row for row in rows}
     shown = " / ".join(map(str, lengths))
-    head = ["method", *(f"{title}: K = {shown}" for title in CASES.values())]
-    head += [f"MiB, K = {lengths[-1]}: {' / '.join(CASES.values())}", "error, float64"]
+    head = ["method", *(f"{title}: K = {shown}" for title in cases.values())]
+    head += [f"MiB, K = {lengths[-1]}: {' / '.join(cases.values())}", "error, float64"]
     body = []
     for method in dict.fromkeys(row["method"] for row in rows):
-        cells = [" / ".join(_number(of, method, case, k, "times_plain", ".1f") for k in lengths) for case in CASES]
-        memory = " / ".join(_number(of, method, case, lengths[-1], "memory_mib", ".0f") for case in CASES)
+        cells = [" / ".join(_number(of, method, case, k, "times_plain", ".1f") for k in lengths) for case in cases]
+        memory = " / ".join(_number(of, method, case, lengths[-1], "memory_mib", ".0f") for case in cases)
         errors = [row["error"] for row in rows if row["method"] == method and row["error"] is not None]
         body.append((method, *cells, memory, f"{max(errors):.0e}"))
     return table(head, body) + "\n\n" + source(result)
