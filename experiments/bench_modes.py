@@ -28,29 +28,25 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
-from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 
 import hypergrad
-from experiments import bench_gpt, results
+from experiments import results
 from experiments.arguments import arg, command, parse
+from experiments.bench_case import Answer, Call, Case
+from experiments.bench_peers import flag, higher, plain_unrolled, torchopt
 
 Row = dict[str, Any]
-Answer = tuple[float, float]  # dL/dlr, dL/dwd
-Call = Callable[[], Answer | None]
 # Times: freed memory stays with the process, as in a long one; the page faults of taking it anew cost more here than the work.
 KEPT = {"MALLOC_MMAP_THRESHOLD_": str(2**25), "MALLOC_TRIM_THRESHOLD_": str(2**34), "MALLOC_TOP_PAD_": str(2**28)}
 # Memory: freed memory goes back at once, so that the peak is what was in use.
 RETURNED = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 CHECKED = 5  # steps; in float64
 MIB = 2**20
-MOMENTUM, WEIGHT_DECAY, EPS = 0.9, 1e-3, 1e-8
 
 
 @dataclass
@@ -66,73 +62,6 @@ class Args:
     memory_of: str = arg("", "print the growth of memory of METHOD:CASE:K, and do nothing else")
     out: str = arg("runs/bench_modes", "folder of bench_modes.json", quick="runs/bench_modes_quick")
     quick: bool = arg(False, "one round of short lengths: a test of the machinery")
-
-
-# ---- the work
-
-
-class Case:
-    """A model, an optimizer and K batches of random data; everything the same at every call."""
-
-    def __init__(self, name: str, steps: int, device: str, dtype: torch.dtype = torch.float32):
-        kind, self.rule = name.split("_")
-        torch.manual_seed(0)
-        self.model = MODELS[kind]().to(device, dtype)
-        self.lr, self.steps = {"sgd": 0.02, "adam": 1e-3}[self.rule], steps
-        x, y = DATA[kind]()
-        distinct = [(x.roll(i, -1), y.roll(i)) for i in range(min(steps, 20))]
-        move = lambda a: a.to(device, dtype) if a.is_floating_point() else a.to(device)  # noqa: E731
-        self.batches = [tuple(move(a) for a in distinct[i % len(distinct)]) for i in range(steps)]
-        self.held_out = tuple(move(a) for a in (x.flip(0), y))
-        self.params = list(self.model.parameters())
-
-    def loss(self, model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
-        return cross_entropy(model(batch[0]), batch[1])
-
-    def loss_at(self, theta: Sequence[Tensor], batch: Any) -> Tensor:
-        """The loss as a function of the parameters, for methods that are functional."""
-        named = dict(zip((name for name, _ in self.model.named_parameters()), theta, strict=True))
-        return self.loss(lambda x: torch.func.functional_call(self.model, named, (x,)), batch)  # type: ignore[arg-type]
-
-    def leaves(self) -> tuple[Tensor, Tensor]:
-        """lr and weight decay as tensors to be differentiated in."""
-        p = self.params[0]
-        lr, wd = (torch.tensor(x, dtype=p.dtype, device=p.device, requires_grad=True) for x in (self.lr, WEIGHT_DECAY))
-        return lr, wd
-
-    def optimizer(self) -> torch.optim.Optimizer:
-        if self.rule == "sgd":
-            return torch.optim.SGD(self.params, lr=self.lr, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY)
-        return torch.optim.Adam(self.params, lr=self.lr, weight_decay=WEIGHT_DECAY, eps=EPS)
-
-
-def _mlp() -> nn.Module:
-    return nn.Sequential(nn.Linear(784, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 10))
-
-
-def _cnn() -> nn.Module:
-    layers = nn.Conv2d(1, 16, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)
-    more = nn.Conv2d(16, 32, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)
-    return nn.Sequential(*layers, *more, nn.Flatten(), nn.Linear(32 * 49, 10))
-
-
-def _noise(*shape: int) -> tuple[Tensor, Tensor]:
-    return torch.randn(*shape), torch.randint(0, 10, shape[:1])
-
-
-MODELS: dict[str, Callable[[], nn.Module]] = {
-    "mlp": _mlp,
-    "cnn": _cnn,
-    "gpt": lambda: bench_gpt.GPT(bench_gpt.FULL),
-    "tinygpt": lambda: bench_gpt.GPT(bench_gpt.TINY),
-}
-DATA: dict[str, Callable[[], tuple[Tensor, Tensor]]] = {
-    "mlp": lambda: _noise(128, 784),
-    "cnn": lambda: _noise(64, 1, 28, 28),
-    "gpt": lambda: bench_gpt.data(bench_gpt.FULL),
-    "tinygpt": lambda: bench_gpt.data(bench_gpt.TINY),
-}
-GPT_CASE, GPT_STEPS = "gpt_adam", 20  # added on a GPU; its longest run
 
 
 # ---- the methods: (case) -> a call that computes the answer
@@ -174,102 +103,12 @@ def ours(mode: str, **options: Any) -> Callable[[Case], Call]:
     return of
 
 
-def plain_unrolled(case: Case) -> Call:
-    """The same steps in plain code whose whole graph autograd keeps."""
-    loss = case.loss_at
-
-    def call() -> Answer:
-        lr, wd = case.leaves()
-        theta = [p.detach().clone().requires_grad_() for p in case.params]
-        m, v = ([torch.zeros_like(p) for p in theta] for _ in range(2))
-        for t, batch in enumerate(case.batches, 1):
-            g = torch.autograd.grad(loss(theta, batch), theta, create_graph=True)
-            g = [x + wd * p for x, p in zip(g, theta, strict=True)]
-            if case.rule == "sgd":
-                m = [MOMENTUM * b + x for b, x in zip(m, g, strict=True)]
-                theta = [p - lr * b for p, b in zip(theta, m, strict=True)]
-                continue
-            m = [0.9 * b + 0.1 * x for b, x in zip(m, g, strict=True)]
-            v = [0.999 * b + 0.001 * x * x for b, x in zip(v, g, strict=True)]
-            c1, c2 = 1 - 0.9**t, math.sqrt(1 - 0.999**t)
-            # + tiny: the root has no derivative at exactly 0
-            roots = [(b + 1e-30).sqrt() / c2 + EPS for b in v]
-            theta = [p - (lr / c1) * b / r for p, b, r in zip(theta, m, roots, strict=True)]
-        found = torch.autograd.grad(loss(theta, case.held_out), [lr, wd])
-        return float(found[0]), float(found[1])
-
-    return call
-
-
-def higher(case: Case) -> Call:
-    """higher 0.2.1: innerloop_ctx, with lr overridden and weight decay in the loss."""
-    library = import_module("higher")
-
-    def call() -> Answer:
-        lr, wd = case.leaves()
-        optimizer = case.optimizer()
-        for group in optimizer.param_groups:
-            group["weight_decay"] = 0.0
-        with library.innerloop_ctx(case.model, optimizer, override={"lr": [lr]}) as (model, inner):
-            for batch in case.batches:
-                inner.step(case.loss(model, batch) + _penalty(wd, model.parameters()))
-            found = torch.autograd.grad(case.loss(model, case.held_out), [lr, wd])
-        return float(found[0]), float(found[1])
-
-    return call
-
-
-def torchopt(case: Case) -> Call:
-    """TorchOpt 0.7.3: functional optimizers with a tensor for lr, weight decay in the loss."""
-    library = import_module("torchopt")
-
-    loss = case.loss_at
-
-    def call() -> Answer:
-        lr, wd = case.leaves()
-        if case.rule == "sgd":
-            rule = library.sgd(lr=lambda count: lr, momentum=MOMENTUM)
-        else:
-            rule = library.adam(lr=lambda count: lr, eps=EPS)
-        theta: Any = tuple(p.detach().clone().requires_grad_() for p in case.params)
-        state = rule.init(theta)
-        for batch in case.batches:
-            g = torch.autograd.grad(loss(theta, batch) + _penalty(wd, theta), theta, create_graph=True)
-            updates, state = rule.update(g, state, inplace=False)
-            theta = library.apply_updates(theta, updates, inplace=False)
-        found = torch.autograd.grad(loss(theta, case.held_out), [lr, wd])
-        return float(found[0]), float(found[1])
-
-    return call
-
-
-def flag(case: Case) -> Call:
-    """torch.optim.Adam(differentiable=True): the stock step through which autograd passes; SGD's momentum is wrong with it."""
-
-    def call() -> Answer:
-        lr, wd = case.leaves()
-        theta = [p.detach().clone().requires_grad_().clone() for p in case.params]
-        optimizer = torch.optim.Adam(theta, lr=lr, weight_decay=wd, eps=EPS, differentiable=True, foreach=False)  # type: ignore[arg-type]
-        for batch in case.batches:
-            loss = case.loss_at([p.clone() for p in theta], batch)  # the step writes over what the graph needs
-            for p, g in zip(theta, torch.autograd.grad(loss, theta, create_graph=True), strict=True):
-                p.grad = g
-            optimizer.step()
-        found = torch.autograd.grad(case.loss_at(theta, case.held_out), [lr, wd])
-        return float(found[0]), float(found[1])
-
-    return call
-
-
 def suits(method: str, case: str) -> bool:
     """Whether the method is right in this case."""
     return method != FLAG or case.endswith("_adam")
 
 
-def _penalty(wd: Tensor, theta: Any) -> Tensor:
-    return 0.5 * wd * sum((p * p).sum() for p in theta)
-
-
+GPT_CASE, GPT_STEPS = "gpt_adam", 20  # added on a GPU; its longest run
 FLAG = "torch.optim, differentiable=True"
 METHODS: dict[str, Callable[[Case], Call]] = {
     "plain": plain,

@@ -29,6 +29,17 @@ def bench_modes(result: Result) -> str:
     return table(head, body) + "\n\n" + source(result)
 
 
+def bench_implicit(result: Result) -> str:
+    """Time of one linear solve as a multiple of a plain step."""
+    of = {(row["method"], row["case"]): row for row in result["rows"]}
+    cases = {name: title for name, title in CASES.items() if any(row["case"] == name for row in result["rows"])}
+    body = []
+    for method in dict.fromkeys(row["method"] for row in result["rows"]):
+        rows = [of[method, case] for case in cases]
+        body.append((method, *(f"{row['times_plain']:.1f}" for row in rows), f"{max(r['error'] for r in rows):.0e}"))
+    return table(("ten iterations, once", *cases.values(), "error, float64"), body) + "\n\n" + source(result)
+
+
 def _number(of: dict[Any, Result], method: str, case: str, steps: int, field: str, form: str) -> str:
     value = of.get((method, case, steps), {}).get(field)
     return "–" if value is None else format(value, form)
@@ -99,6 +110,7 @@ def data_cleaning(result: Result) -> str:
 
 TABLES = {
     "bench_modes": bench_modes,
+    "bench_implicit": bench_implicit,
     "long_run": long_run,
     "metalearn_lr": metalearn_lr,
     "learned_schedule": learned_schedule,

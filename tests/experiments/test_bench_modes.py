@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 
-from experiments import bench_gpt, bench_modes, long_run
+from experiments import bench_gpt, bench_implicit, bench_modes, long_run
 from experiments.mode_tables import TABLES
 
 OURS = [name for name in bench_modes.METHODS if name.startswith(("unrolled", "forward"))]
@@ -96,3 +96,19 @@ def test_long_run_has_plain_short_and_whole(stand_in, tmp_path):
     assert whole["val_loss"] == pytest.approx(plain["val_loss"], rel=1e-5)  # the same run
     assert whole["replayed_exactly"]
     assert ratios["time_by_turns"] > 1
+
+
+@pytest.mark.parametrize("method", bench_implicit.METHODS)
+@pytest.mark.parametrize("case", ["mlp_sgd", "cnn_sgd"])
+def test_implicit_methods_agree_with_plain_code(method, case):
+    if method.startswith("TorchOpt"):
+        pytest.importorskip("torchopt", reason="pip install -e '.[bench]'")
+    assert bench_implicit.error_of(method, case, "cpu") < 1e-8
+
+
+def test_rows_of_implicit_methods(tmp_path, monkeypatch):
+    monkeypatch.setattr(bench_implicit, "METHODS", {"implicit, CG": bench_implicit.METHODS["implicit, CG"]})
+    (row,) = bench_implicit.main(bench_implicit.Args(cases=("mlp_adam",), rounds=1, out=str(tmp_path)))
+    assert (row["method"], row["iterations"]) == ("implicit, CG", 10) and row["times_plain"] > 1
+    result = json.loads((tmp_path / "bench_implicit.json").read_text())
+    assert "| implicit, CG |" in TABLES["bench_implicit"](result)
