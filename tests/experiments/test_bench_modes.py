@@ -98,6 +98,7 @@ def test_long_run_has_plain_short_and_whole(stand_in, tmp_path):
     assert ratios["time_by_turns"] > 1
 
 
+@pytest.mark.filterwarnings("ignore:We've integrated functorch:FutureWarning")  # TorchOpt 0.7.3's own call
 @pytest.mark.parametrize("method", bench_implicit.METHODS)
 @pytest.mark.parametrize("case", ["mlp_sgd", "cnn_sgd"])
 def test_implicit_methods_agree_with_plain_code(method, case):
