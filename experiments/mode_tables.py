@@ -40,6 +40,21 @@ def bench_implicit(result: Result) -> str:
     return table(("ten iterations, once", *cases.values(), "error, float64"), body) + "\n\n" + source(result)
 
 
+def bench_fallback(result: Result) -> str:
+    """Time of a step through the fallback; what the check of the first call took."""
+    rows = result["rows"]
+    modes = list(dict.fromkeys(row["mode"] for row in rows))
+    body = []
+    for name in dict.fromkeys(row["optimizer"] for row in rows):
+        own = {row["mode"]: row for row in rows if row["optimizer"] == name}
+        errors = [row["error"] for row in own.values() if row["error"] is not None]
+        cells = [f"{own[mode]['times_plain']:.1f}" for mode in modes]
+        first = f"{max(row['first_call_s'] for row in own.values()):.1f}"
+        body.append((name, *cells, first, f"{max(errors):.0e}" if errors else "–"))
+    head = (f"optimizer, K = {rows[0]['steps']}", *modes, "check, seconds, once", "error, float64")
+    return table(head, body) + "\n\n" + source(result)
+
+
 def _number(of: dict[Any, Result], method: str, case: str, steps: int, field: str, form: str) -> str:
     value = of.get((method, case, steps), {}).get(field)
     return "–" if value is None else format(value, form)
@@ -111,6 +126,7 @@ def data_cleaning(result: Result) -> str:
 TABLES = {
     "bench_modes": bench_modes,
     "bench_implicit": bench_implicit,
+    "bench_fallback": bench_fallback,
     "long_run": long_run,
     "metalearn_lr": metalearn_lr,
     "learned_schedule": learned_schedule,

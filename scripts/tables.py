@@ -22,10 +22,8 @@ sys.path.insert(0, str(ROOT))
 from experiments import figures, mode_tables, results, search_figures, whole_run_figures  # noqa: E402
 from experiments.markdown import source, table  # noqa: E402
 
-TEXTS = tuple(
-    ROOT / name
-    for name in ("README.md", "docs/layers.md", "docs/modes.md", "docs/ray.md", "docs/search.md", "docs/several.md")
-)  # whose blocks are filled
+DOCS = ("layers", "modes", "optimizers", "ray", "search", "several")
+TEXTS = (ROOT / "README.md", *(ROOT / f"docs/{name}.md" for name in DOCS))  # whose blocks are filled
 FIGURES, GOALS = ROOT / "docs/figures", results.FOLDER / "goals.json"
 Result = dict[str, Any]
 
