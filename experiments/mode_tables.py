@@ -55,6 +55,28 @@ def bench_fallback(result: Result) -> str:
     return table(head, body) + "\n\n" + source(result)
 
 
+def muon(result: Result) -> str:
+    """The workload of Muon and AdamW: from where tuned runs start, and where they end."""
+    head = (
+        "workload",
+        "starts × seeds",
+        "L*",
+        "mean",
+        "worst start",
+        "over the floor's bound",
+        "regret",
+        "rolled back",
+    )
+    body = []
+    for row in (row for row in result["rows"] if row["kind"] == "summary"):
+        runs = f"{row['starts']} × {row['runs'] // row['starts']}"
+        worst = f"{row['worst']:.3f} (lr {row['start_lr']:.2g}, weight decay {row['start_weight_decay']:.2g})"
+        losses = (f"{row['l_star']:.3f}", f"{row['mean']:.3f}", worst)
+        ratios = (f"{row['excess_over_floor']:.2f}", f"{row['regret']:.3f}", str(row["rollbacks"]))
+        body.append((row["workload"], runs, *losses, *ratios))
+    return table(head, body) + "\n\n" + source(result)
+
+
 def _number(of: dict[Any, Result], method: str, case: str, steps: int, field: str, form: str) -> str:
     value = of.get((method, case, steps), {}).get(field)
     return "–" if value is None else format(value, form)
@@ -127,6 +149,7 @@ TABLES = {
     "bench_modes": bench_modes,
     "bench_implicit": bench_implicit,
     "bench_fallback": bench_fallback,
+    "muon": muon,
     "long_run": long_run,
     "metalearn_lr": metalearn_lr,
     "learned_schedule": learned_schedule,

@@ -131,6 +131,7 @@ TABLES: dict[str, Callable[[Result], str]] = {
     "population": search_figures.population,
     "ray_study": search_figures.ray_study,
 }
+FILES = {"muon": "muon/invariance.json"}  # of a table that is not in the file of its name
 PLOTS: dict[str, tuple[str, Callable[[list[Result]], Any]]] = {
     "quickstart": ("quickstart_curves.json", figures.quickstart),
     "fashion_mnist": ("fashion_mnist.json", figures.fashion_mnist),
@@ -154,7 +155,7 @@ def fill(text: str, goal_rows: list[Result], folder: Path = results.FOLDER) -> s
         if name == "goals":
             content = goals(goal_rows)
         else:
-            result = results.load(f"{name}.json", folder)
+            result = results.load(FILES.get(name, f"{name}.json"), folder)
             content = TABLES[name](result) if result else "*Not measured yet.*"
         return f"<!-- table:{name} -->\n{content}\n<!-- /table -->"
 
