@@ -65,15 +65,23 @@ def _noise(*shape: int) -> tuple[Tensor, Tensor]:
     return torch.randn(*shape), torch.randint(0, 10, shape[:1])
 
 
+def _deep() -> nn.Module:
+    """Sixteen narrow layers: 32 small tensors."""
+    layers = [layer for _ in range(15) for layer in (nn.Linear(64, 64), nn.Tanh())]
+    return nn.Sequential(*layers, nn.Linear(64, 10))
+
+
 MODELS: dict[str, Callable[[], nn.Module]] = {
     "mlp": _mlp,
     "cnn": _cnn,
+    "deep": _deep,
     "gpt": lambda: bench_gpt.GPT(bench_gpt.FULL),
     "tinygpt": lambda: bench_gpt.GPT(bench_gpt.TINY),
 }
 DATA: dict[str, Callable[[], tuple[Tensor, Tensor]]] = {
     "mlp": lambda: _noise(128, 784),
     "cnn": lambda: _noise(64, 1, 28, 28),
+    "deep": lambda: _noise(128, 64),
     "gpt": lambda: bench_gpt.data(bench_gpt.FULL),
     "tinygpt": lambda: bench_gpt.data(bench_gpt.TINY),
 }

@@ -2,10 +2,11 @@
 
     python -m experiments.bench_fallback [--quick]
 
-dL/dlr and dL/dw after K steps of the benchmark's MLP, by every mode, for Adam by its rule, for Adam through its own step (a
-subclass with a `step` of its own, so that the rule does not see it) and for optimizers of other packages. All run in turn in one
-process with one thread; time is the median over rounds of (seconds a step) / (seconds of a plain step of the same optimizer in
-the same round). `first_call_s` is what the first call takes beyond the later ones: the check by finite differences, made once.
+dL/dlr and dL/dw after K steps of the benchmark's MLP, and of a deep one of many small tensors, by every mode, for Adam by its
+rule, for Adam through its own step (a subclass with a `step` of its own, so that the rule does not see it) and for optimizers
+of other packages. All run in turn in one process with one thread; time is the median over rounds of (seconds a step) / (seconds
+of a plain step of the same optimizer in the same round).
+`first_call_s` is what the first call takes beyond the later ones: the check by finite differences, made once.
 `error` is the larger relative difference of Adam's two numbers from those by its rule, in float64.
 """
 
@@ -39,6 +40,7 @@ class Args:
 
     steps: int = arg(20, "K, number of training steps", quick=3)
     rounds: int = arg(7, "rounds; the median is reported", quick=1)
+    cases: tuple = arg(("mlp_adam", "deep_adam"), "mlp_adam: 6 tensors, deep_adam: 32 small ones")
     optimizers: tuple = arg((), "any of the table (default: all that the machine has)")
     device: str = arg("cpu", "cpu or cuda")
     out: str = arg("runs/bench_fallback", "folder of bench_fallback.json", quick="runs/bench_fallback_quick")
@@ -74,26 +76,26 @@ MODES = {
 
 
 class CaseOf(Case):
-    """The MLP with one of these optimizers."""
+    """A case with one of these optimizers."""
 
-    def __init__(self, make: Made, steps: int, device: str, dtype: torch.dtype = torch.float32):
-        super().__init__("mlp_adam", steps, device, dtype)
+    def __init__(self, name: str, make: Made, steps: int, device: str, dtype: torch.dtype = torch.float32):
+        super().__init__(name, steps, device, dtype)
         self.make = make
 
     def optimizer(self) -> torch.optim.Optimizer:
         return self.make(self.params)
 
 
-def error_of(mode: str, device: str, steps: int = 3) -> float:
+def error_of(mode: str, name: str, device: str, steps: int = 3) -> float:
     """Adam's own step against its rule."""
-    by_rule, own = (MODES[mode](CaseOf(OPTIMIZERS[m][1], steps, device, torch.float64))() for m in (RULE, OWN))
+    by_rule, own = (MODES[mode](CaseOf(name, OPTIMIZERS[m][1], steps, device, torch.float64))() for m in (RULE, OWN))
     assert by_rule is not None
     assert own is not None
     return max(abs(a - b) / abs(b) for a, b in zip(own, by_rule, strict=True))
 
 
-def measure(args: Args, name: str) -> list[Row]:
-    case = CaseOf(OPTIMIZERS[name][1], args.steps, args.device)
+def measure(args: Args, case_name: str, name: str) -> list[Row]:
+    case = CaseOf(case_name, OPTIMIZERS[name][1], args.steps, args.device)
     calls = {"plain": plain(case)} | {mode: of(case) for mode, of in MODES.items()}
     start = [p.detach().clone() for p in case.params]
     first: dict[str, float] = {}
@@ -115,12 +117,13 @@ def measure(args: Args, name: str) -> list[Row]:
     rows = []
     for mode in MODES:
         ratio = statistics.median(a / b for a, b in zip(seconds[mode], seconds["plain"], strict=True))
-        row: Row = {"optimizer": name, "mode": mode, "steps": args.steps, "times_plain": round(ratio, 3)}
+        row: Row = {"case": case_name, "tensors": len(case.params), "optimizer": name, "mode": mode}
+        row |= {"steps": args.steps, "times_plain": round(ratio, 3)}
         row["ms_a_step"] = round(1e3 * statistics.median(seconds[mode]), 3)
         row["first_call_s"] = round(max(0.0, first[mode] - args.steps * statistics.median(seconds[mode])), 3)
-        row["error"] = error_of(mode, args.device) if name == OWN else None
+        row["error"] = error_of(mode, case_name, args.device) if name == OWN else None
         rows.append(row)
-        print(f"{name:32} {mode:32} {row['times_plain']:7.2f}   {row['ms_a_step']:8.2f} ms", flush=True)
+        print(f"{case_name:10} {name:32} {mode:32} {row['times_plain']:7.2f}   {row['ms_a_step']:8.2f} ms", flush=True)
     return rows
 
 
@@ -131,7 +134,7 @@ def main(args: Args) -> list[Row]:
         if find_spec(OPTIMIZERS[name][0]) is None:
             print(f"{name} is not installed (pip install -e '.[bench]'): left out.")
             continue
-        rows += measure(args, name)
+        rows += [row for case in args.cases for row in measure(args, case, name)]
     results.write(Path(args.out, "bench_fallback.json"), command(args), rows, args.device)
     return rows
 

@@ -45,13 +45,13 @@ def bench_fallback(result: Result) -> str:
     rows = result["rows"]
     modes = list(dict.fromkeys(row["mode"] for row in rows))
     body = []
-    for name in dict.fromkeys(row["optimizer"] for row in rows):
-        own = {row["mode"]: row for row in rows if row["optimizer"] == name}
+    for name, tensors in dict.fromkeys((row["optimizer"], row["tensors"]) for row in rows):
+        own = {row["mode"]: row for row in rows if (row["optimizer"], row["tensors"]) == (name, tensors)}
         errors = [row["error"] for row in own.values() if row["error"] is not None]
         cells = [f"{own[mode]['times_plain']:.1f}" for mode in modes]
         first = f"{max(row['first_call_s'] for row in own.values()):.1f}"
-        body.append((name, *cells, first, f"{max(errors):.0e}" if errors else "–"))
-    head = (f"optimizer, K = {rows[0]['steps']}", *modes, "check, seconds, once", "error, float64")
+        body.append((name, str(tensors), *cells, first, f"{max(errors):.0e}" if errors else "–"))
+    head = (f"optimizer, K = {rows[0]['steps']}", "tensors", *modes, "check, seconds, once", "error, float64")
     return table(head, body) + "\n\n" + source(result)
 
 
