@@ -22,10 +22,8 @@ sys.path.insert(0, str(ROOT))
 from experiments import figures, mode_tables, results, search_figures, whole_run_figures  # noqa: E402
 from experiments.markdown import source, table  # noqa: E402
 
-TEXTS = tuple(
-    ROOT / name
-    for name in ("README.md", "docs/layers.md", "docs/modes.md", "docs/ray.md", "docs/search.md", "docs/several.md")
-)  # whose blocks are filled
+DOCS = ("layers", "modes", "optimizers", "ray", "search", "several")
+TEXTS = (ROOT / "README.md", *(ROOT / f"docs/{name}.md" for name in DOCS))  # whose blocks are filled
 FIGURES, GOALS = ROOT / "docs/figures", results.FOLDER / "goals.json"
 Result = dict[str, Any]
 
@@ -133,6 +131,7 @@ TABLES: dict[str, Callable[[Result], str]] = {
     "population": search_figures.population,
     "ray_study": search_figures.ray_study,
 }
+FILES = {"muon": "muon/invariance.json"}  # of a table that is not in the file of its name
 PLOTS: dict[str, tuple[str, Callable[[list[Result]], Any]]] = {
     "quickstart": ("quickstart_curves.json", figures.quickstart),
     "fashion_mnist": ("fashion_mnist.json", figures.fashion_mnist),
@@ -156,7 +155,7 @@ def fill(text: str, goal_rows: list[Result], folder: Path = results.FOLDER) -> s
         if name == "goals":
             content = goals(goal_rows)
         else:
-            result = results.load(f"{name}.json", folder)
+            result = results.load(FILES.get(name, f"{name}.json"), folder)
             content = TABLES[name](result) if result else "*Not measured yet.*"
         return f"<!-- table:{name} -->\n{content}\n<!-- /table -->"
 

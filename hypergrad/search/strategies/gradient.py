@@ -20,7 +20,6 @@ from typing import Any, ClassVar
 
 import torch
 
-from hypergrad.checks import as_found
 from hypergrad.exact import as_optimizers, hypergradient
 from hypergrad.outer_steps import OuterSteps, Point
 from hypergrad.run_evaluations import COST_OF_PRODUCT, Run
@@ -31,6 +30,7 @@ from hypergrad.search.strategies.base import Strategy
 from hypergrad.search.strategies.grid import Random
 from hypergrad.search.strategies.samplers import CMA, GP, TPE
 from hypergrad.search.training import hypers_of, is_run, loss_of, schedules_of, train
+from hypergrad.stock_run import as_found
 from hypergrad.updates.rule import PARTS
 from hypergrad.updates.transition import Transition
 
