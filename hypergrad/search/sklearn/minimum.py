@@ -72,13 +72,13 @@ def at_minimum(
     h = {name: torch.tensor(value, dtype=theta.dtype, requires_grad=name in wrt) for name, value in hypers.items()}
     value = loss(minimum.scores(theta.scatter(0, index, z), x))
     if len(index) == 0:
-        return HeldOut(float(value), dict.fromkeys(wrt, 0.0))
+        return HeldOut(float(value.detach()), dict.fromkeys(wrt, 0.0))
     (v,) = torch.autograd.grad(value, z)
     (g,) = torch.autograd.grad(minimum.objective(theta.scatter(0, index, z), h), z, create_graph=True)
     solved = _solve(g, z, v)
     pulled = torch.autograd.grad(g, [h[name] for name in wrt], solved, allow_unused=True)
     gradients = {name: 0.0 if p is None else -float(p) for name, p in zip(wrt, pulled, strict=True)}
-    return HeldOut(float(value), gradients, float(solved @ g.detach()))
+    return HeldOut(float(value.detach()), gradients, float(solved @ g.detach()))
 
 
 def _solve(g: Tensor, z: Tensor, v: Tensor) -> Tensor:
