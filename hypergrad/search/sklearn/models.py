@@ -23,7 +23,7 @@ from sklearn.svm import LinearSVC
 from sklearn.utils.validation import check_is_fitted
 from torch import Tensor
 
-from hypergrad.search.sklearn import linear
+from hypergrad.search.sklearn import linear, mlp
 from hypergrad.search.sklearn.losses import LOSSES, Loss
 from hypergrad.search.sklearn.minimum import HeldOut, Minimum, at_minimum
 
@@ -35,13 +35,13 @@ class Model(NamedTuple):
     """One kind of estimator.
 
     Args:
-        names: the hyperparameters that have a derivative.
+        names: of an estimator, its hyperparameters that have a derivative.
         losses: held-out losses that make sense for it, the usual one first.
         differentiate: (fitted, training data, held-out data, loss, names) ↦ HeldOut.
         refused: settings under which the formula does not hold, and what to pass instead.
     """
 
-    names: tuple[str, ...]
+    names: Callable[[Any], tuple[str, ...]]
     losses: tuple[str, ...]
     differentiate: Callable[[Any, Data, Data, Loss, Sequence[str]], HeldOut]
     refused: tuple[Refusal, ...] = ()
@@ -65,7 +65,7 @@ def _implicit(
 def _model(
     build: Callable[[Any, Tensor, Tensor], Minimum], names: tuple[str, ...], losses: tuple[str, ...], *refused: Refusal
 ) -> Model:
-    return Model(names, losses, partial(_implicit, build, names), refused)
+    return Model(lambda _: names, losses, partial(_implicit, build, names), refused)
 
 
 MODELS: dict[type, Model] = {
@@ -91,6 +91,8 @@ MODELS: dict[type, Model] = {
         (lambda e: e.multi_class != "ovr", "multi_class='ovr'"),
         (lambda e: e.class_weight is not None, "class_weight=None"),
     ),
+    mlp.MLPClassifier: Model(mlp.names, ("log_loss", "squared_hinge"), mlp.differentiate),
+    mlp.MLPRegressor: Model(mlp.names, ("squared_error",), mlp.differentiate),
 }
 
 
@@ -121,6 +123,17 @@ def find(estimator: Any) -> Model:
         if applies(estimator):
             raise ValueError(f"{type(estimator).__name__} cannot be differentiated with this setting: use {instead}.")
     return model
+
+
+def check_names(estimator: Any, wrt: Sequence[str]) -> None:
+    """A ValueError where one of the names has no derivative."""
+    last, prefix = last_step(estimator)
+    names = [prefix + own for own in find(estimator).names(last)]
+    for name in wrt:
+        if name not in names:
+            raise ValueError(
+                f"no derivative in {name!r}: {type(last).__name__} has those in {', '.join(names)}, as it is set here."
+            )
 
 
 def loss_of(model: Model, loss: str | None) -> str:
@@ -162,11 +175,7 @@ def hypergradient(
     check_is_fitted(fitted)
     last, prefix = last_step(fitted)
     names = (wrt,) if isinstance(wrt, str) else tuple(wrt)
-    unknown = [name for name in names if name not in [prefix + own for own in model.names]]
-    if unknown:
-        raise ValueError(
-            f"no derivative in {unknown[0]!r}: {type(last).__name__} has those in {', '.join(prefix + n for n in model.names)}."
-        )
+    check_names(fitted, names)
     chosen = LOSSES[loss_of(model, loss)]
     train, held_out = (_data(fitted, last, *part) for part in ((X, y), (X_val, y_val)))
     found = model.differentiate(last, train, held_out, chosen, [name.removeprefix(prefix) for name in names])

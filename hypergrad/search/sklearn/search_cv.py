@@ -20,7 +20,7 @@ from hypergrad.search.convert.sklearn import from_sklearn
 from hypergrad.search.entries import Float
 from hypergrad.search.sklearn.descent import descend, starts
 from hypergrad.search.sklearn.folds import Folds
-from hypergrad.search.sklearn.models import find, last_step, loss_of
+from hypergrad.search.sklearn.models import check_names, find, loss_of
 
 GAP = 0.01  # share of the loss that the solver's tolerance may be worth without a warning
 
@@ -139,7 +139,6 @@ class HypergradSearchCV(BaseSearchCV):
             raise ValueError("scoring must be the name of one scorer, a callable, or None: it is reported, not chosen by.")
         entries = dict(from_sklearn(self.param_space))
         known = self.estimator.get_params()
-        last, prefix = last_step(self.estimator)
         for name, entry in entries.items():
             if name not in known:
                 raise ValueError(f"{type(self.estimator).__name__} has no parameter {name!r}: it has {sorted(known)}.")
@@ -148,14 +147,9 @@ class HypergradSearchCV(BaseSearchCV):
                     f"{name}: a gradient moves continuous entries, Float(low, high, scale) without a step, got {entry}. Search "
                     "discrete ones by GridSearchCV with this search as its estimator, or by hypergrad.search.optimize."
                 )
-        model = find(clone(self.estimator).set_params(**{name: entry.first() for name, entry in entries.items()}))
-        names = [prefix + own for own in model.names]
-        for name in entries:
-            if name not in names:
-                raise ValueError(
-                    f"no derivative in {name!r}: {type(last).__name__} has those in {', '.join(names)} here."
-                )
-        return entries, loss_of(model, self.loss)
+        tuned = clone(self.estimator).set_params(**{name: entry.first() for name, entry in entries.items()})
+        check_names(tuned, list(entries))
+        return entries, loss_of(find(tuned), self.loss)
 
     def _descend(self, folds: Folds) -> str:
         seed = check_random_state(self.random_state).randint(2**31 - 1)
