@@ -51,9 +51,7 @@ class Folds:
     ):
         self.estimator, self.entries, self.loss, self.data = estimator, entries, loss, data
         self.splits, self.options = splits, options
-        self.parts = [
-            [_safe_indexing(part, rows) for rows in (train, test) for part in data] for train, test in splits
-        ]
+        self.parts = [[_safe_indexing(part, rows) for rows in (train, test) for part in data] for train, test in splits]
         self.candidates: list[Candidate] = []
 
     def fit(self, u: Point) -> Candidate:

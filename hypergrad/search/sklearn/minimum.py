@@ -7,8 +7,8 @@ implicit function theorem gives
     dθ_S/dh = −H⁻¹ ∂²F/∂θ_S∂h,      H = ∂²F/∂θ_S²
     dL/dh   = −xᵀ ∂²F/∂θ_S∂h,       H x = ∂L/∂θ_S
 
-for a held-out loss L(θ*). On S the penalty |θ| is linear, so a lasso is as smooth there as a ridge regression (Bertrand et al. 2020,
-arXiv 2002.08943; 2022, arXiv 2105.01637). A fit that stopped short of θ* by δ has ∂F/∂θ_S = g = Hδ + O(δ²), so
+for a held-out loss L(θ*). On S the penalty |θ| is linear, so a lasso is as smooth there as a ridge regression (Bertrand et al.
+2020, arXiv 2002.08943; 2022, arXiv 2105.01637). A fit that stopped short of θ* by δ has ∂F/∂θ_S = g = Hδ + O(δ²), so
 
     L(θ* + δ) − L(θ*) = ∂L/∂θ · δ + O(δ²) = xᵀ g + O(δ²)
 
@@ -85,9 +85,13 @@ def _solve(g: Tensor, z: Tensor, v: Tensor) -> Tensor:
     """H⁻¹ v; where H is singular, the solution of least norm."""
     if len(z) > DENSE:
         return cg(lambda d: torch.autograd.grad(g, z, d, retain_graph=True)[0], v, tol=1e-10)
-    eye = torch.eye(len(z), dtype=z.dtype)
-    (hessian,) = torch.autograd.grad(g, z, eye, retain_graph=True, is_grads_batched=True)
+    hessian = hessian_of(g, z)
     factor, failed = torch.linalg.cholesky_ex(hessian)
     if not failed:
         return torch.cholesky_solve(v[:, None], factor)[:, 0]
     return torch.linalg.pinv(hessian, hermitian=True) @ v
+
+
+def hessian_of(g: Tensor, z: Tensor) -> Tensor:
+    """∂g/∂z of a gradient g with its graph, [p, p]."""
+    return torch.autograd.grad(g, z, torch.eye(len(z), dtype=z.dtype), retain_graph=True, is_grads_batched=True)[0]

@@ -2,9 +2,9 @@
 
     F(θ, h) = 1/n Σᵢ ℓᵢ + α/2 Σ_layers ‖W‖²          biases are not penalised
 
-ℓ is the log loss of classes or the squared error. solver="lbfgs" goes to a minimum of F, which is differentiated there (minimum.py).
-solver="sgd" takes `max_iter` full-batch steps with momentum; they are differentiated one by one (`hypergrad.hypergradient`), and so
-the result is exact however far from a minimum they end.
+ℓ is the log loss of classes or the squared error. solver="lbfgs" goes to a minimum of F, which is differentiated there
+(minimum.py). solver="sgd" takes `max_iter` full-batch steps with momentum; they are differentiated one by one
+(`hypergrad.hypergradient`), and so the result is exact however far from a minimum they end.
 """
 
 from __future__ import annotations
@@ -27,10 +27,12 @@ from torch import Tensor, nn
 
 from hypergrad.exact import hypergradient
 from hypergrad.search.sklearn.losses import Loss, log_loss, squared_error
-from hypergrad.search.sklearn.minimum import HeldOut, Minimum, at_minimum
+from hypergrad.search.sklearn.minimum import DENSE, HeldOut, Minimum, at_minimum, hessian_of
 
 ACTIVATIONS = {"tanh": torch.tanh, "softplus": nn.functional.softplus, "sigmoid": torch.sigmoid}  # smooth ones
 SGD_NAMES = {"learning_rate_init": "lr", "momentum": "momentum", "alpha": "alpha"}  # ours → hypergrad's
+ROUGH = 1e-4  # gradient at which Newton's steps take over
+NEWTON = 50  # of them at most: they converge quadratically, down to what float64 can tell
 Data = tuple[Tensor, Tensor]
 
 
@@ -71,9 +73,9 @@ class _MLP(BaseEstimator):
         tol: float = 1e-7,
         random_state: Any = None,
     ):
-        self.hidden_layer_sizes, self.activation, self.alpha, self.solver = hidden_layer_sizes, activation, alpha, solver
-        self.learning_rate_init, self.momentum, self.max_iter = learning_rate_init, momentum, max_iter
-        self.tol, self.random_state = tol, random_state
+        self.hidden_layer_sizes, self.activation, self.alpha = hidden_layer_sizes, activation, alpha
+        self.solver, self.learning_rate_init, self.momentum = solver, learning_rate_init, momentum
+        self.max_iter, self.tol, self.random_state = max_iter, tol, random_state
 
     def _check(self) -> tuple[int, ...]:
         sizes = self.hidden_layer_sizes
@@ -108,20 +110,35 @@ class _MLP(BaseEstimator):
         return type(self)._loss(net.scores(theta, x), y).mean() + net.penalty(theta, alpha)
 
     def _to_minimum(self, x: Tensor, y: Tensor) -> np.ndarray:
+        """L-BFGS; then, where the Hessian is small enough to be formed, Newton's steps in a trust region, which end exactly."""
         net = self.net(self.initial_)
 
-        def value_and_gradient(flat: np.ndarray) -> tuple[float, np.ndarray]:
+        def slope(flat: np.ndarray, graph: bool = False) -> tuple[Tensor, Tensor, Tensor]:
             theta = torch.tensor(flat, requires_grad=True)
             value = self.objective(net, theta, self.alpha, x, y)
-            return value.item(), torch.autograd.grad(value, theta)[0].numpy()
+            return theta, value.detach(), torch.autograd.grad(value, theta, create_graph=graph)[0]
 
-        options = {"maxiter": self.max_iter, "maxfun": 2 * self.max_iter, "maxcor": 20, "ftol": 0.0, "gtol": self.tol}
+        def value_and_gradient(flat: np.ndarray) -> tuple[float, np.ndarray]:
+            _, value, gradient = slope(flat)
+            return value.item(), gradient.numpy()
+
+        def hessian(flat: np.ndarray) -> np.ndarray:
+            theta, _, gradient = slope(flat, graph=True)
+            return hessian_of(gradient, theta).numpy()
+
+        newton = len(self.initial_) <= DENSE
+        options = {"maxiter": self.max_iter, "maxfun": 2 * self.max_iter, "maxcor": 20, "ftol": 0.0}
+        options["gtol"] = max(self.tol, ROUGH) if newton else self.tol
         found = minimize(value_and_gradient, self.initial_, jac=True, method="L-BFGS-B", options=options)
-        self.n_iter_ = max(int(found.nit), 1)
-        if found.status == 1:
-            warnings.warn(
-                f"no minimum within max_iter={self.max_iter}: raise max_iter, alpha or tol.", ConvergenceWarning, stacklevel=4
-            )
+        steps = int(found.nit)
+        if newton and steps < self.max_iter:
+            options = {"maxiter": min(self.max_iter - steps, NEWTON), "gtol": self.tol}
+            found = minimize(value_and_gradient, found.x, jac=True, hess=hessian, method="trust-exact", options=options)
+            steps += int(found.nit)
+        self.n_iter_ = max(steps, 1)
+        if np.linalg.norm(found.jac) > max(self.tol, ROUGH):
+            text = f"no minimum within max_iter={self.max_iter}: raise max_iter, alpha or tol."
+            warnings.warn(text, ConvergenceWarning, stacklevel=4)
         return found.x
 
     def _steps(self, x: Tensor, y: Tensor) -> np.ndarray:
@@ -151,10 +168,10 @@ class MLPClassifier(ClassifierMixin, _MLP):
         hidden_layer_sizes: units of each hidden layer.
         activation: "tanh", "softplus" or "sigmoid", between the layers.
         alpha: α of the penalty α/2 Σ ‖W‖², beside the mean of the loss (scikit-learn's divides it by the number of samples).
-        solver: "lbfgs", to a minimum; "sgd", `max_iter` full-batch steps.
+        solver: "lbfgs", to a minimum, with Newton's steps at the end (up to 300 weights); "sgd", `max_iter` full-batch steps.
         learning_rate_init, momentum: of solver="sgd".
         max_iter: steps; at most, for "lbfgs".
-        tol: largest component of the gradient at which "lbfgs" ends.
+        tol: size of the gradient at which "lbfgs" ends.
         random_state: of the first weights.
 
     Attributes:

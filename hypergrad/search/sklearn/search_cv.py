@@ -32,12 +32,12 @@ class HypergradSearchCV(BaseSearchCV):
 
         f(h) = 1/K Σ_k L(θ_k*(h); V_k),    θ_k*(h) = argmin_θ F(θ, h; rest)
 
-    f and its gradient (by implicit differentiation, `hypergrad.search.sklearn.hypergradient`) are given to L-BFGS-B, in each entry's
-    own scale, from the best of a few spread points. Every fit is scikit-learn's own.
+    f and its gradient (by implicit differentiation, `hypergrad.search.sklearn.hypergradient`) are given to L-BFGS-B, in each
+    entry's own scale, from the best of a few spread points. Every fit is the estimator's own.
 
     Args:
-        estimator: Ridge, Lasso, ElasticNet, LogisticRegression, LinearSVC(loss="squared_hinge"), or MLPClassifier and MLPRegressor
-            of `hypergrad.search.sklearn`; or a Pipeline that ends in one of them.
+        estimator: Ridge, Lasso, ElasticNet, LogisticRegression, LinearSVC(loss="squared_hinge"), or MLPClassifier and
+            MLPRegressor of `hypergrad.search.sklearn`; or a Pipeline that ends in one of them.
         param_space: name → `hypergrad.search.Float`, or scipy.stats.loguniform or uniform; names as of `get_params`.
         loss: "squared_error", "log_loss" or "squared_hinge"; None: the usual one of the estimator. It must be differentiable.
         scoring: a scorer's name or callable that is reported beside the loss, in `best_score_` and `cv_results_`; None: the
@@ -49,9 +49,9 @@ class HypergradSearchCV(BaseSearchCV):
         random_state: of the scan, in two dimensions or more.
 
     Attributes:
-        cv_results_: the columns of GridSearchCV, one row a candidate; also `split0_test_loss`, …, `mean_test_loss`, `std_test_loss`,
-            `rank_test_loss`, `slope_NAME` (the derivative of the mean loss in the value; NaN for candidates of the scan that were
-            not differentiated) and `gradient_time`, seconds.
+        cv_results_: the columns of GridSearchCV, one row a candidate; also `split0_test_loss`, …, `mean_test_loss`,
+            `std_test_loss`, `rank_test_loss`, `slope_NAME` (the derivative of the mean loss in the value; NaN for candidates of
+            the scan that were not differentiated) and `gradient_time`, seconds.
         best_index_, best_params_: of the least mean loss. rank_test_score is that of the scorer.
         best_loss_, best_score_: its mean loss and mean score.
         best_estimator_, refit_time_: fitted on all data, where refit.
@@ -59,8 +59,8 @@ class HypergradSearchCV(BaseSearchCV):
         message_: why the descent ended.
 
     Raises:
-        ValueError: in `fit`, before anything is fitted: an estimator, setting or hyperparameter without a derivative, a name that the
-            estimator does not have, a discrete entry, an unknown loss or scorer.
+        ValueError: in `fit`, before anything is fitted: an estimator, setting or hyperparameter without a derivative, a name that
+            the estimator does not have, a discrete entry, an unknown loss or scorer.
 
     Example:
         One feature, every fold the same row twice: f(α) = (y − w)², w = x²y/(x² + α/2) = 2/(2 + α), least at the least α.
@@ -136,7 +136,9 @@ class HypergradSearchCV(BaseSearchCV):
         if not isinstance(self.refit, bool):
             raise ValueError(f"refit must be True or False (the best is that of the least loss), got {self.refit!r}.")
         if self.scoring is not None and not isinstance(self.scoring, str) and not callable(self.scoring):
-            raise ValueError("scoring must be the name of one scorer, a callable, or None: it is reported, not chosen by.")
+            raise ValueError(
+                "scoring must be the name of one scorer, a callable, or None: it is reported, not chosen by."
+            )
         entries = dict(from_sklearn(self.param_space))
         known = self.estimator.get_params()
         for name, entry in entries.items():
@@ -176,8 +178,8 @@ class HypergradSearchCV(BaseSearchCV):
             )
         if abs(best.gap) > GAP * abs(best.loss):
             warnings.warn(
-                f"the fits end short of their minimum, which is worth {best.gap:.2g} of a loss of {best.loss:.2g}: hypergradients are "
-                "as far off. Lower the estimator's tol, or raise its max_iter.",
+                f"the fits end short of their minimum, which is worth {best.gap:.2g} of a loss of {best.loss:.2g}: "
+                "hypergradients are as far off. Lower the estimator's tol, or raise its max_iter.",
                 ConvergenceWarning,
                 stacklevel=3,
             )
