@@ -32,7 +32,7 @@ from hypergrad.search.sklearn.minimum import DENSE, HeldOut, Minimum, at_minimum
 ACTIVATIONS = {"tanh": torch.tanh, "softplus": nn.functional.softplus, "sigmoid": torch.sigmoid}  # smooth ones
 SGD_NAMES = {"learning_rate_init": "lr", "momentum": "momentum", "alpha": "alpha"}  # ours → hypergrad's
 ROUGH = 1e-4  # gradient at which Newton's steps take over
-NEWTON = 50  # of them at most: they converge quadratically, down to what float64 can tell
+REFUSED = 10  # of them in a row: the loss is as low as float64 can tell
 Data = tuple[Tensor, Tensor]
 
 
@@ -132,8 +132,23 @@ class _MLP(BaseEstimator):
         found = minimize(value_and_gradient, self.initial_, jac=True, method="L-BFGS-B", options=options)
         steps = int(found.nit)
         if newton and steps < self.max_iter:
-            options = {"maxiter": min(self.max_iter - steps, NEWTON), "gtol": self.tol}
-            found = minimize(value_and_gradient, found.x, jac=True, hess=hessian, method="trust-exact", options=options)
+            last, refused = found.x, 0
+
+            def at_the_floor(x: np.ndarray) -> None:
+                nonlocal last, refused
+                last, refused = x, refused + 1 if np.array_equal(x, last) else 0
+                if refused == REFUSED:
+                    raise StopIteration
+
+            found = minimize(
+                value_and_gradient,
+                found.x,
+                jac=True,
+                hess=hessian,
+                method="trust-exact",
+                callback=at_the_floor,
+                options={"maxiter": self.max_iter - steps, "gtol": self.tol},
+            )
             steps += int(found.nit)
         self.n_iter_ = max(steps, 1)
         if np.linalg.norm(found.jac) > max(self.tol, ROUGH):
