@@ -1,4 +1,4 @@
-"""Hypergradients of scikit-learn's estimators and of our MLPs against central finite differences of their own fits, in float64."""
+"""Hypergradients of scikit-learn's estimators and of our MLPs against central differences of their own fits, in float64."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from hypergrad.search.sklearn import minimum as module
 
 STEP = 1e-4  # of the differences, relative
 TOLERANCE = 1e-5  # relative: the differences' own error of order STEP², and the solvers' tolerance over STEP
-TIGHT = {"tol": 1e-12, "max_iter": 10**5}
+TIGHT = {"tol": 1e-11, "max_iter": 10**5}
 NEWTON = {"solver": "newton-cholesky", "tol": 1e-12}
 Arrays = tuple[np.ndarray, np.ndarray]
 
@@ -29,7 +29,8 @@ def diabetes() -> Arrays:
 
 
 def two_targets() -> Arrays:
-    return make_regression(60, 5, n_targets=2, noise=10.0, random_state=0)  # type: ignore[return-value]
+    x, y = make_regression(60, 5, n_targets=2, noise=10.0, random_state=0)  # type: ignore[misc]
+    return x, y / 100
 
 
 def wide() -> Arrays:
@@ -62,7 +63,7 @@ CASES = {
     "lasso": Case(Lasso(0.03, **TIGHT), diabetes, ("alpha",)),
     "lasso of more columns than rows": Case(Lasso(0.5, **TIGHT), wide, ("alpha",)),
     "lasso of positive coefficients": Case(Lasso(0.03, positive=True, **TIGHT), diabetes, ("alpha",)),
-    "lasso of two targets": Case(Lasso(0.5, **TIGHT), two_targets, ("alpha",)),
+    "lasso of two targets": Case(Lasso(0.05, **TIGHT), two_targets, ("alpha",)),
     "elastic net": Case(ElasticNet(0.05, l1_ratio=0.6, **TIGHT), diabetes, ("alpha", "l1_ratio")),
     "elastic net of more columns than rows": Case(ElasticNet(0.5, l1_ratio=0.8, **TIGHT), wide, ("alpha", "l1_ratio")),
     "logistic": Case(LogisticRegression(C=0.3, **NEWTON), two_classes, ("C",)),
@@ -158,12 +159,13 @@ def test_dependent_columns_of_an_active_set_leave_the_derivative_of_the_predicti
 
 
 def test_the_gap_is_what_the_tolerance_is_worth() -> None:
-    x, y, x_val, y_val = halves(diabetes)
-    rough, exact = (Lasso(0.03, tol=tol, max_iter=10**5).fit(x, y) for tol in (1e-2, 1e-12))
-    found = [hypergradient(each, x, y, x_val, y_val, "alpha") for each in (rough, exact)]
+    """Two solvers' tolerances: the difference of their losses, to first order in what the rough one leaves over."""
+    x, y, x_val, y_val = halves(wine)
+    rough, exact = (LogisticRegression(tol=tol).fit(x, y) for tol in (1e-2, 1e-8))
+    found = [hypergradient(each, x, y, x_val, y_val, "C") for each in (rough, exact)]
     difference = found[0].value - found[1].value
     assert abs(difference) > 1e-6
-    assert found[0].gap == pytest.approx(difference, rel=0.3)  # first order
+    assert found[0].gap == pytest.approx(difference, rel=0.3)
 
 
 def test_the_loss_is_scikit_learns() -> None:
