@@ -65,9 +65,7 @@ _synthetic = partial(make_regression, 150, 300, n_informative=15, noise=100.0, r
 _exact = {"tol": 1e-7, "max_iter": 10_000}
 PROBLEMS = {
     "ridge": Problem("ridge, diabetes", Ridge(), load_diabetes, {"alpha": Float(1e-3, 1e4, "log")}, MSE, False),
-    "lasso": Problem(
-        "lasso, diabetes", Lasso(**_exact), load_diabetes, {"alpha": Float(1e-3, 1e2, "log")}, MSE, False
-    ),
+    "lasso": Problem("lasso, diabetes", Lasso(**_exact), load_diabetes, {"alpha": Float(1e-3, 1e2, "log")}, MSE, False),
     "lasso_wide": Problem(
         "lasso, synthetic, 300 columns", Lasso(**_exact), _synthetic, {"alpha": Float(0.5, 500.0, "log")}, MSE, False
     ),
