@@ -2,9 +2,9 @@
 
     python -m experiments.search_cv [--repeats 5] [--quick]
 
-A quarter of each set is the test part. On the rest both searches minimise the mean held-out loss over five folds: the grid at 100 values
-of one hyperparameter, or 30 × 30 of two, even in the entry's scale; the gradient by at most 30 candidates. Both refit on all
-folds and score on the test part. Every repeat runs both, one after the other, in turn the one or the other first; times are
+A quarter of each set is the test part. On the rest both searches minimise the mean held-out loss over five folds: the grid at 100
+values of one hyperparameter, or 30 × 30 of two, even in the entry's scale; the gradient by at most 30 candidates. Both refit on
+all folds and score on the test part. Every repeat runs both, one after the other, in turn the one or the other first; times are
 this process's processor seconds, and ratios are medians over repeats.
 """
 
