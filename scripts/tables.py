@@ -24,7 +24,15 @@ from experiments.markdown import source, table  # noqa: E402
 
 TEXTS = tuple(
     ROOT / name
-    for name in ("README.md", "docs/layers.md", "docs/modes.md", "docs/ray.md", "docs/search.md", "docs/several.md")
+    for name in (
+        "README.md",
+        "docs/layers.md",
+        "docs/modes.md",
+        "docs/ray.md",
+        "docs/search.md",
+        "docs/several.md",
+        "docs/sklearn.md",
+    )
 )  # whose blocks are filled
 FIGURES, GOALS = ROOT / "docs/figures", results.FOLDER / "goals.json"
 Result = dict[str, Any]
@@ -132,6 +140,7 @@ TABLES: dict[str, Callable[[Result], str]] = {
     "worked_examples": search_figures.worked_examples,
     "population": search_figures.population,
     "ray_study": search_figures.ray_study,
+    "search_cv": search_figures.search_cv,
 }
 PLOTS: dict[str, tuple[str, Callable[[list[Result]], Any]]] = {
     "quickstart": ("quickstart_curves.json", figures.quickstart),
