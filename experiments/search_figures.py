@@ -126,3 +126,37 @@ def population(result: dict[str, Any]) -> str:
         at = {row["members"]: row["speed"] for row in rows if row["tuned"] == tuned}
         body.append((name, *(f"{at[size]:.1f}×" if size in at else "–" for size in sizes)))
     return table(("speed over one by one", *(f"{size} members" for size in sizes)), body) + "\n\n" + source(result)
+
+
+def search_cv(result: dict[str, Any]) -> str:
+    """Loss, fits and time of the gradient and of the grid, a row a problem."""
+    rows, body = result["rows"], []
+    for row in (row for row in rows if row["method"] == "gradient"):
+        grid = next(other for other in rows if other["method"] == "grid" and other["model"] == row["model"])
+        found = ", ".join(f"{key.removeprefix('best_')} {row[key]:.3g}" for key in row if key.startswith("best_"))
+        pairs = [(f"{each['fold_fits']:,}", f"{each['test_score']:.3f}") for each in (row, grid)]
+        body.append(
+            (
+                row["title"],
+                found,
+                ", ".join(f"{grid[key]:.3g}" for key in row if key.startswith("best_")),
+                f"{row['loss_ratio']:.4f}",
+                *(fits for fits, _ in pairs),
+                f"{row['seconds']:.2f}",
+                f"{grid['seconds']:.2f}",
+                f"{row['time_ratio']:.2f}",
+                *(score for _, score in pairs),
+            )
+        )
+    head = (
+        "problem",
+        "found",
+        "grid's",
+        "loss, over grid's",
+        "fold fits",
+        "grid's",
+        "seconds",
+        "grid's",
+        "time, over grid's",
+    )
+    return table((*head, "test score", "grid's"), body) + "\n\n" + source(result)

@@ -22,7 +22,7 @@ sys.path.insert(0, str(ROOT))
 from experiments import figures, mode_tables, results, search_figures, whole_run_figures  # noqa: E402
 from experiments.markdown import source, table  # noqa: E402
 
-DOCS = ("layers", "modes", "optimizers", "ray", "search", "several")
+DOCS = ("layers", "modes", "optimizers", "ray", "search", "several", "sklearn")
 TEXTS = (ROOT / "README.md", *(ROOT / f"docs/{name}.md" for name in DOCS))  # whose blocks are filled
 FIGURES, GOALS = ROOT / "docs/figures", results.FOLDER / "goals.json"
 Result = dict[str, Any]
@@ -130,6 +130,7 @@ TABLES: dict[str, Callable[[Result], str]] = {
     "worked_examples": search_figures.worked_examples,
     "population": search_figures.population,
     "ray_study": search_figures.ray_study,
+    "search_cv": search_figures.search_cv,
 }
 FILES = {"muon": "muon/invariance.json"}  # of a table that is not in the file of its name
 PLOTS: dict[str, tuple[str, Callable[[list[Result]], Any]]] = {
