@@ -129,10 +129,15 @@ TABLES: dict[str, Callable[[Result], str]] = {
     "layers": layers,
     **mode_tables.TABLES,
     "search_benchmark": search_figures.search_benchmark,
+    "search_problems": search_figures.search_problems,
+    "search_differences": search_figures.search_differences,
+    "search_diagnosis": search_figures.search_diagnosis,
+    "discrete": search_figures.discrete,
     "worked_examples": search_figures.worked_examples,
     "population": search_figures.population,
     "ray_study": search_figures.ray_study,
 }
+FROM = {"search_problems": "search_benchmark", "search_differences": "search_benchmark"}  # tables of another's file
 PLOTS: dict[str, tuple[str, Callable[[list[Result]], Any]]] = {
     "quickstart": ("quickstart_curves.json", figures.quickstart),
     "fashion_mnist": ("fashion_mnist.json", figures.fashion_mnist),
@@ -156,7 +161,7 @@ def fill(text: str, goal_rows: list[Result], folder: Path = results.FOLDER) -> s
         if name == "goals":
             content = goals(goal_rows)
         else:
-            result = results.load(f"{name}.json", folder)
+            result = results.load(f"{FROM.get(name, name)}.json", folder)
             content = TABLES[name](result) if result else "*Not measured yet.*"
         return f"<!-- table:{name} -->\n{content}\n<!-- /table -->"
 
