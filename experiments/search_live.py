@@ -82,7 +82,9 @@ def inner(data: Folds, models: int, seed: int) -> tuple[Folds, Folds]:
     rng, n = np.random.default_rng(seed), int(INNER * data.x.shape[1])
     order = [torch.as_tensor(rng.permutation(data.x.shape[1])) for _ in range(models)]
     x, y = (torch.stack([part[k][rows] for k, rows in enumerate(order)]) for part in (data.x, data.y))
-    return tuple(Folds(data.kind, x[:, at], y[:, at], *[x[:, :0]] * 3) for at in (slice(n), slice(n, None)))  # type: ignore[return-value]
+    empty = x[:, :0]
+    first, second = (Folds(data.kind, x[:, at], y[:, at], empty, empty, empty) for at in (slice(n), slice(n, None)))
+    return first, second
 
 
 def learn(data: Folds, values: Values, seed: int, epochs: int = LEARN_EPOCHS) -> tuple[list[Values], float]:
@@ -91,7 +93,7 @@ def learn(data: Folds, values: Values, seed: int, epochs: int = LEARN_EPOCHS) ->
     batch = min(values["batch"], rows)
     train, val = inner(data, TOGETHER, seed)
     steps = epochs * math.ceil(train.x.shape[1] / batch)
-    first, gradients = ride(*(_first(part) for part in (train, val)), values, batch, steps, LOOKS, True, seed)
+    first, gradients = ride(_first(train), _first(val), values, batch, steps, LOOKS, True, seed)
     path, more = ride(train, val, values | first[-1], batch, steps, steps, False, seed)
     return path, (gradients + more) / (FOLDS * EPOCHS * math.ceil(rows / batch))
 
