@@ -95,7 +95,7 @@ class Args:
     cases: tuple = arg(tuple(CASES), "any of them", quick=("digits, MLP",))
     seeds: int = arg(3, "of each search", quick=1)
     first_seed: int = arg(1000, "they count up from here")
-    budget: int = arg(16, "in plain runs of the case's own batch size, or of 64", quick=4)
+    budget: int = arg(8, "in plain runs of the case's own batch size, or of 64", quick=4)
     share: float = arg(1.0, "of the examples of a run", quick=0.1)
     jobs: int = arg(1, "processes, each with one thread")
     runs: str = arg("runs/discrete", "folder of finished searches", quick="runs/discrete_quick")

@@ -126,8 +126,8 @@ def discrete(result: dict[str, Any]) -> str:
         own = [row for row in rows if (row["case"], row["strategy"]) == (case, strategy)]
         cells = [f"{sum(row[part] for row in own) / len(own):.4f}" for part in ("val", "test")]
         trials = f"{sum(row['trials'] for row in own) / len(own):.1f}"
-        body.append((case, strategy, trials, *cells, f"{own[0]['gradient_evaluations']:,.0f}"))
-    head = ("case", "strategy", "trials", "validation loss", "test loss, trained again", "gradient evaluations")
+        body.append((case, strategy, str(len(own)), trials, *cells, f"{own[0]['gradient_evaluations']:,.0f}"))
+    head = ("case", "strategy", "seeds", "trials", "validation loss", "test loss, trained again", "gradient evaluations")
     return table(head, body) + "\n\n" + source(result)
 
 
