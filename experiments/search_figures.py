@@ -127,7 +127,15 @@ def discrete(result: dict[str, Any]) -> str:
         cells = [f"{sum(row[part] for row in own) / len(own):.4f}" for part in ("val", "test")]
         trials = f"{sum(row['trials'] for row in own) / len(own):.1f}"
         body.append((case, strategy, str(len(own)), trials, *cells, f"{own[0]['gradient_evaluations']:,.0f}"))
-    head = ("case", "strategy", "seeds", "trials", "validation loss", "test loss, trained again", "gradient evaluations")
+    head = (
+        "case",
+        "strategy",
+        "seeds",
+        "trials",
+        "validation loss",
+        "test loss, trained again",
+        "gradient evaluations",
+    )
     return table(head, body) + "\n\n" + source(result)
 
 
