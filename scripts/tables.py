@@ -127,12 +127,20 @@ TABLES: dict[str, Callable[[Result], str]] = {
     "layers": layers,
     **mode_tables.TABLES,
     "search_benchmark": search_figures.search_benchmark,
+    "search_problems": search_figures.search_problems,
+    "search_differences": search_figures.search_differences,
+    "search_diagnosis": search_figures.search_diagnosis,
+    "discrete": search_figures.discrete,
     "worked_examples": search_figures.worked_examples,
     "population": search_figures.population,
     "ray_study": search_figures.ray_study,
     "search_cv": search_figures.search_cv,
 }
-FILES = {"muon": "muon/invariance.json"}  # of a table that is not in the file of its name
+FILES = {  # of tables that are not in the file of their name
+    "muon": "muon/invariance.json",
+    "search_problems": "search_benchmark.json",
+    "search_differences": "search_benchmark.json",
+}
 PLOTS: dict[str, tuple[str, Callable[[list[Result]], Any]]] = {
     "quickstart": ("quickstart_curves.json", figures.quickstart),
     "fashion_mnist": ("fashion_mnist.json", figures.fashion_mnist),
