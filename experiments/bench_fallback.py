@@ -13,9 +13,7 @@ of a plain step of the same optimizer in the same round).
 from __future__ import annotations
 
 import gc
-import os
 import statistics
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import import_module
@@ -28,7 +26,7 @@ import torch
 from experiments import results
 from experiments.arguments import arg, command, parse
 from experiments.bench_case import EPS, WEIGHT_DECAY, Case
-from experiments.bench_modes import KEPT, clock, ours, plain
+from experiments.bench_modes import clock, keep_memory, ours, plain
 
 Row = dict[str, Any]
 Made = Callable[[Sequence[torch.Tensor]], torch.optim.Optimizer]
@@ -141,6 +139,5 @@ def main(args: Args) -> list[Row]:
 
 if __name__ == "__main__":
     given = parse(Args)
-    if not all(os.environ.get(name) == value for name, value in KEPT.items()):
-        os.execve(sys.executable, sys.orig_argv, os.environ | KEPT)
+    keep_memory()
     main(given)

@@ -13,9 +13,7 @@ solve alone. All run in turn in one process, one thread; `error` is from plain c
 from __future__ import annotations
 
 import gc
-import os
 import statistics
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -30,7 +28,7 @@ import hypergrad
 from experiments import results
 from experiments.arguments import arg, command, parse
 from experiments.bench_case import Case
-from experiments.bench_modes import KEPT, _installed, clock, plain
+from experiments.bench_modes import clock, installed, keep_memory, plain
 from hypergrad.solvers import Solve, cg, neumann
 
 Row = dict[str, Any]
@@ -98,7 +96,6 @@ def plain_code(solver: Solve) -> Callable[[Case], Callable[[], float]]:
 def torchopt(case: Case) -> Callable[[], float]:
     """TorchOpt 0.7.3: custom_root with its own CG, on the gradient of F."""
     implicit, solvers = (import_module(name) for name in ("torchopt.diff.implicit", "torchopt.linear_solve"))
-    names = [name for name, _ in case.model.named_parameters()]
 
     def objective(theta: Any, wd: Tensor) -> Tensor:
         return case.loss_at(theta, case.batches[0]) + 0.5 * wd * sum((p * p).sum() for p in theta)
@@ -115,7 +112,6 @@ def torchopt(case: Case) -> Callable[[], float]:
     def call() -> float:
         wd = case.params[0].new_tensor(DECAY).requires_grad_()
         theta = at_minimum(tuple(p.detach().clone().requires_grad_() for p in case.params), wd)
-        assert len(theta) == len(names)
         return float(torch.autograd.grad(case.loss_at(theta, case.held_out), wd)[0])
 
     return call
@@ -143,7 +139,7 @@ def error_of(method: str, name: str, device: str) -> float:
 
 def measure(args: Args, name: str) -> list[Row]:
     case = implicit_case(name, args.device)
-    methods = [m for m in METHODS if not m.startswith("TorchOpt") or _installed("TorchOpt")]
+    methods = [m for m in METHODS if not m.startswith("TorchOpt") or installed("TorchOpt")]
     calls = {"plain": plain(case)} | {method: METHODS[method][1](case) for method in methods}
     seconds: dict[str, list[float]] = {method: [] for method in calls}
     for turn in range(args.rounds + 1):  # the first warms up
@@ -174,6 +170,5 @@ def main(args: Args) -> list[Row]:
 
 if __name__ == "__main__":
     given = parse(Args)
-    if not all(os.environ.get(name) == value for name, value in KEPT.items()):
-        os.execve(sys.executable, sys.orig_argv, os.environ | KEPT)
+    keep_memory()
     main(given)

@@ -233,7 +233,7 @@ def main(args: Args) -> list[Row]:
         print(growth(method, name, int(steps), args.device))
         return []
     methods = [m for m in args.methods or METHODS if m not in curve(10**9) or m in args.methods]
-    methods = [m for m in methods if _installed(m)]
+    methods = [m for m in methods if installed(m)]
     methods = ["plain", *(m for m in methods if m != "plain")]
     rows = []
     for name in (*args.cases, *((GPT_CASE,) if args.device.startswith("cuda") and GPT_CASE not in args.cases else ())):
@@ -249,7 +249,7 @@ def main(args: Args) -> list[Row]:
     return rows
 
 
-def _installed(method: str) -> bool:
+def installed(method: str) -> bool:
     package = PACKAGES.get(method)
     if package is None or find_spec(package):
         return True
@@ -257,11 +257,17 @@ def _installed(method: str) -> bool:
     return False
 
 
-def start() -> None:
-    """The command: in a process whose malloc keeps what is freed, but for measuring memory."""
-    args = parse(Args)
-    if not args.memory_of and not all(os.environ.get(name) == value for name, value in KEPT.items()):
+def keep_memory() -> None:
+    """Begin again as a process whose malloc keeps what is freed."""
+    if not all(os.environ.get(name) == value for name, value in KEPT.items()):
         os.execve(sys.executable, sys.orig_argv, os.environ | KEPT)
+
+
+def start() -> None:
+    """The command."""
+    args = parse(Args)
+    if not args.memory_of:
+        keep_memory()
     main(args)
 
 
