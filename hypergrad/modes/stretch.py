@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,6 +19,9 @@ from hypergrad.updates.binding import State, Values
 from hypergrad.updates.ema import EMA, Averaged
 from hypergrad.updates.rule import Tensors
 from hypergrad.updates.transition import Tangent, Transition
+
+if TYPE_CHECKING:
+    from hypergrad.modes.compiled import Compiled
 
 
 @dataclass
@@ -81,6 +84,7 @@ class Stretch:
     Args:
         values: the hyperparameters of every step.
         val_steps: numbers of completed steps at which the validation loss is taken; their mean is differentiated.
+        compiled: what plays steps in place of the eager code, with compile=True.
     """
 
     problem: Problem
@@ -90,6 +94,7 @@ class Stretch:
     directions: Directions
     val_loss: Callable[..., Tensor]
     val_steps: tuple[int, ...]
+    compiled: Compiled | None = None
 
     def gradient(self, lin: Linearization) -> Tensor:
         return self.transition.flatten(lin.grads)
