@@ -98,6 +98,7 @@ def data_cleaning(result: Result) -> str:
 
 TABLES = {
     "bench_modes": bench_modes,
+    "bench_compiled": bench_modes,
     "long_run": long_run,
     "metalearn_lr": metalearn_lr,
     "learned_schedule": learned_schedule,

@@ -150,11 +150,10 @@ class Graphs:
 
         try:
             graph = make_fx(flat)(_numbers([0.5] * MOST, state.theta), *inputs)
-        except (ValueError, TypeError):
-            raise
         except Exception as error:
+            cause = error.__cause__ or error  # `Problem` wraps what a loss raises
             raise NotImplementedError(
-                f"compile=True: the step cannot be traced ({type(error).__name__}: {error}). A loss must not take decisions on "
+                f"compile=True: the step cannot be traced ({type(cause).__name__}: {str(cause)[:400]}). A loss must not take decisions on "
                 f"the values of tensors (if, .item(), float()). {REMEDY}"
             ) from error
         finally:
