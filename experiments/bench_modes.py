@@ -7,8 +7,8 @@ state and batches. All methods of a case run in turn in one process with one thr
 rounds of (seconds a step) / (seconds of a plain `torch.optim` step in the same round). Memory is the growth of the peak in a
 fresh process. Peers take weight decay as a penalty in their loss, which for coupled decay is the same.
 
-With `--compiled` it is the methods with compile=True that run, beside the same ones without, and `bench_compiled.json` is written.
-They are called twice before the rounds; the seconds that compiling took then are a field of the row.
+With `--compiled` it is the methods with compile=True that run, beside the same ones without, and `bench_compiled.json` is
+written. They are called before the rounds until all is compiled; the seconds of that are a field of the row.
 
 `bench_modes.json` has a row for every method, case and K. `error` is the largest relative difference of the two numbers from
 those of plain code, all of it in float64, where rounding does not hide a mistake (K = 5 at most).
@@ -381,13 +381,15 @@ def main(args: Args) -> list[Row]:
     rows = []
     for name in args.cases:
         for steps in args.lengths:
-            at_length = [*methods, *(curve(steps) if steps == max(args.lengths) and not (args.methods or args.compiled) else ())]
+            whole = steps == max(args.lengths) and not (args.methods or args.compiled)
+            at_length = [*methods, *(curve(steps) if whole else ())]
             rows += measure(args, name, steps, at_length)
         for row in () if args.no_memory else rows:
             if row["case"] == name and row["steps"] == max(args.lengths):
                 row["memory_mib"] = round(growth_of(row["method"], name, row["steps"], args.device), 1)
                 print(f"{name:9} K={row['steps']:<4} {row['method']:34} {row['memory_mib']:7.1f} MiB", flush=True)
-        results.write(Path(args.out, "bench_compiled.json" if args.compiled else "bench_modes.json"), command(args), rows, args.device)  # a case at a time
+        file = "bench_compiled.json" if args.compiled else "bench_modes.json"
+        results.write(Path(args.out, file), command(args), rows, args.device)  # a case at a time
     return rows
 
 

@@ -85,10 +85,11 @@ def hypergradient(
             order of the optimizer's groups, has them in the parameters' shapes. mode="forward" takes at most 4096 of them.
         ema: decay d of an average of the weights, a ← d a + (1 − d) θ after every step, a = θ at the start; `val_loss` is then
             computed with the averaged weights in the model (and the buffers of training). Not for mode="implicit".
-        compile: steps and their derivatives by torch.compile (mode="unrolled" and "forward"; needs a C++ compiler on CPU). The
-            first call compiles for some ten seconds, later ones with the same model, optimizer and loss do not. What Python code in
-            the loss does is taken to be the same at every step; this is looked at against the eager code (docs/modes.md).
-            Graphs of steps are not kept: where a state and a gradient of every step fit into `graph_memory`, these are.
+        compile: steps and their derivatives by torch.compile (mode="unrolled" and "forward"; needs a C++ compiler on CPU).
+            The first call compiles for some ten seconds, later ones with the same model, optimizer and loss do not. What Python
+            code in the loss does is taken to be the same at every step; this is looked at against the eager code
+            (docs/modes.md). Graphs of steps are not kept: where a state and a gradient of every step fit into `graph_memory`,
+            these are.
         options: mode="unrolled": `graph_memory`, bytes that the graphs of all steps may take up (default 1 GiB): where they
             fit, they are kept; `every`, steps between snapshots where they do not (default √K; no graphs are kept where it is
             given); `offload`, where all snapshots but the newest few go: "host" memory of a GPU's machine, "disk" (a temporary

@@ -1,8 +1,9 @@
 """`compile=True`: training steps, adjoints and tangents by compiled graphs, looked at against the eager code.
 
-A graph (graphs.py) holds what Python did when it was traced. Whether that is still right is looked at: a graph is run beside the
-eager code at its first uses, until they agreed twice, and the loss alone again at its uses 4, 8, 16, …; where they differ this mode
-raises. The first step of a kind (of a shape of batches, or with t = 1) is played by the eager code: it may be the only one.
+A graph (graphs.py) holds what Python did when it was traced. Whether that is still right is looked at: a graph is run beside
+the eager code at its first uses, until they agreed twice, and the loss alone again at its uses 4, 8, 16, …; where they differ
+an error is raised. The first step of a kind (of a shape of batches, or with t = 1) is played by the eager code: it may be the
+only one.
 
 The adjoint takes the gradient of its step as an argument: with it in hand, what only the gradient needs is not computed again. It
 is kept beside the states of a segment.
@@ -19,9 +20,10 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from hypergrad.modes.graphs import REMEDY, Graph, Graphs, Kinds, check_suited
+from hypergrad.modes.graphs import Graph, Graphs, Kinds
 from hypergrad.modes.meter import Meter
-from hypergrad.modes.one_step import Pull, pulled, pushed
+from hypergrad.modes.one_step import Pull, Push, pulled, pushed
+from hypergrad.modes.standing_in import REMEDY, check_suited
 from hypergrad.modes.stretch import Stretch
 from hypergrad.updates.binding import State
 from hypergrad.updates.rule import Tensors
@@ -31,7 +33,8 @@ BACKEND = "inductor"
 AGREED = 2  # times, before a graph is taken at its word
 # relative difference from the eager code beyond which a graph is refused
 TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3}
-COARSE = 5e-2  # of other dtypes; of single numbers, which may be small differences of large ones, 30 times the tolerance
+COARSE = 5e-2  # of other dtypes
+SINGLE = 30  # times that for single numbers, which may be small differences of large ones
 
 
 class Played(NamedTuple):
@@ -53,8 +56,6 @@ class Earlier(NamedTuple):
 
 def compiled(stretch: Stretch, mode: str, backend: str | None = None) -> Compiled:
     """What plays the steps of a stretch. Graphs of an earlier call are looked at anew at their first use."""
-    if mode == "implicit":
-        raise NotImplementedError(f"compile=True is for mode='unrolled' and mode='forward'. {REMEDY}")
     check_suited(stretch, mode)
     optimizer, problem = stretch.transition.optimizers[0], stretch.problem
     earlier = _EARLIER.get(optimizer)
@@ -236,9 +237,9 @@ class Compiled:
 
 def _refusal(what: str) -> ValueError:
     return ValueError(
-        f"compile=True: a compiled step is not what the loss computes: {what}. A graph holds what Python did when it was traced; the "
-        "loss may depend on something in Python that changes from step to step (a counter, a list, a number). Put it into the "
-        f"batches, as tensors. {REMEDY}"
+        f"compile=True: a compiled step is not what the loss computes: {what}. A graph holds what Python did when it was traced; "
+        "the loss may depend on something in Python that changes from step to step (a counter, a list, a number). Put it into "
+        f"the batches, as tensors. {REMEDY}"
     )
 
 
@@ -260,12 +261,13 @@ def _furthest(found: Any, truth: Any) -> float:
         size, difference = float(torch.linalg.vector_norm(b)), float(torch.linalg.vector_norm(a - b))
         if math.isnan(difference):
             worst = worst if torch.equal(a.isfinite(), b.isfinite()) else 2.0
-        elif difference > (30 if single else 1) * tolerance * size:
+        elif difference > (SINGLE if single else 1) * tolerance * size:
             worst = max(worst, 1.0 if single else 2.0)
     return worst
 
 
 # ---- what is traced
+
 
 def _after(state: State, out: Any, graph: Graph) -> State:
     counts = tuple(c + more for c, more in zip(state.counts, graph.counted, strict=True))
@@ -277,7 +279,7 @@ def _step(stretch: Stretch, state: State, more: list[Tensor]) -> Any:
     g = stretch.gradient(lin)
     new = stretch.transition.step(state, g, lin.active, stretch.values[0])
     out = {"loss": lin.loss, "g": g, "theta": new.theta, "slots": new.slots}
-    return out | {"buffers": list(stretch.problem.buffers), "counted": new.counts}
+    return out | {"buffers": list(stretch.problem.buffers), "counts": new.counts}
 
 
 def _of_pull(pull: Pull, loss: Tensor) -> Any:
@@ -338,7 +340,7 @@ class Arguments(NamedTuple):
         return Arguments(Tangent(theta, slots, stats), extras, self.alive, seeds, clip_seed)
 
 
-def _of_push(push: Any, loss: Tensor) -> Any:
+def _of_push(push: Push, loss: Tensor) -> Any:
     return {
         "loss": loss,
         "g": push.g,
@@ -355,6 +357,6 @@ def _tangent(arguments: Arguments) -> Any:
         lin = stretch.problem.linearize(stretch.batches[0])
         push = pushed(stretch, state, 0, lin, *arguments.of(more))
         buffers = list(stretch.problem.buffers)
-        return _of_push(push, lin.loss) | {"buffers": buffers, "counted": push.state.counts}
+        return _of_push(push, lin.loss) | {"buffers": buffers, "counts": push.state.counts}
 
     return body

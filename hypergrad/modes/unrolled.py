@@ -16,7 +16,6 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -56,7 +55,7 @@ def unrolled(
         raise ValueError(f"graph_memory must be a number of bytes from 0, got {graph_memory!r}.")
     with Stacks(offload, stretch.problem.device) as stacks, evaluation(stretch) as meter:
         keep = every is None and offload is None and graph_memory > 0 and stretch.compiled is None
-        if every is None and offload is None and stretch.compiled is not None:  # what is kept of a step is a state and g
+        if every is None and offload is None and stretch.compiled is not None:  # a state and a gradient of every step
             state = stretch.transition.read()
             fits = len(stretch.batches) * (state.nbytes() + state.theta.nbytes) <= graph_memory
             every = 1 if fits else None

@@ -6,7 +6,7 @@ Most cases run the traced graphs without a compiler behind them, which takes a t
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -23,7 +23,18 @@ from tests.oracle import assert_same, hypergradient
 SAME = 1e-10  # relative, in float64: another order of the same operations
 SINGLE = 1e-4  # relative, in float32: that, and the adjoint of a few steps
 MODES: dict[str, dict[str, Any]] = {"every": {"every": 1}, "segments": {"every": 3}, "forward": {"mode": "forward"}}
-OPTIMIZERS = ("sgd", "momentum", "nesterov", "adam_amsgrad", "adamw", "rmsprop_momentum", "adagrad", "nadam", "radam", "lion")
+OPTIMIZERS = (
+    "sgd",
+    "momentum",
+    "nesterov",
+    "adam_amsgrad",
+    "adamw",
+    "rmsprop_momentum",
+    "adagrad",
+    "nadam",
+    "radam",
+    "lion",
+)
 PROBLEMS = ("cnn_batchnorm", "deep_batchnorm", "embedding", "tied_frozen", "loss_hypers", "normalised")
 
 needs_compiler = pytest.mark.skipif(
@@ -235,7 +246,7 @@ def test_batches_of_ever_new_numbers_are_refused(traced: None) -> None:
     with pytest.raises(NotImplementedError, match="Give batches one shape"):
         work(compile=True)
     work.batches = [[object(), *batch[:2]] for batch in work.batches]
-    with pytest.raises(NotImplementedError, match="graphs of one kind|Give batches"):
+    with pytest.raises(TypeError, match="there is a object in one"):
         work(lambda model, batch: work.loss(model, batch[1:]), compile=True)
 
 
@@ -252,9 +263,8 @@ def test_a_machine_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def fresh_cache(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def fresh_cache(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
-    yield
 
 
 @needs_compiler
