@@ -138,12 +138,11 @@ class Compiled:
         more = [g, lam.theta, *lam.slots.values(), *stats]
         key = (tuple(lam.slots), lam.stats is None)
         found = None if t in self.by_hand else self.graphs.call("adjoint", state, t, _adjoint(lam), more, key)
-        if found is None:
+        if found is None or not self._look(found[1], found[0], lambda: self._pull_again(state, t, g, lam)):
             self.eager += 1
             pull, loss = self._eager_pull(state, t, g, lam)
             return pull, loss, None
-        out, graph = found
-        self._look(graph, out, lambda: self._pull_again(state, t, g, lam))
+        out = found[0]
         before = Tangent(out["theta"], out["slots"], out["stats"])
         return Pull(before, out["groups"], out["clip"], out["hypers"], out["fine"]), out["loss"], out["norm"]
 

@@ -14,16 +14,16 @@ else in Python is as it was when the graph was traced.
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from hypergrad.modes.standing_in import REMEDY, Batch, arguments, environment, standing_in, static_key
 from hypergrad.modes.stretch import Stretch
@@ -31,7 +31,8 @@ from hypergrad.updates.binding import State
 from hypergrad.updates.lifted import MOST, Book, Environment, Lifting
 
 MOST_GRAPHS, MOST_KINDS = 8, 64  # of steps, of adjoints or of tangents; kinds beyond the graphs came once each
-OPTIONS = {"compile_threads": 1}  # of inductor: in this process
+# Of inductor. In this process. Without the pattern that makes addmm of a product and a sum: it copies the summand first.
+OPTIONS = {"compile_threads": 1, "pattern_matcher": False}
 
 Body = Callable[[Stretch, State, list[Tensor]], dict[str, Any]]  # (stretch, state, further tensors) → nested tensors
 
@@ -43,7 +44,7 @@ class Graph:
     run: Callable[..., Any]
     book: Book
     constants: list[Tensor]  # that the loss reads from elsewhere
-    rebuild: Callable[[Sequence[Tensor]], Any]  # the body's value from a flat list of tensors
+    like: Any  # the structure of the body's value
     counted: tuple[int, ...]  # steps that each parameter's counter goes on by
     agreed: int = 0  # times that it gave what the eager code gave
     missed: int = 0
@@ -107,7 +108,7 @@ class Graphs:
             self.seconds, self.count = self.seconds + time.perf_counter() - began, self.count + 1
         graph.uses += 1
         numbers = _vector(graph.book.evaluate(env), state.theta)
-        return graph.rebuild(graph.run(numbers, *tensors, *graph.constants)), graph
+        return _rebuilt(graph.like, iter(graph.run(numbers, *tensors, *graph.constants))), graph
 
     def _made(self, state: State, t: int, body: Body, batch: Batch, tensors: list[Tensor], env: Environment) -> Graph:
         book, rng = Book(), self.stretch.problem.rng()
@@ -117,9 +118,8 @@ class Graphs:
             with standing_in(self.stretch, state, t, batch, xs, book) as (stretch, at, more), Lifting(numbers, book):
                 out = body(stretch, at, more)
             notes["counts"] = out.pop("counts", at.counts)
-            leaves, spec = tree_flatten(out)
-            notes["rebuild"] = _rebuilding([isinstance(x, Tensor) for x in leaves], spec)
-            return [x.detach() for x in leaves if isinstance(x, Tensor)]
+            notes["like"] = out
+            return [x.detach() for x in _leaves(out)]
 
         try:
             with torch.enable_grad():
@@ -135,9 +135,10 @@ class Graphs:
         constants = _lift_constants(traced, self.stretch)
         _check_randomness(traced)
         counted = tuple(int(float(b) - float(a)) for a, b in zip(state.counts, notes["counts"], strict=True))
+        like = _rebuilt(notes["like"], itertools.repeat(...))
         numbers = _vector(book.evaluate(env), state.theta)
         run = _compiled(traced, [numbers, *tensors, *constants], self.backend)
-        return Graph(run, book, constants, notes["rebuild"], counted)
+        return Graph(run, book, constants, like, counted)
 
 
 class _Hashed:
@@ -158,14 +159,20 @@ def _vector(values: list[float], like: Tensor) -> Tensor:
     return torch.tensor(values, dtype=dtype, device=like.device)
 
 
-def _rebuilding(present: Sequence[bool], spec: Any) -> Callable[[Sequence[Tensor]], Any]:
-    """Puts flat tensors where they were in a nested structure; what was None is None."""
+def _leaves(x: Any) -> list[Tensor]:
+    """The tensors in nested dicts and lists; None is none."""
+    if isinstance(x, Tensor):
+        return [x]
+    return [] if x is None else [leaf for y in (x.values() if isinstance(x, dict) else x) for leaf in _leaves(y)]
 
-    def rebuild(flat: Sequence[Tensor]) -> Any:
-        take = iter(flat)
-        return tree_unflatten([next(take) if there else None for there in present], spec)
 
-    return rebuild
+def _rebuilt(like: Any, take: Iterator[Any]) -> Any:
+    """The same structure with what comes next in the place of each tensor."""
+    if like is None:
+        return None
+    if isinstance(like, dict):
+        return {name: _rebuilt(y, take) for name, y in like.items()}
+    return [_rebuilt(y, take) for y in like] if isinstance(like, list) else next(take)
 
 
 def _lift_constants(traced: Any, stretch: Stretch) -> list[Tensor]:
@@ -203,9 +210,23 @@ def _check_randomness(traced: Any) -> None:
             )
 
 
+def _split_addmm(traced: Any) -> None:
+    """b + A B in two, so that the sum becomes part of what follows it."""
+    aten = torch.ops.aten
+    for node in traced.graph.find_nodes(op="call_function", target=aten.addmm.default):
+        if node.kwargs:
+            continue
+        with traced.graph.inserting_before(node):
+            product = traced.graph.call_function(aten.mm.default, node.args[1:])
+            node.replace_all_uses_with(traced.graph.call_function(aten.add.Tensor, (node.args[0], product)))
+        traced.graph.erase_node(node)
+    traced.recompile()
+
+
 def _compiled(traced: Any, inputs: list[Tensor], backend: str) -> Callable[..., Any]:
     if backend == "eager":
         return traced
+    _split_addmm(traced)
     try:
         with torch.no_grad():
             return torch._inductor.compile(traced, inputs, options=OPTIONS)
