@@ -295,9 +295,10 @@ def measure(args: Args, name: str, steps: int, methods: Sequence[str]) -> list[R
 
 def compiling(call: Call, case: Case) -> float:
     """Call until all is compiled, and the seconds that took: of the wall, as the compiler is another process."""
-    before = case.compile_seconds
+    before, batches, case.batches = case.compile_seconds, case.batches, case.batches[:6]
     for _ in range(3):  # the first steps of a run are a kind of their own, compiled where they come again
         call()
+    case.batches = batches
     return case.compile_seconds - before
 
 
@@ -334,9 +335,7 @@ def growth(method: str, name: str, steps: int, device: str) -> float:
         (METHODS | COMPILED)[method](short)()
     call = (METHODS | COMPILED)[method](case)
     if method in COMPILED:
-        batches, case.batches = case.batches, case.batches[: min(6, steps)]
         compiling(call, case)
-        case.batches = batches
     gc.collect()
     before = peak(device, reset=method in COMPILED)
     call()

@@ -21,6 +21,7 @@ from hypergrad.updates.binding import State, Values
 from hypergrad.updates.lifted import Book, Environment
 
 REMEDY = "Use compile=False."
+UNTRACEABLE = frozenset({"Adafactor", "Lamb", "Muon", "NAdam"})  # rules whose code asks for values of tensors
 
 
 @dataclass
@@ -170,6 +171,10 @@ def check_suited(stretch: Stretch, mode: str) -> None:
         name = type(transition.optimizers[i]).__name__
         raise NotImplementedError(
             f"compile=True: {name} has no update rule here, and its own step is not traced. {REMEDY}"
+        )
+    for name in {type(rule).__name__ for rule in transition.rules} & UNTRACEABLE:
+        raise NotImplementedError(
+            f"compile=True does not take {name}: its update rule reads values of tensors in Python. {REMEDY}"
         )
     if transition.clip is not None and transition.clip.name == "clip_norm":
         raise NotImplementedError(

@@ -17,7 +17,7 @@ from torch.nn.functional import cross_entropy
 import hypergrad
 from hypergrad import Result
 from hypergrad.modes import compiled
-from tests.cases import Case
+from tests.cases import Case, case_of
 from tests.oracle import assert_same, hypergradient
 
 SAME = 1e-10  # relative, in float64: another order of the same operations
@@ -31,7 +31,7 @@ OPTIMIZERS = (
     "adamw",
     "rmsprop_momentum",
     "adagrad",
-    "nadam",
+    "adamax",
     "radam",
     "lion",
 )
@@ -223,6 +223,12 @@ def test_losses_that_are_refused(loss: Any, error: type[Exception], says: str, t
 def test_options_that_are_refused(options: dict[str, Any], says: str) -> None:
     with pytest.raises(NotImplementedError, match=says):
         Work()(compile=True, **options)
+
+
+@pytest.mark.parametrize("optimizer", ["adafactor", "lamb", "muon", "nadam"])
+def test_rules_that_read_values_are_refused(optimizer: str) -> None:
+    with pytest.raises(NotImplementedError, match="its update rule reads values of tensors"):
+        hypergradient(case_of(optimizer), compile=True)
 
 
 def test_hooks_and_optimizers_without_a_rule_are_refused() -> None:
