@@ -85,6 +85,7 @@ class Compiled:
         return {
             "compile_seconds": self.graphs.seconds,
             "compiled_graphs": self.graphs.count,
+            "compiled_steps": self.graphs.calls,
             "eager_steps": self.eager,
         }
 

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -31,8 +30,8 @@ from hypergrad.updates.binding import State
 from hypergrad.updates.lifted import MOST, Book, Environment, Lifting
 
 MOST_GRAPHS, MOST_KINDS = 8, 64  # of steps, of adjoints or of tangents; kinds beyond the graphs came once each
-# Of inductor. In this process. Without the pattern that makes addmm of a product and a sum: it copies the summand first.
-OPTIONS = {"compile_threads": 1, "pattern_matcher": False}
+# Of inductor: in this process; on CPU without the pattern that makes addmm of a product and a sum, which copies the summand.
+OPTIONS = {"cpu": {"compile_threads": 1, "pattern_matcher": False}, "cuda": {"compile_threads": 1}}
 
 Body = Callable[[Stretch, State, list[Tensor]], dict[str, Any]]  # (stretch, state, further tensors) → nested tensors
 
@@ -57,16 +56,18 @@ class Kind:
     """The graphs of one kind of call: they differ in the branches that numbers take."""
 
     graphs: list[Graph] = field(default_factory=list)
-    seen: Counter[Any] = field(default_factory=Counter)
+    once: list[Environment] = field(default_factory=list)  # of calls that the eager code played
 
     def find(self, env: Environment) -> Graph | None:
         return next((graph for graph in self.graphs if graph.book.holds(env)), None)
 
     def is_first(self, env: Environment) -> bool:
         """Whether no call has yet taken the branches that this one takes."""
-        outcomes = tuple(graph.book.outcomes(env) for graph in self.graphs)
-        self.seen[outcomes] += 1
-        return self.seen[outcomes] == 1
+        branches = [graph.book.outcomes(env) for graph in self.graphs]
+        if any([graph.book.outcomes(old) for graph in self.graphs] == branches for old in self.once):
+            return False
+        self.once.append(env)
+        return True
 
 
 Kinds = dict[Any, Kind]
@@ -77,7 +78,7 @@ class Graphs:
 
     def __init__(self, stretch: Stretch, kinds: Kinds, backend: str):
         self.stretch, self.kinds, self.backend = stretch, kinds, backend
-        self.seconds, self.count = 0.0, 0
+        self.seconds, self.count, self.calls = 0.0, 0, 0
         self.static = _Hashed((*static_key(stretch), backend))
 
     def call(
@@ -106,7 +107,7 @@ class Graphs:
             graph = self._made(state, t, body, batch, tensors, env)
             found.graphs.append(graph)
             self.seconds, self.count = self.seconds + time.perf_counter() - began, self.count + 1
-        graph.uses += 1
+        graph.uses, self.calls = graph.uses + 1, self.calls + 1
         numbers = _vector(graph.book.evaluate(env), state.theta)
         return _rebuilt(graph.like, iter(graph.run(numbers, *tensors, *graph.constants))), graph
 
@@ -178,14 +179,14 @@ def _rebuilt(like: Any, take: Iterator[Any]) -> Any:
 def _lift_constants(traced: Any, stretch: Stretch) -> list[Tensor]:
     """Tensors that the loss reads from elsewhere become arguments, so that a graph sees what they hold at the time."""
     params = stretch.transition.params
-    own = {id(p) for p in params} | {p.data_ptr() for p in params if p.numel()}
+    own = {p.untyped_storage().data_ptr() for p in params if p.numel()}
     constants: list[Tensor] = []
     last = [node for node in traced.graph.nodes if node.op == "placeholder"][-1]
     for node in [node for node in traced.graph.nodes if node.op == "get_attr"]:
         x = getattr(traced, node.target)
         if not isinstance(x, Tensor):
             raise NotImplementedError(f"compile=True: the loss has a graph of its own in it ({node.target}). {REMEDY}")
-        if id(x) in own or (x.numel() and x.data_ptr() in own):
+        if x.numel() and x.untyped_storage().data_ptr() in own:
             raise NotImplementedError(
                 "compile=True: the loss reads a parameter of the optimizer in another way than as an attribute of a module of "
                 f"`model` (nn.LSTM and nn.GRU keep a list of theirs; or a variable of its own). {REMEDY}"
@@ -226,10 +227,12 @@ def _split_addmm(traced: Any) -> None:
 def _compiled(traced: Any, inputs: list[Tensor], backend: str) -> Callable[..., Any]:
     if backend == "eager":
         return traced
-    _split_addmm(traced)
+    device = inputs[0].device.type
+    if device == "cpu":
+        _split_addmm(traced)
     try:
         with torch.no_grad():
-            return torch._inductor.compile(traced, inputs, options=OPTIONS)
+            return torch._inductor.compile(traced, inputs, options=OPTIONS.get(device))
     except Exception as error:
         raise NotImplementedError(
             f"compile=True: inductor failed ({type(error).__name__}: {str(error)[:400]}). On CPU it needs a C++ compiler (g++ or "

@@ -163,9 +163,9 @@ def check_suited(stretch: Stretch, mode: str) -> None:
     transition = stretch.transition
     if mode == "implicit":
         raise NotImplementedError(f"compile=True is for mode='unrolled' and mode='forward'. {REMEDY}")
-    if mode == "forward" and stretch.directions.fine.per:
+    if mode == "forward" and (stretch.directions.fine.per or stretch.directions.steps is not None):
         raise NotImplementedError(
-            f"compile=True with mode='forward' differentiates per group: use mode='unrolled'. {REMEDY}"
+            f"compile=True with mode='forward' differentiates per group, not per step: use mode='unrolled'. {REMEDY}"
         )
     for i in transition.fallbacks:
         name = type(transition.optimizers[i]).__name__
