@@ -232,7 +232,8 @@ def _compiled(traced: Any, inputs: list[Tensor], backend: str) -> Callable[..., 
         _split_addmm(traced)
     try:
         with torch.no_grad():
-            return torch._inductor.compile(traced, inputs, options=OPTIONS.get(device))
+            run: Any = torch._inductor.compile(traced, [*inputs], options=OPTIONS.get(device))
+            return run
     except Exception as error:
         raise NotImplementedError(
             f"compile=True: inductor failed ({type(error).__name__}: {str(error)[:400]}). On CPU it needs a C++ compiler (g++ or "

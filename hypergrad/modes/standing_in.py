@@ -96,7 +96,8 @@ def standing_in(
 ) -> Iterator[tuple[Stretch, State, list[Tensor]]]:
     """A stretch of step t alone, its state and the further tensors, made of `tensors` in the order of `arguments`."""
     take = iter(tensors)
-    problem, transition, directions = map(copy.copy, (stretch.problem, stretch.transition, stretch.directions))
+    problem, transition = copy.copy(stretch.problem), copy.copy(stretch.transition)
+    directions = copy.copy(stretch.directions)
     theta, slots = next(take), {name: next(take) for name in state.slots}
     buffers = [next(take).clone() for _ in problem.places]
     problem.hypers = {name: next(take).detach().requires_grad_() for name in problem.hypers}

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from importlib import import_module
 from typing import Any
 
 import pytest
@@ -165,14 +166,15 @@ def test_everything_is_left_as_it_was(traced: None) -> None:
     work = Work()
     before = {name: x.clone() for name, x in work.model.state_dict().items()}
     objects, rng = [*work.model.parameters(), *work.model.buffers()], torch.get_rng_state()
-    config = dict(torch._dynamo.config.get_config_copy()), dict(torch._inductor.config.get_config_copy())
+    configs = [import_module(f"torch.{name}.config") for name in ("_dynamo", "_inductor")]
+    config = [dict(each.get_config_copy()) for each in configs]
     work(compile=True)
     work(compile=True, mode="forward")
     assert all(torch.equal(x, before[name]) for name, x in work.model.state_dict().items())
     assert all(a is b for a, b in zip(objects, [*work.model.parameters(), *work.model.buffers()], strict=True))
     assert all(p.grad is None and p.requires_grad for p in work.model.parameters())
     assert torch.equal(rng, torch.get_rng_state())
-    assert config == (dict(torch._dynamo.config.get_config_copy()), dict(torch._inductor.config.get_config_copy()))
+    assert config == [dict(each.get_config_copy()) for each in configs]
 
 
 # ---- what is refused
@@ -198,7 +200,7 @@ def _draws(work: Work) -> Callable[..., Tensor]:
 
 
 def _reads_aside(work: Work) -> Callable[..., Tensor]:
-    weight = work.model[0].weight
+    weight = next(work.model.parameters())
     return lambda model, batch: work.loss(model, batch) + weight.square().sum()
 
 
@@ -250,7 +252,7 @@ def test_hooks_and_optimizers_without_a_rule_are_refused() -> None:
     with pytest.raises(NotImplementedError, match="no update rule"):
         work(compile=True)
     work = Work()
-    work.model[0].weight.register_hook(lambda g: 2 * g)
+    next(work.model.parameters()).register_hook(lambda g: 2 * g)
     with pytest.raises(NotImplementedError, match="hooks"):
         work(compile=True)
 
