@@ -40,7 +40,9 @@ class Result:
             training is too chaotic for its hypergradient to be of use, and what smooths it), for mode="unrolled" replay_mismatch
             (largest relative difference of a loss when played again) and replayed_exactly (weights bit for bit the same then),
             and for mode="implicit" solver_iterations (products that the solver asked for; terms of a look-back),
-            solver_residual (‖b − A x‖/‖b‖; of a look-back the part of it in θ) and, without look_back, gradient_norm.
+            solver_residual (‖b − A x‖/‖b‖; of a look-back the part of it in θ) and, without look_back, gradient_norm; with
+            compile=True compile_seconds (of the wall), compiled_graphs (made in this call), compiled_steps and eager_steps
+            (steps, adjoints and tangents that graphs and the eager code played).
         initial: derivative of `value` in the weights before the first step (the optimizer's tensors held fixed), for each
             parameter in the order of the optimizer's groups; None for one that is frozen, and for modes other than "unrolled".
     """
