@@ -8,7 +8,7 @@ rounds of (seconds a step) / (seconds of a plain `torch.optim` step in the same 
 fresh process. Peers take weight decay as a penalty in their loss, which for coupled decay is the same.
 
 With `--compiled` it is the methods with compile=True that run, beside the same ones without, and `bench_compiled.json` is
-written. They are called before the rounds until all is compiled; the seconds of that are a field of the row.
+written. They are compiled before the rounds; the seconds of that are a field of the row.
 
 `bench_modes.json` has a row for every method, case and K. `error` is the largest relative difference of the two numbers from
 those of plain code, all of it in float64, where rounding does not hide a mistake (K = 5 at most).
@@ -294,10 +294,9 @@ def measure(args: Args, name: str, steps: int, methods: Sequence[str]) -> list[R
 
 
 def compiling(call: Call, case: Case) -> float:
-    """Call until all is compiled, and the seconds that took: of the wall, as the compiler is another process."""
+    """Compile on a few steps, and the seconds that took: of the wall, as the compiler is another process."""
     before, batches, case.batches = case.compile_seconds, case.batches, case.batches[:6]
-    for _ in range(3):  # the first steps of a run are a kind of their own, compiled where they come again
-        call()
+    call()
     case.batches = batches
     return case.compile_seconds - before
 

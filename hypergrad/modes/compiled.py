@@ -3,7 +3,7 @@
 A graph (graphs.py) holds what Python did when it was traced. Whether that is still right is looked at: a graph is run beside
 the eager code at its first uses, until they agreed twice, and the loss alone again at its uses 4, 8, 16, …; where they differ
 an error is raised. The first step of a kind (of a shape of batches, or with t = 1) is played by the eager code: it may be the
-only one.
+only one of the stretch.
 
 The adjoint takes the gradient of its step as an argument: with it in hand, what only the gradient needs is not computed again. It
 is kept beside the states of a segment.

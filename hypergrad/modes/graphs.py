@@ -56,18 +56,13 @@ class Kind:
     """The graphs of one kind of call: they differ in the branches that numbers take."""
 
     graphs: list[Graph] = field(default_factory=list)
-    once: list[Environment] = field(default_factory=list)  # of calls that the eager code played
 
     def find(self, env: Environment) -> Graph | None:
         return next((graph for graph in self.graphs if graph.book.holds(env)), None)
 
-    def is_first(self, env: Environment) -> bool:
-        """Whether no call has yet taken the branches that this one takes."""
-        branches = [graph.book.outcomes(env) for graph in self.graphs]
-        if any([graph.book.outcomes(old) for graph in self.graphs] == branches for old in self.once):
-            return False
-        self.once.append(env)
-        return True
+    def takes_alike(self, a: Environment, b: Environment) -> bool:
+        """Whether two calls take the same branches, as far as they are known."""
+        return all(graph.book.outcomes(a) == graph.book.outcomes(b) for graph in self.graphs)
 
 
 Kinds = dict[Any, Kind]
@@ -78,6 +73,7 @@ class Graphs:
 
     def __init__(self, stretch: Stretch, kinds: Kinds, backend: str):
         self.stretch, self.kinds, self.backend = stretch, kinds, backend
+        self.once: dict[Any, list[Environment]] = {}  # numbers of the steps of each kind that the eager code played
         self.seconds, self.count, self.calls = 0.0, 0, 0
         self.static = _Hashed((*static_key(stretch), backend))
 
@@ -101,7 +97,9 @@ class Graphs:
                     f"compile=True: more than {MOST_GRAPHS} graphs of one kind of step. Give batches one shape, and let them "
                     f"hold tensors in place of Python numbers that change from batch to batch. {REMEDY}"
                 )
-            if found.is_first(env):
+            seen = self.once.setdefault(key, [])
+            if not any(found.takes_alike(env, old) for old in seen):
+                seen.append(env)
                 return None
             began = time.perf_counter()
             graph = self._made(state, t, body, batch, tensors, env)
