@@ -20,13 +20,13 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
+from hypergrad.modes import bodies
 from hypergrad.modes.graphs import Graph, Graphs, Kinds
 from hypergrad.modes.meter import Meter
-from hypergrad.modes.one_step import Pull, Push, pulled, pushed
+from hypergrad.modes.one_step import Pull, pulled, pushed
 from hypergrad.modes.standing_in import REMEDY, check_suited
 from hypergrad.modes.stretch import Stretch
 from hypergrad.updates.binding import State
-from hypergrad.updates.rule import Tensors
 from hypergrad.updates.transition import Tangent
 
 BACKEND = "inductor"
@@ -94,7 +94,7 @@ class Compiled:
     def step(self, state: State, t: int, meter: Meter) -> tuple[State, Played]:
         """The state after step t; buffers of the model are those before it, and after it on return."""
         meter.gradients += 1
-        found = None if t in self.by_hand else self.graphs.call("step", state, t, _step, ())
+        found = None if t in self.by_hand else self.graphs.call("step", state, t, bodies.step, ())
         if found is None:
             self.by_hand.add(t)
             self.eager += 1
@@ -138,7 +138,7 @@ class Compiled:
         stats = () if lam.stats is None else (lam.stats,)
         more = [g, lam.theta, *lam.slots.values(), *stats]
         key = (tuple(lam.slots), lam.stats is None)
-        found = None if t in self.by_hand else self.graphs.call("adjoint", state, t, _adjoint(lam), more, key)
+        found = None if t in self.by_hand else self.graphs.call("adjoint", state, t, bodies.adjoint(lam), more, key)
         if found is None or not self._look(found[1], found[0], lambda: self._pull_again(state, t, g, lam)):
             self.eager += 1
             pull, loss = self._eager_pull(state, t, g, lam)
@@ -156,7 +156,7 @@ class Compiled:
         buffers = self.stretch.problem.read_buffers()
         pull, loss = self._eager_pull(state, t, g, lam)
         self.stretch.problem.write_buffers(buffers)
-        return _of_pull(pull, loss)
+        return bodies.of_pull(pull, loss)
 
     # ---- its tangents
 
@@ -171,9 +171,9 @@ class Compiled:
         seeds, clip_seed = directions.seeds(t)
         meter.gradients += 1
         meter.products += sum(a or e is not None for a, e in zip(self.alive, extras, strict=True))
-        arguments = Arguments(tangent, extras, tuple(self.alive), seeds, clip_seed)
+        arguments = bodies.Arguments(tangent, extras, tuple(self.alive), seeds, clip_seed)
         key = arguments.key()
-        found = self.graphs.call("tangent", state, t, _tangent(arguments), arguments.tensors(), key)
+        found = self.graphs.call("tangent", state, t, bodies.tangent(arguments), arguments.tensors(), key)
         if found is None:
             self.eager += 1
             out, new, g = self._eager_push(state, t, arguments)
@@ -188,13 +188,13 @@ class Compiled:
         meter.look_for_ill_conditioning(self.stretch, state, g, t)
         return new, Tangent(out["z"], out["z_slots"], out["z_stats"])
 
-    def _eager_push(self, state: State, t: int, arguments: Arguments) -> tuple[Any, State, Tensor]:
+    def _eager_push(self, state: State, t: int, arguments: bodies.Arguments) -> tuple[Any, State, Tensor]:
         self.stretch.transition.load(state.theta)
         lin = self.stretch.problem.linearize(self.stretch.batches[t])
         push = pushed(self.stretch, state, t, lin, *arguments)
-        return _of_push(push, lin.loss), push.state, push.g
+        return bodies.of_push(push, lin.loss), push.state, push.g
 
-    def _push_again(self, state: State, t: int, arguments: Arguments) -> Any:
+    def _push_again(self, state: State, t: int, arguments: bodies.Arguments) -> Any:
         buffers = self.stretch.problem.read_buffers()
         out, _, _ = self._eager_push(state, t, arguments)
         out["buffers"] = [b.detach().clone() for b in self.stretch.problem.buffers]
@@ -266,97 +266,6 @@ def _furthest(found: Any, truth: Any) -> float:
     return worst
 
 
-# ---- what is traced
-
-
 def _after(state: State, out: Any, graph: Graph) -> State:
     counts = tuple(c + more for c, more in zip(state.counts, graph.counted, strict=True))
     return State(out["theta"], out["slots"], counts)
-
-
-def _step(stretch: Stretch, state: State, more: list[Tensor]) -> Any:
-    lin = stretch.problem.linearize(stretch.batches[0], products=False)
-    g = stretch.gradient(lin)
-    new = stretch.transition.step(state, g, lin.active, stretch.values[0])
-    out = {"loss": lin.loss, "g": g, "theta": new.theta, "slots": new.slots}
-    return out | {"buffers": list(stretch.problem.buffers), "counts": new.counts}
-
-
-def _of_pull(pull: Pull, loss: Tensor) -> Any:
-    return {
-        "theta": pull.lam.theta,
-        "slots": pull.lam.slots,
-        "stats": pull.lam.stats,
-        "groups": pull.of_groups,
-        "clip": pull.of_clip,
-        "hypers": pull.of_hypers,
-        "fine": pull.fine,
-        "loss": loss,
-    }
-
-
-def _adjoint(lam: Tangent) -> Any:
-    names, followed = list(lam.slots), lam.stats is not None
-
-    def body(stretch: Stretch, state: State, more: list[Tensor]) -> Any:
-        g, theta, *rest = more
-        after = Tangent(theta, dict(zip(names, rest, strict=False)), rest[-1] if followed else None)
-        lin = stretch.problem.linearize(stretch.batches[0])
-        pull = pulled(stretch, state, 0, lin, after, g)
-        return _of_pull(pull, lin.loss) | {"norm": torch.linalg.vector_norm(pull.lam.theta)}
-
-    return body
-
-
-class Arguments(NamedTuple):
-    """Of `pushed`, behind the gradient stage."""
-
-    tangent: Tangent
-    extras: list[list[Tensor | None] | None]
-    alive: tuple[bool, ...]
-    seeds: list[Tensors]
-    clip_seed: Tensor | None
-
-    def key(self) -> Any:
-        shapes = tuple(None if e is None else tuple(x is None for x in e) for e in self.extras)
-        seeds = tuple(tuple(x) for x in self.seeds)
-        return self.alive, shapes, seeds, self.clip_seed is None, tuple(self.tangent.slots), self.tangent.stats is None
-
-    def tensors(self) -> list[Tensor]:
-        rows = [x for extra in self.extras if extra is not None for x in extra]
-        columns = [x for column in self.seeds for x in column.values()]
-        z = self.tangent
-        found = [z.theta, *z.slots.values(), z.stats, *rows, *columns, self.clip_seed]
-        return [x for x in found if x is not None]
-
-    def of(self, tensors: Sequence[Tensor]) -> Arguments:
-        """The same with other tensors."""
-        take = iter(tensors)
-        theta, slots = next(take), {name: next(take) for name in self.tangent.slots}
-        stats = None if self.tangent.stats is None else next(take)
-        extras = [None if e is None else [None if x is None else next(take) for x in e] for e in self.extras]
-        seeds = [{name: next(take) for name in column} for column in self.seeds]
-        clip_seed = None if self.clip_seed is None else next(take)
-        return Arguments(Tangent(theta, slots, stats), extras, self.alive, seeds, clip_seed)
-
-
-def _of_push(push: Push, loss: Tensor) -> Any:
-    return {
-        "loss": loss,
-        "g": push.g,
-        "theta": push.state.theta,
-        "slots": push.state.slots,
-        "z": push.tangent.theta,
-        "z_slots": push.tangent.slots,
-        "z_stats": push.tangent.stats,
-    }
-
-
-def _tangent(arguments: Arguments) -> Any:
-    def body(stretch: Stretch, state: State, more: list[Tensor]) -> Any:
-        lin = stretch.problem.linearize(stretch.batches[0])
-        push = pushed(stretch, state, 0, lin, *arguments.of(more))
-        buffers = list(stretch.problem.buffers)
-        return _of_push(push, lin.loss) | {"buffers": buffers, "counts": push.state.counts}
-
-    return body
