@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 import weakref
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 import torch
@@ -51,6 +52,7 @@ _EARLIER: weakref.WeakKeyDictionary[torch.optim.Optimizer, Earlier] = weakref.We
 class Earlier(NamedTuple):
     model: Callable[[], Any]
     loss: Callable[[], Any]
+    reads: dict[str, Any]
     kinds: Kinds
 
 
@@ -59,10 +61,12 @@ def compiled(stretch: Stretch, mode: str, backend: str | None = None) -> Compile
     check_suited(stretch, mode)
     optimizer, problem = stretch.transition.optimizers[0], stretch.problem
     earlier = _EARLIER.get(optimizer)
-    if earlier is None or earlier.model() is not problem.model or earlier.loss() != problem.loss:
+    reads = _plain_values(problem.loss)
+    same = earlier is not None and earlier.model() is problem.model and earlier.loss() == problem.loss
+    if earlier is None or not same or earlier.reads != reads:
         reference = weakref.WeakMethod if hasattr(problem.loss, "__self__") else weakref.ref
         try:
-            earlier = Earlier(weakref.ref(problem.model), reference(problem.loss), {})  # type: ignore[arg-type]
+            earlier = Earlier(weakref.ref(problem.model), reference(problem.loss), reads, {})  # type: ignore[arg-type]
         except TypeError:  # it cannot be held weakly
             return Compiled(stretch, Graphs(stretch, {}, backend or BACKEND))
         _EARLIER[optimizer] = earlier
@@ -70,6 +74,20 @@ def compiled(stretch: Stretch, mode: str, backend: str | None = None) -> Compile
         for graph in kind.graphs:
             graph.agreed, graph.uses, graph.earlier = min(graph.agreed, AGREED - 1), 0, True
     return Compiled(stretch, Graphs(stretch, earlier.kinds, backend or BACKEND))
+
+
+def _plain_values(loss: Any) -> dict[str, Any]:
+    """Numbers and strings that the function reads by name: closed over, global, or attributes of its object."""
+    function = getattr(loss, "__func__", loss)
+    code, owner = getattr(function, "__code__", None), getattr(loss, "__self__", None)
+    if code is None:
+        return {}
+    found = {name: function.__globals__.get(name) for name in code.co_names}
+    found |= {f"self.{name}": getattr(owner, "__dict__", {}).get(name) for name in code.co_names}
+    for name, cell in zip(code.co_freevars, function.__closure__ or (), strict=True):
+        with suppress(ValueError):  # an empty one
+            found[name] = cell.cell_contents
+    return {name: x for name, x in found.items() if isinstance(x, (bool, int, float, str))}
 
 
 class Compiled:

@@ -150,7 +150,22 @@ def test_a_second_call_compiles_nothing_and_a_changed_loss_is_compiled_anew(trac
     assert found.stats["eager_steps"] == 3  # the first step, played twice, and its adjoint
     assert_same(found, work(loss, every=2), SAME)
     factor = 0.5
-    assert_agrees(work(loss, compile=True, every=2), work(loss, every=2))
+    found = work(loss, compile=True, every=2)
+    assert found.stats["compiled_graphs"] == 2
+    assert_agrees(found, work(loss, every=2))
+
+
+def test_graphs_of_a_loss_that_changed_unseen_are_made_anew(traced: None) -> None:
+    work, factor = Work(), {"of": 1.0}
+
+    def loss(model: nn.Module, batch: Any) -> Tensor:
+        return factor["of"] * work.loss(model, batch)
+
+    for mode in ({"every": 1}, {"mode": "forward"}):
+        factor["of"] = 1.0
+        work(loss, compile=True, **mode)
+        factor["of"] = 0.5
+        assert_agrees(work(loss, compile=True, **mode), work(loss, **mode))
 
 
 def test_tensors_that_the_loss_reads_are_read_at_every_step(traced: None) -> None:
