@@ -296,21 +296,15 @@ def test_a_machine_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
 # ---- through inductor
 
 
-@pytest.fixture
-def fresh_cache(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
-
-
 @needs_compiler
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, SAME), (torch.float32, SINGLE)])
-def test_inductor_unrolled(dtype: torch.dtype, tolerance: float, fresh_cache: None) -> None:
-    work = Work(dtype=dtype)
+def test_inductor_unrolled_in_float32() -> None:
+    work = Work(dtype=torch.float32)
     found = work(compile=True, every=2)
-    assert_agrees(found, work(every=2), tolerance)
+    assert_agrees(found, work(every=2), SINGLE)
     assert found.stats["compile_seconds"] > 0
 
 
 @needs_compiler
-def test_inductor_forward(fresh_cache: None) -> None:
+def test_inductor_forward_in_float64() -> None:
     work = Work()
     assert_agrees(work(compile=True, mode="forward"), work(mode="forward"))
