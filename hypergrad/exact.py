@@ -86,8 +86,8 @@ def hypergradient(
         ema: decay d of an average of the weights, a ← d a + (1 − d) θ after every step, a = θ at the start; `val_loss` is then
             computed with the averaged weights in the model (and the buffers of training). Not for mode="implicit".
         compile: steps and their derivatives by torch.compile (mode="unrolled" and "forward"; needs a C++ compiler on CPU).
-            The first call compiles for ten seconds to a minute, later ones with the same model, optimizer and loss do not. What Python
-            code in the loss does is taken to be the same at every step; this is looked at against the eager code
+            The first call compiles for ten seconds to a minute, later ones with the same model, optimizer and loss do not. What
+            Python code in the loss does is taken to be the same at every step; this is looked at against the eager code
             (docs/modes.md). Graphs of steps are not kept: where a state and a gradient of every step fit into `graph_memory`,
             these are.
         options: mode="unrolled": `graph_memory`, bytes that the graphs of all steps may take up (default 1 GiB): where they
