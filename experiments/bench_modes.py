@@ -10,6 +10,9 @@ fresh process. Peers take weight decay as a penalty in their loss, which for cou
 On a GPU a GPT of 124 million parameters is added, for up to 20 steps; a method that runs out of memory there has a row with a
 null time. What implicit differentiation costs is in `experiments/bench_implicit.py`.
 
+With `--compiled` it is the methods with compile=True that run, beside the same ones without, and `bench_compiled.json` is
+written. They are compiled before the rounds; the seconds of that are a field of the row.
+
 `bench_modes.json` has a row for every method, case and K. `error` is the largest relative difference of the two numbers from
 those of plain code, all of it in float64, where rounding does not hide a mistake (K = 5 at most; the GPT's on a tiny one).
 """
@@ -58,6 +61,7 @@ class Args:
     rounds: int = arg(7, "rounds of every length; the median is reported", quick=1)
     methods: tuple = arg((), "any methods (default: all that the machine has)")
     device: str = arg("cpu", "cpu or cuda")
+    compiled: bool = arg(False, "the methods with compile=True and the same without (default of methods)")
     no_memory: bool = arg(False, "do not measure memory, each in a fresh process")
     memory_of: str = arg("", "print the growth of memory of METHOD:CASE:K, and do nothing else")
     out: str = arg("runs/bench_modes", "folder of bench_modes.json", quick="runs/bench_modes_quick")
@@ -96,6 +100,7 @@ def ours(mode: str, **options: Any) -> Callable[[Case], Call]:
                 mode=mode,
                 **options,
             )
+            case.compile_seconds += found.stats.get("compile_seconds", 0.0)
             return float(found.gradients["lr"]), float(found.gradients["weight_decay"])
 
         return call
@@ -123,6 +128,12 @@ METHODS: dict[str, Callable[[Case], Call]] = {
 }
 EVERY = (2, 4, 20, 50, 100)  # more steps between snapshots, for the curve of time over memory
 METHODS |= {f"unrolled, every {c} steps": ours("unrolled", every=c) for c in EVERY}
+COMPILED = {
+    "unrolled, a snapshot every step, compiled": ours("unrolled", every=1, compile=True),
+    "unrolled, every √K, compiled": ours("unrolled", graph_memory=0, compile=True),
+    "forward, compiled": ours("forward", compile=True),
+}
+KNOWN = METHODS | COMPILED
 PACKAGES = {"TorchOpt": "torchopt", "higher": "higher"}
 
 
@@ -132,10 +143,11 @@ PACKAGES = {"TorchOpt": "torchopt", "higher": "higher"}
 def measure(args: Args, name: str, steps: int, methods: Sequence[str]) -> list[Row]:
     """Interleaved rounds of all methods on one case."""
     case = Case(name, steps, args.device)
-    calls = {method: METHODS[method](case) for method in methods}
+    calls = {method: KNOWN[method](case) for method in methods}
     start = [p.detach().clone() for p in case.params]
     seconds: dict[str, list[float]] = {method: [] for method in methods}
     errors = {method: error_of(method, name, min(steps, CHECKED), args.device) for method in methods}
+    compile_seconds = {method: compiling(calls[method], case) for method in methods if method in COMPILED}
     for turn in range(args.rounds + 1):  # the first warms up
         for method in methods:
             with torch.no_grad():
@@ -157,10 +169,20 @@ def measure(args: Args, name: str, steps: int, methods: Sequence[str]) -> list[R
         row = {"case": name, "steps": steps, "method": method, "times_plain": round(statistics.median(ratios), 3)}
         row["ms_a_step"] = round(1e3 * statistics.median(seconds[method]), 3)
         row["error"] = errors[method]
+        if method in COMPILED:
+            row["compile_seconds"] = round(compile_seconds[method], 1)
         rows.append(row)
         error = "" if row["error"] is None else f"   error {row['error']:.1e}"
         print(f"{name:9} K={steps:<4} {method:34} {row['times_plain']:7.2f}{error}", flush=True)
     return rows
+
+
+def compiling(call: Call, case: Case) -> float:
+    """Compile on a few steps, and the seconds that took: of the wall, as the compiler is another process."""
+    before, batches, case.batches = case.compile_seconds, case.batches, case.batches[:6]
+    call()
+    case.batches = batches
+    return case.compile_seconds - before
 
 
 @cache
@@ -169,7 +191,7 @@ def error_of(method: str, name: str, steps: int, device: str) -> float | None:
     if method == "plain":
         return None
     small = name.replace("gpt", "tinygpt") if name == GPT_CASE else name
-    truth, found = (METHODS[m](Case(small, steps, device, torch.float64))() for m in ("plain code, graph kept", method))
+    truth, found = (KNOWN[m](Case(small, steps, device, torch.float64))() for m in ("plain code, graph kept", method))
     assert truth is not None
     assert found is not None
     return max(abs(a - b) / abs(b) for a, b in zip(found, truth, strict=True))
@@ -193,8 +215,8 @@ def growth(method: str, name: str, steps: int, device: str) -> float:
     short = Case(name, 2, device)
     plain(short)()
     if method != "plain":
-        METHODS[method](short)()
-    call = METHODS[method](case)
+        KNOWN[method](short)()
+    call = KNOWN[method](case)
     gc.collect()
     before = peak(device)
     call()
@@ -232,20 +254,23 @@ def main(args: Args) -> list[Row]:
         method, name, steps = args.memory_of.split(":")
         print(growth(method, name, int(steps), args.device))
         return []
-    methods = [m for m in args.methods or METHODS if m not in curve(10**9) or m in args.methods]
+    siblings = [sibling for m in COMPILED for sibling in (m.removesuffix(", compiled"), m)]
+    methods = args.methods or (siblings if args.compiled else [m for m in METHODS if m not in curve(10**9)])
     methods = [m for m in methods if installed(m)]
     methods = ["plain", *(m for m in methods if m != "plain")]
     rows = []
     for name in (*args.cases, *((GPT_CASE,) if args.device.startswith("cuda") and GPT_CASE not in args.cases else ())):
         lengths = [k for k in args.lengths if name != GPT_CASE or k <= GPT_STEPS]
         for steps in lengths:
-            at_length = [*methods, *(curve(steps) if steps == max(lengths) and not args.methods else ())]
+            whole = steps == max(lengths) and not (args.methods or args.compiled)
+            at_length = [*methods, *(curve(steps) if whole else ())]
             rows += measure(args, name, steps, [m for m in at_length if suits(m, name)])
         for row in () if args.no_memory else rows:
             if row["case"] == name and row["steps"] == max(lengths) and math.isfinite(row["times_plain"]):
                 row["memory_mib"] = round(growth_of(row["method"], name, row["steps"], args.device), 1)
                 print(f"{name:9} K={row['steps']:<4} {row['method']:34} {row['memory_mib']:7.1f} MiB", flush=True)
-        results.write(Path(args.out, "bench_modes.json"), command(args), rows, args.device)  # a case at a time
+        file = "bench_compiled.json" if args.compiled else "bench_modes.json"
+        results.write(Path(args.out, file), command(args), rows, args.device)  # a case at a time
     return rows
 
 

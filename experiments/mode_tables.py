@@ -150,6 +150,7 @@ TABLES = {
     "bench_implicit": bench_implicit,
     "bench_fallback": bench_fallback,
     "muon": muon,
+    "bench_compiled": bench_modes,
     "long_run": long_run,
     "metalearn_lr": metalearn_lr,
     "learned_schedule": learned_schedule,

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from hypergrad.modes.meter import Meter
+from hypergrad.modes.one_step import Pull
 from hypergrad.modes.stretch import Result, Stretch, evaluation
 from hypergrad.modes.unrolled import Total, pull_through, train
 from hypergrad.solvers import Solve, cg
@@ -156,7 +157,8 @@ def _at_minimum(stretch: Stretch, state: State, solver: Solve, meter: Meter) -> 
         decay[group]["weight_decay"] = decay[group]["weight_decay"] - x[a:b] @ state.theta[a:b]
     per = stretch.directions.fine
     fine = {part: per.summed(part, -x * state.theta) for part in per.of_part}  # weight decay's: others are refused
-    total.add(steps - 1, decay, None, [None if g is None else -g for g in objective.into_hypers(x)], fine)
+    of_hypers = [None if g is None else -g for g in objective.into_hypers(x)]
+    total.add(steps - 1, Pull(lam, decay, None, of_hypers, fine))
     return Result(total.value, total.gradients, meter.stats(steps))
 
 

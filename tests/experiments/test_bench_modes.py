@@ -10,6 +10,7 @@ import torch
 
 from experiments import bench_gpt, bench_implicit, bench_modes, long_run
 from experiments.mode_tables import TABLES
+from hypergrad.modes import compiled
 
 OURS = [name for name in bench_modes.METHODS if name.startswith(("unrolled", "forward"))]
 
@@ -78,6 +79,21 @@ def test_rows_of_every_length_and_method(tmp_path):
     result = json.loads((tmp_path / "bench_modes.json").read_text())
     assert result["rows"] == rows
     assert "| forward |" in TABLES["bench_modes"](result)
+
+
+def test_compiled_rows_stand_beside_the_same_methods_without(tmp_path, monkeypatch):
+    monkeypatch.setattr(compiled, "BACKEND", "eager")
+    args = bench_modes.Args(
+        cases=("mlp_sgd",), lengths=(3,), rounds=1, compiled=True, no_memory=True, out=str(tmp_path)
+    )
+    rows = bench_modes.main(args)
+    found = {row["method"]: row for row in rows}
+    for method in bench_modes.COMPILED:
+        assert found[method]["compile_seconds"] > 0
+        assert found[method]["error"] < 1e-8
+        assert found[method.removesuffix(", compiled")]["error"] < 1e-8
+    result = json.loads((tmp_path / "bench_compiled.json").read_text())
+    assert "| forward, compiled |" in TABLES["bench_compiled"](result)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the peak cannot be reset here")
