@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
+from numbers import Integral
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -68,6 +69,10 @@ def _model(
     return Model(lambda _: names, losses, partial(_implicit, build, names), refused)
 
 
+UNSEEDED: Refusal = (
+    lambda e: not isinstance(e.random_state, Integral),
+    "a whole number for random_state: otherwise every fit starts elsewhere, and its loss is no function of the hyperparameters",
+)
 MODELS: dict[type, Model] = {
     Ridge: _model(
         linear.ridge, ("alpha",), ("squared_error",), (lambda e: np.ndim(e.alpha) > 0, "one alpha, not one a target")
@@ -91,8 +96,8 @@ MODELS: dict[type, Model] = {
         (lambda e: e.multi_class != "ovr", "multi_class='ovr'"),
         (lambda e: e.class_weight is not None, "class_weight=None"),
     ),
-    mlp.MLPClassifier: Model(mlp.names, ("log_loss", "squared_hinge"), mlp.differentiate),
-    mlp.MLPRegressor: Model(mlp.names, ("squared_error",), mlp.differentiate),
+    mlp.MLPClassifier: Model(mlp.names, ("log_loss", "squared_hinge"), mlp.differentiate, (UNSEEDED,)),
+    mlp.MLPRegressor: Model(mlp.names, ("squared_error",), mlp.differentiate, (UNSEEDED,)),
 }
 
 

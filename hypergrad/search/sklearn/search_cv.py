@@ -43,7 +43,7 @@ class HypergradSearchCV(BaseSearchCV):
         scoring: a scorer's name or callable that is reported beside the loss, in `best_score_` and `cv_results_`; None: the
             estimator's own `score`. It chooses nothing.
         n_iter: candidates at most, those of the scan among them.
-        n_initial: points of the scan.
+        n_initial: points of the scan; the first of them is `start` of the entries, where they have one.
         tol: end where an iteration makes the loss less by no more than this share of it.
         cv, refit, n_jobs, return_train_score: as of GridSearchCV; refit is True or False.
         random_state: of the scan, in two dimensions or more.
@@ -139,9 +139,8 @@ class HypergradSearchCV(BaseSearchCV):
             raise ValueError(
                 "scoring must be the name of one scorer, a callable, or None: it is reported, not chosen by."
             )
-        entries = dict(from_sklearn(self.param_space))
-        known = self.estimator.get_params()
-        for name, entry in entries.items():
+        known, entries = self.estimator.get_params(), {}
+        for name, entry in from_sklearn(self.param_space).items():
             if name not in known:
                 raise ValueError(f"{type(self.estimator).__name__} has no parameter {name!r}: it has {sorted(known)}.")
             if not isinstance(entry, Float) or entry.step is not None:
@@ -149,13 +148,20 @@ class HypergradSearchCV(BaseSearchCV):
                     f"{name}: a gradient moves continuous entries, Float(low, high, scale) without a step, got {entry}. Search "
                     "discrete ones by GridSearchCV with this search as its estimator, or by hypergrad.search.optimize."
                 )
+            if entry.differentiable is False:
+                raise ValueError(
+                    f"{name}: differentiable=False, but only gradients move it here: leave it out of the space."
+                )
+            entries[name] = entry
         tuned = clone(self.estimator).set_params(**{name: entry.first() for name, entry in entries.items()})
         check_names(tuned, list(entries))
         return entries, loss_of(find(tuned), self.loss)
 
     def _descend(self, folds: Folds) -> str:
         seed = check_random_state(self.random_state).randint(2**31 - 1)
-        for u in starts(len(folds.entries), self.n_initial, seed):
+        entries = folds.entries.values()
+        given = [[e.to_unit(e.first()) for e in entries]] if any(e.start is not None for e in entries) else []
+        for u in [*map(np.array, given), *starts(len(folds.entries), self.n_initial - len(given), seed)]:
             folds.fit(u)
         best = min(folds.candidates, key=lambda each: each.loss)
         for each in folds.candidates:
