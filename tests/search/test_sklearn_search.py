@@ -47,8 +47,8 @@ def ridge(**options: Any) -> HypergradSearchCV:
 
 # a search, its data, a grid of values, and the scorer that is minus its loss
 AGREEMENT: dict[str, tuple[Any, Any, Any, int, str]] = {
-    "ridge": (Ridge(), NUMBERS, ALPHA, 60, "neg_mean_squared_error"),
-    "lasso": (Lasso(), NUMBERS, {"alpha": Float(1e-3, 1e1, "log")}, 60, "neg_mean_squared_error"),
+    "ridge": (Ridge(), NUMBERS, ALPHA, 30, "neg_mean_squared_error"),
+    "lasso": (Lasso(), NUMBERS, {"alpha": Float(1e-3, 1e1, "log")}, 30, "neg_mean_squared_error"),
     "elastic net": (
         ElasticNet(),
         NUMBERS,
@@ -60,14 +60,14 @@ AGREEMENT: dict[str, tuple[Any, Any, Any, int, str]] = {
         LogisticRegression(solver="newton-cholesky", tol=1e-8),
         CLASSES,
         {"C": Float(1e-3, 1e4, "log")},
-        40,
+        20,
         "neg_log_loss",
     ),
     "mlp": (
         MLPClassifier((2,), solver="sgd", max_iter=10, random_state=0),
         CLASSES,
         {"learning_rate_init": Float(1e-3, 1.0, "log")},
-        20,
+        12,
         "neg_log_loss",
     ),
 }
