@@ -67,7 +67,7 @@ AGREEMENT: dict[str, tuple[Any, Any, Any, int, str]] = {
         MLPClassifier((2,), solver="sgd", max_iter=10, random_state=0),
         CLASSES,
         {"learning_rate_init": Float(1e-3, 1.0, "log")},
-        12,
+        20,
         "neg_log_loss",
     ),
 }
