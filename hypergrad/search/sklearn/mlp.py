@@ -76,7 +76,7 @@ class _MLP(BaseEstimator):
         self.max_iter, self.tol, self.random_state = max_iter, tol, random_state
 
     def _check(self) -> tuple[int, ...]:
-        sizes = self.hidden_layer_sizes
+        sizes: Any = self.hidden_layer_sizes
         sizes = tuple(sizes) if isinstance(sizes, (list, tuple, np.ndarray)) else (sizes,)
         for name, values in (("hidden_layer_sizes", sizes), ("max_iter", (self.max_iter,))):
             if not all(isinstance(n, Integral) and n >= 1 for n in values):

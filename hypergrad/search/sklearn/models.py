@@ -9,7 +9,7 @@ HeldOut(value=0.25, gradients={'alpha': -0.25}, gap=0.0)
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from numbers import Integral
 from typing import Any, NamedTuple
@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from scipy.sparse import issparse
-from sklearn.base import is_classifier
+from sklearn.base import clone, is_classifier
 from sklearn.linear_model import ElasticNet, Lasso, LogisticRegression, Ridge
 from sklearn.pipeline import Pipeline
 from sklearn.svm import LinearSVC
@@ -108,6 +108,12 @@ def last_step(estimator: Any) -> tuple[Any, str]:
         name, estimator = estimator.steps[-1]
         prefix += f"{name}__"
     return estimator, prefix
+
+
+def with_params(estimator: Any, params: Mapping[str, Any]) -> Any:
+    """An unfitted copy that has these parameters."""
+    made: Any = clone(estimator)
+    return made.set_params(**params)
 
 
 def find(estimator: Any) -> Model:

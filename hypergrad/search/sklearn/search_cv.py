@@ -9,7 +9,7 @@ from numbers import Integral, Real
 from typing import Any
 
 import numpy as np
-from sklearn.base import clone, is_classifier
+from sklearn.base import is_classifier
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.metrics import check_scoring
 from sklearn.model_selection import check_cv
@@ -20,7 +20,7 @@ from hypergrad.search.convert.sklearn import from_sklearn
 from hypergrad.search.entries import Float
 from hypergrad.search.sklearn.descent import descend, starts
 from hypergrad.search.sklearn.folds import Folds
-from hypergrad.search.sklearn.models import check_names, find, loss_of
+from hypergrad.search.sklearn.models import check_names, find, loss_of, with_params
 
 GAP = 0.01  # share of the loss that the solver's tolerance may be worth without a warning
 
@@ -106,7 +106,7 @@ class HypergradSearchCV(BaseSearchCV):
         entries, loss = self._check()
         scorer = check_scoring(self.estimator, self.scoring)
         X, y, groups = indexable(X, y, groups)
-        cv = check_cv(self.cv, y, classifier=is_classifier(self.estimator))
+        cv: Any = check_cv(self.cv, y, classifier=is_classifier(self.estimator))  # type: ignore[arg-type]
         splits = list(cv.split(X, y, groups))
         options = {"scoring": scorer, "n_jobs": self.n_jobs, "return_train_score": self.return_train_score}
         folds = Folds(self.estimator, entries, loss, (X, y), splits, **options)
@@ -115,7 +115,7 @@ class HypergradSearchCV(BaseSearchCV):
         self._record(folds)
         if self.refit:
             before = time.perf_counter()
-            self.best_estimator_ = clone(self.estimator).set_params(**self.best_params_).fit(X, y)
+            self.best_estimator_ = with_params(self.estimator, self.best_params_).fit(X, y)
             self.refit_time_ = time.perf_counter() - before
             if hasattr(self.best_estimator_, "feature_names_in_"):
                 self.feature_names_in_ = self.best_estimator_.feature_names_in_
@@ -153,7 +153,7 @@ class HypergradSearchCV(BaseSearchCV):
                     f"{name}: differentiable=False, but only gradients move it here: leave it out of the space."
                 )
             entries[name] = entry
-        tuned = clone(self.estimator).set_params(**{name: entry.first() for name, entry in entries.items()})
+        tuned = with_params(self.estimator, {name: entry.first() for name, entry in entries.items()})
         check_names(tuned, list(entries))
         return entries, loss_of(find(tuned), self.loss)
 
