@@ -79,7 +79,7 @@ class _MLP(BaseEstimator):
         sizes: Any = self.hidden_layer_sizes
         sizes = tuple(sizes) if isinstance(sizes, (list, tuple, np.ndarray)) else (sizes,)
         for name, values in (("hidden_layer_sizes", sizes), ("max_iter", (self.max_iter,))):
-            if not all(isinstance(n, Integral) and n >= 1 for n in values):
+            if not all(isinstance(n, Integral) and int(n) >= 1 for n in values):
                 raise ValueError(f"{name} must be of whole numbers from 1, got {getattr(self, name)!r}.")
         for name, known in (("activation", tuple(ACTIVATIONS)), ("solver", ("lbfgs", "sgd"))):
             if getattr(self, name) not in known:
