@@ -93,7 +93,7 @@ PROBLEMS = {
     ),
     "svm": Problem(
         "SVM, squared hinge, breast cancer",
-        LinearSVC(dual=False, **_exact),
+        LinearSVC(dual=False, **_exact),  # type: ignore[arg-type]
         load_breast_cancer,
         {"C": Float(1e-5, 1e2, "log")},
         minus_squared_hinge,

@@ -47,8 +47,8 @@ def ridge(**options: Any) -> HypergradSearchCV:
 
 # a search, its data, a grid of values, and the scorer that is minus its loss
 AGREEMENT: dict[str, tuple[Any, Any, Any, int, str]] = {
-    "ridge": (Ridge(), NUMBERS, ALPHA, 60, "neg_mean_squared_error"),
-    "lasso": (Lasso(), NUMBERS, {"alpha": Float(1e-3, 1e1, "log")}, 60, "neg_mean_squared_error"),
+    "ridge": (Ridge(), NUMBERS, ALPHA, 30, "neg_mean_squared_error"),
+    "lasso": (Lasso(), NUMBERS, {"alpha": Float(1e-3, 1e1, "log")}, 30, "neg_mean_squared_error"),
     "elastic net": (
         ElasticNet(),
         NUMBERS,
@@ -60,7 +60,7 @@ AGREEMENT: dict[str, tuple[Any, Any, Any, int, str]] = {
         LogisticRegression(solver="newton-cholesky", tol=1e-8),
         CLASSES,
         {"C": Float(1e-3, 1e4, "log")},
-        40,
+        20,
         "neg_log_loss",
     ),
     "mlp": (
@@ -166,6 +166,13 @@ def test_the_same_seed_finds_the_same_and_n_iter_is_kept() -> None:
     assert len(found[0].cv_results_["params"]) <= 9
 
 
+def test_a_start_is_where_the_scan_begins() -> None:
+    space = {"alpha": Float(1e-4, 1e2, "log", start=0.03)}
+    found = HypergradSearchCV(Ridge(), space, cv=2, n_initial=1).fit(*NUMBERS)
+    assert found.cv_results_["params"][0]["alpha"] == pytest.approx(0.03)
+    assert found.cv_results_["slope_alpha"][0] != 0  # the descent begins there too
+
+
 def test_a_loss_of_the_users_choice() -> None:
     svm = LinearSVC(dual=False, tol=1e-8)
     search = HypergradSearchCV(svm, {"C": Float(1e-3, 1e2, "log")}, loss="log_loss", cv=2, n_iter=8)
@@ -218,8 +225,13 @@ BAD: dict[str, tuple[Any, str]] = {
         "one alpha",
     ),
     "an MLP's momentum at a minimum": (
-        lambda: HypergradSearchCV(MLPRegressor(), {"momentum": Float(0.1, 0.9)}),
+        lambda: HypergradSearchCV(MLPRegressor(random_state=0), {"momentum": Float(0.1, 0.9)}),
         "has those in alpha, as it is set",
+    ),
+    "an MLP without a seed": (lambda: HypergradSearchCV(MLPRegressor(), ALPHA), "a whole number for random_state"),
+    "an entry that is not to be differentiated": (
+        lambda: HypergradSearchCV(Ridge(), {"alpha": Float(0.1, 1, differentiable=False)}),
+        "leave it out of the space",
     ),
     "a loss that is not there": (lambda: ridge(loss="hinge"), "loss must be one of squared_error"),
     "an unknown scorer": (lambda: ridge(scoring="accurate"), "scoring"),
@@ -269,7 +281,7 @@ def test_starts_are_spread_inside_the_cube() -> None:
 SEARCHES: dict[str, Any] = {
     "grid": lambda e, values: GridSearchCV(e, {"alpha": values}, cv=2),
     "randomized": lambda e, values: RandomizedSearchCV(
-        e, {"alpha": loguniform(1e-3, 1e3)}, n_iter=3, cv=2, random_state=0
+        e, {"alpha": loguniform(1e-4, 1e2)}, n_iter=5, cv=2, random_state=0
     ),
     "halving": lambda e, values: HalvingGridSearchCV(e, {"alpha": values}, cv=2, random_state=0, min_resources=60),
 }

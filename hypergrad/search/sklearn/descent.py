@@ -24,7 +24,7 @@ class _Spent(Exception):
 
 def starts(dim: int, count: int, seed: int) -> list[Point]:
     """The middle of each of `count` equal parts of a line; in more dimensions Halton's points, the first one the middle."""
-    if dim == 1:
+    if dim == 1 or count == 0:
         return [np.array([(i + 0.5) / count]) for i in range(count)]
     rest = qmc.Halton(dim, rng=np.random.default_rng(seed)).random(count - 1)
     return [np.full(dim, 0.5), *rest]

@@ -9,14 +9,13 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from sklearn.base import clone
 from sklearn.model_selection import cross_validate
 from sklearn.utils import _safe_indexing
 
 from hypergrad.search.entries import Float
 from hypergrad.search.sklearn.descent import Point
 from hypergrad.search.sklearn.minimum import HeldOut
-from hypergrad.search.sklearn.models import hypergradient
+from hypergrad.search.sklearn.models import hypergradient, with_params
 
 
 @dataclass
@@ -58,11 +57,11 @@ class Folds:
         """Fit, score and judge the values at u."""
         params = {name: entry.from_unit(float(x)) for (name, entry), x in zip(self.entries.items(), u, strict=True)}
         scores = cross_validate(
-            clone(self.estimator).set_params(**params),
+            with_params(self.estimator, params),
             *self.data,
             cv=self.splits,
             return_estimator=True,
-            error_score="raise",
+            error_score="raise",  # type: ignore[arg-type]
             **self.options,
         )
         fitted = scores.pop("estimator")
@@ -87,7 +86,9 @@ class Folds:
         return candidate.loss - candidate.gap, np.array(slopes)
 
     def _held_out(self, fitted: Any, wrt: Sequence[str]) -> list[HeldOut]:
-        return [hypergradient(each, *part, wrt, self.loss) for each, part in zip(fitted, self.parts, strict=True)]
+        return [
+            hypergradient(each, *part, wrt=wrt, loss=self.loss) for each, part in zip(fitted, self.parts, strict=True)
+        ]
 
     def results(self) -> dict[str, Any]:
         """One entry a candidate: the columns that GridSearchCV has not."""

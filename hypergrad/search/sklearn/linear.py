@@ -39,7 +39,11 @@ class _Linear:
     def free(self, fitted: Any, sparse: bool) -> Tensor:
         """All coefficients, or those of the active set where zeros stay zeros; the intercepts that are fitted."""
         w, _ = self.split(self.theta)
-        active = w.flatten() != 0 if sparse or getattr(fitted, "positive", False) else torch.ones(w.numel(), dtype=bool)
+        active = (
+            w.flatten() != 0
+            if sparse or getattr(fitted, "positive", False)
+            else torch.ones(w.numel(), dtype=torch.bool)
+        )
         return torch.cat([active, self.intercepts])
 
 

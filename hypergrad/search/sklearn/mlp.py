@@ -17,7 +17,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy.optimize import minimize
 from sklearn.base import BaseEstimator, ClassifierMixin, RegressorMixin
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.utils import check_random_state
@@ -28,11 +27,10 @@ from torch import Tensor, nn
 from hypergrad.exact import hypergradient
 from hypergrad.search.sklearn.losses import Loss, log_loss, squared_error
 from hypergrad.search.sklearn.minimum import DENSE, HeldOut, Minimum, at_minimum, hessian_of
+from hypergrad.search.sklearn.newton import to_minimum
 
 ACTIVATIONS = {"tanh": torch.tanh, "softplus": nn.functional.softplus, "sigmoid": torch.sigmoid}  # smooth ones
 SGD_NAMES = {"learning_rate_init": "lr", "momentum": "momentum", "alpha": "alpha"}  # ours → hypergrad's
-ROUGH = 1e-4  # gradient at which Newton's steps take over
-REFUSED = 10  # of them in a row: the loss is as low as float64 can tell
 Data = tuple[Tensor, Tensor]
 
 
@@ -78,10 +76,10 @@ class _MLP(BaseEstimator):
         self.max_iter, self.tol, self.random_state = max_iter, tol, random_state
 
     def _check(self) -> tuple[int, ...]:
-        sizes = self.hidden_layer_sizes
+        sizes: Any = self.hidden_layer_sizes
         sizes = tuple(sizes) if isinstance(sizes, (list, tuple, np.ndarray)) else (sizes,)
         for name, values in (("hidden_layer_sizes", sizes), ("max_iter", (self.max_iter,))):
-            if not all(isinstance(n, Integral) and n >= 1 for n in values):
+            if not all(isinstance(n, Integral) and int(n) >= 1 for n in values):
                 raise ValueError(f"{name} must be of whole numbers from 1, got {getattr(self, name)!r}.")
         for name, known in (("activation", tuple(ACTIVATIONS)), ("solver", ("lbfgs", "sgd"))):
             if getattr(self, name) not in known:
@@ -110,7 +108,6 @@ class _MLP(BaseEstimator):
         return type(self)._loss(net.scores(theta, x), y).mean() + net.penalty(theta, alpha)
 
     def _to_minimum(self, x: Tensor, y: Tensor) -> np.ndarray:
-        """L-BFGS; then, where the Hessian is small enough to be formed, Newton's steps in a trust region, which end exactly."""
         net = self.net(self.initial_)
 
         def slope(flat: np.ndarray, graph: bool = False) -> tuple[Tensor, Tensor, Tensor]:
@@ -126,35 +123,12 @@ class _MLP(BaseEstimator):
             theta, _, gradient = slope(flat, graph=True)
             return hessian_of(gradient, theta).numpy()
 
-        newton = len(self.initial_) <= DENSE
-        options = {"maxiter": self.max_iter, "maxfun": 2 * self.max_iter, "maxcor": 20, "ftol": 0.0}
-        options["gtol"] = max(self.tol, ROUGH) if newton else self.tol
-        found = minimize(value_and_gradient, self.initial_, jac=True, method="L-BFGS-B", options=options)
-        steps = int(found.nit)
-        if newton and steps < self.max_iter:
-            last, refused = found.x, 0
-
-            def at_the_floor(x: np.ndarray) -> None:
-                nonlocal last, refused
-                last, refused = x, refused + 1 if np.array_equal(x, last) else 0
-                if refused == REFUSED:
-                    raise StopIteration
-
-            found = minimize(
-                value_and_gradient,
-                found.x,
-                jac=True,
-                hess=hessian,
-                method="trust-exact",
-                callback=at_the_floor,
-                options={"maxiter": self.max_iter - steps, "gtol": self.tol},
-            )
-            steps += int(found.nit)
-        self.n_iter_ = max(steps, 1)
-        if np.linalg.norm(found.jac) > max(self.tol, ROUGH):
+        second = hessian if len(self.initial_) <= DENSE else None
+        found, self.n_iter_, reached = to_minimum(value_and_gradient, second, self.initial_, self.max_iter, self.tol)
+        if not reached:
             text = f"no minimum within max_iter={self.max_iter}: raise max_iter, alpha or tol."
             warnings.warn(text, ConvergenceWarning, stacklevel=4)
-        return found.x
+        return found
 
     def _steps(self, x: Tensor, y: Tensor) -> np.ndarray:
         net = self.net(self.initial_)

@@ -9,14 +9,15 @@ HeldOut(value=0.25, gradients={'alpha': -0.25}, gap=0.0)
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from numbers import Integral
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from scipy.sparse import issparse
-from sklearn.base import is_classifier
+from sklearn.base import clone, is_classifier
 from sklearn.linear_model import ElasticNet, Lasso, LogisticRegression, Ridge
 from sklearn.pipeline import Pipeline
 from sklearn.svm import LinearSVC
@@ -68,6 +69,10 @@ def _model(
     return Model(lambda _: names, losses, partial(_implicit, build, names), refused)
 
 
+UNSEEDED: Refusal = (
+    lambda e: not isinstance(e.random_state, Integral),
+    "a whole number for random_state: otherwise every fit starts elsewhere, and its loss is no function of the hyperparameters",
+)
 MODELS: dict[type, Model] = {
     Ridge: _model(
         linear.ridge, ("alpha",), ("squared_error",), (lambda e: np.ndim(e.alpha) > 0, "one alpha, not one a target")
@@ -91,8 +96,8 @@ MODELS: dict[type, Model] = {
         (lambda e: e.multi_class != "ovr", "multi_class='ovr'"),
         (lambda e: e.class_weight is not None, "class_weight=None"),
     ),
-    mlp.MLPClassifier: Model(mlp.names, ("log_loss", "squared_hinge"), mlp.differentiate),
-    mlp.MLPRegressor: Model(mlp.names, ("squared_error",), mlp.differentiate),
+    mlp.MLPClassifier: Model(mlp.names, ("log_loss", "squared_hinge"), mlp.differentiate, (UNSEEDED,)),
+    mlp.MLPRegressor: Model(mlp.names, ("squared_error",), mlp.differentiate, (UNSEEDED,)),
 }
 
 
@@ -103,6 +108,12 @@ def last_step(estimator: Any) -> tuple[Any, str]:
         name, estimator = estimator.steps[-1]
         prefix += f"{name}__"
     return estimator, prefix
+
+
+def with_params(estimator: Any, params: Mapping[str, Any]) -> Any:
+    """An unfitted copy that has these parameters."""
+    made: Any = clone(estimator)
+    return made.set_params(**params)
 
 
 def find(estimator: Any) -> Model:

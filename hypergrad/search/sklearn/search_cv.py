@@ -9,7 +9,7 @@ from numbers import Integral, Real
 from typing import Any
 
 import numpy as np
-from sklearn.base import clone, is_classifier
+from sklearn.base import is_classifier
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.metrics import check_scoring
 from sklearn.model_selection import check_cv
@@ -20,7 +20,7 @@ from hypergrad.search.convert.sklearn import from_sklearn
 from hypergrad.search.entries import Float
 from hypergrad.search.sklearn.descent import descend, starts
 from hypergrad.search.sklearn.folds import Folds
-from hypergrad.search.sklearn.models import check_names, find, loss_of
+from hypergrad.search.sklearn.models import check_names, find, loss_of, with_params
 
 GAP = 0.01  # share of the loss that the solver's tolerance may be worth without a warning
 
@@ -43,7 +43,7 @@ class HypergradSearchCV(BaseSearchCV):
         scoring: a scorer's name or callable that is reported beside the loss, in `best_score_` and `cv_results_`; None: the
             estimator's own `score`. It chooses nothing.
         n_iter: candidates at most, those of the scan among them.
-        n_initial: points of the scan.
+        n_initial: points of the scan; the first of them is `start` of the entries, where they have one.
         tol: end where an iteration makes the loss less by no more than this share of it.
         cv, refit, n_jobs, return_train_score: as of GridSearchCV; refit is True or False.
         random_state: of the scan, in two dimensions or more.
@@ -106,7 +106,7 @@ class HypergradSearchCV(BaseSearchCV):
         entries, loss = self._check()
         scorer = check_scoring(self.estimator, self.scoring)
         X, y, groups = indexable(X, y, groups)
-        cv = check_cv(self.cv, y, classifier=is_classifier(self.estimator))
+        cv: Any = check_cv(self.cv, y, classifier=is_classifier(self.estimator))  # type: ignore[arg-type]
         splits = list(cv.split(X, y, groups))
         options = {"scoring": scorer, "n_jobs": self.n_jobs, "return_train_score": self.return_train_score}
         folds = Folds(self.estimator, entries, loss, (X, y), splits, **options)
@@ -115,7 +115,7 @@ class HypergradSearchCV(BaseSearchCV):
         self._record(folds)
         if self.refit:
             before = time.perf_counter()
-            self.best_estimator_ = clone(self.estimator).set_params(**self.best_params_).fit(X, y)
+            self.best_estimator_ = with_params(self.estimator, self.best_params_).fit(X, y)
             self.refit_time_ = time.perf_counter() - before
             if hasattr(self.best_estimator_, "feature_names_in_"):
                 self.feature_names_in_ = self.best_estimator_.feature_names_in_
@@ -139,9 +139,8 @@ class HypergradSearchCV(BaseSearchCV):
             raise ValueError(
                 "scoring must be the name of one scorer, a callable, or None: it is reported, not chosen by."
             )
-        entries = dict(from_sklearn(self.param_space))
-        known = self.estimator.get_params()
-        for name, entry in entries.items():
+        known, entries = self.estimator.get_params(), {}
+        for name, entry in from_sklearn(self.param_space).items():
             if name not in known:
                 raise ValueError(f"{type(self.estimator).__name__} has no parameter {name!r}: it has {sorted(known)}.")
             if not isinstance(entry, Float) or entry.step is not None:
@@ -149,13 +148,20 @@ class HypergradSearchCV(BaseSearchCV):
                     f"{name}: a gradient moves continuous entries, Float(low, high, scale) without a step, got {entry}. Search "
                     "discrete ones by GridSearchCV with this search as its estimator, or by hypergrad.search.optimize."
                 )
-        tuned = clone(self.estimator).set_params(**{name: entry.first() for name, entry in entries.items()})
+            if entry.differentiable is False:
+                raise ValueError(
+                    f"{name}: differentiable=False, but only gradients move it here: leave it out of the space."
+                )
+            entries[name] = entry
+        tuned = with_params(self.estimator, {name: entry.first() for name, entry in entries.items()})
         check_names(tuned, list(entries))
         return entries, loss_of(find(tuned), self.loss)
 
     def _descend(self, folds: Folds) -> str:
         seed = check_random_state(self.random_state).randint(2**31 - 1)
-        for u in starts(len(folds.entries), self.n_initial, seed):
+        entries = folds.entries.values()
+        given = [[e.to_unit(e.first()) for e in entries]] if any(e.start is not None for e in entries) else []
+        for u in [*map(np.array, given), *starts(len(folds.entries), self.n_initial - len(given), seed)]:
             folds.fit(u)
         best = min(folds.candidates, key=lambda each: each.loss)
         for each in folds.candidates:
