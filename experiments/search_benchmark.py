@@ -31,7 +31,7 @@ from experiments.search_live import FIRST_FINAL_SEED, run
 from experiments.search_problems import EPOCHS, LOOKS, METRICS, SETS, SPACES
 from experiments.search_table import NAME, units
 from experiments.sweep import sweep
-from experiments.table_searches import BETWEEN, LARGEST, ONE_BUDGET, STRATEGIES, Best, Table, promotions
+from experiments.table_searches import BETWEEN, ONE_BUDGET, STRATEGIES, Best, Table, promotions
 
 Row = dict[str, Any]
 BUDGETS = (1, 2, 4, 8, 16, 32, 64)
@@ -145,7 +145,7 @@ def search(item: Row, folder: Path) -> Row:
     """All seeds of one strategy on one problem: a field for each budget and seed."""
     key = (item["set"], item["space"], item["metric"])
     table, seek = tables(folder, (item["set"],))[key], STRATEGIES[item["strategy"]]
-    budgets, row = _budgets(item["strategy"], item["budget"]), dict(item)
+    budgets, row = _budgets(item["budget"]), dict(item)
     for seed in range(item["seeds"]):
         at = item["first_seed"] + seed
         whole = None if item["strategy"] in ONE_BUDGET else seek(table, at, budgets[-1])
@@ -154,8 +154,8 @@ def search(item: Row, folder: Path) -> Row:
     return row
 
 
-def _budgets(strategy: str, largest: int) -> list[int]:
-    return [b for b in BUDGETS if b <= LARGEST.get(strategy, largest) and b <= largest]
+def _budgets(largest: int) -> list[int]:
+    return [b for b in BUDGETS if b <= largest]
 
 
 def searched(
@@ -172,10 +172,10 @@ def searched(
     out: dict[str, dict[int, list[np.ndarray]]] = {}
     for item in todo:
         row = next(row for row in rows if item.items() <= row.items())
-        for b in _budgets(item["strategy"], args.budget):
+        for b in _budgets(args.budget):
             regrets = np.array([row[f"regret_{b}_{seed}"] for seed in range(args.seeds)])
             out.setdefault(item["strategy"], {}).setdefault(b, []).append(regrets)
-    return out | of_live(problems, live, [b for b in BUDGETS if b <= args.budget])
+    return out | of_live(problems, live, _budgets(args.budget))
 
 
 def of_live(

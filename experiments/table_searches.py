@@ -184,4 +184,3 @@ STRATEGIES: dict[str, Callable[[Table, int, int], Best]] = {
     "one_epoch": one_epoch,
 }
 ONE_BUDGET = ("one_epoch",)  # whose choices depend on the budget: searched anew for each
-LARGEST = {"gp": 16}  # budgets that a strategy is searched to, where all of them would take hours
