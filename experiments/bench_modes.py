@@ -108,6 +108,10 @@ def ours(mode: str, **options: Any) -> Callable[[Case], Call]:
     return of
 
 
+def method_of(name: str) -> Callable[[Case], Call]:
+    return COMPILED[name] if name in COMPILED else METHODS[name]
+
+
 def suits(method: str, case: str) -> bool:
     """Whether the method is right in this case."""
     return method != FLAG or case.endswith("_adam")
@@ -133,7 +137,6 @@ COMPILED = {
     "unrolled, every √K, compiled": ours("unrolled", graph_memory=0, compile=True),
     "forward, compiled": ours("forward", compile=True),
 }
-KNOWN = METHODS | COMPILED
 PACKAGES = {"TorchOpt": "torchopt", "higher": "higher"}
 
 
@@ -143,7 +146,7 @@ PACKAGES = {"TorchOpt": "torchopt", "higher": "higher"}
 def measure(args: Args, name: str, steps: int, methods: Sequence[str]) -> list[Row]:
     """Interleaved rounds of all methods on one case."""
     case = Case(name, steps, args.device)
-    calls = {method: KNOWN[method](case) for method in methods}
+    calls = {method: method_of(method)(case) for method in methods}
     start = [p.detach().clone() for p in case.params]
     seconds: dict[str, list[float]] = {method: [] for method in methods}
     errors = {method: error_of(method, name, min(steps, CHECKED), args.device) for method in methods}
@@ -191,7 +194,7 @@ def error_of(method: str, name: str, steps: int, device: str) -> float | None:
     if method == "plain":
         return None
     small = name.replace("gpt", "tinygpt") if name == GPT_CASE else name
-    truth, found = (KNOWN[m](Case(small, steps, device, torch.float64))() for m in ("plain code, graph kept", method))
+    truth, found = (method_of(m)(Case(small, steps, device, torch.float64))() for m in ("plain code, graph kept", method))
     assert truth is not None
     assert found is not None
     return max(abs(a - b) / abs(b) for a, b in zip(found, truth, strict=True))
@@ -215,8 +218,8 @@ def growth(method: str, name: str, steps: int, device: str) -> float:
     short = Case(name, 2, device)
     plain(short)()
     if method != "plain":
-        KNOWN[method](short)()
-    call = KNOWN[method](case)
+        method_of(method)(short)()
+    call = method_of(method)(case)
     gc.collect()
     before = peak(device)
     call()
