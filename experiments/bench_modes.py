@@ -7,8 +7,14 @@ state and batches. All methods of a case run in turn in one process with one thr
 rounds of (seconds a step) / (seconds of a plain `torch.optim` step in the same round). Memory is the growth of the peak in a
 fresh process. Peers take weight decay as a penalty in their loss, which for coupled decay is the same.
 
+On a GPU a GPT of 124 million parameters is added, for up to 20 steps; a method that runs out of memory there has a row with a
+null time. What implicit differentiation costs is in `experiments/bench_implicit.py`.
+
+With `--compiled` it is the methods with compile=True that run, beside the same ones without, and `bench_compiled.json` is
+written. They are compiled before the rounds; the seconds of that are a field of the row.
+
 `bench_modes.json` has a row for every method, case and K. `error` is the largest relative difference of the two numbers from
-those of plain code, all of it in float64, where rounding does not hide a mistake (K = 5 at most).
+those of plain code, all of it in float64, where rounding does not hide a mistake (K = 5 at most; the GPT's on a tiny one).
 """
 
 from __future__ import annotations
@@ -25,29 +31,25 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
-from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 
 import hypergrad
 from experiments import results
 from experiments.arguments import arg, command, parse
+from experiments.bench_case import Answer, Call, Case
+from experiments.bench_peers import flag, higher, plain_unrolled, torchopt
 
 Row = dict[str, Any]
-Answer = tuple[float, float]  # dL/dlr, dL/dwd
-Call = Callable[[], Answer | None]
 # Times: freed memory stays with the process, as in a long one; the page faults of taking it anew cost more here than the work.
 KEPT = {"MALLOC_MMAP_THRESHOLD_": str(2**25), "MALLOC_TRIM_THRESHOLD_": str(2**34), "MALLOC_TOP_PAD_": str(2**28)}
 # Memory: freed memory goes back at once, so that the peak is what was in use.
 RETURNED = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 CHECKED = 5  # steps; in float64
 MIB = 2**20
-MOMENTUM, WEIGHT_DECAY, EPS = 0.9, 1e-3, 1e-8
 
 
 @dataclass
@@ -59,63 +61,11 @@ class Args:
     rounds: int = arg(7, "rounds of every length; the median is reported", quick=1)
     methods: tuple = arg((), "any methods (default: all that the machine has)")
     device: str = arg("cpu", "cpu or cuda")
+    compiled: bool = arg(False, "the methods with compile=True and the same without (default of methods)")
     no_memory: bool = arg(False, "do not measure memory, each in a fresh process")
     memory_of: str = arg("", "print the growth of memory of METHOD:CASE:K, and do nothing else")
     out: str = arg("runs/bench_modes", "folder of bench_modes.json", quick="runs/bench_modes_quick")
     quick: bool = arg(False, "one round of short lengths: a test of the machinery")
-
-
-# ---- the work
-
-
-class Case:
-    """A model, an optimizer and K batches of random data; everything the same at every call."""
-
-    def __init__(self, name: str, steps: int, device: str, dtype: torch.dtype = torch.float32):
-        kind, self.rule = name.split("_")
-        torch.manual_seed(0)
-        self.model = MODELS[kind]().to(device, dtype)
-        self.lr, self.steps = {"sgd": 0.02, "adam": 1e-3}[self.rule], steps
-        shape = INPUTS[kind]
-        x, y = torch.randn(*shape), torch.randint(0, 10, shape[:1])
-        distinct = [(x.roll(i, -1), y.roll(i)) for i in range(min(steps, 20))]
-        move = lambda a: a.to(device, dtype) if a.is_floating_point() else a.to(device)  # noqa: E731
-        self.batches = [tuple(move(a) for a in distinct[i % len(distinct)]) for i in range(steps)]
-        self.held_out = tuple(move(a) for a in (x.flip(0), y))
-        self.params = list(self.model.parameters())
-
-    def loss(self, model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
-        return cross_entropy(model(batch[0]), batch[1])
-
-    def loss_at(self, theta: Sequence[Tensor], batch: Any) -> Tensor:
-        """The loss as a function of the parameters, for methods that are functional."""
-        named = dict(zip((name for name, _ in self.model.named_parameters()), theta, strict=True))
-        return self.loss(lambda x: torch.func.functional_call(self.model, named, (x,)), batch)  # type: ignore[arg-type]
-
-    def leaves(self) -> tuple[Tensor, Tensor]:
-        """lr and weight decay as tensors to be differentiated in."""
-        p = self.params[0]
-        lr, wd = (torch.tensor(x, dtype=p.dtype, device=p.device, requires_grad=True) for x in (self.lr, WEIGHT_DECAY))
-        return lr, wd
-
-    def optimizer(self) -> torch.optim.Optimizer:
-        if self.rule == "sgd":
-            return torch.optim.SGD(self.params, lr=self.lr, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY)
-        return torch.optim.Adam(self.params, lr=self.lr, weight_decay=WEIGHT_DECAY, eps=EPS)
-
-
-def _mlp() -> nn.Module:
-    return nn.Sequential(nn.Linear(784, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 10))
-
-
-def _cnn() -> nn.Module:
-    layers = nn.Conv2d(1, 16, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)
-    more = nn.Conv2d(16, 32, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)
-    return nn.Sequential(*layers, *more, nn.Flatten(), nn.Linear(32 * 49, 10))
-
-
-MODELS: dict[str, Callable[[], nn.Module]] = {"mlp": _mlp, "cnn": _cnn}
-INPUTS = {"mlp": (128, 784), "cnn": (64, 1, 28, 28)}
 
 
 # ---- the methods: (case) -> a call that computes the answer
@@ -150,6 +100,7 @@ def ours(mode: str, **options: Any) -> Callable[[Case], Call]:
                 mode=mode,
                 **options,
             )
+            case.compile_seconds += found.stats.get("compile_seconds", 0.0)
             return float(found.gradients["lr"]), float(found.gradients["weight_decay"])
 
         return call
@@ -157,84 +108,23 @@ def ours(mode: str, **options: Any) -> Callable[[Case], Call]:
     return of
 
 
-def plain_unrolled(case: Case) -> Call:
-    """The same steps in plain code whose whole graph autograd keeps."""
-    loss = case.loss_at
-
-    def call() -> Answer:
-        lr, wd = case.leaves()
-        theta = [p.detach().clone().requires_grad_() for p in case.params]
-        m, v = ([torch.zeros_like(p) for p in theta] for _ in range(2))
-        for t, batch in enumerate(case.batches, 1):
-            g = torch.autograd.grad(loss(theta, batch), theta, create_graph=True)
-            g = [x + wd * p for x, p in zip(g, theta, strict=True)]
-            if case.rule == "sgd":
-                m = [MOMENTUM * b + x for b, x in zip(m, g, strict=True)]
-                theta = [p - lr * b for p, b in zip(theta, m, strict=True)]
-                continue
-            m = [0.9 * b + 0.1 * x for b, x in zip(m, g, strict=True)]
-            v = [0.999 * b + 0.001 * x * x for b, x in zip(v, g, strict=True)]
-            c1, c2 = 1 - 0.9**t, math.sqrt(1 - 0.999**t)
-            # + tiny: the root has no derivative at exactly 0
-            roots = [(b + 1e-30).sqrt() / c2 + EPS for b in v]
-            theta = [p - (lr / c1) * b / r for p, b, r in zip(theta, m, roots, strict=True)]
-        found = torch.autograd.grad(loss(theta, case.held_out), [lr, wd])
-        return float(found[0]), float(found[1])
-
-    return call
+def method_of(name: str) -> Callable[[Case], Call]:
+    return COMPILED[name] if name in COMPILED else METHODS[name]
 
 
-def higher(case: Case) -> Call:
-    """higher 0.2.1: innerloop_ctx, with lr overridden and weight decay in the loss."""
-    library = import_module("higher")
-
-    def call() -> Answer:
-        lr, wd = case.leaves()
-        optimizer = case.optimizer()
-        for group in optimizer.param_groups:
-            group["weight_decay"] = 0.0
-        with library.innerloop_ctx(case.model, optimizer, override={"lr": [lr]}) as (model, inner):
-            for batch in case.batches:
-                inner.step(case.loss(model, batch) + _penalty(wd, model.parameters()))
-            found = torch.autograd.grad(case.loss(model, case.held_out), [lr, wd])
-        return float(found[0]), float(found[1])
-
-    return call
+def suits(method: str, case: str) -> bool:
+    """Whether the method is right in this case."""
+    return method != FLAG or case.endswith("_adam")
 
 
-def torchopt(case: Case) -> Call:
-    """TorchOpt 0.7.3: functional optimizers with a tensor for lr, weight decay in the loss."""
-    library = import_module("torchopt")
-
-    loss = case.loss_at
-
-    def call() -> Answer:
-        lr, wd = case.leaves()
-        if case.rule == "sgd":
-            rule = library.sgd(lr=lambda count: lr, momentum=MOMENTUM)
-        else:
-            rule = library.adam(lr=lambda count: lr, eps=EPS)
-        theta: Any = tuple(p.detach().clone().requires_grad_() for p in case.params)
-        state = rule.init(theta)
-        for batch in case.batches:
-            g = torch.autograd.grad(loss(theta, batch) + _penalty(wd, theta), theta, create_graph=True)
-            updates, state = rule.update(g, state, inplace=False)
-            theta = library.apply_updates(theta, updates, inplace=False)
-        found = torch.autograd.grad(loss(theta, case.held_out), [lr, wd])
-        return float(found[0]), float(found[1])
-
-    return call
-
-
-def _penalty(wd: Tensor, theta: Any) -> Tensor:
-    return 0.5 * wd * sum((p * p).sum() for p in theta)
-
-
+GPT_CASE, GPT_STEPS = "gpt_adam", 20  # added on a GPU; its longest run
+FLAG = "torch.optim, differentiable=True"
 METHODS: dict[str, Callable[[Case], Call]] = {
     "plain": plain,
     "plain code, graph kept": plain_unrolled,
     "TorchOpt": torchopt,
     "higher": higher,
+    FLAG: flag,
     "unrolled, a snapshot every step": ours("unrolled", every=1),
     "unrolled, every √K": ours("unrolled", graph_memory=0),
     "unrolled, graph kept": ours("unrolled", graph_memory=2**40),
@@ -242,6 +132,11 @@ METHODS: dict[str, Callable[[Case], Call]] = {
 }
 EVERY = (2, 4, 20, 50, 100)  # more steps between snapshots, for the curve of time over memory
 METHODS |= {f"unrolled, every {c} steps": ours("unrolled", every=c) for c in EVERY}
+COMPILED = {
+    "unrolled, a snapshot every step, compiled": ours("unrolled", every=1, compile=True),
+    "unrolled, every √K, compiled": ours("unrolled", graph_memory=0, compile=True),
+    "forward, compiled": ours("forward", compile=True),
+}
 PACKAGES = {"TorchOpt": "torchopt", "higher": "higher"}
 
 
@@ -251,10 +146,11 @@ PACKAGES = {"TorchOpt": "torchopt", "higher": "higher"}
 def measure(args: Args, name: str, steps: int, methods: Sequence[str]) -> list[Row]:
     """Interleaved rounds of all methods on one case."""
     case = Case(name, steps, args.device)
-    calls = {method: METHODS[method](case) for method in methods}
+    calls = {method: method_of(method)(case) for method in methods}
     start = [p.detach().clone() for p in case.params]
     seconds: dict[str, list[float]] = {method: [] for method in methods}
     errors = {method: error_of(method, name, min(steps, CHECKED), args.device) for method in methods}
+    compile_seconds = {method: compiling(calls[method], case) for method in methods if method in COMPILED}
     for turn in range(args.rounds + 1):  # the first warms up
         for method in methods:
             with torch.no_grad():
@@ -263,8 +159,11 @@ def measure(args: Args, name: str, steps: int, methods: Sequence[str]) -> list[R
                     p.grad = None
             gc.collect()
             began = clock(args.device)
-            calls[method]()
-            spent = clock(args.device) - began
+            try:
+                calls[method]()
+                spent = clock(args.device) - began
+            except torch.OutOfMemoryError:
+                spent = math.inf
             if turn:
                 seconds[method].append(spent / steps)
     rows = []
@@ -273,10 +172,20 @@ def measure(args: Args, name: str, steps: int, methods: Sequence[str]) -> list[R
         row = {"case": name, "steps": steps, "method": method, "times_plain": round(statistics.median(ratios), 3)}
         row["ms_a_step"] = round(1e3 * statistics.median(seconds[method]), 3)
         row["error"] = errors[method]
+        if method in COMPILED:
+            row["compile_seconds"] = round(compile_seconds[method], 1)
         rows.append(row)
         error = "" if row["error"] is None else f"   error {row['error']:.1e}"
         print(f"{name:9} K={steps:<4} {method:34} {row['times_plain']:7.2f}{error}", flush=True)
     return rows
+
+
+def compiling(call: Call, case: Case) -> float:
+    """Compile on a few steps, and the seconds that took: of the wall, as the compiler is another process."""
+    before, batches, case.batches = case.compile_seconds, case.batches, case.batches[:6]
+    call()
+    case.batches = batches
+    return case.compile_seconds - before
 
 
 @cache
@@ -284,7 +193,8 @@ def error_of(method: str, name: str, steps: int, device: str) -> float | None:
     """The largest relative difference of an answer from plain code's, both in float64."""
     if method == "plain":
         return None
-    truth, found = (METHODS[m](Case(name, steps, device, torch.float64))() for m in ("plain code, graph kept", method))
+    small = name.replace("gpt", "tinygpt") if name == GPT_CASE else name
+    truth, found = (method_of(m)(Case(small, steps, device, torch.float64))() for m in ("plain code, graph kept", method))
     assert truth is not None
     assert found is not None
     return max(abs(a - b) / abs(b) for a, b in zip(found, truth, strict=True))
@@ -308,8 +218,8 @@ def growth(method: str, name: str, steps: int, device: str) -> float:
     short = Case(name, 2, device)
     plain(short)()
     if method != "plain":
-        METHODS[method](short)()
-    call = METHODS[method](case)
+        method_of(method)(short)()
+    call = method_of(method)(case)
     gc.collect()
     before = peak(device)
     call()
@@ -347,23 +257,27 @@ def main(args: Args) -> list[Row]:
         method, name, steps = args.memory_of.split(":")
         print(growth(method, name, int(steps), args.device))
         return []
-    methods = [m for m in args.methods or METHODS if m not in curve(10**9) or m in args.methods]
-    methods = [m for m in methods if _installed(m)]
+    siblings = [sibling for m in COMPILED for sibling in (m.removesuffix(", compiled"), m)]
+    methods = args.methods or (siblings if args.compiled else [m for m in METHODS if m not in curve(10**9)])
+    methods = [m for m in methods if installed(m)]
     methods = ["plain", *(m for m in methods if m != "plain")]
     rows = []
-    for name in args.cases:
-        for steps in args.lengths:
-            at_length = [*methods, *(curve(steps) if steps == max(args.lengths) and not args.methods else ())]
-            rows += measure(args, name, steps, at_length)
+    for name in (*args.cases, *((GPT_CASE,) if args.device.startswith("cuda") and GPT_CASE not in args.cases else ())):
+        lengths = [k for k in args.lengths if name != GPT_CASE or k <= GPT_STEPS]
+        for steps in lengths:
+            whole = steps == max(lengths) and not (args.methods or args.compiled)
+            at_length = [*methods, *(curve(steps) if whole else ())]
+            rows += measure(args, name, steps, [m for m in at_length if suits(m, name)])
         for row in () if args.no_memory else rows:
-            if row["case"] == name and row["steps"] == max(args.lengths):
+            if row["case"] == name and row["steps"] == max(lengths) and math.isfinite(row["times_plain"]):
                 row["memory_mib"] = round(growth_of(row["method"], name, row["steps"], args.device), 1)
                 print(f"{name:9} K={row['steps']:<4} {row['method']:34} {row['memory_mib']:7.1f} MiB", flush=True)
-        results.write(Path(args.out, "bench_modes.json"), command(args), rows, args.device)  # a case at a time
+        file = "bench_compiled.json" if args.compiled else "bench_modes.json"
+        results.write(Path(args.out, file), command(args), rows, args.device)  # a case at a time
     return rows
 
 
-def _installed(method: str) -> bool:
+def installed(method: str) -> bool:
     package = PACKAGES.get(method)
     if package is None or find_spec(package):
         return True
@@ -371,11 +285,17 @@ def _installed(method: str) -> bool:
     return False
 
 
-def start() -> None:
-    """The command: in a process whose malloc keeps what is freed, but for measuring memory."""
-    args = parse(Args)
-    if not args.memory_of and not all(os.environ.get(name) == value for name, value in KEPT.items()):
+def keep_memory() -> None:
+    """Begin again as a process whose malloc keeps what is freed."""
+    if not all(os.environ.get(name) == value for name, value in KEPT.items()):
         os.execve(sys.executable, sys.orig_argv, os.environ | KEPT)
+
+
+def start() -> None:
+    """The command."""
+    args = parse(Args)
+    if not args.memory_of:
+        keep_memory()
     main(args)
 
 

@@ -27,7 +27,7 @@ from experiments.arguments import arg, command, parse
 from experiments.invariance import UNSEEN, overall, summary
 from experiments.pools import GRID_WD, TRIAL_LR, significant, summaries
 from experiments.sweep import sweep
-from experiments.workloads import WORKLOADS, train_tuned
+from experiments.workloads import COMPARED, WORKLOADS, train_tuned
 
 Row = dict[str, Any]
 FORMS = {"exact": {}, "free": {"curvature": "free"}, "start": {"curvature": "free"}}
@@ -38,7 +38,7 @@ KEPT = ("form", "workload", "kind", "split", "runs", "starts", "mean", "worst", 
 class Args:
     """Tune every workload in every form. Finished runs are kept; call it again to go on."""
 
-    workloads: tuple = arg(tuple(WORKLOADS), "any of them", quick=("mlp_digits", "diabetes"))
+    workloads: tuple = arg(COMPARED, "any of them", quick=("mlp_digits", "diabetes"))
     starts: int = arg(2, "learning rates, and weight decays, to start from", quick=1)
     seeds: int = arg(2, "runs of each start", quick=1)
     seed: int = arg(0, "the first of the seeds; test losses are read from 1000 on")

@@ -30,7 +30,7 @@ from experiments import results
 from experiments.arguments import arg, command, parse
 from experiments.pools import GRID_WD, TRIAL_LR, significant, summaries
 from experiments.sweep import sweep
-from experiments.workloads import WORKLOADS, train_tuned
+from experiments.workloads import COMPARED, WORKLOADS, train_tuned
 
 Row = dict[str, Any]
 UNSEEN = 1000  # the first seed whose test loss is read
@@ -41,7 +41,7 @@ FLOOR, AIM, SIGMAS = 0.06, 0.03, 2
 class Args:
     """Tune every workload from a grid of starts. Finished runs are kept; call it again to go on."""
 
-    workloads: tuple = arg(tuple(WORKLOADS), "any of them", quick=("mlp_digits", "diabetes"))
+    workloads: tuple = arg(COMPARED, "any of them", quick=("mlp_digits", "diabetes"))
     starts: int = arg(5, "learning rates, and weight decays, to start from", quick=2)
     seeds: int = arg(3, "runs of each start", quick=1)
     seed: int = arg(0, "the first of the seeds; test losses are read from 1000 on")

@@ -8,23 +8,72 @@ from typing import Any
 from experiments.markdown import source, table
 
 Result = dict[str, Any]
-CASES = {"mlp_sgd": "MLP, SGD-M", "mlp_adam": "MLP, Adam", "cnn_sgd": "CNN, SGD-M"}
+CASES = {"mlp_sgd": "MLP, SGD-M", "mlp_adam": "MLP, Adam", "cnn_sgd": "CNN, SGD-M", "gpt_adam": "GPT, Adam"}
 
 
 def bench_modes(result: Result) -> str:
     """Time of every method as a multiple of a plain step, for every K; memory at the largest."""
     rows = [row for row in result["rows"] if " steps" not in row["method"] and row["method"] != "plain"]
     lengths = sorted({row["steps"] for row in rows})
+    cases = {name: title for name, title in CASES.items() if any(row["case"] == name for row in rows)}
     of = {(row["method"], row["case"], row["steps"]): row for row in rows}
     shown = " / ".join(map(str, lengths))
-    head = ["method", *(f"{title}: K = {shown}" for title in CASES.values())]
-    head += [f"MiB, K = {lengths[-1]}: {' / '.join(CASES.values())}", "error, float64"]
+    head = ["method", *(f"{title}: K = {shown}" for title in cases.values())]
+    head += [f"MiB, K = {lengths[-1]}: {' / '.join(cases.values())}", "error, float64"]
     body = []
     for method in dict.fromkeys(row["method"] for row in rows):
-        cells = [" / ".join(_number(of, method, case, k, "times_plain", ".1f") for k in lengths) for case in CASES]
-        memory = " / ".join(_number(of, method, case, lengths[-1], "memory_mib", ".0f") for case in CASES)
+        cells = [" / ".join(_number(of, method, case, k, "times_plain", ".1f") for k in lengths) for case in cases]
+        memory = " / ".join(_number(of, method, case, lengths[-1], "memory_mib", ".0f") for case in cases)
         errors = [row["error"] for row in rows if row["method"] == method and row["error"] is not None]
         body.append((method, *cells, memory, f"{max(errors):.0e}"))
+    return table(head, body) + "\n\n" + source(result)
+
+
+def bench_implicit(result: Result) -> str:
+    """Time of one linear solve as a multiple of a plain step."""
+    of = {(row["method"], row["case"]): row for row in result["rows"]}
+    cases = {name: title for name, title in CASES.items() if any(row["case"] == name for row in result["rows"])}
+    body = []
+    for method in dict.fromkeys(row["method"] for row in result["rows"]):
+        rows = [of[method, case] for case in cases]
+        body.append((method, *(f"{row['times_plain']:.1f}" for row in rows), f"{max(r['error'] for r in rows):.0e}"))
+    return table(("ten iterations, once", *cases.values(), "error, float64"), body) + "\n\n" + source(result)
+
+
+def bench_fallback(result: Result) -> str:
+    """Time of a step through the fallback; what the check of the first call took."""
+    rows = result["rows"]
+    modes = list(dict.fromkeys(row["mode"] for row in rows))
+    body = []
+    for name, tensors in dict.fromkeys((row["optimizer"], row["tensors"]) for row in rows):
+        own = {row["mode"]: row for row in rows if (row["optimizer"], row["tensors"]) == (name, tensors)}
+        errors = [row["error"] for row in own.values() if row["error"] is not None]
+        cells = [f"{own[mode]['times_plain']:.1f}" for mode in modes]
+        first = f"{max(row['first_call_s'] for row in own.values()):.1f}"
+        body.append((name, str(tensors), *cells, first, f"{max(errors):.0e}" if errors else "–"))
+    head = (f"optimizer, K = {rows[0]['steps']}", "tensors", *modes, "check, seconds, once", "error, float64")
+    return table(head, body) + "\n\n" + source(result)
+
+
+def muon(result: Result) -> str:
+    """The workload of Muon and AdamW: from where tuned runs start, and where they end."""
+    head = (
+        "workload",
+        "starts × seeds",
+        "L*",
+        "mean",
+        "worst start",
+        "over the floor's bound",
+        "regret",
+        "rolled back",
+    )
+    body = []
+    for row in (row for row in result["rows"] if row["kind"] == "summary"):
+        runs = f"{row['starts']} × {row['runs'] // row['starts']}"
+        worst = f"{row['worst']:.3f} (lr {row['start_lr']:.2g}, weight decay {row['start_weight_decay']:.2g})"
+        losses = (f"{row['l_star']:.3f}", f"{row['mean']:.3f}", worst)
+        ratios = (f"{row['excess_over_floor']:.2f}", f"{row['regret']:.3f}", str(row["rollbacks"]))
+        body.append((row["workload"], runs, *losses, *ratios))
     return table(head, body) + "\n\n" + source(result)
 
 
@@ -98,6 +147,10 @@ def data_cleaning(result: Result) -> str:
 
 TABLES = {
     "bench_modes": bench_modes,
+    "bench_implicit": bench_implicit,
+    "bench_fallback": bench_fallback,
+    "muon": muon,
+    "bench_compiled": bench_modes,
     "long_run": long_run,
     "metalearn_lr": metalearn_lr,
     "learned_schedule": learned_schedule,

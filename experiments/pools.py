@@ -25,7 +25,7 @@ import numpy as np
 from experiments import results
 from experiments.arguments import arg, command, parse
 from experiments.sweep import finished, sweep
-from experiments.workloads import RUNGS, WORKLOADS, train
+from experiments.workloads import COMPARED, RUNGS, WORKLOADS, train
 
 Row = dict[str, Any]
 GRID_SEED, TRIAL_SEED, FRESH_SEED = 0, 1000, 2000  # the first of each kind
@@ -39,7 +39,7 @@ DIGITS = 6  # that pools.json keeps of a number
 class Args:
     """Run the grid, the winner on fresh seeds, and random trials of each workload. Finished runs are kept."""
 
-    workloads: tuple = arg(tuple(WORKLOADS), "any of them", quick=("mlp_digits", "diabetes"))
+    workloads: tuple = arg(COMPARED, "any of them", quick=("mlp_digits", "diabetes"))
     grid_lr: int = arg(20, "learning rates of the grid, 1e-5 … 10", quick=2)
     grid_wd: int = arg(10, "weight decays of the grid, 1e-7 … 0.1", quick=2)
     trials: int = arg(128, "random trials", quick=2)

@@ -3,9 +3,10 @@
     python -m experiments.search_benchmark [--quick]
 
 The table is that of `experiments.search_table`, its searches those of `experiments.table_searches`. What is minimised is the mean
-held-out score of the five folds; one run-equivalent is the five fits. Live trials are those of `experiments.search_live`, from
-random starts; "hybrid" is such trials one after another, the best of them by the same held-out score. (Optuna's TPE draws its
-first ten points at random, and no hybrid here has more trials than that.)
+held-out score of the five folds; one run-equivalent is the five fits. Live trials are those of `experiments.search_live`.
+"hypergradient" is one of them, from values drawn at random. "hybrid" lets ASHA choose configurations, by the same held-out
+score, and when its plain runs (which are those of the table) have cost POLISH[i], a live trial goes on from the best of them that
+has had none: it learns lr and weight decay anew at that configuration's batch size, hidden units and momentum or betas.
 
 With f the best score found within a budget, f_best the table's best and f_median the median of its 256,
 
@@ -30,10 +31,11 @@ from experiments.search_live import FIRST_FINAL_SEED, run
 from experiments.search_problems import EPOCHS, LOOKS, METRICS, SETS, SPACES
 from experiments.search_table import NAME, units
 from experiments.sweep import sweep
-from experiments.table_searches import BETWEEN, LARGEST, ONE_BUDGET, STRATEGIES, Best, Table
+from experiments.table_searches import BETWEEN, ONE_BUDGET, STRATEGIES, Best, Table, promotions
 
 Row = dict[str, Any]
 BUDGETS = (1, 2, 4, 8, 16, 32, 64)
+POLISH = (1.5, 11.5)  # an evaluation costs up to 0.5, a live trial up to 2: they end within 4 and 16
 RESAMPLES = 2000
 
 
@@ -47,8 +49,9 @@ class Args:
     )
     seeds: int = arg(10, "of each black-box search", quick=2)
     live_seeds: int = arg(5, "of the live runs", quick=1)
-    trials: int = arg(2, "live trials of a seed: the first is hypergradient, all are hybrid", quick=1)
-    first_seed: int = arg(FIRST_FINAL_SEED, "seeds count up from here; variants are chosen below 1000")
+    hybrid_seeds: int = arg(3, "of the hybrid, the first of those", quick=1)
+    first_seed: int = arg(1000, "of black-box searches; they count up from here")
+    first_live_seed: int = arg(FIRST_FINAL_SEED, "of live runs; variants are chosen below 1000")
     budget: int = arg(64, "largest, in run-equivalents", quick=2)
     epochs: int = arg(EPOCHS, "of a live run", quick=2)
     table: str = arg(str(results.FOLDER), "folder of the table")
@@ -94,32 +97,55 @@ def bootstrap(by_problem: list[np.ndarray], rng: np.random.Generator) -> tuple[f
     return float(low), float(high)
 
 
-def live_rows(args: Args) -> list[Row]:
-    """Every live trial, first trials first."""
-    todo = [
-        {
-            "kind": "live",
-            "set": s,
-            "space": p,
-            "seed": args.first_seed + i,
-            "trial": t,
-            "momenta": False,
-            "epochs": args.epochs,
-        }
-        for t in range(args.trials)
-        for i in range(args.live_seeds)
-        for s in args.sets
-        for p in SPACES
+def live_rows(args: Args, problems: dict[tuple[str, str, str], Table]) -> list[Row]:
+    """Every live trial: those from random values first, then those of the hybrids, each configuration once."""
+    seeds = [args.first_live_seed + i for i in range(args.live_seeds)]
+    keys = [(s, p, seed, None) for seed in seeds for s in args.sets for p in SPACES]
+    chosen = {
+        (key[0], key[1], seed, config)
+        for seed in seeds[: args.hybrid_seeds]
+        for key, table in problems.items()
+        for _, config in polished(table, seed, args.budget)
+    }
+    names = ("set", "space", "seed", "config")
+    todo: list[Row] = [
+        {"kind": "live"} | dict(zip(names, key, strict=True)) | {"epochs": args.epochs}
+        for key in keys + sorted(chosen, key=lambda key: (key[2], *key[:2], key[3]))
     ]
     rows = sweep(run, todo, Path(args.runs) / "search_live.jsonl", args.jobs)
-    return [row | {"strategy": "hypergradient"} for row in rows if any(item.items() <= row.items() for item in todo)]
+    rows = [row for row in rows if any(item.items() <= row.items() for item in todo)]
+    return [row | {"strategy": "hypergradient" if row["config"] is None else "hybrid"} for row in rows]
+
+
+def polished(table: Table, seed: int, budget: float) -> list[tuple[float, int]]:
+    """(run-equivalents that ASHA has spent, configuration) of each live trial of a hybrid."""
+    out: list[tuple[float, int]] = []
+    best: dict[int, float] = {}
+    for spent, config, score in promotions(table, seed, budget):
+        best[config] = score  # at the rung it has come to last
+        if len(out) < len(POLISH) and spent >= POLISH[len(out)] - BETWEEN:
+            left = {c: x for c, x in best.items() if c not in [c for _, c in out]}
+            out.append((spent, min(left, key=left.__getitem__)))
+    return out
+
+
+def hybrid(table: Table, seed: int, budget: float, live: dict[int, tuple[float, float]]) -> Best:
+    """Plain runs and live trials in the order of their costs; `live`: configuration → (cost, score) of its live trial."""
+    todo, extra, out = polished(table, seed, budget), 0.0, []
+    for spent, _, score in promotions(table, seed, budget):
+        out.append((spent + extra, score))
+        if todo and spent >= todo[0][0]:
+            cost, found = live[todo.pop(0)[1]]
+            extra += cost
+            out.append((spent + extra, found))
+    return out
 
 
 def search(item: Row, folder: Path) -> Row:
     """All seeds of one strategy on one problem: a field for each budget and seed."""
     key = (item["set"], item["space"], item["metric"])
     table, seek = tables(folder, (item["set"],))[key], STRATEGIES[item["strategy"]]
-    budgets, row = _budgets(item["strategy"], item["budget"]), dict(item)
+    budgets, row = _budgets(item["budget"]), dict(item)
     for seed in range(item["seeds"]):
         at = item["first_seed"] + seed
         whole = None if item["strategy"] in ONE_BUDGET else seek(table, at, budgets[-1])
@@ -128,8 +154,8 @@ def search(item: Row, folder: Path) -> Row:
     return row
 
 
-def _budgets(strategy: str, largest: int) -> list[int]:
-    return [b for b in BUDGETS if b <= LARGEST.get(strategy, largest) and b <= largest]
+def _budgets(largest: int) -> list[int]:
+    return [b for b in BUDGETS if b <= largest]
 
 
 def searched(
@@ -146,31 +172,29 @@ def searched(
     out: dict[str, dict[int, list[np.ndarray]]] = {}
     for item in todo:
         row = next(row for row in rows if item.items() <= row.items())
-        for b in _budgets(item["strategy"], args.budget):
+        for b in _budgets(args.budget):
             regrets = np.array([row[f"regret_{b}_{seed}"] for seed in range(args.seeds)])
             out.setdefault(item["strategy"], {}).setdefault(b, []).append(regrets)
-    return out | of_live(problems, live, [b for b in BUDGETS if b <= args.budget])
+    return out | of_live(problems, live, _budgets(args.budget))
 
 
 def of_live(
     problems: dict[tuple[str, str, str], Table], live: list[Row], budgets: list[int]
 ) -> dict[str, dict[int, list[np.ndarray]]]:
-    """The same of the live trials: "hypergradient" is the first of a seed, "hybrid" all, at the budgets that they reach."""
+    """The same of the live trials; "hypergradient" at the budgets that it reaches."""
     out: dict[str, dict[int, list[np.ndarray]]] = {"hypergradient": {}, "hybrid": {}}
-    for name in out:
-        paths: dict[tuple[str, str, str], list[Best]] = {}
-        for key in problems:
-            own = [row for row in live if (row["set"], row["space"]) == key[:2]]
-            for seed in sorted({row["seed"] for row in own}):
-                trials = sorted((row for row in own if row["seed"] == seed), key=lambda row: row["trial"])
-                trials = trials[:1] if name == "hypergradient" else trials
-                costs = np.cumsum([row["cost"] for row in trials])
-                paths.setdefault(key, []).append(
-                    list(zip(costs.tolist(), (row[key[2]] for row in trials), strict=True))
-                )
-        most = max(path[-1][0] for each in paths.values() for path in each)
-        for b in [b for b in budgets if b <= max(most, 2)]:
-            out[name][b] = [np.array([regret(p, problems[k], b) for p in paths[k]]) for k in problems]
+    paths: dict[str, dict[tuple[str, str, str], list[Best]]] = {name: {} for name in out}
+    for key, table in problems.items():
+        own = [row for row in live if (row["set"], row["space"]) == key[:2]]
+        for first in (row for row in own if row["config"] is None):
+            trials = {r["config"]: (r["cost"], r[key[2]]) for r in own if r["seed"] == first["seed"]}
+            paths["hypergradient"].setdefault(key, []).append([trials.pop(None)])
+            if all(config in trials for _, config in polished(table, first["seed"], budgets[-1])):
+                paths["hybrid"].setdefault(key, []).append(hybrid(table, first["seed"], budgets[-1], trials))
+    most = max(path[-1][0] for each in paths["hypergradient"].values() for path in each)
+    for name, own in paths.items():
+        for b in [b for b in budgets if name == "hybrid" or b <= max(most, 2)]:
+            out[name][b] = [np.array([regret(path, problems[key], b) for path in own[key]]) for key in problems]
     return out
 
 
@@ -224,7 +248,7 @@ def _difference(name: str, rival: str, budget: int, ours: list[np.ndarray], thei
 def main(argv: list[str] | None = None) -> list[Row]:
     args = parse(Args, argv)
     problems = tables(Path(args.table), args.sets)
-    live = live_rows(args)
+    live = live_rows(args, problems)
     rows = summarise(problems, searched(args, problems, live)) + live
     results.write(Path(args.out) / "search_benchmark.json", command(args), rows, one_line_a_row=True)
     for row in rows:

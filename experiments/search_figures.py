@@ -12,7 +12,7 @@ from experiments.markdown import source, table
 
 NAMES = {
     "hypergradient": "one hypergradient run",
-    "hybrid": "hybrid, two such runs",
+    "hybrid": "hybrid: ASHA, and such runs from its best",
     "asha": "ASHA",
     "hyperband": "Hyperband",
     "tpe": "TPE (Optuna)",
@@ -28,6 +28,7 @@ DRAWN = {
     "one_epoch": "#b9bbbe",
     "tpe": OTHERS[2],
     "asha": OTHERS[0],
+    "hybrid": TUNED,
 }  # the rest lies between these
 
 
@@ -71,6 +72,71 @@ def search_regret(rows: Rows) -> Figure:
     _tidy(panel, "normalised regret, mean of 20 problems; bands: 95 %", "budget, run-equivalents (five fold fits each)")
     panel.legend(frameon=False, fontsize=9)
     return figure
+
+
+def search_problems(result: dict[str, Any]) -> str:
+    """Score of each problem: one hypergradient run beside what it is to reach."""
+    rows = [row for row in result["rows"] if row["kind"] == "problem"]
+    columns = {"one hypergradient run": ("hypergradient", 2), "TPE, 2": ("tpe", 2), "TPE, 32": ("tpe", 32)}
+    columns |= {"ASHA, 2": ("asha", 2), "ASHA, 16": ("asha", 16), "hybrid, 32": ("hybrid", 32)}
+    body = []
+    for key in dict.fromkeys((row["set"], row["space"], row["metric"]) for row in rows):
+        own = {
+            (row["strategy"], row["budget"]): row["regret"]
+            for row in rows
+            if (row["set"], row["space"], row["metric"]) == key
+        }
+        body.append((", ".join(key), *(f"{1 - own[at]:.2f}" for at in columns.values())))
+    return table(("problem", *columns), body) + "\n\n" + source(result)
+
+
+def search_differences(result: dict[str, Any]) -> str:
+    """Regret of the live strategies minus that of searches of the table, with 95 % intervals."""
+    rows = [row for row in result["rows"] if row["kind"] == "difference"]
+    budgets = sorted({row["budget"] for row in rows})
+    body = []
+    for name, rival in dict.fromkeys((row["strategy"], row["rival"]) for row in rows):
+        at = {row["budget"]: row for row in rows if (row["strategy"], row["rival"]) == (name, rival)}
+        cells = (
+            f"{at[b]['regret']:+.3f} ({at[b]['regret_low']:+.3f} to {at[b]['regret_high']:+.3f})" if b in at else "–"
+            for b in budgets
+        )
+        body.append((f"{NAMES[name].split(':')[0]} minus {NAMES[rival]}", *cells))
+    return table(("regret", *map(str, budgets)), body) + "\n\n" + source(result)
+
+
+def search_diagnosis(result: dict[str, Any]) -> str:
+    """Mean score of the grids, by what was drawn and by what chose the point."""
+    rows = [row for row in result["rows"] if row["kind"] == "grid"]
+    body = []
+    for draw in dict.fromkeys(row["draw"] for row in rows):
+        own = [row for row in rows if row["draw"] == draw]
+        ways = ("held", "five", "one")
+        body.append((draw, *(f"{1 - sum(row[f'regret_{by}'] for row in own) / len(own):.3f}" for by in ways)))
+    luck = [row["regret"] for row in result["rows"] if row["kind"] == "luck"]
+    head = ("hidden, batch, momentum", "chosen by the held-out parts", "by five validations", "by one validation")
+    again = f"The table's best configurations, trained again from two other seeds: {1 - sum(luck) / len(luck):.3f}."
+    return table(head, body) + "\n\n" + again + "\n\n" + source(result)
+
+
+def discrete(result: dict[str, Any]) -> str:
+    """Validation and test loss of both strategies on each case."""
+    rows, body = result["rows"], []
+    for case, strategy in dict.fromkeys((row["case"], row["strategy"]) for row in rows):
+        own = [row for row in rows if (row["case"], row["strategy"]) == (case, strategy)]
+        cells = [f"{sum(row[part] for row in own) / len(own):.4f}" for part in ("val", "test")]
+        trials = f"{sum(row['trials'] for row in own) / len(own):.1f}"
+        body.append((case, strategy, str(len(own)), trials, *cells, f"{own[0]['gradient_evaluations']:,.0f}"))
+    head = (
+        "case",
+        "strategy",
+        "seeds",
+        "trials",
+        "validation loss",
+        "test loss, trained again",
+        "gradient evaluations",
+    )
+    return table(head, body) + "\n\n" + source(result)
 
 
 def worked_examples(result: dict[str, Any]) -> str:
@@ -126,3 +192,37 @@ def population(result: dict[str, Any]) -> str:
         at = {row["members"]: row["speed"] for row in rows if row["tuned"] == tuned}
         body.append((name, *(f"{at[size]:.1f}×" if size in at else "–" for size in sizes)))
     return table(("speed over one by one", *(f"{size} members" for size in sizes)), body) + "\n\n" + source(result)
+
+
+def search_cv(result: dict[str, Any]) -> str:
+    """Loss, fits and time of the gradient and of the grid, a row a problem."""
+    rows, body = result["rows"], []
+    for row in (row for row in rows if row["method"] == "gradient"):
+        grid = next(other for other in rows if other["method"] == "grid" and other["model"] == row["model"])
+        found = ", ".join(f"{key.removeprefix('best_')} {row[key]:.3g}" for key in row if key.startswith("best_"))
+        pairs = [(f"{each['fold_fits']:,}", f"{each['test_score']:.3f}") for each in (row, grid)]
+        body.append(
+            (
+                row["title"],
+                found,
+                ", ".join(f"{grid[key]:.3g}" for key in row if key.startswith("best_")),
+                f"{row['loss_ratio']:.4f}",
+                *(fits for fits, _ in pairs),
+                f"{row['seconds']:.2f}",
+                f"{grid['seconds']:.2f}",
+                f"{row['time_ratio']:.2f}",
+                *(score for _, score in pairs),
+            )
+        )
+    head = (
+        "problem",
+        "found",
+        "grid's",
+        "loss, over grid's",
+        "fold fits",
+        "grid's",
+        "seconds",
+        "grid's",
+        "time, over grid's",
+    )
+    return table((*head, "test score", "grid's"), body) + "\n\n" + source(result)

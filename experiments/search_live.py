@@ -1,8 +1,9 @@
-"""Live runs of the search benchmark: a run tuned online on one fold, its learned values replayed on all five.
+"""Live runs of the search benchmark: two runs tuned online together, what they learned replayed on all five folds.
 
-The training part of the first fold is split into four fifths that train and one that validates; a Tuner of default settings moves
-lr and weight decay while it trains there for EPOCHS. The learned lr is then the scale of a linear decay to zero,
-and α = weight decay · batch, in plain runs of all five folds, whose held-out parts score them and are seen by nothing else.
+Of the training parts of two folds four fifths train and one fifth validates. Both train side by side with one lr and
+one weight decay (of all weights, biases too), which a Tuner moves by the sum of their validation
+losses, for LEARN_EPOCHS. The path of lr and of α = weight decay · batch, stretched over EPOCHS, is then that of plain
+runs of all five folds, whose held-out parts score them.
 
 Cost in run-equivalents (the five fold fits of one configuration, 5 · EPOCHS · ⌈n/batch⌉ gradients): gradients of training batches
 count 1, Hessian-vector products 2, and a validation gradient its rows over the batch's; the replay is one run-equivalent more.
@@ -20,11 +21,16 @@ from torch import Tensor, nn
 
 import hypergrad
 from experiments.search_problems import EPOCHS, FOLDS, METRICS, SPACES, Folds, Values, fit, folds
-from experiments.search_table import values_at
+from experiments.search_table import units, values_at
 
 Row = dict[str, Any]
 INNER = 0.8  # share of a fold's training part that trains while tuning
-FIRST_FINAL_SEED = 1000
+TOGETHER = 2  # folds that are tuned on
+LEARN_EPOCHS = 27  # so that tuning costs less than a run-equivalent
+LOOKS = 12  # steps of a first run, on one fold, that finds where lr starts
+HYPER_STEPS = 12  # at least, in runs of few steps: hyperparameters move every ten steps, or more often
+FIRST_FINAL_SEED = 3000  # variants are chosen below 1000; 1000 to 1004 and 2000 to 2004 were seen with earlier versions
+TUNE = ("lr", "weight_decay")
 
 
 def start(space: str, seed: int) -> Values:
@@ -33,83 +39,115 @@ def start(space: str, seed: int) -> Values:
     return values_at(entries, np.random.default_rng(seed).random(len(entries)))
 
 
-def build(data: Folds, values: Values, seed: int) -> tuple[nn.Sequential, torch.optim.Optimizer]:
-    """The torch model and optimizer of a configuration; biases are in a group without decay."""
-    torch.manual_seed(seed)
-    first, second = (
-        nn.Linear(data.x.shape[2], values["hidden"]),
-        nn.Linear(values["hidden"], data.y.shape[2]),
-    )
-    for layer in (first, second):
-        nn.init.xavier_uniform_(layer.weight)
-    decay = values["alpha"] / values["batch"]
-    groups = [
-        {"params": [first.weight, second.weight], "weight_decay": decay},
-        {"params": [first.bias, second.bias], "weight_decay": 0.0},
-    ]
-    if "momentum" in values:
-        optimizer: torch.optim.Optimizer = torch.optim.SGD(
-            groups, lr=values["lr"], momentum=values["momentum"], nesterov=True
+class Nets(nn.Module):
+    """MLPs of one hidden layer side by side, weights drawn as scikit-learn draws them."""
+
+    def __init__(self, models: int, inputs: int, hidden: int, outputs: int):
+        super().__init__()
+        shapes = [(inputs, hidden), (1, hidden), (hidden, outputs), (1, outputs)]
+        bounds = [math.sqrt(6 / (inputs + hidden))] * 2 + [math.sqrt(6 / (hidden + outputs))] * 2
+        self.weights = nn.ParameterList(
+            torch.empty(models, *shape).uniform_(-bound, bound) for shape, bound in zip(shapes, bounds, strict=True)
         )
-    else:
-        betas = (values["beta1"], values["beta2"])
-        optimizer = torch.optim.Adam(groups, lr=values["lr"], betas=betas, eps=values["eps"])
-    return nn.Sequential(first, nn.ReLU(), second), optimizer
+
+    def forward(self, x: Tensor) -> Tensor:
+        w1, b1, w2, b2 = self.weights
+        return torch.baddbmm(b2, torch.baddbmm(b1, x, w1).relu(), w2)
+
+
+def build(data: Folds, values: Values, seed: int) -> tuple[Nets, torch.optim.Optimizer]:
+    """As many models as the data have folds, and the optimizer of a configuration."""
+    torch.manual_seed(seed)
+    nets = Nets(len(data.x), data.x.shape[2], values["hidden"], data.y.shape[2])
+    decay = values["alpha"] / values["batch"]
+    if "momentum" in values:
+        rest = {"momentum": values["momentum"], "nesterov": True}
+        return nets, torch.optim.SGD(nets.parameters(), lr=values["lr"], weight_decay=decay, **rest)
+    rest = {"betas": (values["beta1"], values["beta2"]), "eps": values["eps"]}
+    return nets, torch.optim.Adam(nets.parameters(), lr=values["lr"], weight_decay=decay, **rest)
 
 
 def loss(output: Tensor, y: Tensor, kind: str) -> Tensor:
+    """The sum over models of the mean over rows: each model's gradient is its own."""
+    models = len(output)
     if kind == "softmax":
-        return nn.functional.cross_entropy(output, y)
+        return -models * (output.log_softmax(-1) * y).sum(-1).mean()
     if kind == "logistic":
-        return nn.functional.binary_cross_entropy_with_logits(output, y)
-    return (output - y).square().mean() / 2
+        return models * nn.functional.binary_cross_entropy_with_logits(output, y)
+    return models * (output - y).square().mean() / 2
 
 
-def learn(data: Folds, values: Values, seed: int, tune: tuple[str, ...], epochs: int = EPOCHS) -> tuple[Values, float]:
-    """The values that a tuned run ends at, and its cost in run-equivalents."""
+def inner(data: Folds, models: int, seed: int) -> tuple[Folds, Folds]:
+    """The training parts of the first folds, each cut at random into rows that train and rows that validate."""
+    rng, n = np.random.default_rng(seed), int(INNER * data.x.shape[1])
+    order = [torch.as_tensor(rng.permutation(data.x.shape[1])) for _ in range(models)]
+    x, y = (torch.stack([part[k][rows] for k, rows in enumerate(order)]) for part in (data.x, data.y))
+    empty = x[:, :0]
+    first, second = (Folds(data.kind, x[:, at], y[:, at], empty, empty, empty) for at in (slice(n), slice(n, None)))
+    return first, second
+
+
+def learn(data: Folds, values: Values, seed: int, epochs: int = LEARN_EPOCHS) -> tuple[list[Values], float]:
+    """lr and α of every step of a run that is tuned while it trains, and its cost in run-equivalents."""
     rows = data.x.shape[1]
-    n, batch = int(INNER * rows), min(values["batch"], rows)
-    x, y, x_val, y_val = data.x[0, :n], data.y[0, :n], data.x[0, n:], data.y[0, n:]
-    model, optimizer = build(data, values | {"batch": batch}, seed)
-    inner = min(batch, n)
-    total = epochs * math.ceil(n / inner)
+    batch = min(values["batch"], rows)
+    train, val = inner(data, TOGETHER, seed)
+    steps = epochs * math.ceil(train.x.shape[1] / batch)
+    first, gradients = ride(_first(train), _first(val), values, batch, steps, LOOKS, True, seed)
+    path, more = ride(train, val, values | first[-1], batch, steps, steps, False, seed)
+    return path, (gradients + more) / (FOLDS * EPOCHS * math.ceil(rows / batch))
+
+
+def _first(part: Folds) -> Folds:
+    return Folds(part.kind, part.x[:1], part.y[:1], part.held_x, part.held_y, part.held)
+
+
+def ride(
+    train: Folds, val: Folds, values: Values, batch: int, total: int, stop: int, warm: bool, seed: int
+) -> tuple[list[Values], float]:
+    """The first `stop` of `total` steps of a tuned run: the values of each, the last as tuned, and the gradients they cost."""
+    n, now = train.x.shape[1], min(batch, train.x.shape[1])
+    nets, optimizer = build(train, values | {"batch": batch}, seed)
     tuner = hypergrad.Tuner(
-        model, optimizer, lambda: loss(model(x_val), y_val, data.kind), tune=tune, total_steps=total, seed=seed
+        nets,
+        optimizer,
+        lambda: loss(nets(val.x), val.y, val.kind),
+        tune=TUNE,
+        total_steps=total,
+        every=max(1, min(10, total // HYPER_STEPS)),
+        warm_start=warm,
+        seed=seed,
     )
-    rng = np.random.default_rng(seed)
-    for _ in range(epochs):
-        order = torch.as_tensor(rng.permutation(n))
-        for first in range(0, n, inner):
-            rows_now = order[first : first + inner]
+    rng, path = np.random.default_rng(seed), []
+    while len(path) < stop:
+        for at in torch.as_tensor(rng.permutation(n)).split(now)[: stop - len(path)]:
             optimizer.zero_grad()
-            tuner.backward(loss(model(x[rows_now]), y[rows_now], data.kind))
+            tuner.backward(loss(nets(train.x[:, at]), train.y[:, at], train.kind))
             optimizer.step()
-    learned, stats = dict(values), tuner.stats
-    found = tuner.values
-    learned["lr"] = float(found["lr"][0])
-    if "weight_decay" in found:
-        learned["alpha"] = float(found["weight_decay"][0]) * batch
-    if "momentum" in found:
-        learned["momentum"] = float(found["momentum"][0])
-    if "betas" in found:
-        learned["beta1"], learned["beta2"] = map(float, found["betas"][0])
+            group = optimizer.param_groups[0]
+            path.append({"lr": group["lr"], "alpha": group["weight_decay"] * batch})
+    stats, found = tuner.stats, tuner.values
     tuner.close()
-    gradients = total + 2 * stats["hessian_products"] + stats["val_evaluations"] * (rows - n) / inner
-    return learned, gradients / (FOLDS * EPOCHS * math.ceil(rows / batch))
+    path = path if stop == total else [{"lr": float(found["lr"]), "alpha": float(found["weight_decay"]) * batch}]
+    own = stop + 2 * stats["hessian_products"] + stats["val_evaluations"] * val.x.shape[1] / now
+    return path, len(train.x) * own
 
 
-def tuned_run(name: str, space: str, values: Values, seed: int, momenta: bool, epochs: int = EPOCHS) -> Row:
-    """One trial: tuned on a fold, replayed on five; its scores by metric, its cost and what it learned."""
+def tuned_run(name: str, values: Values, seed: int, epochs: int = EPOCHS) -> Row:
+    """One trial: tuned on two folds, replayed on five; its scores by metric, its cost and what it learned."""
     data, began = folds(name), time.perf_counter()
-    tune = ("lr", "weight_decay", *((("momentum",) if space == "sgd" else ("betas",)) if momenta else ()))
-    learned, cost = learn(data, values, seed, tune, epochs)
-    ends = fit(data, learned, seed, epochs, decay=True)[-1]
-    row = {f"start_{k}": v for k, v in values.items()} | {f"learned_{k}": v for k, v in learned.items()}
+    path, cost = learn(data, values, seed, math.ceil(epochs * LEARN_EPOCHS / EPOCHS))
+    ends = fit(data, values, seed, epochs, path)[-1]
+    row = {f"start_{k}": v for k, v in values.items()}
+    row |= {"learned_lr": max(each["lr"] for each in path), "learned_alpha": path[-1]["alpha"]}
     row |= dict(zip(METRICS[name], ends, strict=True))
     return row | {"cost": cost + epochs / EPOCHS, "seconds": time.perf_counter() - began}
 
 
 def run(item: Row) -> Row:
-    """One hypergradient trial of the sweep."""
-    values = start(item["space"], item["seed"] + 100_000 * item["trial"])
-    return item | tuned_run(item["set"], item["space"], values, item["seed"], item["momenta"], item["epochs"])
+    """One trial of the sweep: from random values, or from those of a configuration of the table."""
+    if item["config"] is None:
+        values = start(item["space"], item["seed"])
+    else:
+        values = values_at(SPACES[item["space"]], units(SPACES[item["space"]])[item["config"]])
+    return item | tuned_run(item["set"], values, item["seed"], item["epochs"])

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -149,22 +150,31 @@ def scores(output: Tensor, y: Tensor, weights: Tensor, kind: str) -> tuple[float
     return float((first * weights).sum(1).mean()), float((second * weights).sum(1).mean())
 
 
-def fit(data: Folds, values: Values, seed: int, epochs: int = EPOCHS, decay: bool = False) -> list[tuple[float, float]]:
+def fit(
+    data: Folds, values: Values, seed: int, epochs: int = EPOCHS, path: Sequence[Values] | None = None
+) -> list[tuple[float, float]]:
     """Train the folds with one configuration; their scores on the held-out parts after each epoch of LOOKS, and the last.
 
     Args:
-        decay: lr times a linear decay to zero.
+        path: values that hold one after the other for equal shares of the run. Decay is then that of a live run: the same for
+            every batch, whatever its size, and of biases too.
     """
     n, batch = data.x.shape[1], min(values["batch"], data.x.shape[1])
     net = MLP(len(data.x), data.x.shape[2], values["hidden"], data.y.shape[2], data.kind, seed, data.x.dtype)
     rng, rule, curve = np.random.default_rng(seed), Rule(net.flat, values), []
     total, t = epochs * math.ceil(n / batch), 0
+    if path is not None:
+        net.decayed.fill_(1)
     for epoch in range(1, epochs + 1):
         order = torch.as_tensor(rng.permutation(n))
         x, y = data.x[:, order], data.y[:, order]
         for first in range(0, n, batch):
-            net.backward(x[:, first : first + batch], y[:, first : first + batch], values["alpha"])
-            rule.step(net.grad, 1 - t / total if decay else 1.0)
+            part, alpha = slice(first, first + batch), values["alpha"]
+            if path is not None:
+                rule.values = values | path[t * len(path) // total]
+                alpha = rule.values["alpha"] * x[:, part].shape[1] / batch
+            net.backward(x[:, part], y[:, part], alpha)
+            rule.step(net.grad)
             t += 1
         if epoch in LOOKS or epoch == epochs:
             curve.append(scores(net.output(data.held_x), data.held_y, data.held, data.kind))
@@ -178,8 +188,8 @@ class Rule:
         self.flat, self.values, self.t = flat, values, 0
         self.first, self.second = torch.zeros_like(flat), torch.zeros_like(flat)
 
-    def step(self, grad: Tensor, share: float = 1.0) -> None:
-        v, lr = self.values, self.values["lr"] * share
+    def step(self, grad: Tensor) -> None:
+        v, lr = self.values, self.values["lr"]
         self.t += 1
         if "momentum" in v:  # v ← m v − lr g;  w ← w + m v − lr g
             self.first.mul_(v["momentum"]).add_(grad, alpha=-lr)

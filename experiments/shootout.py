@@ -36,7 +36,7 @@ from experiments.pools import FRESH_SEED, significant, summaries
 from experiments.rivals import METHODS, installed, tpe
 from experiments.searches import SEARCHES, resample
 from experiments.sweep import finished, sweep
-from experiments.workloads import WORKLOADS
+from experiments.workloads import COMPARED, WORKLOADS
 
 Row = dict[str, Any]
 FOUR = ("mlp_digits", "diabetes", "friedman", "cloning")  # the cheapest; Optuna's
@@ -50,7 +50,7 @@ TITLES = {name: method.title for name, method in METHODS.items()} | {
 class Args:
     """Run the live methods and resample the searches. Finished runs are kept; call it again to go on."""
 
-    workloads: tuple = arg(tuple(WORKLOADS), "any of them", quick=("mlp_digits", "diabetes"))
+    workloads: tuple = arg(COMPARED, "any of them", quick=("mlp_digits", "diabetes"))
     methods: tuple = arg((*METHODS, TPE), "live methods to run; 'none' for what is there")
     seeds: int = arg(5, "runs of each live method", quick=2)
     seed: int = arg(FRESH_SEED, "the first of the seeds")
@@ -186,7 +186,7 @@ def gathered(args: Args, path: Path) -> list[Row]:
 
 
 def main(args: Args) -> list[Row]:
-    for given, known in ((args.workloads, WORKLOADS), (args.methods, (*METHODS, TPE, "none"))):
+    for given, known in ((args.workloads, COMPARED), (args.methods, (*METHODS, TPE, "none"))):
         unknown = [name for name in given if name not in known]
         if unknown:
             raise SystemExit(f"unknown {', '.join(unknown)}; choose from {', '.join(known)}")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -122,12 +122,19 @@ def one_epoch(table: Table, seed: int, budget: int) -> Best:
     return [(first / EPOCHS + share * (i + 1), float(table.end[c])) for i, c in enumerate(ranked[:top])]
 
 
-def asha(table: Table, seed: int, budget: int, rungs: tuple[int, ...] = (1, 5, 20, 40), eta: int = 4) -> Best:
+def asha(table: Table, seed: int, budget: int) -> Best:
     """Successive halving without waiting (Li et al., MLSys 2020), one worker: promote if any rung has one in its best 1/η."""
+    return [(spent, score) for spent, _, score in promotions(table, seed, budget)]
+
+
+def promotions(
+    table: Table, seed: int, budget: float, rungs: tuple[int, ...] = (1, 5, 20, 40), eta: int = 4
+) -> Iterator[tuple[float, int, float]]:
+    """What ASHA evaluates: (run-equivalents spent, configuration, its score at the rung it came to)."""
     order, at = iter(np.random.default_rng(seed).permutation(len(table.end))), [rungs.index(r) for r in rungs]
     reached: list[list[int]] = [[] for _ in at]
     gone: list[set[int]] = [set() for _ in at]
-    spent, out, columns = 0.0, [], [LOOKS.index(r) for r in rungs]
+    spent, columns = 0.0, [LOOKS.index(r) for r in rungs]
     while spent < budget:
         for level in reversed(at[:-1]):
             best = sorted(reached[level], key=lambda c: table.score[c, columns[level]])[: len(reached[level]) // eta]
@@ -142,8 +149,7 @@ def asha(table: Table, seed: int, budget: int, rungs: tuple[int, ...] = (1, 5, 2
                 break
         spent += (rungs[target] - (rungs[target - 1] if target else 0)) / EPOCHS
         reached[target].append(int(config))
-        out.append((spent, float(table.score[config, columns[target]])))
-    return out
+        yield spent, int(config), float(table.score[config, columns[target]])
 
 
 def hyperband(table: Table, seed: int, budget: int) -> Best:
@@ -178,4 +184,3 @@ STRATEGIES: dict[str, Callable[[Table, int, int], Best]] = {
     "one_epoch": one_epoch,
 }
 ONE_BUDGET = ("one_epoch",)  # whose choices depend on the budget: searched anew for each
-LARGEST = {"gp": 16}  # budgets that a strategy is searched to, where all of them would take hours

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from hypergrad.hyperparameters import Hyperparameter
 from hypergrad.modes import MODES, OPTIONS, Result
+from hypergrad.modes.compiled import compiled
 from hypergrad.modes.directions import Directions
 from hypergrad.modes.granularity import HOW
 from hypergrad.modes.scheduled import Function, Schedules, check_finite
@@ -39,6 +40,7 @@ def hypergradient(
     schedules: Mapping[str, Function] | None = None,
     per: str | Mapping[str, str] = "group",
     ema: float | None = None,
+    compile: bool = False,
     **options: Any,
 ) -> Result:
     r"""Differentiate a validation loss in hyperparameters, through training steps.
@@ -83,6 +85,11 @@ def hypergradient(
             order of the optimizer's groups, has them in the parameters' shapes. mode="forward" takes at most 4096 of them.
         ema: decay d of an average of the weights, a ← d a + (1 − d) θ after every step, a = θ at the start; `val_loss` is then
             computed with the averaged weights in the model (and the buffers of training). Not for mode="implicit".
+        compile: steps and their derivatives by torch.compile (mode="unrolled" and "forward"; needs a C++ compiler on CPU).
+            The first call compiles for ten seconds to a minute, later ones with the same model, optimizer and loss do not. What
+            Python code in the loss does is taken to be the same at every step; this is looked at against the eager code
+            (docs/modes.md). Graphs of steps are not kept: where a state and a gradient of every step fit into `graph_memory`,
+            these are.
         options: mode="unrolled": `graph_memory`, bytes that the graphs of all steps may take up (default 1 GiB): where they
             fit, they are kept; `every`, steps between snapshots where they do not (default √K; no graphs are kept where it is
             given); `offload`, where all snapshots but the newest few go: "host" memory of a GPU's machine, "disk" (a temporary
@@ -152,7 +159,12 @@ def hypergradient(
         raise ValueError(f"val_steps must be numbers of completed steps from 0 to {steps}, got {val_steps}.")
     every_steps = scheduled.evaluate(steps, transition)
     stretch = Stretch(problem, transition, items, every_steps, directions, val_loss, when)
-    return run(stretch, **mode_options)
+    if not compile:
+        return run(stretch, **mode_options)
+    stretch.compiled = compiled(stretch, mode)
+    result = run(stretch, **mode_options)
+    result.stats |= stretch.compiled.stats()
+    return result
 
 
 def _choose(

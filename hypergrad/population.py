@@ -18,8 +18,12 @@ from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
 from hypergrad.hyperparameters import KIND_OF, Hyperparameter
+from hypergrad.updates.adam import Adam
 from hypergrad.updates.binding import Binding
 from hypergrad.updates.rule import Tensors
+
+OUTER = Adam()  # the rule by which φ moves
+OUTER_NUMBERS = {"weight_decay": 0.0, "beta1": 0.9, "beta2": 0.999, "eps": 1e-12}
 
 
 class _Call(nn.Module):
@@ -111,7 +115,7 @@ class Population:
             if k
             else torch.zeros(0, len(models))
         )
-        self.moments = torch.zeros(2, *self.phi.shape, dtype=torch.float64)
+        self.moments = {name: torch.zeros_like(self.phi) for name in OUTER.slots}
         self.hyper_steps = 0
 
     @property
@@ -203,10 +207,8 @@ class Population:
         d = self._along()
         d = torch.where(d.isfinite(), d, 0)
         self.hyper_steps += 1
-        self.moments[0].lerp_(d, 0.1)
-        self.moments[1].lerp_(d * d, 0.001)
-        m, v = self.moments[0] / (1 - 0.9**self.hyper_steps), self.moments[1] / (1 - 0.999**self.hyper_steps)
-        self.phi = self.phi - self.hyper_lr * m / (v.sqrt() + 1e-12)
+        h = OUTER_NUMBERS | {"lr": self.hyper_lr, "t": self.hyper_steps}
+        self.phi, self.moments = OUTER.step(self.phi, d, self.moments, h)
         for name, kind, phi in zip(self.tune, self.kinds, self.phi, strict=True):
             for h, x in zip(self.numbers, kind.from_free(phi).tolist(), strict=True):
                 h[name] = x

@@ -22,10 +22,8 @@ sys.path.insert(0, str(ROOT))
 from experiments import figures, mode_tables, results, search_figures, whole_run_figures  # noqa: E402
 from experiments.markdown import source, table  # noqa: E402
 
-TEXTS = tuple(
-    ROOT / name
-    for name in ("README.md", "docs/layers.md", "docs/modes.md", "docs/ray.md", "docs/search.md", "docs/several.md")
-)  # whose blocks are filled
+DOCS = ("layers", "modes", "optimizers", "ray", "search", "several", "sklearn")
+TEXTS = (ROOT / "README.md", *(ROOT / f"docs/{name}.md" for name in DOCS))  # whose blocks are filled
 FIGURES, GOALS = ROOT / "docs/figures", results.FOLDER / "goals.json"
 Result = dict[str, Any]
 
@@ -129,9 +127,19 @@ TABLES: dict[str, Callable[[Result], str]] = {
     "layers": layers,
     **mode_tables.TABLES,
     "search_benchmark": search_figures.search_benchmark,
+    "search_problems": search_figures.search_problems,
+    "search_differences": search_figures.search_differences,
+    "search_diagnosis": search_figures.search_diagnosis,
+    "discrete": search_figures.discrete,
     "worked_examples": search_figures.worked_examples,
     "population": search_figures.population,
     "ray_study": search_figures.ray_study,
+    "search_cv": search_figures.search_cv,
+}
+FILES = {  # of tables that are not in the file of their name
+    "muon": "muon/invariance.json",
+    "search_problems": "search_benchmark.json",
+    "search_differences": "search_benchmark.json",
 }
 PLOTS: dict[str, tuple[str, Callable[[list[Result]], Any]]] = {
     "quickstart": ("quickstart_curves.json", figures.quickstart),
@@ -156,7 +164,7 @@ def fill(text: str, goal_rows: list[Result], folder: Path = results.FOLDER) -> s
         if name == "goals":
             content = goals(goal_rows)
         else:
-            result = results.load(f"{name}.json", folder)
+            result = results.load(FILES.get(name, f"{name}.json"), folder)
             content = TABLES[name](result) if result else "*Not measured yet.*"
         return f"<!-- table:{name} -->\n{content}\n<!-- /table -->"
 

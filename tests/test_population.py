@@ -109,6 +109,47 @@ def test_each_member_is_tuned_as_alone(kind):
             assert together.values[name][i] != (LRS if name == "lr" else DECAYS)[i]
 
 
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+def test_closed_after_tuning_torch_goes_on_where_it_was(kind):
+    """Weights, optimizer state and tuned values: the next stock step is the population's."""
+    models, optimizers = members(kind)
+    population = Population(models, optimizers, loss, val_loss, every=3)
+    for batch in data()[0][:7]:
+        population.step(batch)
+    assert population.hyper_steps == 2
+    population.close()
+    for i, (model, optimizer) in enumerate(zip(models, optimizers, strict=True)):
+        assert torch.equal(flat(model), population.theta[i])
+        for name, values in population.values.items():
+            assert optimizer.param_groups[0][name] == values[i] != (LRS if name == "lr" else DECAYS)[i]
+    population.step(data()[0][7])
+    for i, (model, optimizer) in enumerate(zip(models, optimizers, strict=True)):
+        optimizer.zero_grad()
+        loss(model, data()[0][7]).backward()
+        optimizer.step()
+        torch.testing.assert_close(flat(model), population.theta[i], rtol=ROUNDING, atol=ROUNDING)
+        if kind == "adamw":
+            assert {float(state["step"]) for state in optimizer.state.values()} == {8.0}
+
+
+def test_values_move_as_torchs_adam_moves_them():
+    """φ = log lr under torch.optim.Adam, on the population's own hypergradients."""
+    models, optimizers = members("sgd")
+    population = Population(models, optimizers, loss, val_loss, every=3)
+    phi = [nn.Parameter(population.values[name].log()) for name in ("lr", "weight_decay")]
+    outer = torch.optim.Adam(phi, lr=0.1, eps=1e-12)
+    for t, batch in enumerate(data()[0], 1):
+        population.every = None if t % 3 == 0 else 3
+        population.step(batch)
+        if t % 3 == 0:
+            for p, d in zip(phi, population._along(), strict=True):
+                p.grad = d
+            population._hyper_step()
+            outer.step()
+            for p, name in zip(phi, population.values, strict=True):
+                torch.testing.assert_close(population.values[name], p.detach().exp(), rtol=1e-10, atol=0)
+
+
 def test_members_may_have_batches_of_their_own():
     models, optimizers = members("sgd")
     population = Population(models, optimizers, loss, tune=())

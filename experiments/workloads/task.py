@@ -25,6 +25,8 @@ OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "SGD": lambda groups, **hyper: torch.optim.SGD(groups, momentum=0.9, **hyper),
     "AdamW": torch.optim.AdamW,
     "RMSprop": torch.optim.RMSprop,
+    # the step scaled to AdamW's size, so that one lr suits both of the optimizers (arXiv 2502.16982, section 2.2)
+    "Muon": lambda groups, **hyper: torch.optim.Muon(groups, adjust_lr_fn="match_rms_adamw", **hyper),
 }
 Batch = tuple[Tensor, Tensor]
 Disturb = Callable[[int, Batch], tuple[Batch, float]]
@@ -40,6 +42,7 @@ class Workload:
         model: `model(data, full)`: a fresh model, initialised from torch's global random numbers.
         loss: `loss(outputs, targets)` → scalar.
         groups: `groups(model)` → the param groups; one group of all parameters where None.
+        by_adamw: `by_adamw(model)` → param groups that an AdamW beside the optimizer takes; no second optimizer where None.
     """
 
     name: str
@@ -52,6 +55,7 @@ class Workload:
     full_steps: int
     batch: int = 50
     groups: Callable[[nn.Module], list[dict[str, Any]]] | None = None
+    by_adamw: Callable[[nn.Module], list[dict[str, Any]]] | None = None
 
     def build(self, seed: int, full: bool = False, steps: int | None = None) -> Task:
         """One run's model and batches; `seed` decides the initialisation and the order of the batches."""
@@ -78,6 +82,12 @@ class Task:
 
     def make_optimizer(self, lr: float, weight_decay: float) -> torch.optim.Optimizer:
         return OPTIMIZERS[self.workload.optimizer](self.param_groups(), lr=lr, weight_decay=weight_decay)
+
+    def make_optimizers(self, lr: float, weight_decay: float) -> list[torch.optim.Optimizer]:
+        """The workload's optimizer, and the AdamW beside it where there is one: the same numbers for both."""
+        rest = self.workload.by_adamw(self.model) if self.workload.by_adamw else []
+        beside = [torch.optim.AdamW(rest, lr=lr, weight_decay=weight_decay)] if rest else []
+        return [self.make_optimizer(lr, weight_decay), *beside]
 
     def param_groups(self) -> list[dict[str, Any]]:
         return self.workload.groups(self.model) if self.workload.groups else [{"params": [*self.model.parameters()]}]
@@ -124,9 +134,15 @@ def train(task: Task, lr: float, weight_decay: float, *, decay: bool = True, ini
         `initial_val` and `initial_test`. A run whose training loss stops being finite ends there; what it lacks is NaN.
     """
     before = {f"initial_{split}": task.evaluate(split) for split in ("val", "test")} if initial else {}
-    optimizer = task.make_optimizer(lr, weight_decay)
-    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=task.steps) if decay else None
-    return before | fit(task, optimizer, Tensor.backward, schedule.step if schedule else None)
+    optimizers = task.make_optimizers(lr, weight_decay)
+    linear = torch.optim.lr_scheduler.LinearLR
+    schedules = [linear(optimizer, 1.0, 0.0, total_iters=task.steps) for optimizer in optimizers] if decay else []
+
+    def after_step() -> None:
+        for schedule in schedules:
+            schedule.step()
+
+    return before | fit(task, optimizers, Tensor.backward, after_step)
 
 
 def train_tuned(
@@ -147,10 +163,10 @@ def train_tuned(
         What `train` returns; `end_lr`, `end_weight_decay`, … (the geometric mean over param groups); `gradient_evaluations`,
         `rollbacks` and steps `passed_over`.
     """
-    optimizer = task.make_optimizer(lr, weight_decay)
+    optimizers = task.make_optimizers(lr, weight_decay)
     options = {"total_steps": task.steps, "seed": task.seed} | options
-    tuner = hypergrad.Tuner(task.model, optimizer, task.val_loss, tune=tune, **options)
-    row = fit(task, optimizer, tuner.backward, after_step, to_the_end=True, disturb=disturb)
+    tuner = hypergrad.Tuner(task.model, optimizers, task.val_loss, tune=tune, **options)
+    row = fit(task, optimizers, tuner.backward, after_step, to_the_end=True, disturb=disturb)
     ended = {f"end_{name}": values.log().mean().exp().item() for name, values in tuner.values.items()}
     tuner.close()
     stats = tuner.stats
@@ -160,18 +176,19 @@ def train_tuned(
 
 def fit(
     task: Task,
-    optimizer: torch.optim.Optimizer,
+    optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer],
     backward: Callable[[Tensor], None],
     after_step: Callable[[], None] | None = None,
     to_the_end: bool = False,
     disturb: Disturb | None = None,
 ) -> dict[str, Any]:
-    """The training loop of every experiment on workloads: what `train` returns, for any optimizer and `backward`.
+    """The training loop of every experiment on workloads: what `train` returns, for any optimizer (or several) and `backward`.
 
     Args:
         to_the_end: go on after a loss that is not finite (where something rolls it back).
         disturb: (step from 1, batch) → the batch in its place, and a factor on its loss.
     """
+    optimizers = optimizer if isinstance(optimizer, Sequence) else (optimizer,)
     model, at = task.model, {name: max(task.steps // part, 1) for name, part in RUNGS.items()}
     row = dict.fromkeys([*RUNGS, "test"], math.nan)
     seconds, began = 0.0, time.perf_counter()
@@ -179,9 +196,11 @@ def fit(
         batch, factor = disturb(step, batch) if disturb else (batch, 1.0)
         loss = task.loss(model, batch)
         loss = loss if factor == 1 else factor * loss
-        optimizer.zero_grad()
+        for each in optimizers:
+            each.zero_grad()
         backward(loss)
-        optimizer.step()
+        for each in optimizers:
+            each.step()
         if after_step:
             after_step()
         if not (to_the_end or math.isfinite(loss.item())):

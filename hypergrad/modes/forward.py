@@ -11,18 +11,16 @@ and the hypergradient is ∂L/∂θ · z_θ + ∂L/∂h · ḣ. Memory: a few co
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
-
-from hypergrad.graph import Linearization
 from hypergrad.modes.meter import Meter
+from hypergrad.modes.one_step import pushed
 from hypergrad.modes.stretch import Result, Stretch, evaluation
+from hypergrad.updates.binding import State
 from hypergrad.updates.transition import Tangent
 
 
 def forward(stretch: Stretch) -> Result:
     """Hypergradient of a stretch of training by forward mode."""
-    problem, transition, directions = stretch.problem, stretch.transition, stretch.directions
+    transition, directions = stretch.transition, stretch.directions
     directions.fine.check_forward(directions.shapes)
     state = transition.read()
     tangent = Tangent.zeros(state, len(directions))
@@ -36,39 +34,26 @@ def forward(stretch: Stretch) -> Result:
                 stretch.add_direct(direct, share.direct)
             if t == len(stretch.batches):
                 break
-            lin = problem.linearize(stretch.batches[t])
-            dg, dstats = _gradient_tangent(stretch, lin, tangent, t, meter)
-            g, values = stretch.gradient(lin), stretch.values[t]
-            meter.look_for_ill_conditioning(stretch, state, g, t)
-            seeds, clip_seed = directions.seeds(t)
-            tangent = transition.jvp(state, g, lin.active, values, tangent, dg, seeds, clip_seed)
-            tangent = directions.fine.pushed(tangent, directions.fine_rows(t), state, g, lin.active, values)
-            tangent.stats = dstats
-            state = transition.step(state, g, lin.active, values)
-            del lin  # its graph, before the next one is built
-            transition.load(state.theta)
+            if stretch.compiled is not None:
+                state, tangent = stretch.compiled.push(state, t, tangent, meter)
+                if t + 1 in stretch.val_steps:
+                    transition.load(state.theta)
+            else:
+                state, tangent = _pushed(stretch, state, t, tangent, meter)
+                transition.load(state.theta)
             meter.norm(tangent.theta)
         gradients = {name: x + direct[name] for name, x in directions.pack(total).items()}
         return Result(value, gradients, meter.stats(len(stretch.batches), usual=len(stretch.batches)))
 
 
-def _gradient_tangent(
-    stretch: Stretch, lin: Linearization, tangent: Tangent, t: int, meter: Meter
-) -> tuple[Tensor, Tensor | None]:
-    """dg [k, n], and the tangent of the running statistics after the step. A direction that is still zero costs nothing."""
-    transition, directions, z, u = stretch.transition, stretch.directions, tangent.theta, lin.decay is not None
+def _pushed(stretch: Stretch, state: State, t: int, tangent: Tangent, meter: Meter) -> tuple[State, Tangent]:
+    """State and tangents after step t. A direction that is still zero costs nothing."""
+    directions = stretch.directions
+    lin = stretch.problem.linearize(stretch.batches[t])
+    extras = [directions.into_loss(j, t) for j in range(len(directions))]
+    alive = (tangent.theta != 0).any(dim=1).tolist()
+    push = pushed(stretch, state, t, lin, tangent, extras, alive, *directions.seeds(t))
     meter.gradients += 1
-    dg, dstats, n = torch.zeros_like(z), None, len(transition.params)
-    if lin.decay is not None:  # b' = d ∘ b + S(θ)
-        dstats = z.new_zeros(len(directions), len(lin.decay)) if tangent.stats is None else tangent.stats * lin.decay
-    alive = (z != 0).any(dim=1).tolist()
-    for j in range(len(directions)):
-        extra = directions.into_loss(j, t)
-        if alive[j] or extra is not None:
-            meter.products += 1
-            extra = None if extra is None else extra + [None] * u
-            rows = lin.jvp(transition.split(z[j]), extra, into_extra=u)
-            dg[j] = transition.flatten(rows[:n])
-            if dstats is not None and rows[-1] is not None:
-                dstats[j] += rows[-1]
-    return dg, dstats
+    meter.products += sum(a or e is not None for a, e in zip(alive, extras, strict=True))
+    meter.look_for_ill_conditioning(stretch, state, push.g, t)
+    return push.state, push.tangent

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from hypergrad.modes.meter import Meter
+from hypergrad.modes.one_step import Pull
 from hypergrad.modes.stretch import Result, Stretch, evaluation
 from hypergrad.modes.unrolled import Total, pull_through, train
 from hypergrad.solvers import Solve, cg
@@ -98,26 +99,33 @@ class _Objective:
             self.decay[a:b] = stretch.values[-1]["weight_decay"][group] or 0.0
         self.theta, self.calls = state.theta, 0
         sign = [-1.0 if getattr(rule, "maximize", False) else 1.0 for rule in self.transition.rules]
-        self.sign = torch.cat([self.theta.new_full((b - a,), sign[g]) for (a, b), g in self._ranges()])
+        signs = torch.cat([self.theta.new_full((b - a,), sign[g]) for (a, b), g in self._ranges()])
+        self.sign = signs if -1.0 in sign else None  # None: every group minimizes
 
     def _ranges(self) -> Any:
         return zip(self.transition.ranges, self.transition.group_of, strict=True)
 
+    def _mean(self, rows: list[Tensor]) -> Tensor:
+        """The mean over batches, its sign turned where a group maximizes."""
+        mean = rows[0] if len(rows) == 1 else torch.stack(rows).mean(0)
+        return mean if self.sign is None else self.sign * mean
+
     def gradient(self) -> Tensor:
-        mean = torch.stack([self.stretch.gradient(lin) for lin in self.lins]).mean(0)
-        return self.sign * mean + self.decay * self.theta
+        return torch.addcmul(self._mean([self.stretch.gradient(lin) for lin in self.lins]), self.decay, self.theta)
 
     def hessian(self, v: Tensor) -> Tensor:
         views = self.transition.split(v)
         rows = [self.transition.flatten(lin.product(views)) for lin in self.lins]
         self.meter.products += len(rows)
         self.calls += 1
-        return self.sign * torch.stack(rows).mean(0) + self.decay * v
+        return torch.addcmul(self._mean(rows), self.decay, v)
 
     def into_hypers(self, v: Tensor) -> list[Tensor | None]:
         """(∂²F/∂θ∂h)ᵀ v for the tensors in the loss."""
-        views, n = self.transition.split(self.sign * v), len(self.transition.params)
         total: list[Tensor | None] = [None] * len(self.stretch.problem.hypers)
+        if not total:
+            return total
+        views, n = self.transition.split(v if self.sign is None else self.sign * v), len(self.transition.params)
         for lin in self.lins:
             for i, g in enumerate(lin.product(views, into_extra=True)[n:]):
                 if g is not None:
@@ -149,7 +157,8 @@ def _at_minimum(stretch: Stretch, state: State, solver: Solve, meter: Meter) -> 
         decay[group]["weight_decay"] = decay[group]["weight_decay"] - x[a:b] @ state.theta[a:b]
     per = stretch.directions.fine
     fine = {part: per.summed(part, -x * state.theta) for part in per.of_part}  # weight decay's: others are refused
-    total.add(steps - 1, decay, None, [None if g is None else -g for g in objective.into_hypers(x)], fine)
+    of_hypers = [None if g is None else -g for g in objective.into_hypers(x)]
+    total.add(steps - 1, Pull(lam, decay, None, of_hypers, fine))
     return Result(total.value, total.gradients, meter.stats(steps))
 
 

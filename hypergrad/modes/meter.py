@@ -45,9 +45,9 @@ class Meter:
         unit = 1 if sys.platform == "darwin" else 1024
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
-    def norm(self, x: Tensor) -> None:
-        """Note the norm of the tangent or adjoint after one more step."""
-        norm = float(torch.linalg.vector_norm(x))
+    def norm(self, x: Tensor, known: Tensor | None = None) -> None:
+        """Note the norm of the tangent or adjoint after one more step. `known`: it, where it was computed already."""
+        norm = float(torch.linalg.vector_norm(x) if known is None else known)
         self.norms_seen += 1
         if not math.isfinite(norm):
             self.nonfinite += 1

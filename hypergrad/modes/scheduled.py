@@ -116,7 +116,7 @@ class Schedules:
         """h_t with its graph, on the CPU in float64: [n_groups], [n_groups, 2] of betas, [] of what belongs to no group."""
         value = self.functions[name](t, self.hypers)
         try:
-            x = _stacked(value)
+            x = stacked(value)
         except (TypeError, ValueError, RuntimeError) as error:
             raise TypeError(
                 f"schedules[{name!r}] returned a {type(value).__name__} at step {t}: return a number, a scalar tensor, or one "
@@ -191,12 +191,12 @@ class Schedules:
         return out
 
 
-def _stacked(value: Any) -> Tensor:
+def stacked(value: Any) -> Tensor:
     """Numbers, tensors and sequences of them as one tensor with the graphs of all."""
     if isinstance(value, Tensor):
         return value.to("cpu", torch.float64)
     if isinstance(value, (list, tuple)):
-        return torch.stack([_stacked(x) for x in value])
+        return torch.stack([stacked(x) for x in value])
     if isinstance(value, bool) or value is None:
         raise TypeError("not a number")
     return torch.tensor(float(value), dtype=torch.float64)

@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,6 +19,9 @@ from hypergrad.updates.binding import State, Values
 from hypergrad.updates.ema import EMA, Averaged
 from hypergrad.updates.rule import Tensors
 from hypergrad.updates.transition import Tangent, Transition
+
+if TYPE_CHECKING:
+    from hypergrad.modes.compiled import Compiled
 
 
 @dataclass
@@ -37,7 +40,9 @@ class Result:
             training is too chaotic for its hypergradient to be of use, and what smooths it), for mode="unrolled" replay_mismatch
             (largest relative difference of a loss when played again) and replayed_exactly (weights bit for bit the same then),
             and for mode="implicit" solver_iterations (products that the solver asked for; terms of a look-back),
-            solver_residual (‖b − A x‖/‖b‖; of a look-back the part of it in θ) and, without look_back, gradient_norm.
+            solver_residual (‖b − A x‖/‖b‖; of a look-back the part of it in θ) and, without look_back, gradient_norm; with
+            compile=True compile_seconds (of the wall), compiled_graphs (made in this call), compiled_steps and eager_steps
+            (steps, adjoints and tangents that graphs and the eager code played).
         initial: derivative of `value` in the weights before the first step (the optimizer's tensors held fixed), for each
             parameter in the order of the optimizer's groups; None for one that is frozen, and for modes other than "unrolled".
     """
@@ -81,6 +86,7 @@ class Stretch:
     Args:
         values: the hyperparameters of every step.
         val_steps: numbers of completed steps at which the validation loss is taken; their mean is differentiated.
+        compiled: what plays steps in place of the eager code, with compile=True.
     """
 
     problem: Problem
@@ -90,6 +96,7 @@ class Stretch:
     directions: Directions
     val_loss: Callable[..., Tensor]
     val_steps: tuple[int, ...]
+    compiled: Compiled | None = None
 
     def gradient(self, lin: Linearization) -> Tensor:
         return self.transition.flatten(lin.grads)

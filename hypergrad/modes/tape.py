@@ -52,6 +52,8 @@ class Tape:
     graphs: list[Linearization] = field(default_factory=list)
     rng: list[Rng] = field(default_factory=list)
     losses: Series = field(default_factory=Series)
+    keeps_gradients: bool = False  # those of all steps: with compile=True and a state of every step
+    gradients: dict[int, Tensor] = field(default_factory=dict)  # of the segment at hand, with compile=True
     digests: dict[int, int] = field(default_factory=dict)  # of the states before each segment's last step
     played: dict[int, Tensor] = field(default_factory=dict)  # losses of the segment at hand, as played again
     mismatch: float = 0.0  # the largest relative difference of those

@@ -16,13 +16,14 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from hypergrad.graph import Linearization
+from hypergrad.modes.compiled import Compiled
 from hypergrad.modes.meter import Meter
+from hypergrad.modes.one_step import Pull, pulled
 from hypergrad.modes.snapshots import Snapshot, Stack, Stacks, default_every
 from hypergrad.modes.stretch import Result, Stretch, evaluation
 from hypergrad.modes.tape import Tape
@@ -53,10 +54,15 @@ def unrolled(
     if not isinstance(graph_memory, (int, float)) or isinstance(graph_memory, bool) or not graph_memory >= 0:
         raise ValueError(f"graph_memory must be a number of bytes from 0, got {graph_memory!r}.")
     with Stacks(offload, stretch.problem.device) as stacks, evaluation(stretch) as meter:
-        keep = every is None and offload is None and graph_memory > 0
+        keep = every is None and offload is None and graph_memory > 0 and stretch.compiled is None
+        if every is None and offload is None and stretch.compiled is not None:  # a state and a gradient of every step
+            state = stretch.transition.read()
+            fits = len(stretch.batches) * (state.nbytes() + state.theta.nbytes) <= graph_memory
+            every = 1 if fits else None
         tape = Tape(
             1 if keep else every or stacks.default_every(len(stretch.batches)), stacks.new(), stacks.of_a_segment
         )
+        tape.keeps_gradients = tape.every == 1 and offload is None and stretch.compiled is not None
         record(stretch, tape, meter, graph_memory if keep else 0, below is not None)
         value = sum(tape.values, stretch.transition.params[0].new_zeros(()))
         if below is not None and not float(value) <= below:
@@ -79,6 +85,8 @@ def record(stretch: Stretch, tape: Tape, meter: Meter, graph_memory: float = 0, 
     keep, state, before = graph_memory > 0, stretch.transition.read(), problem.read_buffers()
     for t in range(steps):
         if t in watched:
+            if stretch.compiled is not None:
+                stretch.transition.load(state.theta)
             tape.values.append(stretch.validate(t, state).value)
         at = Snapshot(state, problem.read_buffers())
         if t % tape.every == 0:
@@ -86,6 +94,12 @@ def record(stretch: Stretch, tape: Tape, meter: Meter, graph_memory: float = 0, 
         elif (t + 1) % tape.every == 0 or t == steps - 1:
             tape.digests[t] = at.digest()
         tape.note_rng(problem.rng())
+        if stretch.compiled is not None:
+            state, played = stretch.compiled.step(state, t, meter)
+            tape.losses.append(played.loss)
+            if tape.keeps_gradients:
+                tape.gradients[t] = played.g
+            continue
         lin = problem.linearize(stretch.batches[t], products=keep)
         if t == 0 and keep and steps * (lin.nbytes() + state.nbytes()) > graph_memory:
             keep, tape.every = False, default_every(steps)
@@ -94,6 +108,8 @@ def record(stretch: Stretch, tape: Tape, meter: Meter, graph_memory: float = 0, 
         state = advance(stretch, state, t, lin, meter, graphs_stay=keep)
         tape.losses.append(lin.loss)
     tape.snapshots.append(Snapshot(state, problem.read_buffers()))
+    if stretch.compiled is not None:
+        stretch.transition.load(state.theta)
     meter.moved = problem.unfollowed_since(before)
     if steps in watched:
         tape.values.append(stretch.validate(steps, state).value)
@@ -118,9 +134,22 @@ def advance(
 
 
 def replay(stretch: Stretch, tape: Tape, segment: int, meter: Meter) -> Stack:
-    """The states before each step of a segment, from its snapshot."""
+    """The states before each step of a segment, from its snapshot; compiled, also its gradients."""
     first, last = segment * tape.every, min((segment + 1) * tape.every, len(stretch.batches))
-    states, at = tape.new_stack(), tape.snapshots.pop()
+    states, at, compiled = tape.new_stack(), tape.snapshots.pop(), stretch.compiled
+    if compiled is not None:
+        if first not in tape.gradients:
+            stretch.problem.write_buffers(at.buffers)
+        for t in range(first, last):
+            states.append(at)
+            if t in tape.gradients:
+                continue
+            tape.rng[t].restore()
+            if t in tape.digests and at.digest() != tape.digests[t]:
+                meter.not_replayed(t)
+            state, (tape.played[t], tape.gradients[t]) = compiled.step(at.state, t, meter)
+            at = Snapshot(state, stretch.problem.read_buffers())
+        return states
     if first < last - 1:
         restore(stretch, at)
     for t in range(first, last - 1):
@@ -150,8 +179,11 @@ def adjoint(stretch: Stretch, tape: Tape, meter: Meter) -> Result:
         states = replay(stretch, tape, segment, meter)
         while len(states):
             at, t = states.pop(), segment * tape.every + len(states)
-            restore(stretch, at, kept)
             tape.rng[t].restore()
+            if stretch.compiled is not None:
+                lam = compiled_pull(stretch, stretch.compiled, at, t, lam, total, meter, tape)
+                continue
+            restore(stretch, at, kept)
             lam = pull(stretch, at.state, t, lam, total, meter, tape)
             meter.norm(lam.theta)
             if t in stretch.val_steps:
@@ -173,6 +205,20 @@ def pull(stretch: Stretch, state: State, t: int, lam: Tangent, total: Total, met
     return pull_through(stretch, state, t, lin, lam, total, meter)
 
 
+def compiled_pull(
+    stretch: Stretch, compiled: Compiled, at: Snapshot, t: int, lam: Tangent, total: Total, meter: Meter, tape: Tape
+) -> Tangent:
+    """The same by a graph, and what the loop does after it."""
+    stretch.problem.write_buffers(at.buffers)
+    pull, tape.played[t], norm = compiled.pull(at.state, t, tape.gradients.pop(t), lam, meter)
+    total.add(t, pull)
+    meter.norm(pull.lam.theta, norm)
+    if t in stretch.val_steps:
+        restore(stretch, at)
+        return total.validate(t, pull.lam, at.state)
+    return pull.lam
+
+
 def pull_through(
     stretch: Stretch,
     state: State,
@@ -184,16 +230,10 @@ def pull_through(
     retain: bool = False,
 ) -> Tangent:
     """The same through a gradient stage in hand. `retain`: keep its graph for one more."""
-    transition, g, stats = stretch.transition, stretch.gradient(lin), lam.stats
-    fine = stretch.directions.fine.shares(state, g, lin.active, stretch.values[t], lam)
-    lam, lam_g, lam_h, lam_clip = transition.vjp(state, g, lin.active, stretch.values[t], lam)
-    extra = None if stats is None or lin.decay is None else [None] * len(stretch.problem.hypers) + [stats]
-    rows = lin.product(transition.split(lam_g), extra, into_extra=True, retain=retain)
+    pull = pulled(stretch, state, t, lin, lam, stretch.gradient(lin), retain)
     meter.products += 1
-    n = len(transition.params)
-    total.add(t, lam_h, lam_clip, rows[n:], fine)
-    stats = stats if stats is None or lin.decay is None else stats * lin.decay  # b' = d ∘ b + S(θ)
-    return Tangent(lam.theta + transition.flatten(rows[:n]), lam.slots, stats)
+    total.add(t, pull)
+    return pull.lam
 
 
 class Total:
@@ -212,13 +252,11 @@ class Total:
         self.stretch.add_direct(self.gradients, share.direct)
         return share.added_to(lam)
 
-    def add(
-        self, t: int, lam_h: list[Tensors], lam_clip: Tensor | None, of_hypers: list[Any], fine: Tensors | None = None
-    ) -> None:
-        """Step t's share. `fine`: of the numbers that are differentiated per parameter or element, by the rule's name."""
-        directions, fine = self.stretch.directions, fine or {}
+    def add(self, t: int, pull: Pull) -> None:
+        """Step t's share."""
+        directions, fine, lam_h, lam_clip = self.stretch.directions, pull.fine, pull.of_groups, pull.of_clip
         scheduled = directions.schedules.pull(t, lambda name: self._shares(name, lam_h, lam_clip))
-        in_loss = dict(zip(self.stretch.problem.hypers, of_hypers, strict=False))
+        in_loss = dict(zip(self.stretch.problem.hypers, pull.of_hypers, strict=True))
         for name, array in self.gradients.items():
             target = array if directions.steps is None else array[t]
             if name in self.stretch.problem.hypers:

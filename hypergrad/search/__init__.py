@@ -5,6 +5,10 @@ study.best_params, study.best_value
 print(study.verify(test_objective))
 """
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
 from hypergrad.run_evaluations import Run
 from hypergrad.search.budget import Budget
 from hypergrad.search.convert import (
@@ -20,6 +24,7 @@ from hypergrad.search.convert import (
 )
 from hypergrad.search.convert.optuna import suggest
 from hypergrad.search.entries import Categorical, Float, Int
+from hypergrad.search.extras import need
 from hypergrad.search.fmin import hyperopt_objective
 from hypergrad.search.gradient_steps import enqueue_hypergradient_step, hypergradient_step, note_hypergradient
 from hypergrad.search.loop import optimize
@@ -29,6 +34,9 @@ from hypergrad.search.ray_tune import ray_trainable
 from hypergrad.search.space import Space
 from hypergrad.search.strategies import STRATEGIES
 from hypergrad.search.study import NoTrialCompleted, Study, Verification
+
+if TYPE_CHECKING:
+    from hypergrad.search.sklearn import HypergradSearchCV as HypergradSearchCV
 
 __all__ = [
     "STRATEGIES",
@@ -61,3 +69,13 @@ __all__ = [
     "to_param_grid",
     "to_ray",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """HypergradSearchCV is a class of scikit-learn's kind: it is imported when it is asked for, and so left out of __all__."""
+    if name != "HypergradSearchCV":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    need("sklearn", name)
+    from hypergrad.search.sklearn import HypergradSearchCV
+
+    return HypergradSearchCV

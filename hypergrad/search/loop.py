@@ -55,10 +55,10 @@ def optimize(
     Args:
         objective: `f(params)` or `f(params, trial)`, params a dict of the entries that are there. It returns the validation loss,
             a float; infinity is the worst there is, NaN is a failure. Or it returns the training run, a `hypergrad.Run`, with the
-            optimizer made of these values: strategies "hypergradient" and "hybrid" need that, all others train it.
+            optimizer made of these values: strategies with hypergradients need that, all others train it.
         space: name → Float, Int, Categorical, a list of choices or a constant.
-        strategy: "grid", "random", "tpe", "gp", "cma", "hyperopt", "hyperband", "asha", "hypergradient", "hybrid",
-            or, with backend "ray", "pbt".
+        strategy: "grid", "random", "tpe", "gp", "cma", "hyperopt", "hyperband", "asha", "hypergradient" or "hybrid" (descents
+            over whole runs), "hypergradient-online" or "hybrid-online" (a Tuner in every run), or, with backend "ray", "pbt".
         budget: a `Budget`, a dict such as {"trials": 64} or {"seconds": 600}, or a number of trials. None: all of a finite grid.
         seed: of everything that is drawn.
         storage: path of a journal file, from which a call with the same arguments goes on; a URL or a storage of Optuna. None: in
@@ -68,7 +68,8 @@ def optimize(
             trial of a worker that dies is run again.
         workers: what n_jobs > 1 runs in: "processes", for which the objective must be importable (a module's function), or
             "threads", which share random number generators: they are not seeded for each trial then.
-        options: of the strategy: arguments of its class in Optuna, or steps, step_size and mode of hypergradients.
+        options: of the strategy: arguments of its class in Optuna, or steps, step_size and mode of hypergradients; online, every,
+            hyper_lr, average, warm_start and curvature of the Tuner; for hybrids also sampler.
         cluster: of backend "ray": a dict with some of address, num_cpus and num_gpus of one trial, retries, storage_path.
         log_dir: folder for TensorBoard; every trial is a run with HParams.
         progress: True or False: a progress bar or none; None: one where stderr is a terminal.

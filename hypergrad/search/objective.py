@@ -39,12 +39,13 @@ class Trial:
     Attributes:
         number: of the trial, from 0.
         params: the values it is to try, a dict.
+        decay: whether a run is trained with lr times a linear decay to zero, as that was from which these values were learned.
         seed: a number of its own, the same in every run of the same study. The global generators of random, numpy and torch are
             seeded with it while the trial runs (where trials do not run in threads).
     """
 
     def __init__(self, number: int, params: dict[str, Any], seed: int, asked: Any = None, left: Left | None = None):
-        self.number, self.params, self.seed = number, dict(params), seed
+        self.number, self.params, self.seed, self.decay = number, dict(params), seed, False
         self.notes: dict[str, Any] = {}
         self.curve: list[tuple[int, float]] = []
         self.asked, self._left = asked, left or Left()

@@ -37,10 +37,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from hypergrad.checks import as_found, twin
 from hypergrad.exact import Optimizers, as_optimizers
 from hypergrad.search.entries import Float
 from hypergrad.search.space import Space
+from hypergrad.stock_run import as_found, twin
 from hypergrad.updates.transition import Transition
 from hypergrad.warm_start import LEAST, LITTLE, MOST, largest_momentum
 

@@ -189,6 +189,7 @@ def record(frozen: Any, space: Space) -> Record:
 
 def _again(objective: Objective, best: Record, seed: int) -> Any:
     trial = Trial(best.number, best.params, seed)
+    trial.decay = best.notes.get("decay", False)
     with seeded(seed):
         return result_of(objective, trial)
 

@@ -13,6 +13,7 @@ from hypergrad.exact import as_optimizers
 from hypergrad.modes.scheduled import Schedules
 from hypergrad.problem import takes_hypers, takes_step
 from hypergrad.run_evaluations import Run
+from hypergrad.schedules import decay_to_zero
 from hypergrad.search.objective import Objective, Pruned, Trial, call
 from hypergrad.updates.transition import Transition
 
@@ -26,18 +27,30 @@ def is_run(result: Any) -> bool:
 def result_of(objective: Objective, trial: Trial) -> Any:
     """What an objective gives for a trial's values; a run is trained."""
     result = call(objective, trial)
-    return train(result, trial) if is_run(result) else result
+    return train(result, trial, decay=trial.decay) if is_run(result) else result
 
 
-def train(run: Run, trial: Trial) -> float:
+def train(
+    run: Run,
+    trial: Trial,
+    backward: Callable[[Tensor], None] = Tensor.backward,
+    hypers: dict[str, Tensor] | None = None,
+    decay: bool = False,
+) -> float:
     """Train a run with the values it was built with; its validation loss.
 
     A pruner sees the validation loss at every tenth of the run, and may end it. Gradient evaluations are counted, epochs are not.
+
+    Args:
+        backward: what is done with the loss of a batch: that of a tuner, which also moves values.
+        hypers: tensors that the loss reads; None: the trial's values.
+        decay: lr times a short warm-up and a linear decay to zero.
     """
     items, opts = list(run.batches), as_optimizers(run.optimizer)
     if not items:
         raise ValueError("the objective gave a run without batches: give one batch a step.")
-    hypers = hypers_of(run, trial.params)
+    hypers = hypers_of(run, trial.params) if hypers is None else hypers
+    rates = [(group, group["lr"]) for opt in opts for group in opt.param_groups] if decay else []
     schedules, transition = schedules_of(run, hypers)
     columns = schedules.evaluate(len(items), transition) if run.schedules else []
     when = tuple(run.val_steps or (len(items),))
@@ -57,7 +70,9 @@ def train(run: Run, trial: Trial) -> float:
             for name in run.schedules or ():
                 for group, value in zip(transition.groups, columns[t][name]):
                     group |= {} if value is None else {name: value}
-            loss_of(run, items[t], hypers).backward()
+            for group, rate in rates:
+                group["lr"] = rate * decay_to_zero(t, len(items))
+            backward(loss_of(run, items[t], hypers))
             for opt in opts:
                 opt.step()
             trial.count(1)

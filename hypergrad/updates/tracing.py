@@ -154,7 +154,7 @@ def _norm(x: Tensor, ord: Any = 2, dtype: Any = None) -> Tensor:
     return torch.linalg.vector_norm(x, ord, dtype=dtype)
 
 
-_FORMULAS: dict[str, Callable[..., Tensor]] = {
+FORMULAS: dict[str, Callable[..., Tensor]] = {
     "lerp": _lerp,
     "add": _add,
     "sub": _sub,
@@ -253,7 +253,7 @@ class Tracing(Promoted):
         return None if name.endswith("_") else rows
 
 
-def _in_place(name: str) -> bool:
+def in_place(name: str) -> bool:
     return name.startswith("__i") or (name.endswith("_") and not name.endswith("__"))
 
 
@@ -266,7 +266,7 @@ def _root(name: str, args: Any) -> Tensor | None:
     if type(exponent) is not float or not 0 < exponent < 1:
         return None
     y = _Root.apply(args[0], exponent)
-    return args[0].copy_(y) if _in_place(name) else y
+    return args[0].copy_(y) if in_place(name) else y
 
 
 def _unwrapped(x: Any) -> Any:
@@ -285,10 +285,10 @@ def _with_tensors(func: Any, name: str, args: Any, kwargs: Any) -> Any:
     new, kw = _unwrapped((args, kwargs))
     if func in _MADE_FROM:
         return _MADE_FROM[func](*new, **kw)
-    formula = _FORMULAS.get(name.rstrip("_")) if not name.startswith("__") else None
+    formula = FORMULAS.get(name.rstrip("_")) if not name.startswith("__") else None
     if formula is not None:
         y = formula(*new, **kw)
-        return args[0].copy_(y) if _in_place(name) else y
+        return args[0].copy_(y) if in_place(name) else y
     try:
         return func(*new, **kw)
     except TypeError:  # it takes plain numbers only: the self-check sees what is lost

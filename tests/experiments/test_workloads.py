@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from experiments import datasets
-from experiments.workloads import RUNGS, WORKLOADS, fit, train, train_tuned
+from experiments.workloads import COMPARED, RUNGS, WORKLOADS, fit, train, train_tuned
 
 STEPS = 16  # a rung at step 1, 2, 4, 8 and 16
 SAME = {"seconds": 0}
@@ -110,6 +110,28 @@ def test_ratings_decay_users_and_items_apart():
     groups = task.make_optimizer(0.1, 0.01).param_groups
     assert [len(group["params"]) for group in groups] == [1, 1]
     assert [len(group["params"][0]) for group in groups] == [400, 200]
+
+
+def test_muon_takes_hidden_weights_and_adamw_the_rest():
+    task = WORKLOADS["muon_mnist1d"].build(0)
+    muon, adamw = task.make_optimizers(0.1, 0.01)
+    held = [[tuple(p.shape) for p in opt.param_groups[0]["params"]] for opt in (muon, adamw)]
+    assert (type(muon), type(adamw)) == (torch.optim.Muon, torch.optim.AdamW)
+    assert held == [[(64, 40), (64, 64)], [(64,), (64,), (10, 64), (10,)]]
+    assert muon.param_groups[0]["lr"] == adamw.param_groups[0]["lr"] == 0.1
+
+
+def test_lr_of_both_optimizers_decays(monkeypatch):
+    used = []
+    for kind in (torch.optim.Muon, torch.optim.AdamW):
+        step = kind.step
+        monkeypatch.setattr(kind, "step", lambda self, step=step: used.append(self.param_groups[0]["lr"]) or step(self))
+    train(WORKLOADS["muon_mnist1d"].build(0, steps=2), 0.1, 0.0)
+    assert used == pytest.approx([0.1, 0.1, 0.05, 0.05])
+
+
+def test_what_is_compared_has_rivals_of_its_optimizer():
+    assert len(COMPARED) == 12 and {WORKLOADS[name].optimizer for name in COMPARED} == {"SGD", "AdamW", "RMSprop"}
 
 
 def test_gpt_does_not_see_the_future():

@@ -11,6 +11,7 @@ from hypergrad.search.strategies.gradient import Hybrid, Hypergradient
 from hypergrad.search.strategies.grid import Grid, Random
 from hypergrad.search.strategies.halving import ASHA, Hyperband
 from hypergrad.search.strategies.hyperopt import Hyperopt
+from hypergrad.search.strategies.online import HybridOnline, HypergradientOnline
 from hypergrad.search.strategies.population import PBT
 from hypergrad.search.strategies.samplers import CMA, GP, TPE
 
@@ -26,6 +27,8 @@ STRATEGIES: dict[str, type[Strategy]] = {
     "pbt": PBT,
     "hypergradient": Hypergradient,
     "hybrid": Hybrid,
+    "hypergradient-online": HypergradientOnline,
+    "hybrid-online": HybridOnline,
 }
 
 

@@ -20,7 +20,6 @@ from typing import Any, ClassVar
 
 import torch
 
-from hypergrad.checks import as_found
 from hypergrad.exact import as_optimizers, hypergradient
 from hypergrad.outer_steps import OuterSteps, Point
 from hypergrad.run_evaluations import COST_OF_PRODUCT, Run
@@ -31,6 +30,7 @@ from hypergrad.search.strategies.base import Strategy
 from hypergrad.search.strategies.grid import Random
 from hypergrad.search.strategies.samplers import CMA, GP, TPE
 from hypergrad.search.training import hypers_of, is_run, loss_of, schedules_of, train
+from hypergrad.stock_run import as_found
 from hypergrad.updates.rule import PARTS
 from hypergrad.updates.transition import Transition
 
@@ -47,8 +47,48 @@ class Moved:
     ratios: tuple[float, ...] | None = None
 
 
-class Descent(Strategy):
-    """What both strategies share: one trial is one descent.
+class Moving(Strategy):
+    """What all strategies share in which hypergradients move some entries of a trial."""
+
+    needs_run = True
+    least: ClassVar[int] = 0  # entries that must have a derivative
+
+    def __init__(self, space: Space, seed: int, options: Mapping[str, Any]):
+        super().__init__(space, seed, options)
+        if self.least and not any(_may_move(entry) for entry in space.values()):
+            raise ValueError(
+                "no entry of the space can be moved by a hypergradient: that takes a Float without a step and without "
+                "differentiable=False. For this space use 'tpe', 'random' or 'grid'."
+            )
+
+    def _built(self, objective: Objective, trial: Trial, values: Values) -> Run:
+        trial.params = dict(values)
+        with seeded(trial.seed):
+            run = call(objective, trial)
+        if not is_run(run):
+            raise WrongType(
+                f"this strategy differentiates the training run: the objective must return hypergrad.Run(model, optimizer, "
+                f"batches, loss, val_loss), got {type(run).__name__}."
+            )
+        return run._replace(batches=list(run.batches))
+
+    def _moves(self, run: Run, values: Values) -> dict[str, Moved]:
+        moved = moves(run, self.space, values)
+        if len(moved) < self.least:
+            raise WrongType(
+                f"no entry of the space is a hyperparameter of the run with a derivative: its param groups have "
+                f"{sorted(_columns(run))}. Name entries so, or read them from the loss's third argument."
+            )
+        return moved
+
+    def _float(self, name: str) -> Float:
+        entry = self.space[name]
+        assert isinstance(entry, Float)
+        return entry
+
+
+class Descent(Moving):
+    """One trial is one descent over whole runs.
 
     Options:
         steps: runs of one trial; all but the last are differentiated.
@@ -57,8 +97,6 @@ class Descent(Strategy):
     """
 
     takes: ClassVar[tuple[str, ...]] = ("steps", "step_size", "mode")
-    needs_run = True
-    least: ClassVar[int]  # entries that must have a derivative
     defaults: ClassVar[dict[str, Any]]
 
     def __init__(self, space: Space, seed: int, options: Mapping[str, Any]):
@@ -73,22 +111,12 @@ class Descent(Strategy):
             )
         if self.mode not in ("unrolled", "forward"):
             raise ValueError(f"options: mode must be 'unrolled' or 'forward', got {self.mode!r}.")
-        if self.least and not any(_may_move(entry) for entry in space.values()):
-            raise ValueError(
-                "no entry of the space can be moved by a hypergradient: that takes a Float without a step and without "
-                "differentiable=False. For this space use 'tpe', 'random' or 'grid'."
-            )
 
     def run(self, objective: Objective, trial: Trial) -> float:
         """Descend from the trial's values; the best validation loss. Where it was is noted as `learned`."""
         values, path = dict(trial.params), []
         run = self._built(objective, trial, values)
-        moved = moves(run, self.space, values)
-        if len(moved) < self.least:
-            raise WrongType(
-                f"no entry of the space is a hyperparameter of the run with a derivative: its param groups have "
-                f"{sorted(_columns(run))}. Name entries so, or read them from the loss's third argument."
-            )
+        moved = self._moves(run, values)
         if not moved:
             return train(run, trial)
         rule, u = OuterSteps("adam", self.step_size, len(moved)), self._coordinates(values, moved)
@@ -113,22 +141,6 @@ class Descent(Strategy):
         best = path[rule.best.step]
         trial.note("learned", {name: best[name] for name in moved})
         return rule.best.value
-
-    def _built(self, objective: Objective, trial: Trial, values: Values) -> Run:
-        trial.params = dict(values)
-        with seeded(trial.seed):
-            run = call(objective, trial)
-        if not is_run(run):
-            raise WrongType(
-                f"this strategy differentiates the training run: the objective must return hypergrad.Run(model, optimizer, "
-                f"batches, loss, val_loss), got {type(run).__name__}."
-            )
-        return run._replace(batches=list(run.batches))
-
-    def _float(self, name: str) -> Float:
-        entry = self.space[name]
-        assert isinstance(entry, Float)
-        return entry
 
     def _coordinates(self, values: Values, moved: Mapping[str, Moved]) -> torch.Tensor:
         return torch.tensor([self._float(name).to_unit(values[name]) for name in moved], dtype=torch.float64)
@@ -157,24 +169,16 @@ class Descent(Strategy):
         return float(result.value), slopes
 
 
-class Hypergradient(Descent):
-    """Descents alone: the first from the space's start, the next ones from random values."""
-
-    least, defaults = 1, {"steps": 10, "step_size": 0.1, "mode": "unrolled"}
-
-    def __init__(self, space: Space, seed: int, options: Mapping[str, Any]):
-        super().__init__(space, seed, options)
-        self.random = Random(space, seed, {})
+class FromStart(Strategy):
+    """Trials begin at the space's start, the next ones at random."""
 
     def point(self, number: int) -> Values | None:
-        return self.space.first() if number == 0 else self.random.point(number)
+        return self.space.first() if number == 0 else Random(self.space, self.seed, {}).point(number)
 
 
-class Hybrid(Descent):
+class Sampled(Strategy):
     """A sampler of Optuna for starts and for what has no derivative. Option `sampler`: "tpe", "gp" or "cma"."""
 
-    takes = (*Descent.takes, "sampler")
-    least, defaults = 0, {"steps": 4, "step_size": 0.1, "mode": "unrolled"}
     samplers: ClassVar[dict[str, type[TPE | GP | CMA]]] = {"tpe": TPE, "gp": GP, "cma": CMA}
 
     def __init__(self, space: Space, seed: int, options: Mapping[str, Any]):
@@ -186,6 +190,19 @@ class Hybrid(Descent):
 
     def sampler(self, number: int) -> Any:
         return self.chooses.sampler(number)
+
+
+class Hypergradient(FromStart, Descent):
+    """Descents alone."""
+
+    least, defaults = 1, {"steps": 10, "step_size": 0.1, "mode": "unrolled"}
+
+
+class Hybrid(Sampled, Descent):
+    """A sampler chooses, and descents go on from there."""
+
+    takes = (*Descent.takes, "sampler")
+    defaults: ClassVar[dict[str, Any]] = {"steps": 4, "step_size": 0.1, "mode": "unrolled"}
 
 
 def _may_move(entry: Any) -> bool:

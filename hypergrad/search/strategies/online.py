@@ -1,0 +1,125 @@
+r"""Hypergradients inside one training run: a `hypergrad.Tuner` moves the entries that have a derivative while it trains.
+
+A trial is one run, at a few times the gradients of a plain one. With r_g the ratio that the run's param group g holds of an
+entry x, and x_g the number that the tuner has brought it to, the entry's learned value is
+
+    x = exp mean_g log(x_g / r_g)          over the groups in which r_g is not 0
+
+and stands for the run in `best_params`. lr is the scale of a short warm-up and a linear decay to zero over the run
+(`hypergrad.schedules`), and is trained so again by `Study.verify`. "hypergradient-online" begins the first trial at the space's
+own start and the next ones at random; with "hybrid-online" a sampler of Optuna chooses every start, and what has no derivative.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from hypergrad.hyper_steps import gradient_evaluations
+from hypergrad.hyperparameters import Hyperparameter
+from hypergrad.search.objective import Objective, Trial
+from hypergrad.search.space import Space, Values
+from hypergrad.search.strategies.gradient import FromStart, Moved, Moving, Sampled
+from hypergrad.search.training import hypers_of, train
+from hypergrad.tuner import Tuner
+from hypergrad.tuner_arguments import check_curvature, check_numbers
+from hypergrad.updates.rule import PARTS
+
+KINDS = {"linear": "free", "log": "positive", "logit": "unit"}  # of what the loss reads, by the entry's scale
+
+
+class Online(Moving):
+    """One trial is one run that is tuned while it trains.
+
+    Options are arguments of `hypergrad.Tuner`: every, hyper_lr, average, warm_start, curvature. Of beta1 and beta2 both are
+    moved, or none.
+    """
+
+    takes: ClassVar[tuple[str, ...]] = ("every", "hyper_lr", "average", "warm_start", "curvature")
+
+    def __init__(self, space: Space, seed: int, options: Mapping[str, Any]):
+        super().__init__(space, seed, options)
+        check_numbers("forward", 1, options.get("every", 10), options.get("hyper_lr", 0.1), None)
+        check_curvature(options.get("curvature", "exact"), "forward", None)
+
+    def run(self, objective: Objective, trial: Trial) -> float:
+        """Train and tune a run; its validation loss. What the entries have come to is noted as `learned`."""
+        values = dict(trial.params)
+        run = self._built(objective, trial, values)
+        if run.schedules:
+            raise ValueError("schedules of a run cannot be tuned online: use strategy 'hypergradient' or 'hybrid'.")
+        moved = _whole(self._moves(run, values))
+        trial.note("decay", True)
+        if not moved:
+            return train(run, trial, decay=True)
+        hypers = self._starts(values, moved)
+        tuner = Tuner(
+            run.model,
+            run.optimizer,
+            run.val_loss,
+            tune=self._bounds(moved),
+            hypers=hypers or None,
+            total_steps=len(list(run.batches)),
+            seed=trial.seed,
+            **{name: x for name, x in self.options.items() if name in Online.takes},
+        )
+        try:
+            value = train(run, trial, tuner.backward, hypers_of(run, values) | tuner.hypers)
+            trial.count(gradient_evaluations(tuner.stats) - tuner.stats["steps"])
+            trial.note("learned", _learned(tuner.values, moved))
+        finally:
+            tuner.close()
+        return value
+
+    def _starts(self, values: Values, moved: Mapping[str, Moved]) -> dict[str, Hyperparameter]:
+        out = {}
+        for name in (n for n, each in moved.items() if each.ratios is None):
+            entry = self._float(name)
+            out[name] = Hyperparameter(values[name], (entry.low, entry.high), KINDS[entry.scale])
+        return out
+
+    def _bounds(self, moved: Mapping[str, Moved]) -> dict[str, Hyperparameter]:
+        """Of each name in the param groups: those of its entry, in the group where they are widest."""
+        ends: dict[str, list[float]] = {}
+        for name, each in moved.items():
+            entry = self._float(name)
+            ends.setdefault(each.name, []).extend(
+                r * x for r in each.ratios or () if r for x in (entry.low, entry.high)
+            )
+        return {name: Hyperparameter(bounds=(min(x), max(x))) for name, x in ends.items() if x}
+
+
+class HypergradientOnline(FromStart, Online):
+    """Runs alone."""
+
+    least = 1
+
+
+class HybridOnline(Sampled, Online):
+    """A sampler chooses, and each of its trials is tuned while it trains."""
+
+    takes = (*Online.takes, "sampler")
+
+
+def _whole(moved: Mapping[str, Moved]) -> dict[str, Moved]:
+    """Without a part, such as beta1, whose other parts are no entries: a tuner moves all parts of a name."""
+    names = [each.name for each in moved.values()]
+    return {
+        n: each for n, each in moved.items() if each.part is None or names.count(each.name) == len(PARTS[each.name])
+    }
+
+
+def _learned(found: Mapping[str, Tensor], moved: Mapping[str, Moved]) -> Values:
+    out: Values = {}
+    for name, each in moved.items():
+        numbers = found[each.name]
+        if each.ratios is None:
+            out[name] = float(numbers)
+            continue
+        column = numbers if each.part is None else numbers[:, each.part]
+        logs = [math.log(float(x) / r) for x, r in zip(column, each.ratios, strict=True) if r]
+        out[name] = math.exp(sum(logs) / len(logs))
+    return out
