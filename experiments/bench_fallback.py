@@ -12,7 +12,6 @@ of a plain step of the same optimizer in the same round).
 
 from __future__ import annotations
 
-import gc
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -26,7 +25,7 @@ import torch
 from experiments import results
 from experiments.arguments import arg, command, parse
 from experiments.bench_case import EPS, WEIGHT_DECAY, Case
-from experiments.bench_modes import clock, keep_memory, ours, plain
+from experiments.bench_modes import by_turns, keep_memory, ours, plain, times
 
 Row = dict[str, Any]
 Made = Callable[[Sequence[torch.Tensor]], torch.optim.Optimizer]
@@ -95,30 +94,16 @@ def error_of(mode: str, name: str, device: str, steps: int = 3) -> float:
 def measure(args: Args, case_name: str, name: str) -> list[Row]:
     case = CaseOf(case_name, OPTIMIZERS[name][1], args.steps, args.device)
     calls = {"plain": plain(case)} | {mode: of(case) for mode, of in MODES.items()}
-    start = [p.detach().clone() for p in case.params]
-    first: dict[str, float] = {}
-    seconds: dict[str, list[float]] = {mode: [] for mode in calls}
-    for turn in range(args.rounds + 1):
-        for mode, call in calls.items():
-            with torch.no_grad():
-                for p, x in zip(case.params, start, strict=True):
-                    p.copy_(x)
-                    p.grad = None
-            gc.collect()
-            began = clock(args.device)
-            call()
-            spent = clock(args.device) - began
-            if turn:
-                seconds[mode].append(spent / args.steps)
-            else:
-                first[mode] = spent
+    seconds = by_turns(calls, case, args.rounds, args.device)
+    plain_ones = seconds["plain"][1:]
     rows = []
     for mode in MODES:
-        ratio = statistics.median(a / b for a, b in zip(seconds[mode], seconds["plain"], strict=True))
+        first, *others = seconds[mode]
+        usual = statistics.median(others)
         row: Row = {"case": case_name, "tensors": len(case.params), "optimizer": name, "mode": mode}
-        row |= {"steps": args.steps, "times_plain": round(ratio, 3)}
-        row["ms_a_step"] = round(1e3 * statistics.median(seconds[mode]), 3)
-        row["first_call_s"] = round(max(0.0, first[mode] - args.steps * statistics.median(seconds[mode])), 3)
+        row |= {"steps": args.steps, "times_plain": times(others, plain_ones)}
+        row["ms_a_step"] = round(1e3 * usual / args.steps, 3)
+        row["first_call_s"] = round(max(0.0, first - usual), 3)
         row["error"] = error_of(mode, case_name, args.device) if name == OWN else None
         rows.append(row)
         print(f"{case_name:10} {name:32} {mode:32} {row['times_plain']:7.2f}   {row['ms_a_step']:8.2f} ms", flush=True)

@@ -12,7 +12,6 @@ solve alone. All run in turn in one process, one thread; `error` is from plain c
 
 from __future__ import annotations
 
-import gc
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -28,7 +27,7 @@ import hypergrad
 from experiments import results
 from experiments.arguments import arg, command, parse
 from experiments.bench_case import Case
-from experiments.bench_modes import clock, installed, keep_memory, plain
+from experiments.bench_modes import by_turns, installed, keep_memory, plain, times
 from hypergrad.solvers import Solve, cg, neumann
 
 Row = dict[str, Any]
@@ -141,20 +140,15 @@ def measure(args: Args, name: str) -> list[Row]:
     case = implicit_case(name, args.device)
     methods = [m for m in METHODS if not m.startswith("TorchOpt") or installed("TorchOpt")]
     calls = {"plain": plain(case)} | {method: METHODS[method][1](case) for method in methods}
-    seconds: dict[str, list[float]] = {method: [] for method in calls}
-    for turn in range(args.rounds + 1):  # the first warms up
-        for method, call in calls.items():
-            gc.collect()
-            began = clock(args.device)
-            call()
-            if turn:
-                seconds[method].append(clock(args.device) - began)
-            for p in case.params:
-                p.grad = None
+    seconds = {m: spent[1:] for m, spent in by_turns(calls, case, args.rounds, args.device).items()}
     rows = []
     for method in methods:
-        ratio = statistics.median(a / b for a, b in zip(seconds[method], seconds["plain"], strict=True))
-        row = {"case": name, "method": method, "iterations": ITERATIONS, "times_plain": round(ratio, 3)}
+        row = {
+            "case": name,
+            "method": method,
+            "iterations": ITERATIONS,
+            "times_plain": times(seconds[method], seconds["plain"]),
+        }
         row |= {"ms": round(1e3 * statistics.median(seconds[method]), 3), "error": error_of(method, name, args.device)}
         rows.append(row)
         print(f"{name:9} {method:22} {row['times_plain']:7.2f}   error {row['error']:.1e}", flush=True)

@@ -27,7 +27,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
@@ -147,30 +147,13 @@ def measure(args: Args, name: str, steps: int, methods: Sequence[str]) -> list[R
     """Interleaved rounds of all methods on one case."""
     case = Case(name, steps, args.device)
     calls = {method: method_of(method)(case) for method in methods}
-    start = [p.detach().clone() for p in case.params]
-    seconds: dict[str, list[float]] = {method: [] for method in methods}
     errors = {method: error_of(method, name, min(steps, CHECKED), args.device) for method in methods}
     compile_seconds = {method: compiling(calls[method], case) for method in methods if method in COMPILED}
-    for turn in range(args.rounds + 1):  # the first warms up
-        for method in methods:
-            with torch.no_grad():
-                for p, x in zip(case.params, start, strict=True):
-                    p.copy_(x)
-                    p.grad = None
-            gc.collect()
-            began = clock(args.device)
-            try:
-                calls[method]()
-                spent = clock(args.device) - began
-            except torch.OutOfMemoryError:
-                spent = math.inf
-            if turn:
-                seconds[method].append(spent / steps)
+    seconds = {m: spent[1:] for m, spent in by_turns(calls, case, args.rounds, args.device).items()}
     rows = []
     for method in methods:
-        ratios = [a / b for a, b in zip(seconds[method], seconds["plain"], strict=True)]
-        row = {"case": name, "steps": steps, "method": method, "times_plain": round(statistics.median(ratios), 3)}
-        row["ms_a_step"] = round(1e3 * statistics.median(seconds[method]), 3)
+        row = {"case": name, "steps": steps, "method": method, "times_plain": times(seconds[method], seconds["plain"])}
+        row["ms_a_step"] = round(1e3 * statistics.median(seconds[method]) / steps, 3)
         row["error"] = errors[method]
         if method in COMPILED:
             row["compile_seconds"] = round(compile_seconds[method], 1)
@@ -178,6 +161,31 @@ def measure(args: Args, name: str, steps: int, methods: Sequence[str]) -> list[R
         error = "" if row["error"] is None else f"   error {row['error']:.1e}"
         print(f"{name:9} K={steps:<4} {method:34} {row['times_plain']:7.2f}{error}", flush=True)
     return rows
+
+
+def by_turns(calls: Mapping[str, Call], case: Case, rounds: int, device: str) -> dict[str, list[float]]:
+    """Seconds of each call, by turns, from the same weights: once to warm up, then `rounds` times; inf: out of memory."""
+    start = [p.detach().clone() for p in case.params]
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(rounds + 1):
+        for name, call in calls.items():
+            with torch.no_grad():
+                for p, x in zip(case.params, start, strict=True):
+                    p.copy_(x)
+                    p.grad = None
+            gc.collect()
+            began = clock(device)
+            try:
+                call()
+                seconds[name].append(clock(device) - began)
+            except torch.OutOfMemoryError:
+                seconds[name].append(math.inf)
+    return seconds
+
+
+def times(seconds: Sequence[float], plain: Sequence[float]) -> float:
+    """The median over rounds of seconds over a plain call's in the same round."""
+    return round(statistics.median(a / b for a, b in zip(seconds, plain, strict=True)), 3)
 
 
 def compiling(call: Call, case: Case) -> float:
@@ -194,7 +202,9 @@ def error_of(method: str, name: str, steps: int, device: str) -> float | None:
     if method == "plain":
         return None
     small = name.replace("gpt", "tinygpt") if name == GPT_CASE else name
-    truth, found = (method_of(m)(Case(small, steps, device, torch.float64))() for m in ("plain code, graph kept", method))
+    truth, found = (
+        method_of(m)(Case(small, steps, device, torch.float64))() for m in ("plain code, graph kept", method)
+    )
     assert truth is not None
     assert found is not None
     return max(abs(a - b) / abs(b) for a, b in zip(found, truth, strict=True))

@@ -74,11 +74,7 @@ def many(data: Folds, values: Values, lr: Tensor, alpha: Tensor, seed: int, epoc
             net.grad.addcmul_(net.flat * net.decayed, decays, value=1 / x[:, now].shape[1])
             _move(rule, net, rates * (1 - t / total))
             t += 1
-    output = torch.baddbmm(
-        net.weights[3],
-        torch.baddbmm(net.weights[1], data.held_x.repeat(points, 1, 1), net.weights[0]).relu_(),
-        net.weights[2],
-    )
+    output = net.output(data.held_x.repeat(points, 1, 1))
     each = output.view(points, k, *output.shape[1:])
     return np.array(
         [
@@ -126,14 +122,9 @@ def run(item: Row) -> Row:
     row = dict(item) | {f"start_{k}": v for k, v in values.items()}
     for k, metric in enumerate(METRICS[item["set"]]):
         row |= {f"{metric}_held": held[:, k].min(), f"{metric}_five": held[five, k], f"{metric}_one": held[one, k]}
-    return (
-        row
-        | {"lr_five": float(lr[five]), "alpha_five": float(alpha[five])}
-        | {
-            "lr_one": float(lr[one]),
-            "alpha_one": float(alpha[one]),
-        }
-    )
+    for chosen, at in (("five", five), ("one", one)):
+        row |= {f"lr_{chosen}": float(lr[at]), f"alpha_{chosen}": float(alpha[at])}
+    return row
 
 
 def luck(args: Args) -> list[Row]:

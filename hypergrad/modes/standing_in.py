@@ -55,7 +55,7 @@ class Batch:
 
 
 def _flat(batch: Any) -> tuple[list[Any], Any]:
-    """The leaves and the structure of a batch; None is that of a plain tuple of tensors, which is told in a tenth of the time."""
+    """The leaves and the structure of a batch; None is that of a plain tuple of tensors, which needs no tree."""
     if type(batch) is tuple and all(type(x) is Tensor for x in batch):
         return list(batch), None
     return tree_flatten(batch)

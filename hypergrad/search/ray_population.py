@@ -6,7 +6,9 @@ come. Tune keeps checkpoints in a folder of its own; a member whose worker dies 
 
 from __future__ import annotations
 
+import logging
 import math
+import os
 import tempfile
 import threading
 from collections.abc import Iterator
@@ -171,18 +173,20 @@ def population_runner(n_jobs: int, size: int, strategy: PBT, cluster: Cluster, s
             runner.close()
 
 
+# no logs of every result (CSV, JSON, TensorBoard), no banner that names a folder which will be gone: the study has it all
+QUIET = {"TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1", "RAY_AIR_NEW_OUTPUT": "0"}
+
+
 @contextmanager
 def quiet_tune() -> Iterator[None]:
-    """Ray Tune without its own logs of every result (CSV, JSON, TensorBoard): the study has them."""
-    import logging
-    import os
-
-    name, logger = "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", logging.getLogger("ray.tune")
-    before, level = os.environ.get(name), logger.level
-    os.environ[name] = "1"
+    """Ray Tune without what it writes and prints by itself."""
+    logger, before = logging.getLogger("ray.tune"), {name: os.environ.get(name) for name in QUIET}
+    level = logger.level
+    os.environ |= QUIET
     logger.setLevel(logging.ERROR)
     try:
         yield
     finally:
         logger.setLevel(level)
-        os.environ.pop(name) if before is None else os.environ.__setitem__(name, before)
+        for name, value in before.items():
+            os.environ.pop(name) if value is None else os.environ.__setitem__(name, value)

@@ -57,6 +57,7 @@ STRATEGIES: dict[str, tuple[Any, Any, int]] = {
     "asha": (reporting_bowl, SPACE, 12),
     "hypergradient": (quadratic, SMALL, 2),
     "hybrid": (quadratic, SMALL, 3),
+    "hybrid-online": (quadratic, SMALL, 2),
 }
 
 
