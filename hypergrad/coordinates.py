@@ -198,6 +198,12 @@ class Coordinates:
         phi[j] += math.log(factor)
         self.move(phi)
 
+    def put(self, j: int, value: float) -> None:
+        """Set the value of one number."""
+        phi = self.phi.clone()
+        phi[j] = self.kinds[j].to_free(torch.tensor(value))
+        self.move(phi)
+
     def bound(self, j: int, smaller: float, larger: float) -> None:
         """Keep one positive number within these factors of its present value."""
         self.low[j], self.high[j] = self.phi[j] + math.log(smaller), self.phi[j] + math.log(larger)

@@ -14,7 +14,9 @@ With several lr, z_i is of the i-th, a_i = gᵀz_i, B_ij = z_iᵀHz_j, and b_i =
 all of them change together.
 
 As a hypergradient speaks of the values that it has seen, every number keeps within a factor LEAD of its own mean so far (odds of
-a number between 0 and 1), by its own steps: else what holds for the past is acted on until it is far from true. And where lr's
+a number between 0 and 1), by its own steps: else what holds for the past is acted on until it is far from true. For all but a
+learning rate newer values weigh more in that mean, RECENT / n for the n-th: x may then rise as n⁶ and not as n³, which one
+that stood still for its first steps needs to come to where it belongs. And where lr's
 tangent outgrew the weights, training is chaotic: lr steps down, whatever its mean, and where it then is becomes a ceiling, which
 rises by RELAX and ever faster, by GROW a step, while tangents stay small: early chaos often passes as training goes on. (Where
 momentum is tuned it moves at a fixed lr/(1 − m), and takes lr with it past these limits.)
@@ -36,7 +38,7 @@ OUTLIER, SETTLED = 4.0, 10  # after so many steps a hypergradient counts for at 
 FASTER, SLOWER, SLOWEST = 1.2, 0.7, 0.1
 DOWN = 0.5  # of lr
 RELAX, GROW = 0.1, 1.5  # of lr's ceiling; RELAX in steps of hyper_lr
-LEAD = 4.0
+LEAD, RECENT = 4.0, 2.0
 UPHILL = 1.3  # so far above its mean lr is still climbing
 FURTHEST = 7.0  # one climb, in steps of hyper_lr: a factor of 2 at 0.1
 _STATE = ("m", "s", "count", "mean", "pace", "ceiling", "calm")
@@ -104,7 +106,8 @@ class Descent:
         weight = (1 / (1 + (self.count - 1) / MEMORY)).clamp(1 - BETA2, 1.0)
         self.s = torch.where(moves, self.s + weight * (g * g - self.s), self.s)
         now = torch.where(self.led, phi, 0).exp()
-        self.mean = torch.where(moves, self.mean + (now - self.mean) / self.count.clamp_min(1), self.mean)
+        share = (torch.where(self.climbs, 1.0, RECENT) / self.count.clamp_min(1)).clamp(max=1.0)
+        self.mean = torch.where(moves, self.mean + (now - self.mean) * share, self.mean)
         return agreed
 
     def climbing(self, phi: Tensor) -> Tensor:

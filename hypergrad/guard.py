@@ -18,10 +18,17 @@ BLOW_UP = 10.0  # a training loss above so many L₀, PATIENCE times in a row, o
 DRIFT = 1.5  # a running mean of the training loss above so many L₀, or
 LOST = 0.5  # the same mean above L* + so much of the progress L₀ − L*, L* its least so far, and above L* + 2 standard deviations
 HORIZON = 20  # taken over about so many steps, once it has seen so many
-LR_CUT = 4.0  # lr is divided by this at a roll-back
+SURGE, SURGE_SDS = (
+    1.5,
+    6.0,
+)  # a loss above so many times that mean, and so many standard deviations above it, is a surge
+LR_CUT, SURGE_CUT = (
+    4.0,
+    2.0,
+)  # lr is divided by this at a roll-back; after surges, which are noticed early, by the second
 NEVER = 10**9
-_FLOATS, _COUNTS = ("reference", "mean", "variance", "best"), ("seen", "bad_in_a_row", "restored")
-PATIENCE = 3  # so many steps in a row that are not finite, with finite weights, or spikes, are a blow-up too
+_FLOATS, _COUNTS = ("reference", "mean", "variance", "best", "level", "cut"), ("seen", "bad_in_a_row", "restored")
+PATIENCE = 3  # so many steps in a row that are not finite, with finite weights, or spikes or surges, are a blow-up too
 
 
 @dataclass
@@ -33,11 +40,13 @@ class _Good:
 class Guard:
     """Judges every step before it is taken, and keeps the last good states.
 
-    A *bad batch* is a loss or gradient that is not finite with weights that are, a *spike* a loss far above L₀ (see BLOW_UP):
-    the step is passed over. A *blow-up* is weights that are not finite, a mean loss above L₀ or above what it had come to (see
-    DRIFT, LOST), or PATIENCE bad batches or spikes in a row: one may be the batch's fault, several are the weights'. A
-    roll-back after which the loss is as high at the good weights was a *false alarm* (L₀ becomes that loss), or it was *bad
-    data* where the loss is not finite there either.
+    A *bad batch* is a loss or gradient that is not finite with weights that are; a *surge* a loss out of line with the last
+    ones (see SURGE); a *spike* a surge above L₀, or a loss far above L₀ (see BLOW_UP). Steps on bad batches and spikes are passed
+    over. A *blow-up* is weights that are not finite, a mean loss above L₀ or above what it had come to (see DRIFT, LOST), or
+    PATIENCE bad batches, or spikes and surges, in a row: one may be the batch's fault, several are the weights'. Where every
+    batch is the whole set, surges are how lr beyond the edge of stability shows, long before the mean does: left to itself it
+    kills ReLU units, and its tangents speak of nothing else for hundreds of steps. A roll-back after which the loss is as high at
+    the good weights was a *false alarm* (L₀ becomes that loss), or it was *bad data* where the loss is not finite there either.
 
     Args:
         reference: the validation loss before the first step.
@@ -48,6 +57,8 @@ class Guard:
         self.reference = abs(reference) if math.isfinite(reference) else 0.0  # L₀
         self.mean = self.variance = 0.0  # running, of the training loss
         self.best = math.inf  # least mean so far, L*
+        self.level = math.inf  # what the last loss was above, if it was a surge
+        self.cut = LR_CUT  # by which lr is divided at the next roll-back
         self.seen = self.bad_in_a_row = 0
         self.restored = False  # the weights of this step are those that were rolled back to
         self.good: deque[_Good] = deque(maxlen=2)
@@ -58,8 +69,10 @@ class Guard:
         finite = math.isfinite(float(g.sum())) or bool(torch.isfinite(g).all())  # the sum is cheap, and may overflow
         if finite and (loss is None or math.isfinite(loss)):
             verdict = "good" if loss is None else self._judge_finite(loss)
-            self.bad_in_a_row = self.bad_in_a_row + 1 if verdict == "spike" else 0
-            return "blow-up" if self.bad_in_a_row >= PATIENCE else verdict
+            self.bad_in_a_row = self.bad_in_a_row + 1 if verdict in ("spike", "surge") else 0
+            if self.bad_in_a_row >= PATIENCE:
+                return "blow-up"
+            return "good" if verdict == "surge" else verdict
         if self.restored and bool(torch.isfinite(theta).all()):  # at good weights too: it is the data
             self.restored, self.bad_in_a_row = False, -NEVER
             return "bad data"
@@ -74,9 +87,17 @@ class Guard:
         if self.seen == 0 and not self.good:
             self.reference = max(self.reference, abs(loss))
         restored, self.restored = self.restored, False
-        if restored and loss > self._threshold():  # the weights are good ones: it is the data that has changed
-            self.reference, self.best = max(self.reference, loss), math.inf
+        level, self.level = self.level, math.inf
+        if restored and loss > min(
+            level, self._threshold()
+        ):  # the weights are good ones: it is the data that has changed
+            if loss > self._threshold():
+                self.reference, self.best = max(self.reference, loss), math.inf
             return "false alarm"
+        self.cut = LR_CUT
+        if loss > self._surge() and not 0 < BLOW_UP * self.reference < loss:
+            self.level, self.cut = self._surge(), SURGE_CUT
+            return "spike" if self.is_spike(loss) else "surge"
         if self.is_spike(loss):
             return "spike"
         self.seen += 1
@@ -90,7 +111,15 @@ class Guard:
 
     def is_spike(self, loss: float) -> bool:
         """Whether a loss is so high that its step should not be taken."""
-        return not self.transition.maximizes and 0 < BLOW_UP * self.reference < loss
+        if self.transition.maximizes:
+            return False
+        return 0 < BLOW_UP * self.reference < loss or loss > max(self._surge(), self.reference)
+
+    def _surge(self) -> float:
+        """The loss from which on it is out of line with the last ones."""
+        if self.seen < HORIZON or self.mean <= 0:
+            return math.inf
+        return max(SURGE * self.mean, self.mean + SURGE_SDS * math.sqrt(self.variance))
 
     def doubts(self, loss: float) -> bool:
         """Whether a loss, not judged yet, looks like the batch's own fault: nothing is to be learnt from that batch."""
@@ -111,7 +140,8 @@ class Guard:
         Its tensors are never written to, so nothing is copied but the buffers.
         """
         progress = 0.0 if math.isinf(self.best) else max(self.reference - self.best, 0.0)
-        if self.mean <= self.reference - (1 - LOST / 2) * progress or not self.good:
+        kept = self.mean <= self.reference - (1 - LOST / 2) * progress
+        if (kept and not self.bad_in_a_row) or not self.good:
             self.good.append(_Good(state, self.problem.read_buffers()))
 
     def mend_buffers(self) -> None:

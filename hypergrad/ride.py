@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from hypergrad.guard import LR_CUT, Guard
+from hypergrad.guard import Guard
 from hypergrad.hyper_steps import HyperSteps
 from hypergrad.live_values import LiveValues
 from hypergrad.schedules import tuned_at
 from hypergrad.updates.binding import State, Values
 from hypergrad.updates.transition import Tangent
-from hypergrad.warm_start import LEAST, MOST, WarmStart, largest_momentum, sensible
+from hypergrad.warm_start import LEAST, MOMENTUM, MOST, WarmStart, largest_momentum, sensible
 
 if TYPE_CHECKING:
     from hypergrad.windows import Windows
@@ -66,6 +66,8 @@ class Ride:
         self.skipped = found_inf is not None and bool(found_inf)
         if self.warm.active and (self.hyper.frozen or any("initial_lr" in g for g in self.transition.groups)):
             self.warm.active = False  # nothing is to move, or a scheduler came after the tuner: ours is a multiplier
+        if self.warm.active and self.warm.momentum is None:
+            self._start_momentum()
         if self.warm.active and not self.stepped and not self.void:
             self._look()
         never = self.hyper.frozen and self.total is None and not self.stats["hyper_steps"]
@@ -113,6 +115,17 @@ class Ride:
             self.hyper.losses.append(loss)
         if fresh is not None:
             fresh.stepped.add(i)
+
+    def _start_momentum(self) -> None:
+        """Before the first step: momentum, where it is tuned and its start is a hint, begins at MOMENTUM."""
+        values, rules = self.transition.values(), self.transition.rules
+        for j, entry in enumerate(self.coordinates.entries):
+            if entry.name != "momentum" or entry.group is None or self.coordinates.given[j]:
+                continue
+            if not getattr(rules[entry.group], "averages", False):
+                self.coordinates.put(j, MOMENTUM)
+            values["momentum"][entry.group] = float(self.coordinates.value[j])
+        self.warm.momentum = largest_momentum(values, rules)
 
     # lr is its tuned value times a shape; the warm start sets their product, and at its end the value
     def _look(self) -> None:
@@ -193,7 +206,7 @@ class Ride:
         verdict = self.guard.judge(loss, g, state.theta)
         if verdict in ("false alarm", "bad data"):
             self.stats["false_alarms"] += 1
-            self.coordinates.scale("lr", LR_CUT)
+            self.coordinates.scale("lr", self.guard.cut)
             self.coordinates.cap("lr", math.inf)
         if verdict == "false alarm":
             return True
@@ -217,9 +230,10 @@ class Ride:
             )
         else:
             self.stats["rollbacks"] += 1
-            cut = self.coordinates.scale("lr", 1 / LR_CUT)
-            self.coordinates.cap("lr", LR_CUT**0.5)
-            then = f"lr divided by {LR_CUT:g}" if cut else "lr is not tuned and stays: if this goes on, lower it"
+            by = self.guard.cut
+            cut = self.coordinates.scale("lr", 1 / by)
+            self.coordinates.cap("lr", by**0.5)
+            then = f"lr divided by {by:g}" if cut else "lr is not tuned and stays: if this goes on, lower it"
             self.tangents.forget()
             self.tangents.average = None
             self.journal.note(

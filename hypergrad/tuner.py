@@ -26,7 +26,7 @@ from hypergrad.secant import EVERY, Secant
 from hypergrad.tangents import Tangents
 from hypergrad.tuner_arguments import check_curvature, check_numbers
 from hypergrad.updates.transition import CLIPS, Transition
-from hypergrad.warm_start import WarmStart, largest_momentum
+from hypergrad.warm_start import WarmStart
 from hypergrad.windows import Windows
 
 
@@ -64,7 +64,7 @@ class Tuner:
         average: while lr, momentum, … are tuned, take the validation loss at a running average of the weights, which looks
             back over a tenth of the run so far; its tangent is the same average of the tangents.
         warm_start: take lr's start (unless given by Hyperparameter(start=…), or written by a scheduler) as a hint only, and find
-            it from slope and curvature along the first steps.
+            it from slope and curvature along the first steps. Momentum, if it is tuned too and not given, then begins at 0.9.
         curvature: "exact" forms one Hessian-vector product Hz a step and tuned number, at the price of two gradients. "free", for
             large models, forms one in 40 gradients, whatever is tuned, besides those of the warm start (at most 30 a number). In
             between Hz := Bz, B positive semi-definite of rank 8 with Bv = Hv along the tangent v last measured, and tangents
@@ -154,10 +154,7 @@ class Tuner:
         self._coordinates = Coordinates(transition, spec, of_loss, tensors, hyper_lr)
         live = LiveValues(transition, self._coordinates, total_steps)
         before, notes = self._try(val_loss)
-        warm = WarmStart(
-            warm_start and mode == "forward" and live.writes_lr_alone(),
-            largest_momentum(transition.values(), transition.rules),
-        )
+        warm = WarmStart(warm_start and mode == "forward" and live.writes_lr_alone())
         secant = Secant(warm) if curvature == "free" else None
         tangents = Tangents(transition, self._coordinates, model, scaler, clip_norm, secant)
         self.stats: dict[str, int] = dict.fromkeys(_STATS, 0)

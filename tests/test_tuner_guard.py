@@ -203,6 +203,36 @@ def test_a_loss_that_gives_back_a_little_or_is_all_noise_is_none():
     assert set(little) == set(guard_after(noise)[0]) == {"good"}
 
 
+FALLING = [1 / (1 + 0.1 * min(t, 100)) for t in range(200)]  # to 0.09, smoothly, as where every batch is the whole set
+
+
+def test_a_surge_is_a_blow_up_once_it_lasts():
+    """Far below the loss at the start, and far above the last ones."""
+    verdicts, guard = guard_after([*FALLING, 0.3, 0.4, 0.5])
+    assert verdicts[-3:] == ["good", "good", "blow-up"] and set(verdicts[:-3]) == {"good"}
+    assert guard.cut == 2.0
+    assert guard.roll_back() and guard.judge(0.1, torch.zeros(3), torch.zeros(3)) == "good"
+    assert guard.cut == 4.0
+    for surge in ([0.3, 0.4, 0.09], [0.12] * 10):
+        verdicts, guard = guard_after([*FALLING, *surge])
+        assert set(verdicts) == {"good"}
+
+
+def test_a_surge_above_the_first_loss_is_a_step_passed_over():
+    verdicts, _ = guard_after([*FALLING, 1.5, 0.09, 0.09])
+    assert verdicts[-3:] == ["spike", "good", "good"]
+
+
+def test_a_surge_at_the_good_weights_too_is_the_data():
+    _, guard = guard_after([*FALLING, 0.4, 0.4, 0.4])
+    guard.roll_back()
+    assert guard.judge(0.4, torch.zeros(3), torch.zeros(3)) == "false alarm"
+    assert guard.cut == 2.0  # by which lr is multiplied again
+    assert guard.reference == FALLING[0]
+    more = [guard.judge(0.4, torch.zeros(3), torch.zeros(3)) for _ in range(40)]
+    assert set(more) == {"good"}
+
+
 def test_lost_progress_at_the_good_weights_too_is_the_data():
     verdicts, guard = guard_after([2.3] * 5 + [0.1] * 60)
     while guard.judge(2.2, torch.zeros(3), torch.zeros(3)) != "blow-up":

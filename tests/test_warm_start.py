@@ -99,6 +99,21 @@ def test_a_start_that_is_meant_is_kept(case):
     assert optimizer.param_groups[0]["lr"] == 1e-4
 
 
+@pytest.mark.parametrize("case", ["hint", "given", "off", "frozen", "lr given"])
+def test_momentum_that_is_tuned_begins_at_0_9_unless_it_is_meant(case):
+    model = Bowl()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.3)
+    tune = {"lr": 1e-4 if case == "lr given" else None, "momentum": 0.3 if case == "given" else None}
+    tuner = hypergrad.Tuner(model, optimizer, model, tune=tune, every=1000, warm_start=case != "off")
+    if case == "frozen":
+        tuner.freeze()
+    for _ in range(3):
+        optimizer.zero_grad()
+        tuner.backward(model())
+        optimizer.step()
+    assert optimizer.param_groups[0]["momentum"] == pytest.approx(0.9 if case == "hint" else 0.3)
+
+
 @pytest.mark.parametrize("decay", [1e-9, 1e-1, 1e3])
 def test_weight_decay_starts_where_it_decays_something_but_not_all(decay):
     steps, model = 400, Bowl()
