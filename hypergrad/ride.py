@@ -108,9 +108,10 @@ class Ride:
         self.tangents.push(state, g, active, values, self.used[1], dg)
         if self.warm.active and self.t == self.stats["nonfinite_steps"] + self.stats["spikes"]:  # the first step taken
             self._start_small(i, state, g, active, dg)
-        if self.warm.sizes_decay and self.total is not None and len(self.optimizers) == 1 and not self.hyper.frozen:
-            self._size_decay(state, g, active, values)
-        self.warm.sizes_decay = False
+        if i in self.warm.sizes_decay:
+            self.warm.sizes_decay = [x for x in self.warm.sizes_decay if x != i]
+            if self.total is not None and not self.hyper.frozen:
+                self._size_decay(i, state, g, active, values)
         if loss is not None and not self.stepped:
             self.hyper.losses.append(loss)
         if fresh is not None:
@@ -139,7 +140,7 @@ class Ride:
         now = self.live.shape(self.t) if self.warm.active else 1.0
         self.coordinates.scale("lr", factor * self.live.shape(self.t - 1) / now)
         if not self.warm.active:
-            self.warm.sizes_decay = True
+            self.warm.sizes_decay = list(range(len(self.optimizers)))
             names = [f"{x:.3g}" for e, x in zip(self.coordinates.entries, self.coordinates.value) if e.name == "lr"]
             self.journal.note(
                 self.t, f"lr starts from {', '.join(names)}: slope and curvature along the first steps.", warn=False
@@ -161,20 +162,24 @@ class Ride:
         self.tangents.take_hits()
 
     # A step with no tangents but weight decay's own: z = dθ/dlog wd is what decay does in it, −rate·θ; momentum adds to it later
-    def _size_decay(self, state: State, g: Tensor, active: tuple[bool, ...], values: Values) -> None:
-        """Bring weight decay, where its start is a hint, to a size that makes sense in what is left of the run."""
+    def _size_decay(self, i: int, state: State, g: Tensor, active: tuple[bool, ...], values: Values) -> None:
+        """Bring optimizer i's weight decay, where its start is a hint, to a size that makes sense in what is left of the run."""
         assert self.total is not None
         all_of = self.coordinates.directions
         seeds, _ = all_of.seeds(0, self.live.slopes(self.t).to(state.theta))
         zero = Tangent.zeros(state, len(all_of))
         z = self.transition.jvp(state, g, active, values, zero, torch.zeros_like(zero.theta), seeds).theta
         left = sum(self.live.shape(t) for t in range(self.t, self.total)) / self.live.shape(self.t)
+        mine = [x == i for x in self.transition.optimizer_of_group]
+        momenta = [x if m else None for x, m in zip(values.get("momentum", []), mine)]
+        momentum = largest_momentum({"momentum": momenta}, self.transition.rules)
         for j, entry in enumerate(self.coordinates.entries):
-            if entry.name != "weight_decay" or self.coordinates.given[j]:
+            hint = entry.name == "weight_decay" and not self.coordinates.given[j]
+            if not hint or entry.group is None or not mine[entry.group]:
                 continue
             theta = torch.where(z[j] == 0, 0, state.theta)
             rate = -float(theta @ z[j]) / max(float(theta @ theta), 1e-300)
-            decayed = rate / (1 - largest_momentum(values, self.transition.rules)) * left
+            decayed = rate / (1 - momentum) * left
             factor = sensible(decayed)
             self.coordinates.scale_number(j, factor)
             if j in self.coordinates.moving and 0 < decayed < math.inf and self.coordinates.kinds[j].bounds is None:
@@ -260,7 +265,8 @@ class Ride:
             self.hyper.take(self.t)
         if self.choose_what_is_tuned():
             moving = (self.coordinates.entries[j].name for j in self.coordinates.moving)
-            self.warm.sizes_decay = self.warm.began and "weight_decay" in moving  # its turn begins
+            turn = self.warm.began and "weight_decay" in moving  # weight decay's turn begins
+            self.warm.sizes_decay = list(range(len(self.optimizers))) if turn else []
             self.tangents.forget()
             if self.tangents.pending is not None:
                 self.tangents.pending.dg = None

@@ -53,7 +53,7 @@ class WarmStart:
     def __init__(self, active: bool, momentum: float | None = None):
         self.active, self.momentum = active, momentum
         self.began = active
-        self.sizes_decay = False  # the next step is to look at the size of weight decay
+        self.sizes_decay: list[int] = []  # the optimizers whose next step is to look at the size of their weight decay
         self.lr = 1.0  # of the last step, in units of the first
         self.numerator = self.denominator = 0.0
         self.looks = 0

@@ -122,6 +122,25 @@ def test_weight_decay_starts_where_it_decays_something_but_not_all(decay):
     assert 0.5 * LITTLE < lr * wd * steps / 2 < 2 * MUCH
 
 
+@pytest.mark.parametrize("decay", [1e-9, 1e3])
+def test_weight_decay_of_each_of_two_optimizers_starts_where_it_makes_sense(decay):
+    steps, (bowl, other) = 400, (Bowl(), Bowl())
+    optimizers = [
+        torch.optim.SGD(bowl.parameters(), lr=1e-3, momentum=0.9, weight_decay=decay),
+        torch.optim.AdamW(other.parameters(), lr=1e-3, weight_decay=decay),
+    ]
+    tuner = hypergrad.Tuner(bowl, optimizers, lambda: bowl() + other(), total_steps=steps, every=1000)
+    for _ in range(60):
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        tuner.backward(bowl() + other())
+        for optimizer in optimizers:
+            optimizer.step()
+    lr, wd = tuner.values["lr"], tuner.values["weight_decay"]
+    decayed = lr * wd * torch.tensor([1 / (1 - 0.9), 1.0]) * steps / 2
+    assert bool((decayed > 0.5 * LITTLE).all() and (decayed < 2 * MUCH).all()), decayed
+
+
 def test_resumed_in_the_middle_it_goes_on():
     def run(stop: int | None) -> list[float]:
         model = two_layers()
