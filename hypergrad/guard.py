@@ -18,14 +18,9 @@ BLOW_UP = 10.0  # a training loss above so many L₀, PATIENCE times in a row, o
 DRIFT = 1.5  # a running mean of the training loss above so many L₀, or
 LOST = 0.5  # the same mean above L* + so much of the progress L₀ − L*, L* its least so far, and above L* + 2 standard deviations
 HORIZON = 20  # taken over about so many steps, once it has seen so many
-SURGE, SURGE_SDS = (
-    1.5,
-    6.0,
-)  # a loss above so many times that mean, and so many standard deviations above it, is a surge
-LR_CUT, SURGE_CUT = (
-    4.0,
-    2.0,
-)  # lr is divided by this at a roll-back; after surges, which are noticed early, by the second
+SURGE, SURGE_SDS = 1.5, 6.0  # a loss above so many times that mean, and so many deviations above it, is a surge
+LR_CUT = 4.0  # lr is divided by this at a roll-back;
+SURGE_CUT = 2.0  # after surges, which are noticed early, by this
 NEVER = 10**9
 _FLOATS, _COUNTS = ("reference", "mean", "variance", "best", "level", "cut"), ("seen", "bad_in_a_row", "restored")
 PATIENCE = 3  # so many steps in a row that are not finite, with finite weights, or spikes or surges, are a blow-up too
