@@ -8,7 +8,7 @@ of snapshots, whatever the speed of the disk.
 from __future__ import annotations
 
 import math
-import os
+import shutil
 import tempfile
 import zlib
 from collections import deque
@@ -27,8 +27,8 @@ from hypergrad.updates.binding import State
 
 NEAR = 1  # snapshots that stay on the device, besides those on their way
 PENDING = 2
-NOTHING = torch.empty(0)
-SEGMENT = 4  # steps between snapshots that go to files
+SEGMENT = 2  # steps between snapshots that go to files, where there is room for them:
+SHARE = 0.5  # of what is free there
 
 
 def default_every(steps: int) -> int:
@@ -47,19 +47,31 @@ class Snapshot:
         """What is moved to the second level. What an optimizer without a rule remembers besides tensors stays."""
         return [self.state.theta, *self.state.slots.values(), *(saved.value for saved in self.buffers)]
 
-    def with_tensors(self, tensors: Sequence[Tensor]) -> Snapshot:
+    def with_tensors(self, tensors: Sequence[Tensor], counts: tuple[int, ...]) -> Snapshot:
         theta, *rest = tensors
         slots = dict(zip(self.state.slots, rest, strict=False))
         values = rest[len(slots) :]
         buffers = [Saved(saved.tensor, x) for saved, x in zip(self.buffers, values, strict=True)]
-        return Snapshot(replace(self.state, theta=theta, slots=slots), buffers)
+        return Snapshot(replace(self.state, theta=theta, slots=slots, counts=counts), buffers)
 
-    def without_tensors(self) -> Snapshot:
-        """What `with_tensors` makes a whole snapshot of again."""
-        slots = dict.fromkeys(self.state.slots, NOTHING)
-        return Snapshot(
-            replace(self.state, theta=NOTHING, slots=slots), [Saved(saved.tensor, NOTHING) for saved in self.buffers]
+    def shell(self, last: Snapshot | None) -> Snapshot:
+        """What `with_tensors` makes a whole snapshot of again, of tensors on no device. The last one's, where that would do."""
+        if last is not None and self.alike(last):
+            return last
+        return self.with_tensors([torch.empty_like(x, device="meta") for x in self.tensors()], self.state.counts)
+
+    def alike(self, other: Snapshot) -> bool:
+        """Whether both have the same tensors and nothing besides."""
+        a, b = self.state, other.state
+        bare = (
+            not a.rest and not b.rest and a.slots.keys() == b.slots.keys() and len(self.buffers) == len(other.buffers)
         )
+        pairs = zip(self.buffers, other.buffers, strict=False)
+        same = bare and all(x.tensor is y.tensor for x, y in pairs)
+        return same and kinds_of(self.tensors()) == kinds_of(other.tensors())
+
+    def nbytes(self) -> int:
+        return sum(x.nbytes for x in self.tensors())
 
     def digest(self) -> int:
         """A number of θ's bits: another one where a step was not played again bit for bit, but for one chance in four billion."""
@@ -86,10 +98,10 @@ class FarStack:
         self.folder, self.device, self.worker = folder, device, worker
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self.near: deque[Snapshot] = deque()
-        self.far: list[tuple[Snapshot, Any]] = []  # without its tensors; what holds them, or its future
-        self.kinds: list[tuple[torch.Size, torch.dtype]] = []  # of the last snapshot's tensors
-        self.coming: tuple[Snapshot, Future[list[Tensor]]] | None = None
-        self.written = 0
+        self.far: list[_Far] = []
+        self.shell: Snapshot | None = None  # the last one's
+        self.coming: tuple[_Far, Future[list[Tensor]]] | None = None
+        self.written = 0  # files so far
 
     def __len__(self) -> int:
         return len(self.near) + len(self.far) + (self.coming is not None)
@@ -100,59 +112,63 @@ class FarStack:
         self.near.append(snapshot)
         while len(self.near) > NEAR:
             old = self.near.popleft()
-            tensors = old.tensors()
-            self.far.append(
-                (old.without_tensors(), self.worker.submit(self._away, tensors, self._mark(), self._name()))
-            )
+            self.shell = old.shell(self.shell)
+            away = self.worker.submit(self._away, old.tensors(), self._mark(), self._number())
+            self.far.append(_Far(self.shell, _packed(old.state.counts), away))
             if len(self.far) > PENDING:
-                empty, away = self.far[-1 - PENDING]
-                self.far[-1 - PENDING] = empty, _done(away)  # raises here what went wrong there
+                early = self.far[-1 - PENDING]
+                self.far[-1 - PENDING] = early._replace(away=_done(early.away))  # raises here what went wrong there
 
     def pop(self) -> Snapshot:
-        found = self.near.pop() if self.near else self._arrived()
-        if len(self.near) < NEAR and self.coming is None and self.far:
+        return self.near.pop() if self.near else self._arrived()
+
+    def fetch(self) -> None:
+        """Let the next snapshot come: it will be popped soon."""
+        if not self.near and self.coming is None and self.far:
             self._fetch()
-        return found
 
     def _arrived(self) -> Snapshot:
         if self.coming is None:
             self._fetch()
         assert self.coming is not None
-        (empty, coming), self.coming = self.coming, None
+        (far, coming), self.coming = self.coming, None
         tensors = coming.result()
         for x in tensors if self.stream is not None else ():
             x.record_stream(torch.cuda.current_stream(self.device))
-        return empty.with_tensors(tensors)
+        counts = far.counts if isinstance(far.counts, tuple) else (far.counts,) * len(far.shell.state.counts)
+        return far.shell.with_tensors(tensors, counts)
 
     def _fetch(self) -> None:
-        empty, away = self.far.pop()
-        self.coming = empty, self.worker.submit(self._back, away)
+        far = self.far.pop()
+        self.coming = far, self.worker.submit(self._back, far)
 
-    def _name(self) -> Path | None:
+    def _number(self) -> int:
         self.written += 1
-        return None if self.folder is None else self.folder / f"{id(self)}-{self.written}"
+        return self.written
+
+    def _path(self, number: int) -> Path:
+        assert self.folder is not None
+        return self.folder / f"{id(self)}-{number}"
 
     # ---- in the worker's thread
 
     def _mark(self) -> Any:
         return None if self.stream is None else torch.cuda.current_stream(self.device).record_event()
 
-    def _away(self, tensors: list[Tensor], ready: Any, name: Path | None) -> Any:
+    def _away(self, tensors: list[Tensor], ready: Any, number: int) -> Any:
         with self._beside(ready):
             host = [_to_host(x) for x in tensors]
-        if name is None:
+        if self.folder is None:
             return host
-        with name.open("wb") as file:  # buffered: a raw write may write a part only
+        with self._path(number).open("wb") as file:  # buffered: a raw write may write a part only
             for x in host:
                 file.write(x.view(-1).view(torch.uint8).numpy().data)
-        kinds = [(x.shape, x.dtype) for x in host]
-        self.kinds = self.kinds if self.kinds == kinds else kinds  # one list for all files
-        return _File(str(name), self.kinds)
+        return number
 
-    def _back(self, away: Any) -> list[Tensor]:
-        host = _done(away)
-        if isinstance(host, _File):
-            host = host.read()
+    def _back(self, far: _Far) -> list[Tensor]:
+        host = _done(far.away)
+        if self.folder is not None:
+            host = _read(self._path(host), kinds_of(far.shell.tensors()))
         with self._beside(None):
             return [x.to(self.device, non_blocking=True) for x in host]
 
@@ -169,32 +185,36 @@ class FarStack:
             self.stream.synchronize()
 
 
-class _File(NamedTuple):
-    """Tensors in a file, one behind the other."""
+class _Far(NamedTuple):
+    """A snapshot in the second level. There is one for every few steps of a run: small, whatever the model."""
 
-    path: str
-    kinds: list[tuple[torch.Size, torch.dtype]]
+    shell: Snapshot
+    counts: tuple[int, ...] | int  # a number where all parameters have the same
+    away: Any  # its tensors, or the number of its file, or the future of that
 
-    def read(self) -> list[Tensor]:
-        with open(self.path, "rb") as file:
-            out = [_read(file, shape, dtype) for shape, dtype in self.kinds]
-        os.unlink(self.path)
-        return out
+
+def _packed(counts: tuple[int, ...]) -> tuple[int, ...] | int:
+    return counts[0] if len(set(counts)) == 1 else counts
 
 
 def _done(away: Any) -> Any:
     return away.result() if isinstance(away, Future) else away
 
 
-def _read(file: Any, shape: torch.Size, dtype: torch.dtype) -> Tensor:
-    x = torch.empty(shape, dtype=dtype)
-    if x.numel():
-        read = file.readinto(x.view(-1).view(torch.uint8).numpy())
-        if read != x.numel() * x.element_size():
-            raise OSError(
-                f"a snapshot's file is too short: {read} of {x.numel() * x.element_size()} bytes of a tensor."
-            )
-    return x
+def kinds_of(tensors: Sequence[Tensor]) -> list[tuple[torch.Size, torch.dtype]]:
+    return [(x.shape, x.dtype) for x in tensors]
+
+
+def _read(path: Path, kinds: Sequence[tuple[torch.Size, torch.dtype]]) -> list[Tensor]:
+    """Tensors from a file in which they lie one behind the other, and which is gone then."""
+    out = [torch.empty(shape, dtype=dtype) for shape, dtype in kinds]
+    with path.open("rb") as file:
+        for x in out:
+            read = file.readinto(x.view(-1).view(torch.uint8).numpy()) if x.numel() else 0  # type: ignore[attr-defined]
+            if read != x.nbytes:
+                raise OSError(f"a snapshot's file is too short: {read} of {x.nbytes} bytes of a tensor.")
+    path.unlink()
+    return out
 
 
 def _to_host(x: Tensor) -> Tensor:
@@ -203,13 +223,20 @@ def _to_host(x: Tensor) -> Tensor:
     return torch.empty_like(x, device="cpu", pin_memory=True).copy_(x, non_blocking=True)
 
 
+def fetch(stack: Stack) -> None:
+    """Let the next snapshot of a stack come, while something else is done."""
+    if isinstance(stack, FarStack):
+        stack.fetch()
+
+
 class Stacks(AbstractContextManager["Stacks"]):
     """Makes stacks, and clears up behind them.
 
     Args:
         offload: None, everything stays on the device; "host", older snapshots go to host memory; a folder (or "disk" for a
             temporary one), to files there, which are gone at the end. Files are slow for the states of a segment that is
-            played again, one a step: these stay on the device then, and segments are `SEGMENT` steps long, whatever K is.
+            played again, one a step: these stay on the device then, and segments are `SEGMENT` steps long, whatever K is, or as
+            long as it takes to keep half of the room there free.
     """
 
     def __init__(self, offload: str | Path | None, device: torch.device):
@@ -235,9 +262,18 @@ class Stacks(AbstractContextManager["Stacks"]):
     def of_a_segment(self) -> Stack:
         return [] if self.folder is not None else self.new()
 
-    def default_every(self, steps: int) -> int:
-        """√K, or fewer where it is a matter of memory that does not grow with K."""
-        return default_every(steps) if self.folder is None else min(default_every(steps), SEGMENT)
+    def default_every(self, steps: int, nbytes: int) -> int:
+        """√K steps, or fewer where it is a matter of memory that does not grow with K; a snapshot takes nbytes."""
+        most = default_every(steps)
+        if self.folder is None:
+            return most
+        room = SHARE * shutil.disk_usage(self.folder.name).free
+        if steps * nbytes > most * room:
+            raise ValueError(
+                f"offload: a snapshot every {most} steps takes {steps / most * nbytes / 2**30:.3g} GiB, more than half of what "
+                f"is free in {self.folder.name!r}. Pass a folder with more room, or every=… for fewer snapshots."
+            )
+        return min(most, max(SEGMENT, math.ceil(steps * nbytes / room)))
 
     def __exit__(self, *_: object) -> None:
         if self.worker is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from array import array
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from hypergrad.graph import Linearization
-from hypergrad.modes.snapshots import Stack
+from hypergrad.modes.snapshots import Snapshot, Stack
 from hypergrad.problem import Rng
 
 REPLAY_RTOL = 1e-3  # bit-identical on CPU; kernels on a GPU may add up in another order
@@ -54,7 +55,7 @@ class Tape:
     losses: Series = field(default_factory=Series)
     keeps_gradients: bool = False  # those of all steps: with compile=True and a state of every step
     gradients: dict[int, Tensor] = field(default_factory=dict)  # of the segment at hand, with compile=True
-    digests: dict[int, int] = field(default_factory=dict)  # of the states before each segment's last step
+    digests: array[int] = field(default_factory=lambda: array("Q"))  # by segment, of the state before its last step
     played: dict[int, Tensor] = field(default_factory=dict)  # losses of the segment at hand, as played again
     mismatch: float = 0.0  # the largest relative difference of those
     values: list[Tensor] = field(default_factory=list)  # shares of the objective, where they were looked at
@@ -62,6 +63,10 @@ class Tape:
     def note_rng(self, rng: Rng) -> None:
         """Random numbers before the next step; those of the last one again where none were drawn."""
         self.rng.append(self.rng[-1] if self.rng and self.rng[-1].equals(rng) else rng)
+
+    def same(self, segment: int, at: Snapshot) -> bool:
+        """Whether the state before a segment's last step is what it was. True where it was not played again."""
+        return segment >= len(self.digests) or at.digest() == self.digests[segment]
 
     def verify(self) -> None:
         """Raise where a step of the segment, played again, does not have the loss it had."""

@@ -24,7 +24,7 @@ from hypergrad.graph import Linearization
 from hypergrad.modes.compiled import Compiled
 from hypergrad.modes.meter import Meter
 from hypergrad.modes.one_step import Pull, pulled
-from hypergrad.modes.snapshots import Snapshot, Stack, Stacks, default_every
+from hypergrad.modes.snapshots import Snapshot, Stack, Stacks, default_every, fetch
 from hypergrad.modes.stretch import Result, Stretch, evaluation
 from hypergrad.modes.tape import Tape
 from hypergrad.updates.binding import State
@@ -55,13 +55,11 @@ def unrolled(
         raise ValueError(f"graph_memory must be a number of bytes from 0, got {graph_memory!r}.")
     with Stacks(offload, stretch.problem.device) as stacks, evaluation(stretch) as meter:
         keep = every is None and offload is None and graph_memory > 0 and stretch.compiled is None
+        steps, at = len(stretch.batches), Snapshot(stretch.transition.read(), stretch.problem.read_buffers())
         if every is None and offload is None and stretch.compiled is not None:  # a state and a gradient of every step
-            state = stretch.transition.read()
-            fits = len(stretch.batches) * (state.nbytes() + state.theta.nbytes) <= graph_memory
-            every = 1 if fits else None
-        tape = Tape(
-            1 if keep else every or stacks.default_every(len(stretch.batches)), stacks.new(), stacks.of_a_segment
-        )
+            every = 1 if steps * (at.state.nbytes() + at.state.theta.nbytes) <= graph_memory else None
+        tape = Tape(1 if keep else every or stacks.default_every(steps, at.nbytes()), stacks.new(), stacks.of_a_segment)
+        del at
         tape.keeps_gradients = tape.every == 1 and offload is None and stretch.compiled is not None
         record(stretch, tape, meter, graph_memory if keep else 0, below is not None)
         value = sum(tape.values, stretch.transition.params[0].new_zeros(()))
@@ -92,7 +90,7 @@ def record(stretch: Stretch, tape: Tape, meter: Meter, graph_memory: float = 0, 
         if t % tape.every == 0:
             tape.snapshots.append(at)
         elif (t + 1) % tape.every == 0 or t == steps - 1:
-            tape.digests[t] = at.digest()
+            tape.digests.append(at.digest())
         tape.note_rng(problem.rng())
         if stretch.compiled is not None:
             state, played = stretch.compiled.step(state, t, meter)
@@ -145,7 +143,7 @@ def replay(stretch: Stretch, tape: Tape, segment: int, meter: Meter) -> Stack:
             if t in tape.gradients:
                 continue
             tape.rng[t].restore()
-            if t in tape.digests and at.digest() != tape.digests[t]:
+            if t == last - 1 and not tape.same(segment, at):
                 meter.not_replayed(t)
             state, (tape.played[t], tape.gradients[t]) = compiled.step(at.state, t, meter)
             at = Snapshot(state, stretch.problem.read_buffers())
@@ -158,7 +156,7 @@ def replay(stretch: Stretch, tape: Tape, segment: int, meter: Meter) -> Stack:
         state, lin = train(stretch, at.state, t, meter)
         tape.played[t] = lin.loss
         at = Snapshot(state, stretch.problem.read_buffers())
-    if last - 1 in tape.digests and at.digest() != tape.digests[last - 1]:
+    if not tape.same(segment, at):
         meter.not_replayed(last - 1)
     states.append(at)
     return states
@@ -179,6 +177,7 @@ def adjoint(stretch: Stretch, tape: Tape, meter: Meter) -> Result:
         states = replay(stretch, tape, segment, meter)
         while len(states):
             at, t = states.pop(), segment * tape.every + len(states)
+            fetch(states if len(states) else tape.snapshots)  # it comes while this step is pulled back
             tape.rng[t].restore()
             if stretch.compiled is not None:
                 lam = compiled_pull(stretch, stretch.compiled, at, t, lam, total, meter, tape)

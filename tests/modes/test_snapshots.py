@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -87,6 +88,27 @@ def test_snapshots_leave_the_device(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     hypergrad.hypergradient(**setup(), offload=tmp_path, every=1)
     assert written == STEPS + 1 - snapshots.NEAR
     assert most <= snapshots.NEAR + 1
+
+
+@pytest.mark.parametrize(("free", "segments"), [(1e9, 12), (35_000, 8), (22_000, 6)])
+def test_snapshots_on_disk_leave_half_of_the_room_free(
+    free: float, segments: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A state is 3 × 72 numbers of 8 bytes (AdamW), and 13 of BatchNorm's: 23 of them are 42 kB."""
+    monkeypatch.setattr(snapshots.shutil, "disk_usage", lambda _: SimpleNamespace(free=free))
+    with snapshots.Stacks(tmp_path, torch.device("cpu")) as stacks:
+        every = stacks.default_every(STEPS, 8 * (3 * 72 + 13))
+    assert -(-STEPS // every) == segments
+
+
+def test_snapshots_that_do_not_fit_are_refused_before_any_work(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(snapshots.shutil, "disk_usage", lambda _: SimpleNamespace(free=15_000))
+    run = setup()
+    before = [x.clone() for x in run["model"].state_dict().values()]
+    with pytest.raises(ValueError, match="more than half of what is free"):
+        hypergrad.hypergradient(**run | {"loss": pytest.fail}, offload=tmp_path)
+    assert all(torch.equal(x, y) for x, y in zip(before, run["model"].state_dict().values(), strict=True))
+    assert list(tmp_path.iterdir()) == []
 
 
 class InPlace(nn.Module):
