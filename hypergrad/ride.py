@@ -125,6 +125,7 @@ class Ride:
                 continue
             if not getattr(rules[entry.group], "averages", False):
                 self.coordinates.put(j, MOMENTUM)
+                self.journal.note(self.t, f"{self.coordinates.labels[j]} starts from {MOMENTUM}.", warn=False)
             values["momentum"][entry.group] = float(self.coordinates.value[j])
         self.warm.momentum = largest_momentum(values, rules)
 

@@ -157,7 +157,8 @@ def test_hparams_are_in_the_same_run(folder):
 def test_what_happened_is_said_in_both(folder):
     notes = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     said = [row["note"] for row in notes if "note" in row]
-    assert len(said) == 2
-    assert "not finite" in said[0]
-    assert said[1].startswith("lr starts from")
+    assert len(said) == 4
+    assert said[:2] == ["momentum/0 starts from 0.9.", "momentum/1 starts from 0.9."]
+    assert "not finite" in said[2]
+    assert said[3].startswith("lr starts from")
     assert "notes/text_summary" in events(folder).Tags()["tensors"]
