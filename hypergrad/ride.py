@@ -19,7 +19,7 @@ from hypergrad.live_values import LiveValues
 from hypergrad.schedules import tuned_at
 from hypergrad.updates.binding import State, Values
 from hypergrad.updates.transition import Tangent
-from hypergrad.warm_start import LEAST, MOMENTUM, MOST, WarmStart, largest_momentum, sensible
+from hypergrad.warm_start import LEAST, MOST, WarmStart, first_momentum, largest_momentum, sensible
 
 if TYPE_CHECKING:
     from hypergrad.windows import Windows
@@ -118,14 +118,17 @@ class Ride:
             fresh.stepped.add(i)
 
     def _start_momentum(self) -> None:
-        """Before the first step: momentum, where it is tuned and its start is a hint, begins at MOMENTUM."""
+        """Before the first step: momentum, where it is tuned and its start is a hint, begins at `first_momentum`."""
         values, rules = self.transition.values(), self.transition.rules
         for j, entry in enumerate(self.coordinates.entries):
             if entry.name != "momentum" or entry.group is None or self.coordinates.given[j]:
                 continue
             if not getattr(rules[entry.group], "averages", False):
-                self.coordinates.put(j, MOMENTUM)
-                self.journal.note(self.t, f"{self.coordinates.labels[j]} starts from {MOMENTUM}.", warn=False)
+                typed = float(self.coordinates.value[j])
+                m = first_momentum(typed, self.total)
+                if m != typed:
+                    self.coordinates.put(j, m)
+                    self.journal.note(self.t, f"{self.coordinates.labels[j]} starts from {m:.3g}.", warn=False)
             values["momentum"][entry.group] = float(self.coordinates.value[j])
         self.warm.momentum = largest_momentum(values, rules)
 

@@ -64,7 +64,8 @@ class Tuner:
         average: while lr, momentum, … are tuned, take the validation loss at a running average of the weights, which looks
             back over a tenth of the run so far; its tangent is the same average of the tangents.
         warm_start: take lr's start (unless given by Hyperparameter(start=…), or written by a scheduler) as a hint only, and find
-            it from slope and curvature along the first steps. Momentum, if it is tuned too and not given, then begins at 0.9.
+            it from slope and curvature along the first steps. Momentum, if it is tuned too and not given, then begins at 0.9
+            (where a lower one was typed, only in runs of 400 steps or more).
         curvature: "exact" forms one Hessian-vector product Hz a step and tuned number, at the price of two gradients. "free", for
             large models, forms one in 40 gradients, whatever is tuned, besides those of the warm start (at most 30 a number). In
             between Hz := Bz, B positive semi-definite of rank 8 with Bv = Hv along the tangent v last measured, and tangents

@@ -17,7 +17,7 @@ so far have had the share ρ, and the lr that would have gone as far in the long
 
 Momentum, where it is tuned, begins at MOMENTUM, whatever it was: at a fixed lr/(1 − m), which is what lr finds, it costs nothing
 and widens the range of lr that is stable; from a small m it would take a third of the run to get there, and above 0.99
-it reacts too slowly to be found out about.
+it reacts too slowly to be found out about. A run shorter than SETTLES ends before 0.9 has paid: a lower one stays there.
 
 Weight decay's start is a hint in the same way. The share of the weights that decay would take away over the rest of the run,
 if nothing else moved them, is about 1 − exp(−D) with D = Σ_t rate_t; `sensible` brings D into [LITTLE, MUCH]: below it decay
@@ -37,7 +37,7 @@ TINY = 1e-3  # the first step, relative to the weights
 GROWTH = 2.0  # of lr from step to step
 SHARE = 0.5  # of ℓ*
 SHORTEST, LONGEST = 8, 30  # looks
-MOMENTUM = 0.9  # where it begins when it is tuned
+MOMENTUM, SETTLES = 0.9, 400  # where it begins when it is tuned, and steps of a run that is long enough for it
 LITTLE, MUCH = 0.1, 0.5  # of D at the start
 LEAST, MOST = 0.01, 50.0  # of D while it is tuned
 
@@ -102,6 +102,16 @@ def largest_momentum(values: Mapping[str, Any], rules: Sequence[Any]) -> float:
     """
     column = values.get("momentum", [])
     return max((x or 0.0 for x, rule in zip(column, rules) if not getattr(rule, "averages", False)), default=0.0)
+
+
+def first_momentum(typed: float, total: int | None) -> float:
+    """Where momentum begins in a run of `total` steps (None: not known).
+
+    Example:
+        >>> first_momentum(0.5, None), first_momentum(0.5, 4000), first_momentum(0.5, 100), first_momentum(0.99, 100)
+        (0.9, 0.9, 0.5, 0.9)
+    """
+    return MOMENTUM if total is None or total >= SETTLES else min(typed, MOMENTUM)
 
 
 def sensible(decayed: float) -> float:

@@ -114,6 +114,14 @@ def test_momentum_that_is_tuned_begins_at_0_9_unless_it_is_meant(case):
     assert optimizer.param_groups[0]["momentum"] == pytest.approx(0.9 if case == "hint" else 0.3)
 
 
+@pytest.mark.parametrize(("typed", "total", "begins"), [(0.3, 399, 0.3), (0.99, 399, 0.9), (0.3, 400, 0.9)])
+def test_momentum_of_a_short_run_begins_no_higher_than_it_was(typed, total, begins):
+    model = Bowl()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-4, momentum=typed)
+    ride(model, optimizer, steps=3, tune=("lr", "momentum"), total_steps=total)
+    assert optimizer.param_groups[0]["momentum"] == pytest.approx(begins)
+
+
 @pytest.mark.parametrize("decay", [1e-9, 1e-1, 1e3])
 def test_weight_decay_starts_where_it_decays_something_but_not_all(decay):
     steps, model = 400, Bowl()
