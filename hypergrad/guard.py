@@ -82,11 +82,9 @@ class Guard:
         if self.seen == 0 and not self.good:
             self.reference = max(self.reference, abs(loss))
         restored, self.restored = self.restored, False
-        level, self.level = self.level, math.inf
-        if restored and loss > min(
-            level, self._threshold()
-        ):  # the weights are good ones: it is the data that has changed
-            if loss > self._threshold():
+        level, self.level, threshold = self.level, math.inf, self._threshold()
+        if restored and loss > min(level, threshold):  # the weights are good ones: it is the data that has changed
+            if loss > threshold:
                 self.reference, self.best = max(self.reference, loss), math.inf
             return "false alarm"
         self.cut = LR_CUT
