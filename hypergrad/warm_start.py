@@ -16,8 +16,8 @@ It ends when lr has come to SHARE·ℓ*, or after LONGEST looks. Momentum m acts
 so far have had the share ρ, and the lr that would have gone as far in the long run is e = ρ·lr.
 
 Momentum, where it is tuned, begins at MOMENTUM, whatever it was: at a fixed lr/(1 − m), which is what lr finds, it costs nothing
-and widens the range of lr that is stable; from a small m it would take a third of the run to get there, and above 0.99
-it reacts too slowly to be found out about. A run shorter than SETTLES ends before 0.9 has paid: a lower one stays there.
+and widens the range of lr that is stable. A run of 40 steps ends before 0.9 has paid: in one shorter than SETTLES, a bound
+chosen by hand, a lower one stays where it was typed.
 
 Weight decay's start is a hint in the same way. The share of the weights that decay would take away over the rest of the run,
 if nothing else moved them, is about 1 − exp(−D) with D = Σ_t rate_t; `sensible` brings D into [LITTLE, MUCH]: below it decay
