@@ -169,13 +169,14 @@ def bench_modes(rows: Rows) -> Figure:
         panel.plot([r["memory_mib"] for _, r in curve], [r["times_plain"] for _, r in curve], color=TUNED, zorder=2)
         for every, row in curve:
             _place(panel, row, TUNED, "o", {1: "every step", longest: f"every {longest}"}.get(every, str(every)))
-        rest = [row for row in own if not _every(row["method"], longest)]
+        rest, peers = [row for row in own if not _every(row["method"], longest)], []
         for row in rest:
             ours = row["method"].startswith(("unrolled", "forward"))
             colour = TUNED if ours else OTHERS[0]
-            text = row["method"].removeprefix("unrolled, ").replace("graph kept", "").strip(", ") or "graph kept"
-            _place(panel, row, colour, "D" if ours else "s", "" if row["times_plain"] < 3.7 and not ours else text)
-        peers = sorted((row for row in rest if row["method"][0] in "pTh"), key=lambda row: -row["times_plain"])
+            text = row["method"].removeprefix("unrolled, ")
+            _place(panel, row, colour, "D" if ours else "s", text if ours else "")
+            peers += [] if ours else [row]
+        peers.sort(key=lambda row: -row["times_plain"])
         names = "\n".join(row["method"].split(",")[0] for row in peers)
         x, y = min(row["memory_mib"] for row in peers), min(row["times_plain"] for row in peers)
         panel.annotate(
