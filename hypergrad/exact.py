@@ -90,9 +90,9 @@ def hypergradient(
             Python code in the loss does is taken to be the same at every step; this is looked at against the eager code
             (docs/modes.md). Graphs of steps are not kept: where a state and a gradient of every step fit into `graph_memory`,
             these are.
-        options: mode="unrolled": `graph_memory`, bytes that the graphs of all steps may take up (default 1 GiB): where they
-            fit, they are kept; `every`, steps between snapshots where they do not (default √K; no graphs are kept where it is
-            given); `offload`, where all snapshots but the newest few go: "host" memory of a GPU's machine, "disk" (a temporary
+        options: mode="unrolled": `graph_memory`, bytes that graphs of steps may take up (default 1 GiB): all are kept where they
+            fit, else those that do of the steps that are played again; `every`, steps between snapshots (default √K; no graphs
+            are kept where it is given); `offload`, where all snapshots but the newest few go: "host" memory of a GPU's machine, "disk" (a temporary
             folder) or a folder; device memory is then independent of K; `below`, a value: where the validation loss is not at
             most this, gradients are NaN, and were not computed.
             mode="implicit": `solver`, a function solve(matvec, b) such as `hypergrad.solvers.neumann` or `nystrom` (default cg; a

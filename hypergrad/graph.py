@@ -168,6 +168,7 @@ class Linearization:
         self._whole = loss
         self.loss = loss.detach()
         self.decay: Tensor | None = None  # of running statistics, see problem.py
+        self.exact = True  # the gradient is bit for bit that of a plain backward pass, see `survey`
         self.grads: list[Tensor | None] = list(grads[: len(self.params)])
         self.extra_grads: list[Tensor | None] = list(grads[len(self.params) :])
         self.active = tuple(g is not None for g in self.grads)

@@ -188,10 +188,9 @@ class Problem:
                 decay, added = update.flat()
                 u = torch.zeros_like(added, requires_grad=True)
                 loss, extra = loss + added @ u, [*self.hypers.values(), u]
-        if products:
-            survey(loss, self.model)
+        exact = survey(loss, self.model).exact if products else True
         lin = Linearization(loss, self.params, extra, products)
-        lin.decay = decay
+        lin.decay, lin.exact = decay, exact
         self._note(lin.extra_grads[: len(self.hypers)])
         return lin
 

@@ -50,7 +50,8 @@ class Tape:
     every: int
     snapshots: Stack = field(default_factory=list)
     new_stack: Callable[[], Stack] = list  # for the states of a segment
-    graphs: list[Linearization] = field(default_factory=list)
+    graphs: dict[int, Linearization] = field(default_factory=dict)  # of all steps, or of the segment at hand
+    spare: int = 0  # steps of a segment whose graphs are kept when they are played again
     rng: list[Rng] = field(default_factory=list)
     losses: Series = field(default_factory=Series)
     keeps_gradients: bool = False  # those of all steps: with compile=True and a state of every step

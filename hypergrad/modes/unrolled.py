@@ -7,14 +7,14 @@ With λ = dL/ds after a step, the same before it and the hypergradient's share o
 
 Where the graphs of all steps fit into a budget of memory they are kept: one gradient a step. Otherwise a state is kept every c
 steps (default √K), and the steps between are replayed with the same code, random numbers and buffers, so that memory is about
-2√K states, of which all but a few may lie elsewhere (snapshots.py). Losses and a digest of θ per segment tell whether the replay
-was the same. (Maclaurin et al. 2015, arXiv 1502.03492; Griewank & Walther 2000.)
+2√K states, of which all but a few may lie elsewhere (snapshots.py). Of the replayed steps those graphs are kept that fit, which
+spares each its third gradient. Losses and a digest of θ per segment tell whether the replay was the same. (Maclaurin et al.
+2015, arXiv 1502.03492; Griewank & Walther 2000.)
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -44,9 +44,9 @@ def unrolled(
     """Hypergradient of a stretch of training by the adjoint.
 
     Args:
-        every: steps between snapshots. None: graphs are kept where they fit; else √K.
-        graph_memory: bytes that graphs may take up.
-        offload: where snapshots go besides the newest few (see snapshots.py); no graphs are kept then.
+        every: steps between snapshots; no graphs are kept then. None: graphs of all steps where they fit; else √K.
+        graph_memory: bytes that graphs may take up: those of all steps, or as many as fit of the steps that are replayed.
+        offload: where snapshots go besides the newest few (see snapshots.py).
         below: where the validation loss is not at most this, there is no way back, and gradients are NaN.
     """
     if every is not None and (not isinstance(every, int) or isinstance(every, bool) or every < 1):
@@ -54,33 +54,27 @@ def unrolled(
     if not isinstance(graph_memory, (int, float)) or isinstance(graph_memory, bool) or not graph_memory >= 0:
         raise ValueError(f"graph_memory must be a number of bytes from 0, got {graph_memory!r}.")
     with Stacks(offload, stretch.problem.device) as stacks, evaluation(stretch) as meter:
-        keep = every is None and offload is None and graph_memory > 0 and stretch.compiled is None
+        budget = graph_memory if every is None and stretch.compiled is None else 0
+        keep = budget > 0 and offload is None
         steps, at = len(stretch.batches), Snapshot(stretch.transition.read(), stretch.problem.read_buffers())
         if every is None and offload is None and stretch.compiled is not None:  # a state and a gradient of every step
             every = 1 if steps * (at.state.nbytes() + at.state.theta.nbytes) <= graph_memory else None
         tape = Tape(1 if keep else every or stacks.default_every(steps, at.nbytes()), stacks.new(), stacks.of_a_segment)
         del at
         tape.keeps_gradients = tape.every == 1 and offload is None and stretch.compiled is not None
-        record(stretch, tape, meter, graph_memory if keep else 0, below is not None)
+        record(stretch, tape, meter, budget, below is not None)
         value = sum(tape.values, stretch.transition.params[0].new_zeros(()))
         if below is not None and not float(value) <= below:
             nothing = {name: torch.full_like(g, math.nan) for name, g in stretch.directions.zeros().items()}
             return Result(value, nothing, meter.stats(len(stretch.batches)))
-        if not tape.graphs:
-            return adjoint(stretch, tape, meter)
-        without = replace(tape, graphs=[], snapshots=[*tape.snapshots])  # type: ignore[misc]
-        try:
-            return adjoint(stretch, tape, meter)
-        except RuntimeError as error:  # what a step's graph keeps was written over by a later step: play it again
-            if "modified by an inplace operation" not in str(error):
-                raise
-        return adjoint(stretch, without, meter)
+        return adjoint(stretch, tape, meter)
 
 
 def record(stretch: Stretch, tape: Tape, meter: Meter, graph_memory: float = 0, watch: bool = False) -> None:
     """Train through the stretch on the user's model, in place, and keep what the adjoint needs. `watch`: and the objective."""
     steps, problem, watched = len(stretch.batches), stretch.problem, stretch.val_steps if watch else ()
-    keep, state, before = graph_memory > 0, stretch.transition.read(), problem.read_buffers()
+    state, before = stretch.transition.read(), problem.read_buffers()
+    budget, keep = graph_memory > 0, graph_memory > 0 and tape.every == 1
     for t in range(steps):
         if t in watched:
             if stretch.compiled is not None:
@@ -98,11 +92,16 @@ def record(stretch: Stretch, tape: Tape, meter: Meter, graph_memory: float = 0, 
             if tape.keeps_gradients:
                 tape.gradients[t] = played.g
             continue
-        lin = problem.linearize(stretch.batches[t], products=keep)
-        if t == 0 and keep and steps * (lin.nbytes() + state.nbytes()) > graph_memory:
-            keep, tape.every = False, default_every(steps)
+        lin = problem.linearize(stretch.batches[t], products=keep or (budget and t == 0))
+        if budget and t == 0 and not (keep and steps * (lin.nbytes() + state.nbytes()) <= graph_memory):
+            keep, tape.every = False, default_every(steps) if keep else tape.every
+            tape.spare = int(graph_memory // lin.nbytes()) if lin.exact else 0
+            if not lin.exact:
+                restore(stretch, at)
+                tape.rng[t].restore()
+                lin = problem.linearize(stretch.batches[t], products=False)
         if keep:
-            tape.graphs.append(lin)
+            tape.graphs[t] = lin
         state = advance(stretch, state, t, lin, meter, graphs_stay=keep)
         tape.losses.append(lin.loss)
     tape.snapshots.append(Snapshot(state, problem.read_buffers()))
@@ -113,10 +112,13 @@ def record(stretch: Stretch, tape: Tape, meter: Meter, graph_memory: float = 0, 
         tape.values.append(stretch.validate(steps, state).value)
 
 
-def train(stretch: Stretch, state: State, t: int, meter: Meter) -> tuple[State, Linearization]:
-    """One training step from a state whose parameters and buffers are in the model. The next state, and the gradient."""
-    lin = stretch.problem.linearize(stretch.batches[t], products=False)
-    return advance(stretch, state, t, lin, meter), lin
+def train(stretch: Stretch, state: State, t: int, meter: Meter, keep: bool = False) -> tuple[State, Linearization]:
+    """One training step from a state whose parameters and buffers are in the model. The next state, and the gradient.
+
+    `keep`: with its graph, which stays.
+    """
+    lin = stretch.problem.linearize(stretch.batches[t], products=keep)
+    return advance(stretch, state, t, lin, meter, graphs_stay=keep), lin
 
 
 def advance(
@@ -153,8 +155,11 @@ def replay(stretch: Stretch, tape: Tape, segment: int, meter: Meter) -> Stack:
     for t in range(first, last - 1):
         states.append(at)
         tape.rng[t].restore()
-        state, lin = train(stretch, at.state, t, meter)
+        keep = last - 1 - t <= tape.spare
+        state, lin = train(stretch, at.state, t, meter, keep)
         tape.played[t] = lin.loss
+        if keep:
+            tape.graphs[t] = lin
         at = Snapshot(state, stretch.problem.read_buffers())
     if not tape.same(segment, at):
         meter.not_replayed(last - 1)
@@ -169,9 +174,9 @@ def restore(stretch: Stretch, at: Snapshot, graphs_stay: bool = False) -> None:
 
 def adjoint(stretch: Stretch, tape: Tape, meter: Meter) -> Result:
     """Run the adjoint over a recorded stretch. The model's state on return is unspecified."""
-    total, kept, at = Total(stretch), bool(tape.graphs), tape.snapshots.pop()
+    total, at = Total(stretch), tape.snapshots.pop()
     meter.extra["replayed_exactly"] = True
-    restore(stretch, at, kept)
+    restore(stretch, at, bool(tape.graphs))
     lam = total.validate(len(stretch.batches), Tangent.zeros(at.state), at.state)
     for segment in reversed(range(len(tape.snapshots))):
         states = replay(stretch, tape, segment, meter)
@@ -182,11 +187,11 @@ def adjoint(stretch: Stretch, tape: Tape, meter: Meter) -> Result:
             if stretch.compiled is not None:
                 lam = compiled_pull(stretch, stretch.compiled, at, t, lam, total, meter, tape)
                 continue
-            restore(stretch, at, kept)
+            restore(stretch, at, bool(tape.graphs))
             lam = pull(stretch, at.state, t, lam, total, meter, tape)
             meter.norm(lam.theta)
             if t in stretch.val_steps:
-                restore(stretch, at, kept)
+                restore(stretch, at, bool(tape.graphs))
                 lam = total.validate(t, lam, at.state)
         tape.verify()
     meter.extra["replay_mismatch"] = tape.mismatch
@@ -195,12 +200,17 @@ def adjoint(stretch: Stretch, tape: Tape, meter: Meter) -> Result:
 
 def pull(stretch: Stretch, state: State, t: int, lam: Tangent, total: Total, meter: Meter, tape: Tape) -> Tangent:
     """The adjoint before step t from that after it."""
-    if tape.graphs:
-        lin = tape.graphs.pop()
-    else:
-        lin = stretch.problem.linearize(stretch.batches[t])
-        tape.played[t] = lin.loss
-        meter.gradients += 1
+    lin = tape.graphs.pop(t, None)
+    if lin is not None:
+        try:
+            return pull_through(stretch, state, t, lin, lam, total, meter)
+        except RuntimeError as error:  # what the graph keeps was written over by a later step: play this one again
+            if "modified by an inplace operation" not in str(error):
+                raise
+            tape.rng[t].restore()
+    lin = stretch.problem.linearize(stretch.batches[t])
+    tape.played[t] = lin.loss
+    meter.gradients += 1
     return pull_through(stretch, state, t, lin, lam, total, meter)
 
 

@@ -20,7 +20,8 @@ from tests.problems import DEVICE, ce, randint, randn
 STEPS = 23
 WAYS: dict[str, dict[str, Any]] = {
     "graphs kept": {},
-    "too little memory for graphs": {"graph_memory": 10_000},
+    "memory for two graphs of a segment": {"graph_memory": 10_000},
+    "memory for those of a segment": {"graph_memory": 50_000},
     "no graphs": {"graph_memory": 0},
     "every step": {"every": 1},
     "every fifth step": {"every": 5},
@@ -72,7 +73,18 @@ def test_graphs_that_are_kept_spare_gradients() -> None:
     assert gradients["graphs kept"] == STEPS
     assert gradients["every step"] == gradients["disk, every step"] == 2 * STEPS
     segments = 6  # of 4 steps, the last of 3: each is played again but for its last step
-    assert gradients["too little memory for graphs"] == gradients["no graphs"] == 3 * STEPS - segments
+    assert gradients["no graphs"] == 3 * STEPS - segments
+    assert gradients["memory for two graphs of a segment"] == 3 * STEPS - segments - 2 * segments
+    assert gradients["memory for those of a segment"] == gradients["disk"] == 2 * STEPS
+
+
+def test_graphs_whose_gradients_are_not_torchs_to_the_last_bit_are_not_kept_in_replays() -> None:
+    def result(**how: Any) -> hypergrad.Result:
+        return hypergrad.hypergradient(**setup(nn.Sequential(nn.Linear(5, 6), nn.SiLU(), nn.Linear(6, 3))), **how)
+
+    little, none = result(graph_memory=20_000), result(graph_memory=0)
+    assert little.stats["replayed_exactly"] and little.stats["gradient_evaluations"] == 63
+    assert torch.equal(little.gradients["lr"], none.gradients["lr"])
 
 
 def test_snapshots_leave_the_device(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -126,9 +138,12 @@ class InPlace(nn.Module):
 
 @pytest.mark.filterwarnings("ignore:training changes the buffers")
 def test_a_graph_that_is_written_over_is_played_again() -> None:
-    kept, replayed = (hypergrad.hypergradient(**setup(InPlace(), 5), **how) for how in ({}, {"every": 2}))
+    ways: tuple[dict[str, Any], ...] = {}, {"every": 2}, {"offload": "disk"}
+    kept, replayed, disk = (hypergrad.hypergradient(**setup(InPlace(), 5), **how) for how in ways)
     assert torch.equal(kept.gradients["lr"], replayed.gradients["lr"])
+    assert torch.equal(disk.gradients["lr"], replayed.gradients["lr"])
     assert kept.stats["gradient_evaluations"] == 10
+    assert disk.stats["gradient_evaluations"] == replayed.stats["gradient_evaluations"] == 12
 
 
 def test_batches_may_be_made_when_they_are_asked_for(tangents: hypergrad.Result) -> None:
