@@ -92,9 +92,9 @@ def hypergradient(
             these are.
         options: mode="unrolled": `graph_memory`, bytes that graphs of steps may take up (default 1 GiB): all are kept where they
             fit, else those that do of the steps that are played again; `every`, steps between snapshots (default √K; no graphs
-            are kept where it is given); `offload`, where all snapshots but the newest few go: "host" memory of a GPU's machine, "disk" (a temporary
-            folder) or a folder; device memory is then independent of K; `below`, a value: where the validation loss is not at
-            most this, gradients are NaN, and were not computed.
+            are kept where it is given); `offload`, where all snapshots but the newest few go: "host" memory of a GPU's machine,
+            "disk" (a temporary folder) or a folder; device memory is then independent of K; `below`, a value: where the
+            validation loss is not at most this, gradients are NaN, and were not computed.
             mode="implicit": `solver`, a function solve(matvec, b) such as `hypergrad.solvers.neumann` or `nystrom` (default cg; a
             `hypergrad.solvers.WarmStart` starts from the last call's answer), or `look_back`, a number of terms of the update
             map's own series.
