@@ -51,7 +51,7 @@ class Tape:
     snapshots: Stack = field(default_factory=list)
     new_stack: Callable[[], Stack] = list  # for the states of a segment
     graphs: dict[int, Linearization] = field(default_factory=dict)  # of all steps, or of the segment at hand
-    spare: int = 0  # steps of a segment whose graphs are kept when they are played again
+    spare: int = 0  # steps whose graphs are kept: all, or of each segment the last ones that are played again
     rng: list[Rng] = field(default_factory=list)
     losses: Series = field(default_factory=Series)
     keeps_gradients: bool = False  # those of all steps: with compile=True and a state of every step

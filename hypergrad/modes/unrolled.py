@@ -74,7 +74,6 @@ def record(stretch: Stretch, tape: Tape, meter: Meter, graph_memory: float = 0, 
     """Train through the stretch on the user's model, in place, and keep what the adjoint needs. `watch`: and the objective."""
     steps, problem, watched = len(stretch.batches), stretch.problem, stretch.val_steps if watch else ()
     state, before = stretch.transition.read(), problem.read_buffers()
-    budget, keep = graph_memory > 0, graph_memory > 0 and tape.every == 1
     for t in range(steps):
         if t in watched:
             if stretch.compiled is not None:
@@ -92,14 +91,11 @@ def record(stretch: Stretch, tape: Tape, meter: Meter, graph_memory: float = 0, 
             if tape.keeps_gradients:
                 tape.gradients[t] = played.g
             continue
-        lin = problem.linearize(stretch.batches[t], products=keep or (budget and t == 0))
-        if budget and t == 0 and not (keep and steps * (lin.nbytes() + state.nbytes()) <= graph_memory):
-            keep, tape.every = False, default_every(steps) if keep else tape.every
-            tape.spare = int(graph_memory // lin.nbytes()) if lin.exact else 0
-            if not lin.exact:
-                restore(stretch, at)
-                tape.rng[t].restore()
-                lin = problem.linearize(stretch.batches[t], products=False)
+        if t == 0 and graph_memory > 0:
+            lin = sized(stretch, tape, at, graph_memory)
+        else:
+            lin = problem.linearize(stretch.batches[t], products=tape.spare >= steps)
+        keep = tape.spare >= steps
         if keep:
             tape.graphs[t] = lin
         state = advance(stretch, state, t, lin, meter, graphs_stay=keep)
@@ -110,6 +106,22 @@ def record(stretch: Stretch, tape: Tape, meter: Meter, graph_memory: float = 0, 
     meter.moved = problem.unfollowed_since(before)
     if steps in watched:
         tape.values.append(stretch.validate(steps, state).value)
+
+
+def sized(stretch: Stretch, tape: Tape, at: Snapshot, graph_memory: float) -> Linearization:
+    """Step 0's gradient. The tape has from here how many steps' graphs are kept: all, or at most those of a segment's replay."""
+    lin, steps = stretch.problem.linearize(stretch.batches[0]), len(stretch.batches)
+    if tape.every == 1 and steps * (lin.nbytes() + at.state.nbytes()) <= graph_memory:
+        tape.spare = steps
+        return lin
+    if tape.every == 1:
+        tape.every = default_every(steps)
+    tape.spare = min(int(graph_memory // lin.nbytes()), tape.every - 1) if lin.exact else 0
+    if lin.exact:
+        return lin
+    restore(stretch, at)  # once more, for a gradient that is a replay's to the last bit
+    tape.rng[0].restore()
+    return stretch.problem.linearize(stretch.batches[0], products=False)
 
 
 def train(stretch: Stretch, state: State, t: int, meter: Meter, keep: bool = False) -> tuple[State, Linearization]:
