@@ -11,6 +11,7 @@ import math
 import shutil
 import tempfile
 import zlib
+from array import array
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -98,13 +99,14 @@ class FarStack:
         self.folder, self.device, self.worker = folder, device, worker
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self.near: deque[Snapshot] = deque()
-        self.far: list[_Far] = []
+        self.leaving: deque[_Far] = deque()
+        self.far: list[_Far] | _Files = [] if folder is None else _Files()
         self.shell: Snapshot | None = None  # the last one's
         self.coming: tuple[_Far, Future[list[Tensor]]] | None = None
         self.written = 0  # files so far
 
     def __len__(self) -> int:
-        return len(self.near) + len(self.far) + (self.coming is not None)
+        return len(self.near) + len(self.leaving) + len(self.far) + (self.coming is not None)
 
     def append(self, snapshot: Snapshot) -> None:
         if self.coming is not None:  # it was on its way back; it stays
@@ -114,17 +116,17 @@ class FarStack:
             old = self.near.popleft()
             self.shell = old.shell(self.shell)
             away = self.worker.submit(self._away, old.tensors(), self._mark(), self._number())
-            self.far.append(_Far(self.shell, _packed(old.state.counts), away))
-            if len(self.far) > PENDING:
-                early = self.far[-1 - PENDING]
-                self.far[-1 - PENDING] = early._replace(away=_done(early.away))  # raises here what went wrong there
+            self.leaving.append(_Far(self.shell, _packed(old.state.counts), away))
+            if len(self.leaving) > PENDING:
+                early = self.leaving.popleft()
+                self.far.append(early._replace(away=_done(early.away)))  # raises here what went wrong there
 
     def pop(self) -> Snapshot:
         return self.near.pop() if self.near else self._arrived()
 
     def fetch(self) -> None:
         """Let the next snapshot come: it will be popped soon."""
-        if not self.near and self.coming is None and self.far:
+        if not self.near and self.coming is None and len(self):
             self._fetch()
 
     def _arrived(self) -> Snapshot:
@@ -139,7 +141,7 @@ class FarStack:
         return far.shell.with_tensors(tensors, counts)
 
     def _fetch(self) -> None:
-        far = self.far.pop()
+        far = self.leaving.pop() if self.leaving else self.far.pop()
         self.coming = far, self.worker.submit(self._back, far)
 
     def _number(self) -> int:
@@ -186,11 +188,36 @@ class FarStack:
 
 
 class _Far(NamedTuple):
-    """A snapshot in the second level. There is one for every few steps of a run: small, whatever the model."""
+    """A snapshot in the second level."""
 
     shell: Snapshot
     counts: tuple[int, ...] | int  # a number where all parameters have the same
     away: Any  # its tensors, or the number of its file, or the future of that
+
+
+class _Files:
+    """A stack of those that are in files. There is one for every few steps of a run: a few bytes each."""
+
+    def __init__(self) -> None:
+        self.shells: list[Snapshot] = []
+        self.numbers, self.counts = array("q"), array("q")
+        self.uneven: dict[int, tuple[int, ...]] = {}  # number -> counts, where parameters have not all the same
+
+    def __len__(self) -> int:
+        return len(self.shells)
+
+    def append(self, far: _Far, /) -> None:
+        self.shells.append(far.shell)
+        self.numbers.append(far.away)
+        if isinstance(far.counts, tuple):
+            self.uneven[far.away] = far.counts
+            self.counts.append(-1)
+        else:
+            self.counts.append(far.counts)
+
+    def pop(self) -> _Far:
+        shell, number, count = self.shells.pop(), self.numbers.pop(), self.counts.pop()
+        return _Far(shell, self.uneven.pop(number) if count < 0 else count, number)
 
 
 def _packed(counts: tuple[int, ...]) -> tuple[int, ...] | int:

@@ -112,29 +112,30 @@ class Adam:
         self, p: Tensor, g: Tensor, s: Tensors, h: Scalars, lp: Tensor, ls: Tensors
     ) -> tuple[Tensor, Tensor, Tensors, Shares]:
         f, lr, wd, b1, b2 = self._forward(p, g, s, h), h["lr"], h["weight_decay"], h["beta1"], h["beta2"]
-        g, root, c1, dc1, root_c2, dc2 = f.g, f.root, f.c1, f.dc1, f.c2**0.5, f.dc2
-        u = f.m / f.den
+        g, root, den, c1, dc1, root_c2, dc2 = f.g, f.root, f.den, f.c1, f.dc1, f.c2**0.5, f.dc2
+        u, grown = f.m.div_(den), f.v > s["max_exp_avg_sq"] if self.amsgrad else None
+        del f  # v'; every flat tensor that is let go of early is memory that the rest can have
         lu = lp * (-lr / c1)
-        lm = torch.addcdiv(ls["exp_avg"], lu, f.den)
-        lden, lp_u = lu.mul_(u).div_(f.den).neg_(), inner(lp, u)
-        lx = (lden / root).masked_fill_(~(root > 0), 0).mul_(0.5 / root_c2)
+        lm = torch.addcdiv(ls["exp_avg"], lu, den)
+        lden, lp_u = lu.mul_(u).div_(den).neg_(), inner(lp, u)
+        lden_sum, lden_root = lden.sum(), inner(lden, root)
+        del u, lu, den
+        lx = lden.div_(root).masked_fill_(~(root > 0), 0).mul_(0.5 / root_c2)
+        del lden, root
         out: Tensors = {}
-        if self.amsgrad:
+        if grown is not None:
             lx.add_(ls["max_exp_avg_sq"])
-            grown = f.v > s["max_exp_avg_sq"]
             out["max_exp_avg_sq"] = lx.masked_fill(grown, 0)
             lx.masked_fill_(~grown, 0)
-        del f, u  # m', v', D and u: memory that the rest can have
         lv = lx.add_(ls["exp_avg_sq"])
         out |= {"exp_avg": lm * b1, "exp_avg_sq": lv * b2}
         lg = (lm * (1 - b1)).addcmul_(g, lv, value=2 * (1 - b2))
         lh: dict[str, Callable[[], Tensor]] = {
             "lr": lambda: lp_u / -c1 - (wd * inner(lp, p) if self.decoupled else 0),
-            "eps": lambda: lden.sum(),
+            "eps": lambda: lden_sum,
             "beta1": lambda: lp_u * (lr * dc1 / c1**2) + inner(lm, s["exp_avg"] - g),
             "beta2": lambda: (
-                inner(lden, root) * (-dc2 / (2 * root_c2**3))
-                + inner(lv, torch.addcmul(s["exp_avg_sq"], g, g, value=-1))
+                lden_root * (-dc2 / (2 * root_c2**3)) + inner(lv, torch.addcmul(s["exp_avg_sq"], g, g, value=-1))
             ),
             "weight_decay": lambda: inner(lp, p) * -lr if self.decoupled else inner(lg, p),
         }
