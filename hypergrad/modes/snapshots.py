@@ -114,12 +114,12 @@ class FarStack:
         self.near.append(snapshot)
         while len(self.near) > NEAR:
             old = self.near.popleft()
+            if len(self.leaving) == PENDING:
+                early = self.leaving.popleft()
+                self.far.append(early._replace(away=_done(early.away)))  # raises here what went wrong there
             self.shell = old.shell(self.shell)
             away = self.worker.submit(self._away, old.tensors(), self._mark(), self._number())
             self.leaving.append(_Far(self.shell, _packed(old.state.counts), away))
-            if len(self.leaving) > PENDING:
-                early = self.leaving.popleft()
-                self.far.append(early._replace(away=_done(early.away)))  # raises here what went wrong there
 
     def pop(self) -> Snapshot:
         return self.near.pop() if self.near else self._arrived()
