@@ -27,7 +27,7 @@ from hypergrad.problem import Saved
 from hypergrad.updates.binding import State
 
 NEAR = 1  # snapshots that stay on the device, besides those on their way
-PENDING = 2
+PENDING = 1
 SEGMENT = 2  # steps between snapshots that go to files, where there is room for them:
 SHARE = 0.5  # of what is free there
 
