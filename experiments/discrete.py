@@ -169,7 +169,7 @@ def main(argv: list[str] | None = None) -> list[Row]:
         for strategy in STRATEGIES
     ]
     rows = sweep(run, todo, Path(args.runs) / "discrete.jsonl", args.jobs)
-    rows = [row for row in rows if any(item.items() <= row.items() for item in todo)]
+    rows = [next(row for row in rows if item.items() <= row.items()) for item in todo]
     for row in rows:
         rival = next(r for r in rows if r["strategy"] == "tpe" and (r["case"], r["seed"]) == (row["case"], row["seed"]))
         row |= {f"{part}_over_tpe": row[part] / rival[part] for part in ("val", "test")}
