@@ -59,9 +59,14 @@ class Guard:
         self.good: deque[_Good] = deque(maxlen=2)
         self.first_buffers = problem.read_buffers()
 
-    def judge(self, loss: float | None, g: Tensor, theta: Tensor) -> str:
-        """One of good, bad batch, spike, blow-up, and after a roll-back false alarm or bad data. loss None: not known."""
-        finite = math.isfinite(float(g.sum())) or bool(torch.isfinite(g).all())  # the sum is cheap, and may overflow
+    def judge(self, loss: float | None, finite: bool, theta: Tensor) -> str:
+        """One of good, bad batch, spike, blow-up, and after a roll-back false alarm or bad data.
+
+        Args:
+            loss: None: not known.
+            finite: whether the gradient is.
+            theta: the weights before the step [n].
+        """
         if finite and (loss is None or math.isfinite(loss)):
             verdict = "good" if loss is None else self._judge_finite(loss)
             self.bad_in_a_row = self.bad_in_a_row + 1 if verdict in ("spike", "surge") else 0

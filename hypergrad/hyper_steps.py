@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from statistics import fmean
 
 import torch
 from torch import Tensor
 
 from hypergrad.coordinates import Coordinates
 from hypergrad.problem import Problem
+from hypergrad.readout import Readout
 from hypergrad.recording import Journal, short
 from hypergrad.schedules import STEP_NAMES
 from hypergrad.tangents import Tangents
@@ -44,25 +46,41 @@ class HyperSteps:
         self.transition, self.validation, self.average, self.seed = tangents.transition, validation, average, seed
         self.stats, self.frozen, self.val_loss = stats, False, math.nan
         self.hypergradients: dict[str, Tensor] = {}
-        self.losses: list[Tensor] = []  # of the training steps since the last record
+        self.losses: list[float] = []  # of the training steps since the last record
 
     def take(self, t: int) -> None:
         """One hyperparameter step from the tangents, after t training steps; only a look once nothing is tuned any more."""
         if not self.coordinates.moving:
             self.val_loss = float(self.problem.look(self.validation, t, self.seed + t))
-            return self._record(t)
+            return self._record(t, {})
         with self._where() as tangent:
             value, of_params, of_hypers, _ = self.problem.validate(self.validation, t, self.seed + t)
-        gradient = torch.zeros(len(self.coordinates), dtype=torch.float64)
+        readout = Readout()
+        readout.ask("value", value)
         if tangent is not None:
-            along = tangent @ self.transition.flatten(of_params)
-            gradient[self.coordinates.moving] = along.to("cpu", torch.float64)
-        slope = self.coordinates.slope()
+            readout.ask("hypergradient", tangent @ self.transition.flatten(of_params))
+        found = {name: g for name, g in zip(self.problem.hypers, of_hypers, strict=True) if g is not None}
+        for name, g in found.items():
+            readout.ask(f"direct {name}", g)
+        self._ask(readout)
+        read = readout.fetch()
+        gradient, slope = torch.zeros(len(self.coordinates), dtype=torch.float64), self.coordinates.slope()
+        if tangent is not None:
+            gradient[self.coordinates.moving] = torch.tensor(read["hypergradient"], dtype=torch.float64)
         for j, entry in enumerate(self.coordinates.entries):
-            if entry.group is None:
-                direct = of_hypers[list(self.problem.hypers).index(entry.name)]
-                gradient[j] += 0 if direct is None else float(direct[entry.index]) * slope[j]
-        return self.move(t, float(value), gradient)
+            if entry.group is None and entry.name in found:
+                direct = torch.tensor(read[f"direct {entry.name}"], dtype=torch.float64)
+                gradient[j] += direct.view(found[entry.name].shape)[entry.index] * slope[j]
+        return self._moved(t, read["value"][0], gradient, read)
+
+    def _ask(self, readout: Readout) -> None:
+        """What a step of φ needs besides a gradient, and what is recorded of it."""
+        self.tangents.ask_newton(readout)
+        self.tangents.ask_hits(readout)
+        if self.journal.recorder is not None and self.tangents.tangent is not None:
+            weights = self.transition.flatten(self.transition.params)
+            sizes = torch.linalg.vector_norm(self.tangents.tangent.theta, dim=1) / torch.linalg.vector_norm(weights)
+            readout.ask("sizes", sizes)
 
     @contextmanager
     def _where(self) -> Iterator[Tensor | None]:
@@ -76,7 +94,13 @@ class HyperSteps:
 
     def move(self, t: int, value: float, gradient: Tensor) -> None:
         """One hyperparameter step from a validation loss and dL/dφ [k]."""
-        self.val_loss = value
+        readout = Readout()
+        self._ask(readout)
+        self._moved(t, value, gradient, readout.fetch())
+
+    def _moved(self, t: int, value: float, gradient: Tensor, read: Mapping[str, list[float]]) -> None:
+        self.tangents.note_hits(read)
+        self.val_loss, sizes = value, dict(zip(self.coordinates.moving, read.get("sizes", [])))
         self.stats["val_evaluations"] += 1
         in_value = gradient / self.coordinates.slope()
         self.hypergradients = self.coordinates.directions.pack(in_value)
@@ -85,13 +109,14 @@ class HyperSteps:
             self.journal.note_once(t, "a validation loss or hypergradient was not finite: hyperparameters stayed.")
         elif not self.frozen:
             hit = self.tangents.take_hits()
+            sizes = {j: 0.0 if hit[j] else size for j, size in sizes.items()}  # those tangents start again
             safe_down = torch.tensor([e.name in _SAFE_DOWN for e in self.coordinates.entries])
-            self.coordinates.step(gradient, hit & safe_down, self.tangents.take_newton())
+            self.coordinates.step(gradient, hit & safe_down, self.tangents.take_newton(read))
             self.coordinates.write_hypers()
             self.stats["hyper_steps"] += 1
-        self._record(t)
+        self._record(t, sizes)
 
-    def _record(self, t: int) -> None:
+    def _record(self, t: int, sizes: Mapping[int, float]) -> None:
         losses, self.losses = self.losses, []
         recorder, labels = self.journal.recorder, self.coordinates.labels
         if recorder is None:
@@ -100,8 +125,8 @@ class HyperSteps:
             recorder.begin(self._shown([recorder.hparams[f"{label} start"] for label in labels]))
         row = self._shown(self.coordinates.value.tolist()) | {"loss/val": self.val_loss}
         if losses:
-            row["loss/train"] = float(torch.stack(losses).mean())
-        self.journal.scalars(t, row | self._diagnosis())
+            row["loss/train"] = fmean(losses)
+        self.journal.scalars(t, row | self._diagnosis(sizes))
 
     def _shown(self, values: Sequence[float]) -> dict[str, float]:
         """Values of all that is tuned, those that move by orders of magnitude also by their logarithm: charts are linear."""
@@ -112,19 +137,18 @@ class HyperSteps:
                 row[f"hyper/log10_{name}"] = math.log10(x)
         return row
 
-    def _diagnosis(self) -> dict[str, float]:
-        """Whether the hypergradients dL/dφ are to be believed, and what they cost so far in gradients per training step."""
+    def _diagnosis(self, sizes: Mapping[int, float]) -> dict[str, float]:
+        """Whether the hypergradients dL/dφ are to be believed, and what they cost so far in gradients per training step.
+
+        sizes: norms of the tangents of θ over the norm of θ.
+        """
         mean, noise, row = self.coordinates.descent.smoothed(), self.coordinates.descent.noise(), {}
         names = short(self.coordinates.labels)
         for j in self.coordinates.moving:
             if math.isfinite(mean[j]):
                 band = {"": mean[j], "_low": mean[j] - noise[j], "_high": mean[j] + noise[j]}
                 row |= {f"val_hypergradient/{names[j]}{end}": float(x) for end, x in band.items()}
-        if self.tangents.tangent is not None:
-            weights = self.transition.flatten(self.transition.params)
-            sizes = torch.linalg.vector_norm(self.tangents.tangent.theta, dim=1) / torch.linalg.vector_norm(weights)
-            for j, size in zip(self.coordinates.moving, sizes.tolist(), strict=True):
-                row[f"tangent/{names[j]}"] = size
+        row |= {f"tangent/{names[j]}": size for j, size in sizes.items()}
         row["run/cost_over_plain"] = gradient_evaluations(self.stats) / max(self.stats["steps"], 1)
         row["run/rollbacks"] = self.stats["rollbacks"]
         row["run/steps_passed_over"] = self.stats["nonfinite_steps"] + self.stats["spikes"]

@@ -68,25 +68,31 @@ class LiveValues:
                 factors[j] = self.shape(t)
         return self.coordinates.slope() * torch.tensor(factors, dtype=torch.float64)
 
-    def write(self, optimizer: int, t: int, untouched: bool) -> None:
-        """Write the values of step t into one optimizer's groups; not if `untouched`, unless something else writes them."""
+    def write(self, optimizer: int, t: int, untouched: bool, known: dict[Key, float]) -> None:
+        """Write the values of step t into one optimizer's groups; not if `untouched`, unless something else writes them.
+
+        known: values that are tensors on the device, as they were read; as they are written, on return.
+        """
         groups = self.transition.groups
         for j, entry in enumerate(self.coordinates.entries):
             if entry.group is None or self.transition.optimizer_of_group[entry.group] != optimizer:
                 continue
             key, group = (entry.name, entry.group), groups[entry.group]
-            if key not in self.multiplies and self.left[key] is not None and plain(group[entry.name]) != self.left[key]:
+            now = known[key] if key in known else plain(group[entry.name])
+            if key not in self.multiplies and self.left[key] is not None and now != self.left[key]:
                 self._taken_over(j, key)
             value = float(self.coordinates.value[j])
             if key in self.multiplies:
-                self.base[key] = plain(group[entry.name])
-                value *= float(group[entry.name])
+                self.base[key] = now
+                value *= float(now)
             elif untouched and not self.coordinates.given[j]:
                 continue
             elif entry.name == "lr":
                 value *= self.shape(t)
-            self._put(group, entry.name, replaced(plain(group[entry.name]), entry, value))
-            self.left[key] = plain(group[entry.name])
+            self._put(group, entry.name, replaced(now, entry, value))
+            if key in known:
+                known[key] = torch.tensor(value, dtype=group[entry.name].dtype).item()
+            self.left[key] = known[key] if key in known else plain(group[entry.name])
 
     def restore(self, optimizer: int) -> None:
         """After the step: what a scheduler wrote, as it wrote it."""

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from hypergrad import multi_tensor
 from hypergrad.graph import Linearization, check_scalar, grad_or_none, survey, without_hooks
 from hypergrad.running_stats import RunningStats
 
@@ -134,26 +135,23 @@ class Problem:
         return [module._buffers[name] for module, name in self.places]  # type: ignore[misc]
 
     def read_buffers(self) -> list[Saved]:
-        return [Saved(b, b.detach().clone()) for b in self.buffers]
+        return [Saved(b, x) for b, x in zip(self.buffers, multi_tensor.copies(self.buffers), strict=True)]
 
     def write_buffers(self, saved: Sequence[Saved], silently: bool = False) -> None:
         """Put buffers back. silently: without the notice of graphs that hold them (see `Binding.load`)."""
-        with torch.no_grad():
-            for (module, name), (tensor, value) in zip(self.places, saved, strict=True):
-                module._buffers[name] = tensor
-                (tensor.data if silently else tensor).copy_(value)
+        for (module, name), (tensor, _) in zip(self.places, saved, strict=True):
+            module._buffers[name] = tensor
+        multi_tensor.write([tensor.data if silently else tensor for tensor, _ in saved], [value for _, value in saved])
 
     @contextmanager
     def untouched(self) -> Iterator[None]:
         """Put parameters, buffers and random numbers back on the way out, whatever happens inside."""
-        theta = [p.detach().clone() for p in self.params]
+        theta = multi_tensor.copies(self.params)
         buffers, rng = self.read_buffers(), self.rng()
         try:
             yield
         finally:
-            with torch.no_grad():
-                for p, x in zip(self.params, theta, strict=True):
-                    p.copy_(x)
+            multi_tensor.write(self.params, theta)
             self.write_buffers(buffers)
             rng.restore()
 

@@ -1,6 +1,6 @@
 """What happens around every step of the user's optimizer: values written, gradients judged, tangents pushed.
 
-before the step    LiveValues.write → Guard.judge → Tangents.seen → Tangents.push
+before the step    one readout → LiveValues.write → Guard.judge → Comparison.tangent → Tangents.push
 the step           torch's own
 after the step     LiveValues.restore → every so many steps HyperSteps.take
 """
@@ -8,14 +8,17 @@ after the step     LiveValues.restore → every so many steps HyperSteps.take
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from hypergrad.gradient_changes import Comparison, Pending
 from hypergrad.guard import Guard
 from hypergrad.hyper_steps import HyperSteps
 from hypergrad.live_values import LiveValues
+from hypergrad.readout import Readout
 from hypergrad.schedules import tuned_at
 from hypergrad.updates.binding import State, Values
 from hypergrad.updates.transition import Tangent
@@ -53,6 +56,7 @@ class Ride:
         self.stepped: set[int] = set()  # the optimizers that have taken the present step
         self.skipped = False  # the present step is one that a fused optimizer leaves out
         self.void = False  # the present step was judged to do nothing
+        self.known: dict[tuple[str, int], float] = {}  # what tensors on the device among the groups' numbers hold
         self.used: tuple[Values, Tensor] = {}, self.coordinates.slope()  # by the last step: values, dx/dφ
         self.choose_what_is_tuned()
 
@@ -62,43 +66,50 @@ class Ride:
             raise ValueError("param groups were added: close this tuner and make a new one.")
         if i in self.stepped:  # it steps more often than others: their turn is left out
             self._end_step()
-        found_inf = getattr(self.optimizers[i], "found_inf", None)  # a fused optimizer is told here that it will skip
-        self.skipped = found_inf is not None and bool(found_inf)
         if self.warm.active and (self.hyper.frozen or any("initial_lr" in g for g in self.transition.groups)):
             self.warm.active = False  # nothing is to move, or a scheduler came after the tuner: ours is a multiplier
         if self.warm.active and self.warm.momentum is None:
             self._start_momentum()
-        if self.warm.active and not self.stepped and not self.void:
-            self._look()
-        never = self.hyper.frozen and self.total is None and not self.stats["hyper_steps"]
-        self.live.write(i, self.t, untouched=never)
-        self.transition.refresh()
         active = tuple(
             p.grad is not None and self.transition.optimizer_of_group[group] == i
             for p, group in zip(self.transition.params, self.transition.group_of, strict=True)
         )
-        if self.void and self.tangents.pending is None:  # judged when another optimizer's turn came
+        g = None
+        if any(active):
+            grads = [p.grad if a else None for p, a in zip(self.transition.params, active, strict=True)]
+            g = self.transition.flatten(grads)
+        pending = self.tangents.pending
+        fresh = pending if pending is not None and i not in pending.stepped else None
+        comparison, read = self._read(i, g, active, fresh)
+        # a fused optimizer is told by a GradScaler that it will leave this step out
+        self.skipped = bool(read.get("found_inf", [0.0])[0])
+        self.tangents.note_hits(read)
+        self.known = dict(zip(self.transition.numbers_on_device(), read.get("numbers", [])))
+        if "slope and curvature" in read and not self.skipped:
+            self._look(read["loss"][0], *read["slope and curvature"])
+        never = self.hyper.frozen and self.total is None and not self.stats["hyper_steps"]
+        self.live.write(i, self.t, never, self.known)
+        self.transition.refresh()
+        if self.void and pending is None:  # judged when another optimizer's turn came
             self._drop_gradients(i)
             return
-        if self.skipped or not any(active):
+        if self.skipped or g is None:
             return
-        state, pending = self.transition.read(), self.tangents.pending
-        g = self.transition.flatten(
-            [p.grad if a else None for p, a in zip(self.transition.params, active, strict=True)]
-        )
+        state = self.transition.read(read.get("counts"))
         scale = getattr(self.optimizers[i], "grad_scale", None)  # fused optimizers unscale by themselves
         if scale is not None:
             g = g / scale
-        fresh = pending if pending is not None and i not in pending.stepped else None
-        loss = None if fresh is None else fresh.loss / fresh.scale
-        if not self.hyper.frozen and not self._judge(i, state, g, self.windows.loss if loss is None else float(loss)):
-            return
+        loss = read["loss"][0] if "loss" in read else None
+        if not self.hyper.frozen:
+            finite = math.isfinite(read["sum"][0]) or bool(torch.isfinite(g).all())  # the sum may overflow
+            if not self._judge(i, state, finite, loss):
+                return
         if not self.stepped:
             self.tangents.follow(state.theta, self.t)
         values = self._use(i)
         if self.mode != "forward":
             return
-        dg = self.tangents.seen(active)
+        dg = None if comparison is None else comparison.tangent(read, len(self.coordinates.moving))
         if dg is not None and scale is not None:
             dg = dg / scale
         if dg is None:
@@ -112,10 +123,40 @@ class Ride:
             self.warm.sizes_decay = [x for x in self.warm.sizes_decay if x != i]
             if self.total is not None and not self.hyper.frozen:
                 self._size_decay(i, state, g, active, values)
-        if loss is not None and not self.stepped:
-            self.hyper.losses.append(loss)
         if fresh is not None:
+            if loss is not None and not self.stepped:
+                self.hyper.losses.append(loss)
             fresh.stepped.add(i)
+
+    def _read(
+        self, i: int, g: Tensor | None, active: Sequence[bool], fresh: Pending | None
+    ) -> tuple[Comparison | None, dict[str, list[float]]]:
+        """All that the host has to know before this step, in one wait for the device.
+
+        Args:
+            g: the gradients that optimizer i will see [n]; None where it has none.
+            fresh: what `backward` left, where optimizer i has not used it yet.
+        """
+        readout, tangents, comparison = Readout(), self.tangents, None
+        found_inf = getattr(self.optimizers[i], "found_inf", None)
+        if found_inf is not None:
+            readout.ask("found_inf", found_inf)
+        for name, tensors in (
+            ("numbers", self.transition.numbers_on_device()),
+            ("counts", self.transition.counters(on_device=True)),
+        ):
+            if tensors:
+                readout.ask(name, torch.stack([x.reshape(()) for x in tensors.values()]))
+        tangents.ask_hits(readout)
+        loss = self.windows.loss if fresh is None else fresh.loss / fresh.scale
+        if loss is not None:
+            readout.ask("loss", loss)
+        if fresh is not None and self.warm.active and not self.stepped and not self.void:
+            tangents.ask_slope_and_curvature(readout)
+        if g is not None:
+            readout.ask("sum", g.sum())
+            comparison = tangents.compare(g, active, readout)
+        return comparison, readout.fetch()
 
     def _start_momentum(self) -> None:
         """Before the first step: momentum, where it is tuned and its start is a hint, begins at `first_momentum`."""
@@ -133,14 +174,10 @@ class Ride:
         self.warm.momentum = largest_momentum(values, rules)
 
     # lr is its tuned value times a shape; the warm start sets their product, and at its end the value
-    def _look(self) -> None:
+    def _look(self, loss: float, slope: float, curvature: float) -> None:
         """Before a step of the warm start: the lr that it is taken with."""
-        pending, seen = self.tangents.pending, self.tangents.along_lr()
-        if pending is None or seen is None:
-            return
-        doubtful = self.guard.doubts(float(pending.loss) / pending.scale)  # the step will be passed over, lr stays
-        z, g, hz = seen
-        factor = 1.0 if doubtful else self.warm.look(z.sum(0), g, hz.sum(0))
+        doubtful = self.guard.doubts(loss)  # the step will be passed over, lr stays
+        factor = 1.0 if doubtful else self.warm.look(slope, curvature)
         now = self.live.shape(self.t) if self.warm.active else 1.0
         self.coordinates.scale("lr", factor * self.live.shape(self.t - 1) / now)
         if not self.warm.active:
@@ -160,7 +197,7 @@ class Ride:
             if abs(factor - 1) < 0.01:
                 break
             self.coordinates.scale("lr", factor)
-            self.live.write(i, self.t, untouched=False)
+            self.live.write(i, self.t, False, self.known)
             self.tangents.forget()
             self.tangents.push(state, g, active, self._use(i), self.used[1], dg)
         self.tangents.take_hits()
@@ -191,7 +228,7 @@ class Ride:
 
     def _use(self, i: int) -> Values:
         """Note the values of this step as optimizer i uses them, and dx/dφ."""
-        values, slopes = self.transition.values(), self.live.slopes(self.t)
+        values, slopes = self.transition.values(self.known), self.live.slopes(self.t)
         if len(self.optimizers) == 1:
             self.used = values, slopes
             return values
@@ -210,9 +247,9 @@ class Ride:
             if self.transition.optimizer_of_group[group] == i:
                 p.grad = None
 
-    def _judge(self, i: int, state: State, g: Tensor, loss: float | None) -> bool:
+    def _judge(self, i: int, state: State, finite: bool, loss: float | None) -> bool:
         """Whether optimizer i may step. If not, its gradients are None on return, so that it does nothing."""
-        verdict = self.guard.judge(loss, g, state.theta)
+        verdict = self.guard.judge(loss, finite, state.theta)
         if verdict in ("false alarm", "bad data"):
             self.stats["false_alarms"] += 1
             self.coordinates.scale("lr", self.guard.cut)

@@ -15,6 +15,7 @@ about 1/(1 − KEEP) steps:
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -39,8 +40,8 @@ class Secant:
 
     def __init__(self, warm: WarmStart):
         self.warm = warm
-        self.u: Tensor | None = None  # [m, n]
-        self.c: Tensor | None = None  # [m]
+        self.u: Tensor | None = None  # [RANK, n], the newest last
+        self.c: Tensor | None = None  # [RANK], infinite where there is no u yet
 
     def due(self, gradients: int, k: int) -> list[int]:
         """The tangents, of k, whose product is formed in gradient number `gradients`."""
@@ -68,19 +69,16 @@ class Secant:
 
     def learn(self, v: Tensor, y: Tensor) -> None:
         """Take y = Hv into B."""
-        if self.u is not None and self.c is not None and len(self.u) == RANK:
-            self.u, self.c = self.u[1:], self.c[1:]
+        if self.u is None or self.c is None:
+            self.u, self.c = v.new_zeros(RANK, len(v)), v.new_full((RANK,), math.inf)
         bv = self.times(v[None])[0]
         u = y - bv
-        c, true, claimed, size = torch.stack([u @ v, y @ v, bv @ v, u.norm() * v.norm()]).tolist()
-        if claimed > 0 and c <= 0 and self.c is not None:
-            self.c = self.c / max(true / claimed, 0.5)
-        if not (c > FLAT * size and size < float("inf")):  # also where either is not finite
-            return
-        new_u, new_c = u[None], u.new_tensor([c])
-        if self.u is not None and self.c is not None:
-            new_u, new_c = torch.cat([self.u, new_u]), torch.cat([self.c, new_c])
-        self.u, self.c = new_u, new_c
+        c, true, claimed, size = u @ v, y @ v, bv @ v, u.norm() * v.norm()
+        shrink = torch.where((claimed > 0) & (c <= 0), (true / claimed).clamp_min(0.5), 1.0)
+        news = (c > FLAT * size) & (size < math.inf)  # False also where either is not finite
+        kept = self.c / shrink
+        self.u = torch.where(news, torch.cat([self.u[1:], u[None]]), self.u)
+        self.c = torch.where(news, torch.cat([kept[1:], c[None]]), kept)
 
     def faded(self, z: Tangent) -> Tangent:
         if self.warm.active:

@@ -1,12 +1,8 @@
 """Tangents that ride on a live loop: dθ/dφ and ds/dφ, kept up with every step the user's own optimizer takes.
 
-Between `backward` and `optimizer.step()` the gradients may have been unscaled or clipped. What was done to them is read
-off by comparing p.grad with what `backward` left there:
-
-    g' = g                     J = I
-    g' = g/scale               J = I/scale                               with `scaler`
-    g' = c g, c < 1            J = c (I − g gᵀ/(N (N + ε)))              with `clip_norm`, N = ‖g‖, c = M/(N + ε)
-    anything else              unknown: the tangents start again from zero
+Between `backward` and `optimizer.step()` the gradients may have been unscaled or clipped. What was done to them is found
+by comparing p.grad with what `backward` left there (gradient_changes.py). Nothing here waits for the device: what the host
+has to know is asked of a `Readout`, which the ride fetches once a step.
 """
 
 from __future__ import annotations
@@ -14,33 +10,22 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from hypergrad.coordinates import Coordinates
+from hypergrad.gradient_changes import Comparison, Pending, carried_on
 from hypergrad.graph import Linearization, grad_or_none, survey
+from hypergrad.multi_tensor import copies
+from hypergrad.readout import Readout
 from hypergrad.secant import Secant
 from hypergrad.updates.binding import State, Values
-from hypergrad.updates.clip import TORCH_EPS, total_norm
 from hypergrad.updates.transition import Tangent, Transition
 
 CAP = 2.0  # a tangent (per unit of log value) is not let grow beyond so many times the norm of the weights
 AVERAGE_SHARE = 0.1  # the running average looks back over so much of the run so far
-
-
-@dataclass
-class Pending:
-    """What `backward` left for the step to use."""
-
-    left: list[Tensor | None]  # a copy of every p.grad
-    dg: Tensor | None  # tangent of the gradient [k, n]; None is zero
-    loss: Tensor  # the largest of the accumulated losses, times scale
-    scale: float  # of a GradScaler at the time
-    stepped: set[int] = field(default_factory=set)  # the optimizers that have used it
-    changed: set[int] = field(default_factory=set)  # parameters whose gradient was changed before more was added to it
 
 
 class Tangents:
@@ -62,6 +47,8 @@ class Tangents:
         self.average_tangent: Tensor | None = None  # dθ̄/dφ [k, n]; None: zero
         self.pending: Pending | None = None
         self.hit = torch.zeros(len(coordinates), dtype=torch.bool)  # tangents that met the cap since `take_hits`
+        # on a device: whether the last step's tangents met the cap, and the numbers that moved then; see `ask_hits`
+        self.unread: tuple[Tensor, list[int]] | None = None
         self.along: Tensor | None = None  # a = gᵀz and B = zᵀHz, summed since `take_newton`; z = dθ/dlog lr [m, 1 + m]
         self.counts = {"gradients": 0, "hessian_products": 0, "capped": 0}
         self._own = {id(x) for x in [*transition.params, *coordinates.hypers.values()]}
@@ -88,21 +75,15 @@ class Tangents:
         if inputs is not None:
             chosen = {id(x) for x in inputs}
             grads = [g if id(x) in chosen else None for x, g in zip([*params, *others], grads, strict=True)]
-        self._drop_zeroed()
+        old = None if self.pending is None else carried_on(self.pending, self.transition)
+        has = tuple(g is not None for g in grads[: len(params)])
+        left = self.transition.flatten(grads[: len(params)]) if old is None else None
         _accumulate([*params, *others], grads)
         self.counts["gradients"] += 1
-        self.pending = self._joined(grads[: len(params)], lin.loss, dg, scale)
-
-    def _joined(self, grads: Sequence[Tensor | None], loss: Tensor, dg: Tensor | None, scale: float) -> Pending:
-        """This backward added to what earlier ones of the same step left."""
-        old, params = self.pending, self.transition.params
-        if old is None:
-            return Pending([None if g is None else g.detach() for g in grads], dg, loss, scale)
-        if old.dg is not None:
-            dg = old.dg if dg is None else old.dg + dg
-        pairs = zip(params, grads, old.left, strict=True)
-        left = [None if p.grad is None or (g is None and x is None) else p.grad.clone() for p, g, x in pairs]
-        return Pending(left, dg, loss if old.stepped else torch.maximum(old.loss, loss), scale, changed=old.changed)
+        if left is not None:
+            self.pending = Pending(left, has, dg, lin.loss, scale)
+        elif old is not None:
+            self.pending = old.joined(self.transition, has, dg, lin.loss, scale)
 
     def _gradient_tangent(
         self, lin: Linearization, n_others: int, retain_graph: bool, due: Sequence[int]
@@ -130,69 +111,13 @@ class Tangents:
         zero = torch.zeros_like(next(iter(rows.values())))
         return torch.stack([rows.get(j, zero) for j in range(len(directions))])
 
-    def _drop_zeroed(self) -> None:
-        """Gradients zeroed since the last backward: their share of what was accumulated is void.
-
-        So after every step, after one that GradScaler skipped, and where optimizers take turns.
-        """
-        pending = self.pending
-        if pending is None:
-            return
-        grads = [p.grad for p in self.transition.params]
-        telling = [i for i, x in enumerate(pending.left) if x is not None and (grads[i] is None or bool(x.any()))]
-        void = [i for i in telling if grads[i] is None or not bool(grads[i].any())]  # type: ignore[union-attr]
-        if len(void) == len(telling):
-            self.pending = None
-            return
-        for i in void:
-            pending.left[i] = None
-        pending.changed -= set(void)
-        pending.changed |= {i for i in set(telling) - set(void) if not _same(grads[i], pending.left[i])}
-        if pending.dg is not None and void:
-            pending.dg = pending.dg.clone()
-            for i in void:
-                a, b = self.transition.ranges[i]
-                pending.dg[:, a:b] = 0
-
     # ---- the transition stage
 
-    def seen(self, active: Sequence[bool]) -> Tensor | None:
-        """The tangent of the gradients as the optimizer will see them [k, n]; None where that is not known.
-
-        Rows are right in the ranges of the active parameters, those of the optimizer that is about to step.
-        """
-        pending, params = self.pending, self.transition.params
-        if pending is None:
+    def compare(self, g: Tensor, active: Sequence[bool], readout: Readout) -> Comparison | None:
+        """Ask what was done to the gradients [n] between `backward` and the step; None where none of them are from there."""
+        if self.pending is None:
             return None
-        if not pending.changed.isdisjoint(i for i, a in enumerate(active) if a):
-            return None
-        dg = pending.dg
-        if dg is None:
-            dg = params[0].new_zeros(len(self.coordinates.moving), sum(self.transition.sizes))
-        if all(_same(p.grad, left) for p, left, a in zip(params, pending.left, active, strict=True) if a):
-            return dg
-        g = self.transition.flatten([p.grad if a else None for p, a in zip(params, active, strict=True)])
-        ref = self.transition.flatten(pending.left) / pending.scale
-        mine = self.transition.flatten([torch.full_like(p, float(a)) for p, a in zip(params, active, strict=True)])
-        return self._through_scaling(g, ref, mine, dg / pending.scale)
-
-    def _through_scaling(self, g: Tensor, ref: Tensor, mine: Tensor, dg: Tensor) -> Tensor | None:
-        """J dg for a gradient g = c·ref in the ranges where `mine` is 1; a norm is that of the whole ref."""
-        rtol, part = 64 * torch.finfo(g.dtype).eps, ref * mine
-        square = part @ part
-        if not bool(torch.isfinite(square)) or square == 0:
-            return None
-        c = (g @ part) / square
-        if not torch.allclose(g, c * part, rtol=rtol, atol=float(rtol * part.abs().amax() * c.abs())):
-            return None
-        if self.scaler is not None and abs(c - 1) < rtol:
-            return dg
-        if self.clip_norm is None or c > 1 + rtol or self.pending is None or self.pending.changed:
-            return None
-        n = total_norm(ref, self.transition.sizes)
-        if abs(c * (n + TORCH_EPS) / float(self.clip_norm) - 1) > rtol:
-            return None  # clipped at another threshold, or over other parameters too
-        return torch.addcmul(c * dg, (dg @ ref).unsqueeze(-1) * (-c / (n * (n + TORCH_EPS))), ref)
+        return Comparison(self.pending, self.transition, g, active, self.clip_norm, self.scaler is not None, readout)
 
     def push(
         self, state: State, g: Tensor, active: tuple[bool, ...], values: Values, scale: Tensor, dg: Tensor | None
@@ -214,27 +139,58 @@ class Tangents:
             self.tangent = self.secant.faded(self.tangent)
         return self._bound(torch.linalg.vector_norm(state.theta))
 
+    # On a device the factor, mostly 1, is multiplied with unseen: to look at it first would be one wait a step more.
     def _bound(self, norm: Tensor) -> None:
         """Cap every tangent at CAP times the norm of the weights; one that is not finite starts again from zero."""
         assert self.tangent is not None
         norms = torch.linalg.vector_norm(self.tangent.theta, dim=1)
-        if all(x <= CAP * float(norm) for x in norms.tolist()):  # False for NaN
+        within = norms <= CAP * norm  # False for NaN
+        if norm.device.type == "cpu" and bool(within.all()):
             return
         factor = (CAP * norm / norms.clamp_min(torch.finfo(norms.dtype).tiny)).clamp(max=1.0)
-        self.counts["capped"] += 1
-        self.hit[self.coordinates.moving] |= (factor < 1).cpu()
+        flags = torch.stack([~within, factor < 1])
         finite = torch.isfinite(norms).unsqueeze(-1)
         factor = factor.unsqueeze(-1)
         bound = {name: torch.where(finite, x * factor, 0) for name, x in self.tangent.slots.items()}
         self.tangent = Tangent(torch.where(finite, self.tangent.theta * factor, 0), bound)
+        self._flush_hits()
+        self.unread = flags, self.coordinates.moving
+        if norm.device.type == "cpu":
+            self._flush_hits()
+
+    def ask_hits(self, readout: Readout) -> None:
+        """Ask whether the last step's tangents met the cap; to be noted with `note_hits`."""
+        if self.unread is not None:
+            readout.ask("hits", self.unread[0])
+
+    def note_hits(self, read: Mapping[str, list[float]]) -> None:
+        if self.unread is not None and "hits" in read:
+            over, hit = torch.tensor(read["hits"], dtype=torch.float64).view(2, -1).bool()
+            self.counts["capped"] += bool(over.any())
+            self.hit[self.unread[1]] |= hit
+            self.unread = None
+
+    def _flush_hits(self) -> None:
+        """The same at once."""
+        if self.unread is not None:
+            readout = Readout()
+            self.ask_hits(readout)
+            self.note_hits(readout.fetch())
 
     def along_lr(self) -> tuple[Tensor, Tensor, Tensor] | None:
         """z = dθ/dlog lr of every lr [m, n], and the pending batch's own g [n] and Hz [m, n]; None where these are not known."""
         pending, rows = self.pending, self.coordinates.rows("lr")
         if self.tangent is None or pending is None or pending.dg is None or not rows:
             return None
-        g = self.transition.flatten(pending.left)
-        return self.tangent.theta[rows], g / pending.scale, pending.dg[rows] / pending.scale
+        z, hz = _rows(self.tangent.theta, rows), _rows(pending.dg, rows)
+        return z, pending.left / pending.scale, hz / pending.scale
+
+    def ask_slope_and_curvature(self, readout: Readout) -> None:
+        """Ask for a = gᵀz and b = zᵀHz of the pending batch, z = dθ/dlog c of a common factor c of every lr."""
+        seen = self.along_lr()
+        if seen is not None:
+            z, g, hz = seen[0].sum(0), seen[1], seen[2].sum(0)
+            readout.ask("slope and curvature", torch.stack([g @ z, hz @ z]))
 
     def look(self) -> None:
         """Add this step's batch to a and B: slope and curvature of its own loss, whatever is done to its gradient afterwards."""
@@ -246,13 +202,22 @@ class Tangents:
         along = -along if self.transition.maximizes else along
         self.along = along if self.along is None else self.along + along
 
-    def take_newton(self) -> Tensor:
-        """log c* of every lr by the steps since the last call (see descent.py) [k of all]; NaN where it is not known."""
+    def ask_newton(self, readout: Readout) -> None:
+        """Ask for the a and B summed since the last `take_newton`."""
+        if self.along is not None:
+            readout.ask("along", self.along)
+
+    def take_newton(self, read: Mapping[str, list[float]] | None = None) -> Tensor:
+        """log c* of every lr by the steps since the last call (see descent.py) [k of all]; NaN where it is not known.
+
+        read: with the answer to `ask_newton`; None: it is fetched here.
+        """
         newton = torch.full((len(self.coordinates),), math.nan, dtype=torch.float64)
         along, self.along = self.along, None
         if along is None:
             return newton
-        a, b = along.to("cpu", torch.float64).tensor_split([1], dim=1)
+        read = {"along": along.flatten().tolist()} if read is None else read
+        a, b = torch.tensor(read["along"], dtype=torch.float64).view(along.shape).tensor_split([1], dim=1)
         a, b = a.squeeze(1), b.diagonal() + (b - b.diagonal().diag()).abs().sum(1)
         best = torch.where(a >= 0, 0, torch.where(b > 0, torch.log1p(-a / b), math.inf))
         newton[[self.coordinates.moving[k] for k in self.coordinates.rows("lr")]] = torch.where(
@@ -262,6 +227,7 @@ class Tangents:
 
     def take_hits(self) -> Tensor:
         """Which numbers' tangents met the cap since the last call [k of all]. Those start again from zero."""
+        self._flush_hits()
         hit, self.hit = self.hit, torch.zeros_like(self.hit)
         if self.tangent is not None and bool(hit.any()):
             keep = (~hit[self.coordinates.moving]).to(self.tangent.theta).unsqueeze(-1)
@@ -273,6 +239,7 @@ class Tangents:
 
     def forget(self) -> None:
         """Tangents are zero from here on."""
+        self._flush_hits()
         self.tangent = self.average_tangent = self.along = None
 
     # θ̄ ← θ̄ + a (θ − θ̄) and the same for its tangent, a = 1/(share of the steps so far)
@@ -296,6 +263,7 @@ class Tangents:
             self.transition.load(theta)
 
     def state_dict(self) -> dict[str, Any]:
+        self._flush_hits()
         tangent = self.tangent
         return {
             "theta": None if tangent is None else tangent.theta,
@@ -313,7 +281,7 @@ class Tangents:
         def here(x: Any) -> Any:
             return None if x is None else x.to(like)
 
-        self.tangent = None
+        self.tangent = self.unread = None
         if state["theta"] is not None:
             self.tangent = Tangent(here(state["theta"]), {name: here(x) for name, x in state["slots"].items()})
         self.average, self.average_tangent = here(state["average"]), here(state["average_tangent"])
@@ -323,21 +291,22 @@ class Tangents:
         self.pending = None
 
 
-def _same(grad: Tensor | None, left: Tensor | None) -> bool:
-    if grad is None or left is None:
-        return grad is left or (grad is not None and not bool(grad.any()))  # not used in the loss; zeros were kept
-    return torch.equal(grad, left)
+def _rows(x: Tensor, rows: Sequence[int]) -> Tensor:
+    """Rows of x; neighbours without an index, which would have to travel to the device."""
+    a, b = rows[0], rows[-1] + 1
+    return x[a:b] if list(rows) == list(range(a, b)) else torch.stack([x[j] for j in rows])
 
 
 def _accumulate(leaves: Sequence[Tensor], grads: Sequence[Tensor | None]) -> None:
     """Add to .grad what backward() would; fresh tensors, so that nothing in the graph or of the user's is shared."""
+    pairs = [(leaf, g.detach()) for leaf, g in zip(leaves, grads, strict=True) if g is not None]
+    first = [(leaf, g) for leaf, g in pairs if leaf.grad is None]
+    again = [(leaf.grad, g) for leaf, g in pairs if leaf.grad is not None]
     with torch.no_grad():
-        for leaf, g in zip(leaves, grads, strict=True):
-            if g is None:
-                continue
-            if leaf.grad is None:
-                leaf.grad = g.detach().clone()
-            else:
-                leaf.grad.add_(g.detach())
+        for (leaf, _), g in zip(first, copies([g for _, g in first]), strict=True):
+            leaf.grad = g
+        if again:
+            torch._foreach_add_([old for old, _ in again], [g for _, g in again])
+        for leaf, _ in pairs:
             for hook in (getattr(leaf, "_post_accumulate_grad_hooks", None) or {}).values():
                 hook(leaf)

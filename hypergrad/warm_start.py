@@ -30,9 +30,6 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
-from torch import Tensor
-
 TINY = 1e-3  # the first step, relative to the weights
 GROWTH = 2.0  # of lr from step to step
 SHARE = 0.5  # of ℓ*
@@ -66,9 +63,8 @@ class WarmStart:
             return 1.0
         return TINY * (norm or 1.0) / displacement
 
-    def look(self, z: Tensor, g: Tensor, hz: Tensor) -> float:
-        """The factor on lr for the next step, from slope and curvature along z [n]."""
-        a, b = torch.stack([g @ z, hz @ z]).tolist()
+    def look(self, a: float, b: float) -> float:
+        """The factor on lr for the next step, from slope a = gᵀz and curvature b = zᵀHz."""
         if not (math.isfinite(a) and math.isfinite(b)):
             self.active = False
             return 1.0

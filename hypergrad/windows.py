@@ -36,7 +36,7 @@ class Windows:
 
     def __init__(self, ride: Ride, horizon: int):
         self._ride, self.horizon = weakref.ref(ride), horizon
-        self.loss: float | None = None  # of the step under way
+        self.loss: Tensor | None = None  # of the step under way
         self.reset()
 
     @property
@@ -75,7 +75,7 @@ class Windows:
 
     def _train(self, loss: Tensor) -> None:
         ride, scaler = self.ride, self.ride.tangents.scaler
-        self.loss = float(loss.detach())
+        self.loss = loss.detach()
         for opt in ride.optimizers:
             opt.zero_grad()
         scaled = loss if scaler is None else scaler.scale(loss)
@@ -129,17 +129,16 @@ class Windows:
         stretch = self._stretch(self.batches, self.values, per_step=True)
         with ride.problem.untouched():
             result = adjoint(stretch, self.tape, Meter(ride.problem.device))
-        gradient = torch.stack([self._in_phi(result.gradients, t) for t in range(len(self.batches))]).sum(0)
+        gradient = (self._shares(result.gradients) * torch.stack(self.scales)).sum(0)
         ride.tangents.counts["hessian_products"] += result.stats["hessian_products"]
         ride.tangents.counts["gradients"] += result.stats["gradient_evaluations"]
         self.reset()
         ride.hyper.move(ride.t, float(result.value), gradient)
 
-    def _in_phi(self, gradients: Tensors, t: int) -> Tensor:
-        """Step t's share of dL/dφ [k]: its gradient in the value times the value's slope at that step."""
+    def _shares(self, gradients: Tensors) -> Tensor:
+        """The derivative in each number's value at each step, [steps, k]; times the value's slope there it is that in φ."""
         entries = self.ride.coordinates.entries
-        shares = torch.stack([gradients[e.name][t][e.index] for e in entries])
-        return shares.to("cpu", torch.float64) * self.scales[t]
+        return torch.stack([gradients[e.name][:, *e.index] for e in entries], dim=1).to("cpu", torch.float64)
 
     def _look_back(self, batch: Any) -> None:
         ride = self.ride

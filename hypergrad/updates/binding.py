@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import ChainMap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hypergrad import multi_tensor
 from hypergrad.updates import rule_of
 from hypergrad.updates.fallback import Fallback
 from hypergrad.updates.memory import same
@@ -47,7 +48,7 @@ class State:
         pairs = (
             [(self.theta, other.theta), *((x, other.slots[name]) for name, x in self.slots.items())] if alike else []
         )
-        return alike and all(torch.equal(a, b) for a, b in pairs)
+        return alike and (not pairs or bool(torch.stack([(a == b).all() for a, b in pairs]).all()))
 
     def like(self, theta: Tensor, slots: Tensors, active: Sequence[bool], rest: dict[int, Any]) -> State:
         return State(theta, slots, tuple(c + a for c, a in zip(self.counts, active, strict=True)), rest)
@@ -121,12 +122,10 @@ class Binding:
 
     def flatten(self, tensors: Sequence[Tensor | None]) -> Tensor:
         """One flat detached vector of tensors shaped like the parameters; None counts as zero."""
-        return torch.cat(
-            [
-                p.new_zeros(p.numel()) if x is None else x.detach().reshape(-1)
-                for p, x in zip(self.params, tensors, strict=True)
-            ]
-        )
+        missing = [size for size, x in zip(self.sizes, tensors, strict=True) if x is None]
+        zero = self.params[0].new_zeros(max(missing, default=0))
+        pieces = zip(self.sizes, tensors, strict=True)
+        return torch.cat([zero[:size] if x is None else x.detach().reshape(-1) for size, x in pieces])
 
     def split(self, flat: Tensor) -> list[Tensor]:
         """Views of a flat vector [n] (or of one row of a tangent), shaped like the parameters."""
@@ -137,28 +136,39 @@ class Binding:
 
         silently: graphs that hold parameters do not notice; what they are used for then is taken at this θ.
         """
-        with torch.no_grad():
-            for p, x in zip(self.params, self.split(theta), strict=True):
-                (p.data if silently else p).copy_(x)
+        multi_tensor.write([p.data if silently else p for p in self.params], self.split(theta))
 
     def live_state(self, p: Tensor, group: int) -> dict[str, Any]:
         return self.optimizers[self.optimizer_of_group[group]].state.get(p, {})
 
-    def counts(self) -> tuple[int, ...]:
-        """Steps each parameter has taken. SGD, Muon and Lion keep none; there, whether a buffer exists is what matters."""
-        out, steps, groups = [0] * len(self.params), [], self.groups
+    def counters(self, on_device: bool) -> dict[int, Tensor]:
+        """Tensors that count the steps of parameters: on the device with fused and capturable optimizers, else on the host."""
+        found = {}
+        for i, (p, group) in enumerate(zip(self.params, self.group_of, strict=True)):
+            step = None if self.takes_own_step[i] or self.counts_groups(i) else self.live_state(p, group).get("step")
+            if isinstance(step, Tensor) and (step.device.type != "cpu") is on_device:
+                found[i] = step
+        return found
+
+    def counts(self, read: Sequence[float] | None = None) -> tuple[int, ...]:
+        """Steps each parameter has taken. SGD, Muon and Lion keep none; there, whether a buffer exists is what matters.
+
+        read: what the counters on the device hold, where that was read already.
+        """
+        out, groups = [0] * len(self.params), self.groups
         for i, (p, group) in enumerate(zip(self.params, self.group_of, strict=True)):
             if self.takes_own_step[i]:  # its counters are part of the rest
                 continue
             state = self.live_state(p, group)
             if self.counts_groups(i):
                 out[i] = int(groups[group].get("step", 0))
-            elif torch.is_tensor(state.get("step")):
-                steps.append((i, state["step"]))
-            else:
+            elif not torch.is_tensor(state.get("step")):
                 out[i] = int(state.get("step", any(torch.is_tensor(x) for x in state.values())))
-        if steps:
-            for (i, _), t in zip(steps, torch.stack([s for _, s in steps]).tolist(), strict=True):
+        for on_device, known in ((False, None), (True, read)):
+            counters = self.counters(on_device)
+            if counters and known is None:
+                known = torch.stack([*counters.values()]).tolist()
+            for i, t in zip(counters, known or [], strict=True):
                 out[i] = int(t)
         return tuple(out)
 
@@ -177,12 +187,13 @@ class Binding:
             return p.new_full((size,), getattr(self.rules[group], "first", {}).get(name, 0.0))
         return x.detach().reshape(-1).to(p)
 
-    def read(self) -> State:
+    def read(self, counts: Sequence[float] | None = None) -> State:
+        """The present state. counts: as of `counts`."""
         slots, rest = self.slots(), {}
         for i, fallback in self.fallbacks.items():
             own, rest[i] = fallback.read()
             slots |= own
-        return State(self.flatten(self.params), slots, self.counts(), rest)
+        return State(self.flatten(self.params), slots, self.counts(counts), rest)
 
     def write(self, state: State) -> None:
         """Write θ, slots and step counts into the live optimizers, in place.
@@ -210,12 +221,23 @@ class Binding:
             if torch.is_tensor(live.get("step")):
                 live["step"].fill_(state.counts[i])
 
-    def values(self) -> Values:
-        """The hyperparameters' present values, read from the param groups."""
+    def numbers_on_device(self) -> dict[tuple[str, int], Tensor]:
+        """(name, group) → hyperparameters that are tensors on the device."""
+        pairs = [(name, i, group.get(name)) for i, group in enumerate(self.groups) for name in self.names]
+        return {(name, i): x for name, i, x in pairs if isinstance(x, Tensor) and x.device.type != "cpu"}
+
+    def values(self, known: Mapping[tuple[str, int], float] | None = None) -> Values:
+        """The hyperparameters' present values, read from the param groups.
+
+        known: those of `numbers_on_device`, where they were read already.
+        """
+        known = known or {}
         return {
             name: [
-                _number(group.get(name)) if set(parts(name)) <= set(rule.hyperparameters) else None
-                for group, rule in zip(self.groups, self.rules, strict=True)
+                (known[name, i] if (name, i) in known else _number(group.get(name)))
+                if set(parts(name)) <= set(rule.hyperparameters)
+                else None
+                for i, (group, rule) in enumerate(zip(self.groups, self.rules, strict=True))
             ]
             for name in self.names
         }

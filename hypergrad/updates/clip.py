@@ -16,6 +16,8 @@ from typing import ClassVar, Protocol
 import torch
 from torch import Tensor
 
+from hypergrad.multi_tensor import norms
+
 TORCH_EPS = 1e-6  # inside clip_grad_norm_
 
 
@@ -29,7 +31,7 @@ class Clip(Protocol):
 
 def total_norm(g: Tensor, sizes: Sequence[int]) -> Tensor:
     """The norm of a flat gradient, summed tensor by tensor as torch does, so that it agrees to the last bit."""
-    return torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(x) for x in g.split(list(sizes))]))
+    return torch.linalg.vector_norm(norms(g.split(list(sizes))))
 
 
 @dataclass(frozen=True)

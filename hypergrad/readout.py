@@ -1,0 +1,41 @@
+"""Numbers that the host decides by, brought over from the device all together.
+
+Every `float(x)` of a tensor on a GPU makes Python wait until the GPU has done all that was asked of it. So what a step needs is
+asked for first and fetched once.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+class Readout:
+    """A few numbers on their way to the host.
+
+    Example:
+        >>> readout = Readout()
+        >>> readout.ask("loss", torch.tensor(0.5))
+        >>> readout.ask("flags", torch.tensor([True, False]))
+        >>> readout.fetch()
+        {'loss': [0.5], 'flags': [1.0, 0.0]}
+    """
+
+    def __init__(self) -> None:
+        self.asked: dict[str, Tensor] = {}
+
+    def ask(self, name: str, x: Tensor) -> None:
+        """Ask for the numbers of a tensor."""
+        assert name not in self.asked, name
+        self.asked[name] = x.detach().reshape(-1)
+
+    def fetch(self) -> dict[str, list[float]]:
+        """All numbers asked for, by name: the one wait."""
+        if not self.asked:
+            return {}
+        every = torch.cat([x.to(torch.float64) for x in self.asked.values()]).tolist()
+        out, at = {}, 0
+        for name, x in self.asked.items():
+            out[name] = every[at : at + x.numel()]
+            at += x.numel()
+        return out
