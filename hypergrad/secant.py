@@ -69,16 +69,17 @@ class Secant:
 
     def learn(self, v: Tensor, y: Tensor) -> None:
         """Take y = Hv into B."""
+        blank, nothing = v.new_zeros(1, len(v)), v.new_full((1,), math.inf)
         if self.u is None or self.c is None:
-            self.u, self.c = v.new_zeros(RANK, len(v)), v.new_full((RANK,), math.inf)
+            self.u, self.c = blank.repeat(RANK, 1), nothing.repeat(RANK)
+        self.u, self.c = torch.cat([blank, self.u[1:]]), torch.cat([nothing, self.c[1:]])  # the oldest goes
         bv = self.times(v[None])[0]
         u = y - bv
         c, true, claimed, size = u @ v, y @ v, bv @ v, u.norm() * v.norm()
-        shrink = torch.where((claimed > 0) & (c <= 0), (true / claimed).clamp_min(0.5), 1.0)
+        self.c = self.c / torch.where((claimed > 0) & (c <= 0), (true / claimed).clamp_min(0.5), 1.0)
         news = (c > FLAT * size) & (size < math.inf)  # False also where either is not finite
-        kept = self.c / shrink
         self.u = torch.where(news, torch.cat([self.u[1:], u[None]]), self.u)
-        self.c = torch.where(news, torch.cat([kept[1:], c[None]]), kept)
+        self.c = torch.where(news, torch.cat([self.c[1:], c[None]]), self.c)
 
     def faded(self, z: Tangent) -> Tangent:
         if self.warm.active:

@@ -26,6 +26,7 @@ def forward(stretch: Stretch) -> Result:
     tangent = Tangent.zeros(state, len(directions))
     value, total = state.theta.new_zeros(()), state.theta.new_zeros(len(directions))
     direct = directions.zeros()
+    alive = [False] * len(directions)  # whether a direction's tangent of θ has become other than zero
     with evaluation(stretch) as meter:
         for t in range(len(stretch.batches) + 1):
             if t in stretch.val_steps:
@@ -39,19 +40,29 @@ def forward(stretch: Stretch) -> Result:
                 if t + 1 in stretch.val_steps:
                     transition.load(state.theta)
             else:
-                state, tangent = _pushed(stretch, state, t, tangent, meter)
+                alive = _alive(stretch, t, tangent, alive)
+                state, tangent = _pushed(stretch, state, t, tangent, alive, meter)
                 transition.load(state.theta)
             meter.norm(tangent.theta)
         gradients = {name: x + direct[name] for name, x in directions.pack(total).items()}
         return Result(value, gradients, meter.stats(len(stretch.batches), usual=len(stretch.batches)))
 
 
-def _pushed(stretch: Stretch, state: State, t: int, tangent: Tangent, meter: Meter) -> tuple[State, Tangent]:
+def _alive(stretch: Stretch, t: int, tangent: Tangent, known: list[bool]) -> list[bool]:
+    """Which directions' tangents are not zero. One that is not is so for good: after the first steps nothing is read."""
+    begun = [entry.step is None or entry.step < t for entry in stretch.directions.entries]
+    if t == 0 or all(a or not b for a, b in zip(known, begun, strict=True)):
+        return known
+    return (tangent.theta != 0).any(dim=1).tolist()
+
+
+def _pushed(
+    stretch: Stretch, state: State, t: int, tangent: Tangent, alive: list[bool], meter: Meter
+) -> tuple[State, Tangent]:
     """State and tangents after step t. A direction that is still zero costs nothing."""
     directions = stretch.directions
     lin = stretch.problem.linearize(stretch.batches[t])
     extras = [directions.into_loss(j, t) for j in range(len(directions))]
-    alive = (tangent.theta != 0).any(dim=1).tolist()
     push = pushed(stretch, state, t, lin, tangent, extras, alive, *directions.seeds(t))
     meter.gradients += 1
     meter.products += sum(a or e is not None for a, e in zip(alive, extras, strict=True))

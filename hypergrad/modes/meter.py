@@ -7,11 +7,13 @@ import resource
 import sys
 import time
 import warnings
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from hypergrad.modes.series import Series
 from hypergrad.updates.binding import State
 
 if TYPE_CHECKING:
@@ -30,9 +32,8 @@ class Meter:
     def __init__(self, device: torch.device):
         self.device, self.start = device, time.perf_counter()
         self.gradients = self.products = 0
-        self.first_norm = self.last_norm = float("nan")
-        self.norm_steps = self.norms_seen = self.nonfinite = 0
-        self.largest_norm = 0.0
+        self.norms = Series()  # of the tangent or adjoint, step after step; they stay on the device to the end
+        self.ill_conditioned: Tensor | None = None  # [n_groups] bool, the same
         self.moved: list[str] | None = None  # buffers that training changes, where a mode has looked at its end
         self.extra: dict[str, Any] = {"warnings": []}
         if device.type == "cuda":
@@ -47,15 +48,7 @@ class Meter:
 
     def norm(self, x: Tensor, known: Tensor | None = None) -> None:
         """Note the norm of the tangent or adjoint after one more step. `known`: it, where it was computed already."""
-        norm = float(torch.linalg.vector_norm(x) if known is None else known)
-        self.norms_seen += 1
-        if not math.isfinite(norm):
-            self.nonfinite += 1
-        elif norm > 0:
-            if self.norm_steps == 0:
-                self.first_norm = norm
-            self.last_norm, self.norm_steps = norm, self.norm_steps + 1
-            self.largest_norm = max(self.largest_norm, norm)
+        self.norms.append(torch.linalg.vector_norm(x).detach() if known is None else known.detach())
 
     def not_replayed(self, t: int) -> None:
         """Note that weights were not the same, bit for bit, when step t came to be played again."""
@@ -67,34 +60,43 @@ class Meter:
                 "0.1 %: something in the training loss is not deterministic. mode='forward' plays nothing again."
             )
 
-    def look_for_chaos(self, usual: float) -> None:
+    def look_for_chaos(self, norms: Sequence[float], usual: float) -> None:
         """Say where tangent or adjoint grew beyond use. `usual`: the growth that goes with the number of steps alone."""
-        growth = self.largest_norm / self.first_norm / usual if self.norm_steps else 0.0
-        if growth > CHAOS or self.nonfinite:
-            how = f"grew by a factor {growth:.1e}" if not self.nonfinite else "overflowed"
+        found = [x for x in norms if math.isfinite(x) and x > 0]
+        growth = max(found) / found[0] / usual if found else 0.0
+        overflowed = not all(map(math.isfinite, norms))
+        if growth > CHAOS or overflowed:
+            how = "overflowed" if overflowed else f"grew by a factor {growth:.1e}"
             self.extra["warnings"].append(
-                f"training is chaotic here: its derivative {how} in {self.norms_seen} steps. The hypergradient is that of a "
+                f"training is chaotic here: its derivative {how} in {len(norms)} steps. The hypergradient is that of a "
                 f"function which looks like noise at any step of useful size. {SMOOTHER}"
             )
 
     def look_for_ill_conditioning(self, stretch: Stretch, state: State, g: Tensor, t: int) -> None:
         """Note where the derivative in weight_decay is about lr·θ/eps: coupled decay at 0, gradients exactly 0."""
-        if not stretch.directions.differentiates("weight_decay") or "ill_conditioned" in self.extra:
+        if not stretch.directions.differentiates("weight_decay"):
             return
-        groups = stretch.transition.ill_conditioned_decay(state, g, stretch.values[t])
+        flags = stretch.transition.ill_conditioned_decay(state, g, stretch.values[t])
+        if flags is not None:
+            self.ill_conditioned = flags if self.ill_conditioned is None else self.ill_conditioned | flags
+
+    def _say_ill_conditioning(self) -> None:
+        flags = [] if self.ill_conditioned is None else self.ill_conditioned.tolist()
+        groups = [i for i, flag in enumerate(flags) if flag]
         if groups:
             self.extra["ill_conditioned"] = ["weight_decay"]
             self.extra["warnings"].append(
                 f"the derivative in weight_decay is ill-conditioned in param groups {groups}: with coupled decay at 0 and "
                 "gradients that are exactly 0 it is about lr * p / eps. Use a weight decay above 0, a larger eps, or AdamW."
             )
-            warnings.warn(self.extra["warnings"][-1], stacklevel=2)
+            warnings.warn(self.extra["warnings"][-1], stacklevel=4)
 
     def stats(self, steps: int, usual: float = 1.0) -> dict[str, Any]:
-        self.look_for_chaos(usual)
-        growth = float("nan")
-        if self.norm_steps > 1:
-            growth = float(torch.tensor(self.last_norm / self.first_norm).log() / (self.norm_steps - 1))
+        norms = self.norms.tolist()
+        found = [x for x in norms if math.isfinite(x) and x > 0]
+        self._say_ill_conditioning()
+        self.look_for_chaos(norms, usual)
+        growth = math.log(found[-1] / found[0]) / (len(found) - 1) if len(found) > 1 else math.nan
         return {
             "steps": steps,
             "seconds": time.perf_counter() - self.start,
@@ -102,5 +104,5 @@ class Meter:
             "gradient_evaluations": self.gradients,
             "hessian_products": self.products,
             "growth_rate": growth,
-            "nonfinite_share": self.nonfinite / max(1, self.norms_seen),
+            "nonfinite_share": sum(not math.isfinite(x) for x in norms) / max(1, len(norms)),
         } | self.extra

@@ -78,7 +78,7 @@ class Snapshot:
         """A number of θ's bits: another one where a step was not played again bit for bit, but for one chance in four billion."""
         theta = self.state.theta
         if theta.device.type != "cpu":
-            return int(torch.hash_tensor(theta))
+            return int(torch.hash_tensor(theta).view(torch.int64)) % 2**64  # uint64: int() of it overflows from 2⁶³ on
         return zlib.crc32(theta.detach().contiguous().view(torch.uint8).numpy().data)
 
 

@@ -11,33 +11,11 @@ import torch
 from torch import Tensor
 
 from hypergrad.graph import Linearization
+from hypergrad.modes.series import Series
 from hypergrad.modes.snapshots import Snapshot, Stack
 from hypergrad.problem import Rng
 
 REPLAY_RTOL = 1e-3  # bit-identical on CPU; kernels on a GPU may add up in another order
-
-
-class Series:
-    """Many 0-d tensors, packed as they come: by themselves they take half a kilobyte each."""
-
-    PACK = 256
-
-    def __init__(self) -> None:
-        self.packed: list[Tensor] = []
-        self.recent: list[Tensor] = []
-
-    def append(self, x: Tensor) -> None:
-        self.recent.append(x)
-        if len(self.recent) == self.PACK:
-            self.packed.append(torch.stack(self.recent))
-            self.recent = []
-
-    def __getitem__(self, i: int) -> Tensor:
-        pack, place = divmod(i, self.PACK)
-        return self.packed[pack][place] if pack < len(self.packed) else self.recent[place]
-
-    def __len__(self) -> int:
-        return self.PACK * len(self.packed) + len(self.recent)
 
 
 @dataclass

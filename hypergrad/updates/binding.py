@@ -123,7 +123,7 @@ class Binding:
     def flatten(self, tensors: Sequence[Tensor | None]) -> Tensor:
         """One flat detached vector of tensors shaped like the parameters; None counts as zero."""
         missing = [size for size, x in zip(self.sizes, tensors, strict=True) if x is None]
-        zero = self.params[0].new_zeros(max(missing, default=0))
+        zero = self.params[0].new_zeros(max(missing)) if missing else self.params[0].detach()
         pieces = zip(self.sizes, tensors, strict=True)
         return torch.cat([zero[:size] if x is None else x.detach().reshape(-1) for size, x in pieces])
 

@@ -44,20 +44,17 @@ class ClipNorm:
     # dg' = c dg + g dc     dc = dM/(N + ε) − c (g·dg)/(N (N + ε))
     def jvp(self, g: Tensor, sizes: Sequence[int], m: float, dg: Tensor, dm: Tensor | None) -> Tensor:
         n = total_norm(g, sizes)
-        if m >= n + TORCH_EPS:
-            return dg
-        c = m / (n + TORCH_EPS)
+        c, clips = torch.clamp(m / (n + TORCH_EPS), max=1.0), m < n + TORCH_EPS
         dc = (dg @ g).unsqueeze(-1) * (-c / (n * (n + TORCH_EPS)))
         if dm is not None:
             dc = dc + dm / (n + TORCH_EPS)
-        return torch.addcmul(c * dg, dc, g)
+        return torch.addcmul(c * dg, torch.where(clips, dc, 0), g)
 
     def vjp(self, g: Tensor, sizes: Sequence[int], m: float, lg: Tensor) -> tuple[Tensor, Tensor]:
         n = total_norm(g, sizes)
-        if m >= n + TORCH_EPS:
-            return lg, torch.zeros((), dtype=g.dtype, device=g.device)
-        c, dot = m / (n + TORCH_EPS), g @ lg
-        return c * lg - g * (c * dot / (n * (n + TORCH_EPS))), dot / (n + TORCH_EPS)
+        c, clips, dot = torch.clamp(m / (n + TORCH_EPS), max=1.0), m < n + TORCH_EPS, g @ lg
+        along = torch.where(clips, c * dot / (n * (n + TORCH_EPS)), 0)
+        return c * lg - g * along, torch.where(clips, dot / (n + TORCH_EPS), 0)
 
 
 @dataclass(frozen=True)

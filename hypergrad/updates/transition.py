@@ -268,15 +268,19 @@ class Transition(Binding):
             lg, lam_clip = self.clip.vjp(raw, self.sizes, values[self.clip.name][0], lg)
         return out, lg, lam_h, lam_clip
 
-    def ill_conditioned_decay(self, state: State, g: Tensor, values: Values) -> list[int]:
-        """Groups in which d/d(weight decay) passes through g/√v at g = v = 0 with a small eps."""
-        out = []
+    def ill_conditioned_decay(self, state: State, g: Tensor, values: Values) -> Tensor | None:
+        """The groups in which d/d(weight decay) passes through g/√v at g = v = 0 with a small eps: flags, None where none can."""
+        out: dict[int, Tensor] = {}
         for i, rule in enumerate(self.rules):
             slot = rule.second_moment_of_decay
             if slot is None or values["weight_decay"][i] != 0 or values["eps"][i] >= WELL_CONDITIONED_EPS:
                 continue
             pairs = zip(self.ranges, self.slot_ranges[slot], self.group_of, strict=True)
-            mine = [(g[a:b], state.slots[slot][c:d]) for (a, b), (c, d), group in pairs if group == i]
-            if any(bool(((x == 0) & (v == 0)).any()) for x, v in mine):
-                out.append(i)
-        return out
+            mine = [((a, b), (c, d)) for (a, b), (c, d), group in pairs if group == i]
+            x = torch.cat([g[a:b] for (a, b), _ in mine])
+            v = torch.cat([state.slots[slot][c:d] for _, (c, d) in mine])
+            out[i] = ((x == 0) & (v == 0)).any()
+        if not out:
+            return None
+        no = torch.zeros_like(next(iter(out.values())))
+        return torch.stack([out.get(i, no) for i in range(len(self.rules))])
