@@ -29,7 +29,8 @@ def test_every_optimizer_is_in_two_workloads_or_more():
 def test_a_plain_run_lowers_the_loss_and_is_the_same_every_time(workload):
     lr = 0.02 if workload.optimizer == "SGD" else 0.003
     once = train(workload.build(3, steps=STEPS), lr, 1e-4, initial=True)
-    assert once["test"] < once["initial_test"] and once["val"] < once["initial_val"]
+    if workload.name != "random_labels":  # nothing to learn there
+        assert once["test"] < once["initial_test"] and once["val"] < once["initial_val"]
     assert train(workload.build(3, steps=STEPS), lr, 1e-4, initial=True) | SAME == once | SAME
     assert train(workload.build(4, steps=STEPS), lr, 1e-4)["test"] != once["test"]
     assert set(RUNGS) < set(once)
