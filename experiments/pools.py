@@ -10,8 +10,9 @@ decaying linearly to zero. The grid's winner by validation loss is run on five f
 and the same of the validation loss (`val_l_star`, …). `pools.json` has a row for every run and, with `kind` "summary", one
 for each workload. Searches are resampled from the pool: no run of it is made twice.
 
-The small family has a `pools_small.json` of its own: a grid of 8 lr × 6 weight decays in the optimizer's range (SMALL_GRID), no
-trials, and on the same fresh seeds the untuned run of REFERENCE: `untuned`, `val_untuned`, its mean test and validation loss.
+The small family has a `pools_small.json` of its own: a grid of 8 lr, half a decade apart, × 6 weight decays, a decade apart, in
+the optimizer's range (SMALL_GRID), no trials, and on the same fresh seeds the untuned run of REFERENCE: `untuned` and
+`val_untuned` are its mean test and validation loss.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ GRID_SEED, TRIAL_SEED, FRESH_SEED = 0, 1000, 2000  # the first of each kind
 GRID_LR, GRID_WD = (-5, 1), (-7, -1)  # exponents of ten
 TRIAL_LR, TRIAL_WD = (-6, 1), (-7, -1)
 SIZES = {"main": (20, 10, 128), "small": (8, 6, 0)}  # family → learning rates and weight decays of its grid, trials
-SMALL_GRID = {"AdamW": ((-5, -1), (-6, 0)), "SGD": ((-4, 0), (-6, -1))}  # exponents of ten of lr, of weight decay
+SMALL_GRID = {"AdamW": ((-4, -0.5), (-4, 1)), "SGD": ((-3.5, 0), (-6, -1))}  # exponents of ten of lr, of weight decay
 # lr and weight decay of an untuned run; weight decay is torch's default
 REFERENCE = {"AdamW": (1e-3, 0.01), "SGD": (0.1, 0.0), "RMSprop": (1e-3, 0.0), "Muon": (1e-3, 0.1)}
 TRIALS_AT_ONCE = 32  # of one workload: an interrupted pool has about as many of each

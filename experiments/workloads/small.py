@@ -67,12 +67,12 @@ def noisy_digits(n: int, full: bool) -> Data:
 
 @cache
 def random_labels(full: bool) -> Data:
-    """48 training, 48 validation and 999 test rows of ten normal inputs; labels at random, a third of each split's of each class.
+    """64 training, 64 validation and 1,000 test rows of ten normal inputs; labels at random, of three classes alike.
 
-    No model has an expected loss below ln 3.
+    No model has an expected loss below ln 3. In this draw the first weights of the grid's seed are no better than other seeds'.
     """
-    rng = np.random.default_rng(0)
-    sizes = (48, 48, 999)
+    rng = np.random.default_rng(1)
+    sizes = (64, 64, 1000)
     x = torch.tensor(rng.normal(size=(sum(sizes), 10)), dtype=torch.float32)
     y = np.concatenate([rng.permutation(np.arange(rows) % 3) for rows in sizes])
     return cut(x, torch.from_numpy(y), sizes)
@@ -172,13 +172,13 @@ SMALL = (
     *(_noisy(n, optimizer) for optimizer in ("AdamW", "SGD") for n in (100, 200, 1000)),
     Workload(
         name="random_labels",
-        title="MLP 10-32-3, 48 rows, labels at random",
+        title="MLP 10-32-3, 64 rows, labels at random",
         optimizer="AdamW",
         data=random_labels,
         model=lambda data, full: models.mlp(10, 128 if full else 32, 3),
         loss=cross_entropy,
-        steps=150,
-        full_steps=1500,
+        steps=200,
+        full_steps=1000,
         batch=16,
         family="small",
     ),

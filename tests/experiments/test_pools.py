@@ -60,8 +60,8 @@ def test_the_small_family_has_a_file_and_a_grid_of_its_own_and_untuned_runs(tmp_
     assert set(pools.summaries(tmp_path, family="small")) == {"breast_cancer_60", "diabetes_100"}
     assert pools.summaries(tmp_path) == {}
     points = {(row["lr"], row["weight_decay"]) for row in rows if row["kind"] == "grid"}
-    of_adamw = {(lr, wd) for lr in (1e-5, 0.1) for wd in (1e-6, 1.0)}
-    assert points == of_adamw | {(lr, wd) for lr in (1e-4, 1.0) for wd in (1e-6, 0.1)}
+    of_adamw = {(lr, wd) for lr in (1e-4, 0.316228) for wd in (1e-4, 10.0)}
+    assert points == of_adamw | {(lr, wd) for lr in (3.16228e-4, 1.0) for wd in (1e-6, 0.1)}
     untuned = {(row["workload"], row["lr"], row["weight_decay"]) for row in rows if row["kind"] == "untuned"}
     assert untuned == {("breast_cancer_60", 1e-3, 0.01), ("diabetes_100", 0.1, 0.0)}
     assert "diabetes_100" in capsys.readouterr().out

@@ -49,7 +49,7 @@ def test_two_labels_in_five_are_wrong_but_the_test_split_is_clean(n, sizes):
 
 def test_random_labels_are_of_three_classes_alike():
     for split in small.random_labels(False):
-        assert split.y.bincount().tolist() == 3 * [len(split.y) // 3]
+        assert max(split.y.bincount()) - min(split.y.bincount()) == 1
     model = torch.nn.Linear(10, 3)
     torch.nn.init.zeros_(model.weight)
     torch.nn.init.zeros_(model.bias)

@@ -57,8 +57,8 @@ def test_splits_do_not_change_and_do_not_meet(workload):
     data = workload.build(0).data
     assert data is workload.build(1).data
     rows = [{x.numpy().tobytes() for x in split.x} for split in data]
-    # a text repeats its ruled lines, 4 % of the windows
-    assert all(len(rows[a] & rows[b]) <= 0.05 * len(rows[b]) for a, b in ((0, 1), (0, 2), (1, 2)))
+    # a text repeats its ruled lines, 4 % of the windows, 6 % of those of 20 kB
+    assert all(len(rows[a] & rows[b]) <= 0.06 * len(rows[b]) for a, b in ((0, 1), (0, 2), (1, 2)))
 
 
 def test_building_and_evaluating_leave_random_numbers_and_modes_alone(workload):
