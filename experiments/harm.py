@@ -177,19 +177,19 @@ def main(args: Args) -> list[Row]:
 
 def show(ends: list[Row], whole: Row, starts: dict[str, dict[float, float | None]]) -> None:
     def shown(values: list[float | None]) -> str:
-        return "".join(f"{'–' if x is None or math.isnan(x) else format(x, '.4g'):>9}" for x in values)
+        return "".join(f"{'–' if x is None or math.isnan(x) else format(x, '.4g'):>10}" for x in values)
 
     columns = ("val_l_star", "untuned_val", "val", "over_grid", "over_untuned", "worst_run", "best_over_grid")
     titles = ("L*", "untuned", "tuned", "/ L*", "/ untun.", "run", "best / L*", "test / L*")
     lrs = [*next(iter(starts.values()))]
     print(f"\nvalidation loss at the end, {whole['runs']} tuned runs; on the right its mean from each start of lr")
-    print(f"{'workload':<24}" + "".join(f"{title:>9}" for title in titles) + "".join(f"{lr:>9.2g}" for lr in lrs))
+    print(f"{'workload':<24}" + "".join(f"{title:>10}" for title in titles) + "".join(f"{lr:>10.2g}" for lr in lrs))
     for row in ends:
         numbers = shown([row[name] for name in (*columns, "test_over_winner")])
         print(f"{row['workload']:<24}{numbers}{shown(list(starts[row['workload']].values()))}")
     for title, prefix in (("geometric mean", ""), ("worst workload", "largest_")):
         print(
-            f"{title:<24}{'':>27}" + shown([whole[prefix + name] for name in (*RATIOS[:2], "worst_run", RATIOS[4])]),
+            f"{title:<24}{'':>30}" + shown([whole[prefix + name] for name in (*RATIOS[:2], "worst_run", RATIOS[4])]),
             end="",
         )
         print(shown([whole[f"{prefix}test_over_winner"]]))

@@ -32,6 +32,7 @@ from experiments.sweep import finished, sweep
 from experiments.workloads import RUNGS, WORKLOADS, chosen, train
 
 Row = dict[str, Any]
+Range = tuple[float, float]
 GRID_SEED, TRIAL_SEED, FRESH_SEED = 0, 1000, 2000  # the first of each kind
 GRID_LR, GRID_WD = (-5, 1), (-7, -1)  # exponents of ten
 TRIAL_LR, TRIAL_WD = (-6, 1), (-7, -1)
@@ -60,7 +61,7 @@ class Args:
     quick: bool = arg(False, "a few steps of a few runs: a test of the machinery")
 
 
-def grid(lrs: int, wds: int, lr_range: tuple = GRID_LR, wd_range: tuple = GRID_WD) -> list[Row]:
+def grid(lrs: int, wds: int, lr_range: Range = GRID_LR, wd_range: Range = GRID_WD) -> list[Row]:
     """The grid's points, log-spaced; the ranges are exponents of ten."""
     return [
         {"lr": significant(lr), "weight_decay": significant(wd), "seed": GRID_SEED}
