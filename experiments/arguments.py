@@ -31,7 +31,7 @@ def parse(cls, argv: list[str] | None = None):
             type=kind,
             nargs="+" if many else None,
             default=argparse.SUPPRESS,
-            help=text if default is None else f"{text} (default: {shown})",
+            help=text if default in (None, ()) else f"{text} (default: {shown})",
             metavar=kind.__name__.upper(),
         )
     given = vars(parser.parse_args(argv))

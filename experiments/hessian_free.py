@@ -1,6 +1,6 @@
 """What tuning without Hessian products loses: every workload tuned with exact tangents, with curvature="free", and not at all.
 
-    python -m experiments.hessian_free [--workloads mlp_digits diabetes] [--seed 1000] [--quick]
+    python -m experiments.hessian_free [--workloads mlp_digits diabetes] [--family small] [--seed 1000] [--quick]
 
     exact    the tuner's defaults
     free     curvature="free": one product in 40 gradients, a validation gradient every 20 steps
@@ -27,7 +27,7 @@ from experiments.arguments import arg, command, parse
 from experiments.invariance import UNSEEN, overall, summary
 from experiments.pools import GRID_WD, TRIAL_LR, significant, summaries
 from experiments.sweep import sweep
-from experiments.workloads import COMPARED, WORKLOADS, train_tuned
+from experiments.workloads import WORKLOADS, chosen, train_tuned
 
 Row = dict[str, Any]
 FORMS = {"exact": {}, "free": {"curvature": "free"}, "start": {"curvature": "free"}}
@@ -38,7 +38,8 @@ KEPT = ("form", "workload", "kind", "split", "runs", "starts", "mean", "worst", 
 class Args:
     """Tune every workload in every form. Finished runs are kept; call it again to go on."""
 
-    workloads: tuple = arg(COMPARED, "any of them", quick=("mlp_digits", "diabetes"))
+    workloads: tuple = arg((), "any of one family (default: the family's)")
+    family: str = arg("main", "the workloads that are run without --workloads: main or small")
     starts: int = arg(2, "learning rates, and weight decays, to start from", quick=1)
     seeds: int = arg(2, "runs of each start", quick=1)
     seed: int = arg(0, "the first of the seeds; test losses are read from 1000 on")
@@ -68,9 +69,7 @@ def costs(rows: list[Row]) -> Row:
 
 
 def main(args: Args) -> list[Row]:
-    unknown = [name for name in args.workloads if name not in WORKLOADS]
-    if unknown:
-        raise SystemExit(f"--workloads: unknown {', '.join(unknown)}; choose from {', '.join(WORKLOADS)}")
+    family, names = chosen(args)
     if min(args.starts, args.seeds, args.jobs) < 1 or args.steps < 0:
         raise SystemExit("--starts, --seeds and --jobs are at least 1, --steps at least 0")
     if args.seed < UNSEEN < args.seed + args.seeds:
@@ -84,31 +83,31 @@ def main(args: Args) -> list[Row]:
             "seed": seed,
             "steps": WORKLOADS[name].length(False, args.steps),
         }
-        for name in args.workloads
+        for name in names
         for seed in range(args.seed, args.seed + args.seeds)
         for lr in np.logspace(*TRIAL_LR, args.starts)
         for wd in np.logspace(*GRID_WD, args.starts)
         for form in FORMS
     ]
-    out = Path(args.out)
-    kept = sweep(run, todo, out / "hessian_free.jsonl", min(args.jobs, len(todo)))
+    out, file = Path(args.out), results.stem("hessian_free", family)
+    kept = sweep(run, todo, out / f"{file}.jsonl", min(args.jobs, len(todo)))
     rows = [row for item in todo for row in kept if item.items() <= row.items()]
 
-    pools, ends = summaries(Path(args.pools) if args.pools else results.FOLDER), []
+    pools, ends = summaries(Path(args.pools) if args.pools else results.FOLDER, family=family), []
     for form in FORMS:
         of_form = [row for row in rows if row["form"] == form]
         each = []
-        for name in args.workloads:
+        for name in names:
             mine = [row for row in of_form if row["workload"] == name]
             each.append(summary(name, mine, pools.get(name)) | {"form": form} | costs(mine))
         each.append(overall(each) | {"form": form} | costs(of_form))
         ends += [{key: row[key] for key in (*KEPT, "cost", "largest_cost") if key in row} for row in each]
     rows = [*ends, *({"kind": "run"} | row for row in rows)]
-    results.write(out / "hessian_free.json", command(args), rows, one_line_a_row=True)
+    results.write(out / f"{file}.json", command(args), rows, one_line_a_row=True)
 
     print(f"\n{ends[0]['split']} loss over L*, and gradient evaluations over those of a plain run")
     print(f"{'workload':<22}" + "".join(f"{form:>9}{'cost':>8}" for form in FORMS))
-    for name in (*args.workloads, "all"):
+    for name in (*names, "all"):
         cells = (row for row in ends if row["workload"] == name)
         shown = (
             f"{'–' if row['regret'] is None else format(row['regret'], '.4f'):>9}{row['cost']:>8.3f}" for row in cells

@@ -1,6 +1,6 @@
 """Does it matter where a tuned run starts? Every workload from 5 × 5 starts, tuned with the same defaults.
 
-    python -m experiments.invariance [--workloads mlp_digits diabetes] [--seed 1000] [--quick]
+    python -m experiments.invariance [--workloads mlp_digits diabetes] [--family small] [--seed 1000] [--quick]
 
 A start is (lr, weight decay) from a grid of lr 1e-6 … 10 and weight decay 1e-7 … 0.1; each is run on three seeds. With
 the L*, σ and L0 of `pools.json`, the best that a grid of 200 runs finds (see experiments.pools), a workload's summary row has
@@ -30,7 +30,7 @@ from experiments import results
 from experiments.arguments import arg, command, parse
 from experiments.pools import GRID_WD, TRIAL_LR, significant, summaries
 from experiments.sweep import sweep
-from experiments.workloads import COMPARED, WORKLOADS, train_tuned
+from experiments.workloads import WORKLOADS, chosen, train_tuned
 
 Row = dict[str, Any]
 UNSEEN = 1000  # the first seed whose test loss is read
@@ -41,7 +41,8 @@ FLOOR, AIM, SIGMAS = 0.06, 0.03, 2
 class Args:
     """Tune every workload from a grid of starts. Finished runs are kept; call it again to go on."""
 
-    workloads: tuple = arg(COMPARED, "any of them", quick=("mlp_digits", "diabetes"))
+    workloads: tuple = arg((), "any of one family (default: the family's)")
+    family: str = arg("main", "the workloads that are run without --workloads: main or small")
     starts: int = arg(5, "learning rates, and weight decays, to start from", quick=2)
     seeds: int = arg(3, "runs of each start", quick=1)
     seed: int = arg(0, "the first of the seeds; test losses are read from 1000 on")
@@ -100,10 +101,7 @@ def overall(rows: list[Row]) -> Row:
 
 
 def check(args: Any) -> None:
-    """End with what to change where workloads, seeds or jobs of an experiment's arguments are wrong."""
-    unknown = [name for name in args.workloads if name not in WORKLOADS]
-    if unknown:
-        raise SystemExit(f"--workloads: unknown {', '.join(unknown)}; choose from {', '.join(WORKLOADS)}")
+    """End with what to change where seeds or jobs of an experiment's arguments are wrong."""
     if min(args.seeds, args.jobs) < 1:
         raise SystemExit("--seeds and --jobs are at least 1")
     if args.seed < UNSEEN < args.seed + args.seeds:
@@ -111,6 +109,7 @@ def check(args: Any) -> None:
 
 
 def main(args: Args) -> list[Row]:
+    family, names = chosen(args)
     check(args)
     if args.starts < 1:
         raise SystemExit("--starts is at least 1")
@@ -123,20 +122,20 @@ def main(args: Args) -> list[Row]:
             "steps": WORKLOADS[name].length(args.full, args.steps),
             "full": args.full,
         }
-        for name in args.workloads
+        for name in names
         for seed in range(args.seed, args.seed + args.seeds)
         for lr in np.logspace(*TRIAL_LR, args.starts)
         for wd in np.logspace(*GRID_WD, args.starts)
     ]
-    out = Path(args.out)
-    kept = sweep(run, todo, out / "invariance.jsonl", min(args.jobs, len(todo)))
+    out, file = Path(args.out), results.stem("invariance", family)
+    kept = sweep(run, todo, out / f"{file}.jsonl", min(args.jobs, len(todo)))
     rows = [row for item in todo for row in kept if item.items() <= row.items()]
 
-    pools = summaries(Path(args.pools) if args.pools else results.FOLDER, args.full)
-    ends = [summary(name, [row for row in rows if row["workload"] == name], pools.get(name)) for name in args.workloads]
+    pools = summaries(Path(args.pools) if args.pools else results.FOLDER, args.full, family)
+    ends = [summary(name, [row for row in rows if row["workload"] == name], pools.get(name)) for name in names]
     ends.append(overall(ends))
     rows = [*ends, *({"kind": "run"} | row for row in rows)]
-    results.write(out / "invariance.json", command(args), rows, one_line_a_row=True)
+    results.write(out / f"{file}.json", command(args), rows, one_line_a_row=True)
 
     print(f"\n{ends[0]['split']} losses: the worst start's mean over seeds, of {len(todo)} runs")
     columns = ("l_star", "mean", "worst", "excess", "floor", "aim", "regret")
@@ -145,9 +144,7 @@ def main(args: Args) -> list[Row]:
         numbers = "".join(f"{'–' if row[name] is None else format(row[name], '.4g'):>9}" for name in columns)
         print(f"{row['workload']:<22}{numbers}{row['start_lr']:>10.2g}{row['start_weight_decay']:>8.2g}")
     regret = ends[-1]["regret"]
-    print(
-        f"geometric mean regret {'– (no pools.json, or a run without a number)' if regret is None else f'{regret:.4f}'}"
-    )
+    print(f"geometric mean regret {'– (no pool, or a run without a number)' if regret is None else f'{regret:.4f}'}")
     return rows
 
 

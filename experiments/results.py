@@ -70,6 +70,11 @@ def finite(row: dict[str, Any]) -> dict[str, Any]:
     return {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in row.items()}
 
 
+def stem(name: str, family: str, full: bool = False) -> str:
+    """The name, without its ending, of an experiment's files on a family of workloads, in their larger version if `full`."""
+    return name + ("" if family == "main" else f"_{family}") + ("_full" if full else "")
+
+
 def load(name: str, folder: Path = FOLDER) -> dict[str, Any] | None:
     """The result file of that name, or None where it was not measured yet."""
     path = folder / name

@@ -1,6 +1,6 @@
 """Does a tuned run survive what goes wrong? Starts far too high, spikes of the loss, NaN batches, wrong targets.
 
-    python -m experiments.robustness [--workloads mlp_digits diabetes] [--cases spikes nan] [--seed 1000] [--quick]
+    python -m experiments.robustness [--workloads mlp_digits diabetes] [--family small] [--cases spikes nan] [--quick]
 
 Every workload is tuned with the defaults once for each row of CASES and seed; after every step all weights and buffers are
 looked at. A summary row for each workload and case has, with the L*, σ and L0 of `pools.json` (see experiments.invariance),
@@ -30,7 +30,7 @@ from experiments.arguments import arg, command, parse
 from experiments.invariance import UNSEEN, check, summary
 from experiments.pools import summaries
 from experiments.sweep import sweep
-from experiments.workloads import COMPARED, WORKLOADS, Batch, Task, train_tuned
+from experiments.workloads import WORKLOADS, Batch, Task, chosen, train_tuned
 
 Row = dict[str, Any]
 Disturbed = tuple[Batch, float]  # a batch, and the factor on its loss
@@ -90,7 +90,8 @@ CASES = {
 class Args:
     """Tune every workload through every case. Finished runs are kept; call it again to go on."""
 
-    workloads: tuple = arg(COMPARED, "any of them", quick=("mlp_digits", "diabetes"))
+    workloads: tuple = arg((), "any of one family (default: the family's)")
+    family: str = arg("main", "the workloads that are run without --workloads: main or small")
     cases: tuple = arg(tuple(CASES), "any of them")
     seeds: int = arg(3, "runs of each case", quick=1)
     seed: int = arg(0, "the first of the seeds; test losses are read from 1000 on")
@@ -155,6 +156,7 @@ def overall(case: str, rows: list[Row]) -> Row:
 
 
 def main(args: Args) -> list[Row]:
+    family, names = chosen(args)
     check(args)
     unknown = [name for name in args.cases if name not in CASES]
     if unknown:
@@ -169,22 +171,22 @@ def main(args: Args) -> list[Row]:
             "steps": WORKLOADS[name].length(args.full, args.steps),
             "full": args.full,
         }
-        for name in args.workloads
+        for name in names
         for case in args.cases
         for seed in range(args.seed, args.seed + args.seeds)
     ]
-    out = Path(args.out)
-    kept = sweep(run, todo, out / "robustness.jsonl", min(args.jobs, len(todo)))
+    out, file = Path(args.out), results.stem("robustness", family)
+    kept = sweep(run, todo, out / f"{file}.jsonl", min(args.jobs, len(todo)))
     rows = [row for item in todo for row in kept if item.items() <= row.items()]
 
-    pools = summaries(Path(args.pools) if args.pools else results.FOLDER, args.full)
+    pools = summaries(Path(args.pools) if args.pools else results.FOLDER, args.full, family)
     ends = []
     for case in args.cases:
-        mine = {name: [r for r in rows if (r["workload"], r["case"]) == (name, case)] for name in args.workloads}
-        of_workloads = [of_case(name, case, mine[name], pools.get(name)) for name in args.workloads]
+        mine = {name: [r for r in rows if (r["workload"], r["case"]) == (name, case)] for name in names}
+        of_workloads = [of_case(name, case, mine[name], pools.get(name)) for name in names]
         ends += [*of_workloads, overall(case, of_workloads)]
     rows = [*ends, *({"kind": "run"} | row for row in rows)]
-    results.write(out / "robustness.json", command(args), rows, one_line_a_row=True)
+    results.write(out / f"{file}.json", command(args), rows, one_line_a_row=True)
     show(ends, len(todo))
     return rows
 

@@ -1,6 +1,6 @@
 """What a user would pick instead: the quality and cost of other ways to a good lr and weight decay, on every workload.
 
-    python -m experiments.shootout [--methods dog prodigy] [--workloads mlp_digits diabetes] [--quick]
+    python -m experiments.shootout [--methods dog prodigy] [--workloads mlp_digits diabetes] [--family small] [--quick]
 
 Live runs (experiments.rivals) are made on five fresh seeds, the same for all, and kept: a later call adds what is missing, and
 the result has everything that is there. Searches (experiments.searches) are played 1,000 times each with the random trials of
@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import math
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -36,7 +36,7 @@ from experiments.pools import FRESH_SEED, significant, summaries
 from experiments.rivals import METHODS, installed, tpe
 from experiments.searches import SEARCHES, resample
 from experiments.sweep import finished, sweep
-from experiments.workloads import COMPARED, WORKLOADS
+from experiments.workloads import FAMILIES, WORKLOADS, chosen
 
 Row = dict[str, Any]
 FOUR = ("mlp_digits", "diabetes", "friedman", "cloning")  # the cheapest; Optuna's
@@ -50,7 +50,8 @@ TITLES = {name: method.title for name, method in METHODS.items()} | {
 class Args:
     """Run the live methods and resample the searches. Finished runs are kept; call it again to go on."""
 
-    workloads: tuple = arg(COMPARED, "any of them", quick=("mlp_digits", "diabetes"))
+    workloads: tuple = arg((), "any of one family (default: the family's)")
+    family: str = arg("main", "the workloads that are run without --workloads: main or small")
     methods: tuple = arg((*METHODS, TPE), "live methods to run; 'none' for what is there")
     seeds: int = arg(5, "runs of each live method", quick=2)
     seed: int = arg(FRESH_SEED, "the first of the seeds")
@@ -65,8 +66,8 @@ class Args:
     quick: bool = arg(False, "a few steps of a few runs: a test of the machinery")
 
 
-def title(method: str, trials: int = 32) -> str:
-    return {GRID: "grid of 200, its winner", TPE: f"Optuna TPE, {trials} trials"}.get(method) or TITLES[method]
+def title(method: str, cost: float, trials: int = 32) -> str:
+    return {GRID: f"grid of {cost:g}, its winner", TPE: f"Optuna TPE, {trials} trials"}.get(method) or TITLES[method]
 
 
 def run(item: Row) -> Row:
@@ -91,7 +92,7 @@ def of_workload(method: str, workload: str, test: np.ndarray, pool: Row, cost: f
     """The row of kind "workload"; `regrets` is taken out again before it is written."""
     regrets, lost = counted(test, pool)
     low, high = np.quantile(regrets, (0.05, 0.95))
-    row = {"kind": "workload", "workload": workload, "method": method, "title": title(method), "runs": len(test)}
+    row = {"kind": "workload", "workload": workload, "method": method, "title": title(method, cost), "runs": len(test)}
     row |= {"regret": float(regrets.mean()), "low": float(low), "high": float(high), "worst": float(regrets.max())}
     return row | {"lost": float(lost.mean()), "cost": cost, "regrets": regrets}
 
@@ -128,7 +129,7 @@ def geometric_mean(values: list[float]) -> float:
 def of_pool(args: Args, pools: dict[str, Row]) -> list[Row]:
     """The searches' rows of kind "workload", and the grid's; a search that draws more trials than there are is left out."""
     folder = Path(args.pools) if args.pools else results.FOLDER
-    pool_rows = (results.load("pools_full.json" if args.full else "pools.json", folder) or {"rows": []})["rows"]
+    pool_rows = (results.load(f"{results.stem('pools', args.family, args.full)}.json", folder) or {"rows": []})["rows"]
     out = []
     for number, workload in enumerate(name for name in WORKLOADS if name in pools and name in args.workloads):
         own = [row for row in pool_rows if row["workload"] == workload]
@@ -186,20 +187,22 @@ def gathered(args: Args, path: Path) -> list[Row]:
 
 
 def main(args: Args) -> list[Row]:
-    for given, known in ((args.workloads, COMPARED), (args.methods, (*METHODS, TPE, "none"))):
+    recorded, (family, names) = command(args), chosen(args)
+    args = replace(args, family=family, workloads=names)
+    for given, known in ((names, FAMILIES[family]), (args.methods, (*METHODS, TPE, "none"))):
         unknown = [name for name in given if name not in known]
         if unknown:
             raise SystemExit(f"unknown {', '.join(unknown)}; choose from {', '.join(known)}")
     if min(args.seeds, args.tpe_seeds, args.trials, args.resamples, args.jobs) < 1:
         raise SystemExit("--seeds, --tpe-seeds, --trials, --resamples and --jobs are at least 1")
-    out = Path(args.out)
-    path = out / "shootout.jsonl"
+    out, file = Path(args.out), results.stem("shootout", family)
+    path = out / f"{file}.jsonl"
     todo = items(args)
     if todo:
         sweep(run, todo, path, min(args.jobs, len(todo)))
     runs = gathered(args, path)
 
-    pools = summaries(Path(args.pools) if args.pools else results.FOLDER, args.full)
+    pools = summaries(Path(args.pools) if args.pools else results.FOLDER, args.full, family)
     table = of_runs(runs, pools) + of_pool(args, pools)
     ends = [
         summary([row for row in table if row["method"] == m]) for m in dict.fromkeys(row["method"] for row in table)
@@ -208,7 +211,7 @@ def main(args: Args) -> list[Row]:
     kinds = [*ends, *({k: v for k, v in row.items() if k != "regrets"} for row in table)]
     rows = [{k: significant(v) if isinstance(v, float) else v for k, v in row.items()} for row in kinds]
     rows += [{"kind": "run"} | row for row in runs]
-    results.write(out / "shootout.json", command(args), rows, one_line_a_row=True)
+    results.write(out / f"{file}.json", recorded, rows, one_line_a_row=True)
 
     print(f"\n{'method':<34}{'regret':>8}{'5 %':>8}{'95 %':>8}{'worst':>8}{'lost':>7}{'cost':>7}{'four':>8}")
     for row in rows[: len(ends)]:

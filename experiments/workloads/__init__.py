@@ -1,22 +1,34 @@
 """The one table of workloads, used by every experiment.
 
 A plain run of each takes one to two seconds on one thread; `build(seed, full=True)` is a larger version. SGD is with momentum
-0.9. To add a workload is to add a row; what experiments run without `--workloads` is COMPARED.
+0.9. To add a workload is to add a row. Experiments run COMPARED, with `--family small` the second family: small sets and wrong
+labels (see small.py), with `--workloads` the rows that are named.
 """
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+from typing import Any
+
+from torch import nn
 from torch.nn.functional import cross_entropy, mse_loss
 
 from experiments.workloads import data, models
+from experiments.workloads.small import SMALL
 from experiments.workloads.task import RUNGS, Batch, Task, Workload, fit, train, train_tuned
 
-__all__ = ["COMPARED", "RUNGS", "WORKLOADS", "Batch", "Task", "Workload", "fit", "train", "train_tuned"]
-
-
-def _next_character(logits: Tensor, codes: Tensor) -> Tensor:
-    return cross_entropy(logits.flatten(0, 1), codes.flatten())
+__all__ = [
+    "COMPARED",
+    "FAMILIES",
+    "RUNGS",
+    "WORKLOADS",
+    "Batch",
+    "Task",
+    "Workload",
+    "chosen",
+    "fit",
+    "train",
+    "train_tuned",
+]
 
 
 def _per_user_and_item(model) -> list[dict]:
@@ -131,7 +143,7 @@ _ROWS = (
         optimizer="AdamW",
         data=data.characters,
         model=lambda data, full: models.GPT(64, 4, 4) if full else models.GPT(32, 2, 2),
-        loss=_next_character,
+        loss=models.next_character,
         steps=600,
         full_steps=4000,
         batch=8,
@@ -171,6 +183,27 @@ _ROWS = (
         by_adamw=_all_but_hidden_weights,
     ),
 )
-WORKLOADS: dict[str, Workload] = {row.name: row for row in _ROWS}
+WORKLOADS: dict[str, Workload] = {row.name: row for row in (*_ROWS, *SMALL)}
 # The twelve that tables and means are over. Rivals and searches have no variant of Muon's, whose results stand by themselves.
 COMPARED = tuple(row.name for row in _ROWS if row.optimizer != "Muon")
+FAMILIES: dict[str, tuple[str, ...]] = {"main": COMPARED, "small": tuple(row.name for row in SMALL)}
+_QUICK = {"main": ("mlp_digits", "diabetes"), "small": ("breast_cancer_60", "diabetes_100")}  # what --quick runs
+
+
+def chosen(args: Any) -> tuple[str, tuple[str, ...]]:
+    """The family and the names of the workloads that an experiment's `--workloads`, `--family` and `--quick` ask for.
+
+    Raises:
+        SystemExit: saying what to choose from.
+    """
+    if args.family not in FAMILIES:
+        raise SystemExit(f"--family: unknown {args.family}; choose from {', '.join(FAMILIES)}")
+    if not args.workloads:
+        return args.family, (_QUICK if args.quick else FAMILIES)[args.family]
+    unknown = [name for name in args.workloads if name not in WORKLOADS]
+    if unknown:
+        raise SystemExit(f"--workloads: unknown {', '.join(unknown)}; choose from {', '.join(WORKLOADS)}")
+    families = dict.fromkeys(WORKLOADS[name].family for name in args.workloads)
+    if len(families) > 1:
+        raise SystemExit(f"--workloads: of one family a call, got {' and '.join(families)}")
+    return next(iter(families)), args.workloads

@@ -117,16 +117,25 @@ def friedman(full: bool) -> Data:
 
 @cache
 def characters(full: bool) -> Data:
-    """scikit-learn's own descriptions of its data sets, 43,000 characters, next character by next character.
+    """scikit-learn's own descriptions of its data sets, 43,000 characters, next character by next character."""
+    return dealt_out(text_codes())
 
-    The text is cut into pieces, of which three in five train, one validates and one tests: one kind of text in all three.
-    Windows of CONTEXT characters start at every fourth character of a training piece, and tile the others.
-    """
+
+def text_codes() -> Tensor:
+    """The characters of that text as codes below CHARACTERS."""
     import sklearn.datasets
 
     files = sorted(Path(sklearn.datasets.__file__).with_name("descr").glob("*.rst"))
     text = "".join(file.read_text(encoding="utf-8") for file in files).encode("ascii", "ignore")
-    codes = torch.tensor([0 if byte == 10 else byte - 31 for byte in text if byte == 10 or 32 <= byte < 127])
+    return torch.tensor([0 if byte == 10 else byte - 31 for byte in text if byte == 10 or 32 <= byte < 127])
+
+
+def dealt_out(codes: Tensor) -> Data:
+    """Windows of a text in three splits, their targets one character on.
+
+    The text is cut into pieces, of which three in five train, one validates and one tests: one kind of text in all three.
+    Windows of CONTEXT characters start at every fourth character of a training piece, and tile the others.
+    """
     pieces = codes[: len(codes) // PIECE * PIECE].view(-1, PIECE)
     which = torch.arange(len(pieces)) % 5
     out = []

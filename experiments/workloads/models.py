@@ -7,6 +7,7 @@ from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 
 from experiments.workloads.data import CHARACTERS, CONTEXT
 
@@ -92,6 +93,11 @@ class GPT(nn.Module):
 
     def forward(self, codes: Tensor) -> Tensor:
         return self.head(self.norm(self.blocks(self.token(codes) + self.place.weight)))
+
+
+def next_character(logits: Tensor, codes: Tensor) -> Tensor:
+    """GPT's loss: the mean cross-entropy of every character given those before it."""
+    return cross_entropy(logits.flatten(0, 1), codes.flatten())
 
 
 class Factors(nn.Module):

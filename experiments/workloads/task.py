@@ -43,6 +43,7 @@ class Workload:
         loss: `loss(outputs, targets)` → scalar.
         groups: `groups(model)` → the param groups; one group of all parameters where None.
         by_adamw: `by_adamw(model)` → param groups that an AdamW beside the optimizer takes; no second optimizer where None.
+        family: a name of FAMILIES: the workloads that are run together, with pools of their own.
     """
 
     name: str
@@ -56,6 +57,7 @@ class Workload:
     batch: int = 50
     groups: Callable[[nn.Module], list[dict[str, Any]]] | None = None
     by_adamw: Callable[[nn.Module], list[dict[str, Any]]] | None = None
+    family: str = "main"
 
     def build(self, seed: int, full: bool = False, steps: int | None = None) -> Task:
         """One run's model and batches; `seed` decides the initialisation and the order of the batches."""
@@ -152,12 +154,14 @@ def train_tuned(
     tune: Sequence[str] = ("lr", "weight_decay"),
     disturb: Disturb | None = None,
     after_step: Callable[[], None] | None = None,
+    at_best: bool = False,
     **options: Any,
 ) -> dict[str, Any]:
     """The same run with a `hypergrad.Tuner`, which brings its own shape of lr; `options` go to it.
 
     Args:
         disturb, after_step: as in `fit`.
+        at_best: evaluate also the weights of `tuner.best()`, as `best_val` and `best_test`; None where a tuner has no `best`.
 
     Returns:
         What `train` returns; `end_lr`, `end_weight_decay`, … (the geometric mean over param groups); `gradient_evaluations`,
@@ -167,11 +171,20 @@ def train_tuned(
     options = {"total_steps": task.steps, "seed": task.seed} | options
     tuner = hypergrad.Tuner(task.model, optimizers, task.val_loss, tune=tune, **options)
     row = fit(task, optimizers, tuner.backward, after_step, to_the_end=True, disturb=disturb)
+    row |= _at_best(task, tuner) if at_best else {}
     ended = {f"end_{name}": values.log().mean().exp().item() for name, values in tuner.values.items()}
     tuner.close()
     stats = tuner.stats
     counts = {"rollbacks": stats["rollbacks"], "passed_over": stats["nonfinite_steps"] + stats["spikes"]}
     return row | ended | {"gradient_evaluations": gradient_evaluations(stats)} | counts
+
+
+def _at_best(task: Task, tuner: hypergrad.Tuner) -> dict[str, float | None]:
+    best = getattr(tuner, "best", None)
+    if best is None:
+        return {"best_val": None, "best_test": None}
+    with best():
+        return {f"best_{split}": task.evaluate(split) for split in ("val", "test")}
 
 
 def fit(

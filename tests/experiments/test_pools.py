@@ -1,7 +1,9 @@
+import inspect
 import json
 import math
 
 import pytest
+import torch
 
 from experiments import invariance, pools
 from experiments.arguments import parse
@@ -50,6 +52,33 @@ def test_grid_and_trials_are_the_stated_ones():
     assert min(t["lr"] for t in trials) < 1e-5 and max(t["lr"] for t in trials) > 1
 
 
+def test_the_small_family_has_a_file_and_a_grid_of_its_own_and_untuned_runs(tmp_path, capsys):
+    rows = quick(pools, tmp_path, "--family", "small", "--trials", "0")
+    kinds = [row["kind"] for row in rows if row["workload"] == "diabetes_100"]
+    assert {kind: kinds.count(kind) for kind in kinds} == {"summary": 1, "grid": 4, "fresh": 2, "untuned": 2}
+    assert json.loads((tmp_path / "pools_small.json").read_text())["rows"] == rows
+    assert set(pools.summaries(tmp_path, family="small")) == {"breast_cancer_60", "diabetes_100"}
+    assert pools.summaries(tmp_path) == {}
+    points = {(row["lr"], row["weight_decay"]) for row in rows if row["kind"] == "grid"}
+    of_adamw = {(lr, wd) for lr in (1e-4, 0.316228) for wd in (1e-4, 10.0)}
+    assert points == of_adamw | {(lr, wd) for lr in (3.16228e-4, 1.0) for wd in (1e-6, 0.1)}
+    untuned = {(row["workload"], row["lr"], row["weight_decay"]) for row in rows if row["kind"] == "untuned"}
+    assert untuned == {("breast_cancer_60", 1e-3, 0.01), ("diabetes_100", 0.1, 0.0)}
+    assert "diabetes_100" in capsys.readouterr().out
+
+
+def test_a_reference_s_weight_decay_is_that_of_torch():
+    for name, (_, weight_decay) in pools.REFERENCE.items():
+        assert inspect.signature(getattr(torch.optim, name)).parameters["weight_decay"].default == weight_decay
+
+
+def test_the_untuned_loss_is_a_mean_over_fresh_seeds():
+    grid, fresh = row("grid", 1.0, 1.0), row("fresh", 1.0, 2.0, initial_val=5.0, initial_test=4.0)
+    ended = pools.summary([grid, fresh, row("untuned", 1.0, 2.0), row("untuned", 2.0, 5.0)])
+    assert ended is not None and (ended["val_untuned"], ended["untuned"]) == (1.5, 3.5)
+    assert "untuned" not in (pools.summary([grid, fresh]) or {})
+
+
 def test_invariance_reads_test_losses_on_unseen_seeds_only(tmp_path, capsys):
     quick(pools, tmp_path / "pools")
     words = ("--pools", str(tmp_path / "pools"))
@@ -64,6 +93,15 @@ def test_invariance_reads_test_losses_on_unseen_seeds_only(tmp_path, capsys):
     with pytest.raises(SystemExit):
         quick(invariance, tmp_path, "--seed", "999", "--seeds", "2")
     assert "regret" in capsys.readouterr().out
+
+
+def test_invariance_of_the_small_family_reads_its_pools(tmp_path):
+    quick(pools, tmp_path, "--family", "small", "--trials", "0")
+    rows = quick(invariance, tmp_path, "--family", "small", "--pools", str(tmp_path), "--starts", "1")
+    ends = [row for row in rows if row["kind"] == "summary"]
+    assert [row["workload"] for row in ends] == ["breast_cancer_60", "diabetes_100"]
+    assert all(row["regret"] > 0 for row in ends)
+    assert (tmp_path / "invariance_small.json").is_file() and not (tmp_path / "invariance.json").exists()
 
 
 def test_invariance_judges_the_worst_start_by_its_mean():

@@ -63,6 +63,7 @@ def test_unseen_seeds_read_the_test_set(tmp_path):
     "words",
     [
         ("--workloads", "nothing"),
+        ("--family", "large"),
         ("--cases", "nothing"),
         ("--seeds", "0"),
         ("--jobs", "0"),

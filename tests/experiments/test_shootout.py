@@ -129,6 +129,17 @@ def test_a_shootout_goes_on_where_it_was_and_adds_methods(tmp_path, monkeypatch,
     figures.shootout(both).savefig(tmp_path / "figure.png")
 
 
+def test_the_small_family_stands_beside_its_own_grid(tmp_path):
+    quick(pools, tmp_path, "--family", "small", "--trials", "0")
+    rows = quick(shootout, tmp_path, "--family", "small", "--pools", str(tmp_path), "--methods", "default")
+    ends = {row["method"]: row for row in rows if row["kind"] == "summary"}
+    assert ends["grid"]["title"] == "grid of 4, its winner" and set(ends) == {"grid", "default"}
+    assert {row["workload"] for row in rows if row["kind"] == "run"} == {"breast_cancer_60", "diabetes_100"}
+    assert (tmp_path / "shootout_small.json").is_file()
+    with pytest.raises(SystemExit, match="muon_mnist1d"):
+        quick(shootout, tmp_path, "--workloads", "muon_mnist1d")
+
+
 def test_optuna_reports_its_best_trial_by_validation():
     pytest.importorskip("optuna")
     row = rivals.tpe(lambda seed: WORKLOADS["diabetes"].build(seed, steps=20), seed=3, trials=3)

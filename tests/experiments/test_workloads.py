@@ -29,7 +29,8 @@ def test_every_optimizer_is_in_two_workloads_or_more():
 def test_a_plain_run_lowers_the_loss_and_is_the_same_every_time(workload):
     lr = 0.02 if workload.optimizer == "SGD" else 0.003
     once = train(workload.build(3, steps=STEPS), lr, 1e-4, initial=True)
-    assert once["test"] < once["initial_test"] and once["val"] < once["initial_val"]
+    if workload.name != "random_labels":  # nothing to learn there
+        assert once["test"] < once["initial_test"] and once["val"] < once["initial_val"]
     assert train(workload.build(3, steps=STEPS), lr, 1e-4, initial=True) | SAME == once | SAME
     assert train(workload.build(4, steps=STEPS), lr, 1e-4)["test"] != once["test"]
     assert set(RUNGS) < set(once)
@@ -56,8 +57,8 @@ def test_splits_do_not_change_and_do_not_meet(workload):
     data = workload.build(0).data
     assert data is workload.build(1).data
     rows = [{x.numpy().tobytes() for x in split.x} for split in data]
-    # a text repeats its ruled lines, 4 % of the windows
-    assert all(len(rows[a] & rows[b]) <= 0.05 * len(rows[b]) for a, b in ((0, 1), (0, 2), (1, 2)))
+    # a text repeats its ruled lines, 4 % of the windows, 6 % of those of 20 kB
+    assert all(len(rows[a] & rows[b]) <= 0.06 * len(rows[b]) for a, b in ((0, 1), (0, 2), (1, 2)))
 
 
 def test_building_and_evaluating_leave_random_numbers_and_modes_alone(workload):
