@@ -10,6 +10,7 @@ from statistics import fmean
 import torch
 from torch import Tensor
 
+from hypergrad.best_weights import BestWeights
 from hypergrad.coordinates import Coordinates
 from hypergrad.problem import Problem
 from hypergrad.readout import Readout
@@ -45,6 +46,7 @@ class HyperSteps:
         self.problem, self.coordinates, self.tangents, self.journal = problem, coordinates, tangents, journal
         self.transition, self.validation, self.average, self.seed = tangents.transition, validation, average, seed
         self.stats, self.frozen, self.val_loss = stats, False, math.nan
+        self.best: BestWeights | None = None  # is told every validation loss
         self.hypergradients: dict[str, Tensor] = {}
         self.losses: list[float] = []  # of the training steps since the last record
 
@@ -52,6 +54,7 @@ class HyperSteps:
         """One hyperparameter step from the tangents, after t training steps; only a look once nothing is tuned any more."""
         if not self.coordinates.moving:
             self.val_loss = float(self.problem.look(self.validation, t, self.seed + t))
+            self._note_best(t, None)
             return self._record(t, {})
         with self._where() as tangent:
             value, of_params, of_hypers, _ = self.problem.validate(self.validation, t, self.seed + t)
@@ -71,7 +74,7 @@ class HyperSteps:
             if entry.group is None and entry.name in found:
                 direct = torch.tensor(read[f"direct {entry.name}"], dtype=torch.float64)
                 gradient[j] += direct.view(found[entry.name].shape)[entry.index] * slope[j]
-        return self._moved(t, read["value"][0], gradient, read)
+        return self._moved(t, read["value"][0], gradient, read, self.tangents.average if self._averages() else None)
 
     def _ask(self, readout: Readout) -> None:
         """What a step of φ needs besides a gradient, and what is recorded of it."""
@@ -82,11 +85,15 @@ class HyperSteps:
             sizes = torch.linalg.vector_norm(self.tangents.tangent.theta, dim=1) / torch.linalg.vector_norm(weights)
             readout.ask("sizes", sizes)
 
+    def _averages(self) -> bool:
+        """Whether the validation loss is taken at the running average of the weights."""
+        moving = {self.coordinates.entries[j].name for j in self.coordinates.moving}
+        return self.average and bool(moving & STEP_NAMES)
+
     @contextmanager
     def _where(self) -> Iterator[Tensor | None]:
         """The weights at which the validation loss is taken, in the model; yields their tangent [k, n]."""
-        moving = {self.coordinates.entries[j].name for j in self.coordinates.moving}
-        if not self.average or not moving & STEP_NAMES:
+        if not self._averages():
             yield None if self.tangents.tangent is None else self.tangents.tangent.theta
             return
         with self.tangents.averaged():
@@ -98,9 +105,13 @@ class HyperSteps:
         self._ask(readout)
         self._moved(t, value, gradient, readout.fetch())
 
-    def _moved(self, t: int, value: float, gradient: Tensor, read: Mapping[str, list[float]]) -> None:
+    def _moved(
+        self, t: int, value: float, gradient: Tensor, read: Mapping[str, list[float]], theta: Tensor | None = None
+    ) -> None:
+        """theta: the weights [n] at which the loss was read; None: those in the model."""
         self.tangents.note_hits(read)
         self.val_loss, sizes = value, dict(zip(self.coordinates.moving, read.get("sizes", [])))
+        self._note_best(t, theta)
         self.stats["val_evaluations"] += 1
         in_value = gradient / self.coordinates.slope()
         self.hypergradients = self.coordinates.directions.pack(in_value)
@@ -116,6 +127,16 @@ class HyperSteps:
             self.stats["hyper_steps"] += 1
         self._record(t, sizes)
 
+    def _note_best(self, t: int, theta: Tensor | None) -> None:
+        if self.best is not None:
+            self.best.read(t, self.val_loss, theta)
+
+    def say_best(self, t: int) -> None:
+        """Record, after t steps, how the run ends and where it was best; once for each answer."""
+        sentence = None if self.best is None else self.best.sentence(t)
+        if sentence is not None:
+            self.journal.note_once(t, sentence, warn=False)
+
     def _record(self, t: int, sizes: Mapping[int, float]) -> None:
         losses, self.losses = self.losses, []
         recorder, labels = self.journal.recorder, self.coordinates.labels
@@ -124,6 +145,8 @@ class HyperSteps:
         if not recorder.last and self.stats["val_evaluations"] <= 1:  # a run that begins, rather than one that goes on
             recorder.begin(self._shown([recorder.hparams[f"{label} start"] for label in labels]))
         row = self._shown(self.coordinates.value.tolist()) | {"loss/val": self.val_loss}
+        if self.best is not None:
+            row["loss/val_best"] = self.best.loss
         if losses:
             row["loss/train"] = fmean(losses)
         self.journal.scalars(t, row | self._diagnosis(sizes))

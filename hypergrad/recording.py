@@ -110,7 +110,7 @@ def layout(tags: Iterable[str]) -> dict[str, dict[str, list[Any]]]:
 
     return {
         "hyperparameters; level lines: where they started": {title: lines(*own) for title, own in charts.items()},
-        "loss": {"training and validation": lines("loss/train", "loss/val")},
+        "loss": {"training and validation": lines("loss/train", "loss/val", "loss/val_best")},
         "hypergradient of the validation loss, with its standard error": {
             name: band(f"val_hypergradient/{name}")
             for name in reversed(names)  # TensorBoard shows these last to first
@@ -144,10 +144,10 @@ class Journal:
         if warn:
             warnings.warn(message, stacklevel=4)
 
-    def note_once(self, step: int, message: str) -> None:
+    def note_once(self, step: int, message: str, warn: bool = True) -> None:
         if message not in self.said:
             self.said.add(message)
-            self.note(step, message)
+            self.note(step, message, warn)
 
     def close(self) -> None:
         if self.recorder is not None:

@@ -304,6 +304,8 @@ class Ride:
         self.stats |= {"steps": self.t, **self.tangents.counts}
         if self.mode == "forward" and self.t % self.every == 0:
             self.hyper.take(self.t)
+        if self.t == self.total:
+            self.hyper.say_best(self.t)
         if self.choose_what_is_tuned():
             moving = (self.coordinates.entries[j].name for j in self.coordinates.moving)
             turn = self.warm.began and "weight_decay" in moving  # weight decay's turn begins

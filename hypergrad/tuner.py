@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hypergrad.best_weights import BestWeights
 from hypergrad.coordinates import Coordinates, specification
 from hypergrad.exact import Optimizers, as_optimizers, check_names, clipping, leaves
 from hypergrad.graph import check_scalar
@@ -75,12 +76,15 @@ class Tuner:
             stay too high. Only for numbers in param groups and mode="forward".
         seed: of the random numbers that val_loss draws, a stream of its own; recorded with the run.
         log_dir: folder for TensorBoard events and `metrics.jsonl`.
+        keep_best: keep the weights and buffers at the best validation loss so far, one copy, in host memory: see `best`.
 
     Attributes:
         values: name → tensor [n_groups] ([n_groups, 2] for betas): with `total_steps` lr's scale; where a scheduler writes the
             learning rate, the multiplier of what it writes. For tensors in the loss: their value.
         hypers: name → tensor that the loss reads.
         val_loss: the last validation loss; NaN before the first.
+        best_val_loss: the one at the weights of `best`, and
+        best_step: the number of steps done there, 0 before training; NaN and −1 where none are kept.
         hypergradients: name → dL/dvalue at the last hyperparameter step, shaped like `values`.
         stats: counts of what happened.
 
@@ -122,6 +126,7 @@ class Tuner:
         curvature: str = "exact",
         seed: int = 0,
         log_dir: str | Path | None = None,
+        keep_best: bool = True,
     ):
         if not isinstance(model, torch.nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}.")
@@ -163,6 +168,9 @@ class Tuner:
         self._hyper = HyperSteps(
             self._problem, self._coordinates, tangents, self._journal, val_loss, average, int(seed), self.stats
         )
+        self._best = self._hyper.best = BestWeights(transition, self._problem) if keep_best else None
+        if self._best is not None:
+            self._best.read(0, before)
         guard = Guard(transition, self._problem, before)
         self._ride = Ride(self._hyper, live, guard, warm, mode, every, total_steps)
         self._windows = self._ride.windows = Windows(self._ride, horizon)
@@ -210,11 +218,20 @@ class Tuner:
         """
         self._detach()
         self._closed = True
+        self._hyper.say_best(self._ride.t)
         self._journal.close()
 
     @property
     def val_loss(self) -> float:
         return self._hyper.val_loss
+
+    @property
+    def best_val_loss(self) -> float:
+        return math.nan if self._best is None else self._best.loss
+
+    @property
+    def best_step(self) -> int:
+        return -1 if self._best is None else self._best.step
 
     @property
     def hypergradients(self) -> dict[str, Tensor]:
@@ -241,6 +258,27 @@ class Tuner:
         with self._ride.tangents.averaged():
             yield self.model
 
+    @contextmanager
+    def best(self) -> Iterator[torch.nn.Module]:
+        """The weights and buffers at the best validation loss in the model; what was there back on the way out.
+
+        Where the loss was read at the running average of the weights, that average is what was kept. Best is not the lowest
+        reading, which on random validation batches is luck: with u the mean of the last 5 readings, max(reading, u) is least
+        (see best_weights.py). Tensors in the loss stay as they are. Random numbers go on afterwards as if none had been drawn
+        inside. To end a run with these weights:
+
+            with tuner.best() as model:
+                best = copy.deepcopy(model.state_dict())
+            model.load_state_dict(best)
+
+        Raises:
+            RuntimeError: with keep_best=False, and where no finite validation loss has been read yet.
+        """
+        if self._best is None:
+            raise RuntimeError("no best weights are kept: make the tuner with keep_best=True.")
+        with self._best.in_model():
+            yield self.model
+
     def state_dict(self) -> dict[str, Any]:
         """Everything that `load_state_dict` needs to go on; tensors are not copied. Loads with weights_only=True."""
         ride = self._ride
@@ -255,6 +293,7 @@ class Tuner:
             "coordinates": self._coordinates.state_dict(),
             "live": ride.live.state_dict(),
             "tangents": ride.tangents.state_dict(),
+            "best": None if self._best is None else self._best.state_dict(),
             "used": {"values": dict(ride.used[0]), "slopes": ride.used[1]},
         }
 
@@ -288,6 +327,8 @@ class Tuner:
         ride.live.load_state_dict(state["live"])
         ride.choose_what_is_tuned()
         ride.tangents.load_state_dict(state["tangents"])
+        if self._best is not None:
+            self._best.load_state_dict(state["best"])
         ride.used = dict(state["used"]["values"]), state["used"]["slopes"].clone()
         self._windows.reset()
 
@@ -340,7 +381,7 @@ _STATS = (
 def _missing(mine: Mapping[str, Any], state: Mapping[str, Any]) -> list[str]:
     """What a tuner's state_dict lacks, two levels deep."""
     out = [name for name in mine if name not in state]
-    for name in ("guard", "warm", "coordinates", "live", "tangents", "used"):
-        if name in state:
+    for name in ("guard", "warm", "coordinates", "live", "tangents", "best", "used"):
+        if state.get(name) is not None and mine[name] is not None:
             out += [f"{name}/{key}" for key in mine[name] if key not in state[name]]
     return out

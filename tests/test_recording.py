@@ -50,7 +50,7 @@ def test_scalars_are_those_of_the_json_lines(folder):
     numbers = {f"{name}/{g}" for name in ("lr", "weight_decay", "momentum") for g in "01"}
     logs = {f"log10_{x}" for x in numbers if not x.startswith("momentum")}
     values = {f"hyper/{x}" for x in numbers | logs}
-    expected = values | {f"start/{x}" for x in logs | {"momentum/0", "momentum/1"}} | {"loss/train", "loss/val"}
+    expected = values | {f"start/{x}" for x in logs | {"momentum/0", "momentum/1"}} | {"loss/train", "loss/val", "loss/val_best"}
     expected |= {f"val_hypergradient/{x}{end}" for x in numbers for end in ("", "_low", "_high")}
     expected |= {f"tangent/{x}" for x in numbers}
     expected |= {f"run/{x}" for x in ("cost_over_plain", "rollbacks", "steps_passed_over", "ms_per_step")}
@@ -157,8 +157,9 @@ def test_hparams_are_in_the_same_run(folder):
 def test_what_happened_is_said_in_both(folder):
     notes = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     said = [row["note"] for row in notes if "note" in row]
-    assert len(said) == 4
+    assert len(said) == 5
     assert said[:2] == ["momentum/0 starts from 0.9.", "momentum/1 starts from 0.9."]
     assert "not finite" in said[2]
     assert said[3].startswith("lr starts from")
+    assert re.fullmatch(r"validation loss at the end [\d.]+, best [\d.]+ at step \d+ \(tuner.best\(\) has those weights\).", said[4])
     assert "notes/text_summary" in events(folder).Tags()["tensors"]
