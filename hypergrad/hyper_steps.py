@@ -99,14 +99,14 @@ class HyperSteps:
         with self.tangents.averaged():
             yield self.tangents.average_tangent
 
-    def move(self, t: int, value: float, gradient: Tensor) -> None:
-        """One hyperparameter step from a validation loss and dL/dφ [k]."""
+    def move(self, t: int, value: float, gradient: Tensor, theta: Tensor | None) -> None:
+        """One hyperparameter step from a validation loss and dL/dφ [k]. theta: see `_moved`."""
         readout = Readout()
         self._ask(readout)
-        self._moved(t, value, gradient, readout.fetch())
+        self._moved(t, value, gradient, readout.fetch(), theta)
 
     def _moved(
-        self, t: int, value: float, gradient: Tensor, read: Mapping[str, list[float]], theta: Tensor | None = None
+        self, t: int, value: float, gradient: Tensor, read: Mapping[str, list[float]], theta: Tensor | None
     ) -> None:
         """theta: the weights [n] at which the loss was read; None: those in the model."""
         self.tangents.note_hits(read)

@@ -262,10 +262,10 @@ class Tuner:
     def best(self) -> Iterator[torch.nn.Module]:
         """The weights and buffers at the best validation loss in the model; what was there back on the way out.
 
-        Where the loss was read at the running average of the weights, that average is what was kept. Best is not the lowest
-        reading, which on random validation batches is luck: with u the mean of the last 5 readings, max(reading, u) is least
-        (see best_weights.py). Tensors in the loss stay as they are. Random numbers go on afterwards as if none had been drawn
-        inside. To end a run with these weights:
+        Where the loss was read at the running average of the weights, that average is what was kept. Best is the lowest reading,
+        but where readings are noisy, as on random batches, the one with the least max(reading, mean of the last 5), as the lowest
+        is luck there (see best_weights.py). Tensors in the loss stay as they are. Random numbers go on afterwards as if none
+        had been drawn inside. To end a run with these weights:
 
             with tuner.best() as model:
                 best = copy.deepcopy(model.state_dict())

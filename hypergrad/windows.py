@@ -37,6 +37,7 @@ class Windows:
     def __init__(self, ride: Ride, horizon: int):
         self._ride, self.horizon = weakref.ref(ride), horizon
         self.loss: Tensor | None = None  # of the step under way
+        self.read_at: Tensor | None = None  # the weights [n] of the last validation loss, where the best are kept
         self.reset()
 
     @property
@@ -118,6 +119,8 @@ class Windows:
         shift = ride.t - steps if per_step else ride.t
 
         def val_loss(t: int) -> Tensor:
+            if ride.hyper.best is not None:
+                self.read_at = transition.flatten(ride.problem.params)
             ride.problem.rng().seed(ride.hyper.seed + shift + t)  # a stream of its own, as in HyperSteps.take
             return ride.hyper.validation(shift + t) if takes_step(ride.hyper.validation) else ride.hyper.validation()
 
@@ -133,7 +136,7 @@ class Windows:
         ride.tangents.counts["hessian_products"] += result.stats["hessian_products"]
         ride.tangents.counts["gradients"] += result.stats["gradient_evaluations"]
         self.reset()
-        ride.hyper.move(ride.t, float(result.value), gradient)
+        ride.hyper.move(ride.t, float(result.value), gradient, self.read_at)
 
     def _shares(self, gradients: Tensors) -> Tensor:
         """The derivative in each number's value at each step, [steps, k]; times the value's slope there it is that in φ."""
@@ -146,4 +149,5 @@ class Windows:
         stretch = self._stretch([batch], [self._with_clip(values)], per_step=False)
         result = implicit(stretch, look_back=self.horizon)
         shares = torch.stack([result.gradients[e.name][e.index] for e in ride.coordinates.entries])
-        ride.hyper.move(ride.t, float(result.value), shares.to("cpu", torch.float64) * scale)
+        gradient = shares.to("cpu", torch.float64) * scale
+        ride.hyper.move(ride.t, float(result.value), gradient, self.read_at)

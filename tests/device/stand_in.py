@@ -14,6 +14,9 @@ What is counted, as a GPU would have it:
     bytes_to_device   of what is copied there, among it indices that are lists
     bytes_to_host     of what is copied back, numbers that are read included
 
+A copy to the host that does not block makes nobody wait. In the main thread it arrives when an event is waited for, and is not
+there before (`hypergrad.host_copy`); worker threads wait for theirs at once.
+
 Host tensors may only meet tensors of the device as CUDA allows it: as single numbers, as indices, in copies.
 
 It says nothing of speed, streams, the order in which kernels run, numerics of a GPU's own kernels, or its random numbers. Not
@@ -24,6 +27,7 @@ torch's spare one (PrivateUse1), which is renamed for the whole process.
 from __future__ import annotations
 
 import math
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -54,12 +58,13 @@ class Device:
         self.kernels: Counter[str] = Counter()
         self.waits: Counter[str] = Counter()
         self.bytes_to_device = self.bytes_to_host = 0
+        self.on_their_way: list[tuple[Tensor, Tensor]] = []  # host tensors, and what they will hold
         self.counts = True
 
     def clear(self) -> None:
-        counts = self.counts
+        counts, on_their_way = self.counts, self.on_their_way
         self.__init__()
-        self.counts = counts
+        self.counts, self.on_their_way = counts, on_their_way
 
     @contextmanager
     def aside(self) -> Iterator[None]:
@@ -79,6 +84,19 @@ class Device:
         if self.counts:
             self.bytes_to_device += nbytes
 
+    def sent(self, target: Tensor, source: Tensor) -> None:
+        if self.counts:
+            self.bytes_to_host += source.nbytes
+        self.on_their_way.append((target, source.clone()))
+
+    def synchronize(self) -> None:
+        """Copies that were on their way arrive."""
+        if self.counts:
+            self.waits["synchronize"] += 1
+        for target, value in self.on_their_way:
+            target.copy_(value)
+        self.on_their_way.clear()
+
     def launched(self, what: str) -> None:
         if self.counts:
             self.kernels[what] += 1
@@ -95,7 +113,12 @@ class OnDevice(Tensor):
     @staticmethod
     def __new__(cls, host: Tensor) -> OnDevice:
         out = Tensor._make_wrapper_subclass(
-            cls, host.size(), strides=host.stride(), storage_offset=host.storage_offset(), dtype=host.dtype, device=f"{NAME}:0"
+            cls,
+            host.size(),
+            strides=host.stride(),
+            storage_offset=host.storage_offset(),
+            dtype=host.dtype,
+            device=f"{NAME}:0",
         )
         out.host = host
         return out
@@ -202,6 +225,9 @@ def _copied(func: Any, args: Any, kwargs: dict[str, Any]) -> Tensor:
     if isinstance(target, OnDevice):
         DEVICE.launched(str(func))
         DEVICE.received(0 if isinstance(source, OnDevice) else source.nbytes)
+    elif args[2:] == (True,) and threading.current_thread() is threading.main_thread():
+        DEVICE.sent(target, source.host)
+        return target
     else:
         DEVICE.wait("copied to the host", source.host.nbytes)
     func(*map(_host, args), **kwargs)
@@ -247,5 +273,6 @@ def stand_in() -> Iterator[Device]:
 
     DEVICE.clear()
     threads = mock.patch("hypergrad.modes.snapshots.ThreadPoolExecutor", pool)
-    with _Factories(), mock.patch("torch.tensor", tensor), threads:
+    far = mock.patch.multiple("hypergrad.host_copy", ASYNCHRONOUS={NAME}, _mark=lambda _: DEVICE)
+    with _Factories(), mock.patch("torch.tensor", tensor), threads, far:
         yield DEVICE
