@@ -14,6 +14,6 @@ CHECKS: dict[str, Check] = {
     **exact.LAYERS,
     **loops.OTHERS,
     **loops.WAITS,
-    **exact.REST,
     **exact.COMPILE,
+    **exact.REST,
 }

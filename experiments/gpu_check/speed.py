@@ -27,9 +27,8 @@ class Device:
     def __init__(self, place: Place):
         self.cuda = place.cuda
         if self.cuda:  # cuBLAS's workspace, which would count as the first block's
-            torch.ones(64, 64, device=place.device, requires_grad=True).mm(
-                torch.ones(64, 64, device=place.device)
-            ).sum().backward()
+            x = torch.ones(64, 64, device=place.device, requires_grad=True)
+            x.mm(x).sum().backward()
 
     def wait(self) -> None:
         if self.cuda:
