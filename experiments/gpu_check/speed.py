@@ -59,7 +59,7 @@ class Training:
         self.tuner: hypergrad.Tuner | None = None
         if form in ("tuned", "free"):
             curvature = "free" if form == "free" else "exact"
-            self.tuner = hypergrad.Tuner(  # far from the end of the run, past no warm start: one product a step
+            self.tuner = hypergrad.Tuner(  # far from its end, lr alone is tuned: exact, one product a step
                 self.model, self.optimizer, self.val_loss, total_steps=100_000, curvature=curvature, warm_start=False
             )
 
