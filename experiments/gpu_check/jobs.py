@@ -36,6 +36,22 @@ class Softsign(torch.optim.Optimizer):
                     p.addcdiv_(m, m.abs().add_(group["eps"]), value=-group["lr"])
 
 
+class OwnNumber(Softsign):
+    """The same with ε an average of |g|: a Python float that is the optimizer's state, as Prodigy's d is."""
+
+    def __init__(self, params: Iterable[Any], **numbers: float):
+        super().__init__(params, **({"d": 0.1} | numbers))
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            sizes = [p.grad.abs().mean().item() for p in group["params"] if p.grad is not None]
+            group["d"] = 0.9 * group["d"] + 0.1 * sum(sizes) / len(sizes)
+            for p in group["params"]:
+                if p.grad is not None:
+                    p.addcdiv_(p.grad, p.grad.abs().add_(group["d"]), value=-group["lr"])
+
+
 class Rule(NamedTuple):
     """An optimizer with its numbers; the second of its param groups has another lr."""
 
@@ -62,6 +78,7 @@ RULES: dict[str, Rule] = {
     ),
     "Muon": Rule(torch.optim.Muon, _MOMENTUM, ("lr", "weight_decay", "momentum")),
     "an optimizer without a rule": Rule(Softsign, {"lr": 0.02, "weight_decay": 0.02}, ("lr", "weight_decay", "beta")),
+    "one with a number of its own": Rule(OwnNumber, {"lr": 0.02}, ("lr",)),
     "RMSprop": Rule(
         torch.optim.RMSprop,
         {"lr": 0.02, "weight_decay": 0.02, "alpha": 0.8, "eps": 1e-2},
