@@ -48,6 +48,16 @@ def digits(seed: int = 0) -> Data:
     return Data(*(Split(x[cut], y[cut]) for cut in cuts))
 
 
+def clusters(seed: int = 0) -> Data:
+    """Ten noisy patterns in the shape of `digits`, for machines without scikit-learn."""
+    random = torch.Generator().manual_seed(seed)
+    y = torch.randint(10, (1797,), generator=random)
+    x = torch.randn(10, 64, generator=random)[y] + 2 * torch.randn(len(y), 64, generator=random)
+    x = (x - x[:1000].mean()) / x[:1000].std()
+    cuts = slice(0, 1000), slice(1000, 1397), slice(1397, None)
+    return Data(*(Split(x[cut], y[cut]) for cut in cuts))
+
+
 def fashion_mnist(data_dir: str | None = None) -> Data:
     """Fashion-MNIST, standardised per pixel over its training images; the last sixth of those (10,000) validates."""
     folder = find_fashion_mnist(data_dir)

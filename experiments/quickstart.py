@@ -20,7 +20,7 @@ from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
 import hypergrad
-from experiments import datasets, figures, flops, results
+from experiments import datasets, flops, results
 from experiments.arguments import arg, command, parse
 
 
@@ -35,6 +35,7 @@ class Args:
     seed: int = arg(0, "seed of weights, batches and search")
     device: str = arg("cpu", "where to train: cpu or cuda")
     out: str = arg("runs/quickstart", "folder of the results; each run's logs get a folder in it")
+    made_up: bool = arg(False, "made-up clusters in the place of the digits, which scikit-learn has")
     quick: bool = arg(False, "a few steps only: a test of the machinery")
 
 
@@ -50,7 +51,7 @@ class Job(NamedTuple):
 
 
 def job(args: Args, lr: float, weight_decay: float) -> Job:
-    data = datasets.digits().to(args.device)
+    data = (datasets.clusters() if args.made_up else datasets.digits()).to(args.device)
     torch.manual_seed(args.seed)
     model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10)).to(args.device)
     optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9, weight_decay=weight_decay)
@@ -124,6 +125,8 @@ def random_search(args: Args) -> tuple[dict[str, Any], list[dict[str, Any]]]:
 
 
 def main(args: Args) -> list[dict[str, Any]]:
+    from experiments import figures  # here: the loops above do without matplotlib
+
     if args.device.startswith("cuda") and not torch.cuda.is_available():
         raise SystemExit("--device cuda: this machine has no GPU that torch can use; leave --device away")
     torch.set_num_threads(1)  # the model is tiny

@@ -33,6 +33,7 @@ AGGREGATES = {
 
 def environment(device: str = "cpu") -> dict[str, Any]:
     """What the numbers depend on, and nothing that names a machine or a person."""
+    cuda = {"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()} if device.startswith("cuda") else {}
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -40,6 +41,7 @@ def environment(device: str = "cpu") -> dict[str, Any]:
         "platform": f"{platform.system()} {platform.machine()}",
         "cpus": os.cpu_count(),
         "device": torch.cuda.get_device_name(device) if device.startswith("cuda") else device,
+        **cuda,
     }
 
 

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hypergrad.multi_tensor import norms
 from hypergrad.readout import Readout
 from hypergrad.updates.clip import TORCH_EPS, total_norm
 from hypergrad.updates.transition import Transition
@@ -77,7 +78,7 @@ def carried_on(pending: Pending, transition: Transition) -> Pending | None:
 def _any_of_each(flags: Tensor, sizes: Sequence[int]) -> Tensor:
     """Whether there is a flag [m, n] in the range of each parameter [m, n_params]."""
     rows = [x for row in flags.to(torch.float32) for x in row.split(list(sizes))]
-    return torch.stack(torch._foreach_norm(rows, 1)).view(len(flags), -1) > 0
+    return norms(rows, 1).view(len(flags), -1) > 0
 
 
 def _spread(flags: Tensor, sizes: Sequence[int]) -> Tensor:
@@ -139,12 +140,11 @@ class Comparison:
             return dg
         if "scaling" not in read:
             return None
-        return self._through_scaling(*read["scaling"], dg / self.pending.scale, any(changed))
+        return self._through_scaling(read["scaling"], dg / self.pending.scale, any(changed))
 
-    def _through_scaling(
-        self, square: float, c: float, n: float, near: float, dg: Tensor, changed: bool
-    ) -> Tensor | None:
+    def _through_scaling(self, numbers: Sequence[float], dg: Tensor, changed: bool) -> Tensor | None:
         """J dg for a gradient g = c·ref; a norm is that of the whole ref."""
+        square, c, n, near = numbers
         if not (0 < square < float("inf") and near):
             return None
         if self.scaled and abs(c - 1) < self.rtol:

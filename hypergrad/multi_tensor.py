@@ -6,18 +6,22 @@ On a GPU a kernel costs some microseconds to launch, however small it is.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+
+# not among torch's public names, though its own optimizers are made of them
+_FOREACH: dict[str, Any] = {name: getattr(torch, f"_foreach_{name}") for name in ("mul", "copy_", "add_", "norm")}
 
 
 def copies(tensors: Sequence[Tensor]) -> list[Tensor]:
     """Fresh copies, bit for bit, without graphs: 1·x of what is floating, clones of the rest."""
     out: list[Tensor] = [x.detach() for x in tensors]
+    floating = [i for i, x in enumerate(out) if x.is_floating_point()]
     with torch.no_grad():
-        floating = [i for i, x in enumerate(out) if x.is_floating_point()]
         if floating:
-            for i, x in zip(floating, torch._foreach_mul([out[i] for i in floating], 1.0), strict=True):
+            for i, x in zip(floating, _FOREACH["mul"]([out[i] for i in floating], 1.0), strict=True):
                 out[i] = x
         for i in sorted(set(range(len(out))) - set(floating)):
             out[i] = out[i].clone()
@@ -28,9 +32,16 @@ def write(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
     """Copy each source into its target, in place."""
     if targets:
         with torch.no_grad():
-            torch._foreach_copy_(list(targets), list(sources))
+            _FOREACH["copy_"](list(targets), list(sources))
 
 
-def norms(tensors: Sequence[Tensor]) -> Tensor:
-    """The 2-norm of each, [len(tensors)]: as `torch.nn.utils.clip_grad_norm_` takes them."""
-    return torch.stack(torch._foreach_norm(list(tensors)))
+def add(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
+    """Add each source to its target, in place."""
+    if targets:
+        with torch.no_grad():
+            _FOREACH["add_"](list(targets), list(sources))
+
+
+def norms(tensors: Sequence[Tensor], order: float = 2) -> Tensor:
+    """The norm of each, [len(tensors)]: as `torch.nn.utils.clip_grad_norm_` takes them."""
+    return torch.stack(_FOREACH["norm"](list(tensors), order))

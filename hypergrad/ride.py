@@ -214,12 +214,20 @@ class Ride:
         mine = [x == i for x in self.transition.optimizer_of_group]
         momenta = [x if m else None for x, m in zip(values.get("momentum", []), mine)]
         momentum = largest_momentum({"momentum": momenta}, self.transition.rules)
-        for j, entry in enumerate(self.coordinates.entries):
-            hint = entry.name == "weight_decay" and not self.coordinates.given[j]
-            if not hint or entry.group is None or not mine[entry.group]:
-                continue
+        hints = [
+            j
+            for j, entry in enumerate(self.coordinates.entries)
+            if entry.name == "weight_decay"
+            and not self.coordinates.given[j]
+            and entry.group is not None
+            and mine[entry.group]
+        ]
+        readout = Readout()
+        for j in hints:
             theta = torch.where(z[j] == 0, 0, state.theta)
-            rate = -float(theta @ z[j]) / max(float(theta @ theta), 1e-300)
+            readout.ask(f"{j}", torch.stack([theta @ z[j], theta @ theta]))
+        for j, (product, square) in zip(hints, readout.fetch().values(), strict=True):
+            rate = -product / max(square, 1e-300)
             decayed = rate / (1 - momentum) * left
             factor = sensible(decayed)
             self.coordinates.scale_number(j, factor)

@@ -18,7 +18,7 @@ from torch import Tensor
 from hypergrad.coordinates import Coordinates
 from hypergrad.gradient_changes import Comparison, Pending, carried_on
 from hypergrad.graph import Linearization, grad_or_none, survey
-from hypergrad.multi_tensor import copies
+from hypergrad.multi_tensor import add, copies
 from hypergrad.readout import Readout
 from hypergrad.secant import Secant
 from hypergrad.updates.binding import State, Values
@@ -239,7 +239,6 @@ class Tangents:
 
     def forget(self) -> None:
         """Tangents are zero from here on."""
-        self._flush_hits()
         self.tangent = self.average_tangent = self.along = None
 
     # θ̄ ← θ̄ + a (θ − θ̄) and the same for its tangent, a = 1/(share of the steps so far)
@@ -305,8 +304,7 @@ def _accumulate(leaves: Sequence[Tensor], grads: Sequence[Tensor | None]) -> Non
     with torch.no_grad():
         for (leaf, _), g in zip(first, copies([g for _, g in first]), strict=True):
             leaf.grad = g
-        if again:
-            torch._foreach_add_([old for old, _ in again], [g for _, g in again])
+        add([old for old, _ in again], [g for _, g in again])
         for leaf, _ in pairs:
             for hook in (getattr(leaf, "_post_accumulate_grad_hooks", None) or {}).values():
                 hook(leaf)

@@ -1,5 +1,7 @@
 #!/usr/bin/env bash
-# Everything that must run on CUDA, in one go. Says so and ends well where there is no GPU.
+# What must be seen on a GPU, in two commands of at most five minutes. Says so and ends well where there is no GPU.
+#   bash scripts/gpu_check.sh correct    is hypergrad right there?    → experiments/results/gpu_correct.json
+#   bash scripts/gpu_check.sh speed      what does it cost there?     → experiments/results/gpu_speed.json
 # A machine with a GPU often has its own torch and no network, so python3 (or PYTHON) is used as it is if it sees the GPU.
 set -euo pipefail
 cd "$(dirname "$0")/.."

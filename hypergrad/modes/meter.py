@@ -36,8 +36,6 @@ class Meter:
         self.ill_conditioned: Tensor | None = None  # [n_groups] bool, the same
         self.moved: list[str] | None = None  # buffers that training changes, where a mode has looked at its end
         self.extra: dict[str, Any] = {"warnings": []}
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(device)
         self.base = self._peak()
 
     def _peak(self) -> int:

@@ -92,28 +92,28 @@ def _channels(inputs: Inputs, traced: Traced, tuned: frozenset[str], random: tor
 
 def compare(inputs: Inputs, tuned: frozenset[str], random: torch.Generator, seen: Seen) -> None:
     """One step: every channel into every row. What depends on what is noted in `seen`; raises Lost."""
-    seed = torch.get_rng_state()
+    device = inputs.params[0].device
 
     def at(inputs: Inputs) -> dict[Key, Tensor]:
-        torch.set_rng_state(seed)
         try:
-            out = take_unrounded(inputs)
+            with torch.random.fork_rng([device] if device.type == "cuda" else []):
+                out = take_unrounded(inputs)
         except (ArithmeticError, ValueError):  # a beta of 1, say
             return {}
-        rows = {("param", i): p for i, p in enumerate(out.params)}
-        return rows | {("real", k): torch.as_tensor(x, dtype=torch.float64) for k, x in out.memory.reals.items()}
+        rows: dict[Key, Any] = {("param", i): p for i, p in enumerate(out.params)}
+        return _on_host(rows | {("real", k): x for k, x in out.memory.reals.items()})
 
     traced, _ = trace(inputs, tuned)
     base = at(inputs)
     _check_values(traced, base)
     for channel in _channels(inputs, traced, tuned, random):
         z = {k: v[None] for k, v in channel.direction.items()}
-        found = traced.jvp(1, z)
-        pulled = traced.vjp({k: torch.ones_like(x) for k, x in traced.outputs.items()})
+        found = _on_host(traced.jvp(1, z))
+        pulled = _on_host(traced.vjp({k: torch.ones_like(x) for k, x in traced.outputs.items()}))
         _check_transpose(channel, found, pulled)
         there = cache(lambda h, c=channel: at(_moved(inputs, c.direction, h)))
         for rows in _rows(base):
-            ours = torch.cat([found[k][0].reshape(-1).double() for k in rows])
+            ours = torch.cat([found[k][0].reshape(-1) for k in rows])
             try:
                 if _check_row(channel, rows, ours, base, there):
                     seen.depends.add((channel.name, _called(rows[0])))
@@ -122,6 +122,11 @@ def compare(inputs: Inputs, tuned: frozenset[str], random: torch.Generator, seen
                     raise
                 seen.depends.add((channel.name, _called(rows[0])))
                 seen.lost.setdefault(channel.name, error)
+
+
+def _on_host(x: Mapping[Key, Any]) -> dict[Key, Tensor]:
+    """Numbers and tensors in float64 on the CPU, where they are compared: on a device some would be there and some here."""
+    return {k: torch.as_tensor(v).detach().to("cpu", torch.float64) for k, v in x.items()}
 
 
 def _called(key: Key) -> str:
@@ -133,16 +138,17 @@ def _check_values(traced: Traced, base: dict[Key, Tensor]) -> None:
         raise Lost(
             f"its state depends on whether a hyperparameter is 0 (`{label(str(key[1]))}`): start it at a value above 0."
         )
+    outputs = _on_host(traced.outputs)
     for key, x in base.items():
-        y = traced.outputs[key].detach()
-        if x.shape != y.shape or not torch.allclose(x, y.double(), rtol=1e-7, atol=1e-12, equal_nan=True):
+        y = outputs[key]
+        if x.shape != y.shape or not torch.allclose(x, y, rtol=1e-7, atol=1e-12, equal_nan=True):
             off = f"{y.tolist() if y.numel() == 1 else tuple(y.shape)} for {x.tolist() if x.numel() == 1 else tuple(x.shape)}"
             raise Lost(f"{_called(key)} cannot be traced: it comes out differently ({off}).")
 
 
 def _check_transpose(channel: _Channel, found: Mapping[Key, Tensor], pulled: Mapping[Key, Tensor]) -> None:
-    left = torch.stack([x.double().sum() for x in found.values()])
-    right = [(pulled[k] * v).double().sum() for k, v in channel.direction.items() if k in pulled]
+    left = torch.stack([x.sum() for x in found.values()])
+    right = [(pulled[k] * v).sum() for k, v in _on_host(channel.direction).items() if k in pulled]
     total = torch.stack(right).sum() if right else torch.zeros(())
     if not abs(float(left.sum() - total)) <= 1e-9 * float(left.abs().sum()) + 1e-12:
         raise Lost(f"the dependence on {channel.name} is not the same forwards and backwards.")

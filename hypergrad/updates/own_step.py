@@ -162,13 +162,14 @@ def trace(inputs: Inputs, tuned: Collection[str]) -> tuple[Traced, Outcome]:
         tuned: names of hyperparameters to differentiate in.
     """
     leaves: dict[Key, Tensor] = {}
+    device = inputs.params[0].device
 
     def leaf(key: Key, x: Any, above_zero: bool = False) -> Any:
         if isinstance(x, Tensor):
             leaves[key] = x.detach().clone().requires_grad_()
             with torch.enable_grad():
                 return leaves[key].clone()
-        leaves[key] = torch.tensor(float(x), dtype=torch.float64, requires_grad=True)
+        leaves[key] = torch.tensor(float(x), dtype=torch.float64, device=device, requires_grad=True)
         return TracedFloat(float(x), leaves[key], above_zero)
 
     params = []
@@ -183,11 +184,10 @@ def trace(inputs: Inputs, tuned: Collection[str]) -> tuple[Traced, Outcome]:
             many = isinstance(x, tuple)
             new = [leaf(("value", g, name, j), y, True) for j, y in enumerate(x if many else (x,))]
             values[g, name] = tuple(new) if many else new[0]
-    device = params[0].device
     with torch.random.fork_rng([device] if device.type == "cuda" else []), tracing(wide):
         outcome = _run(inputs, params, reals, values, **_PLAIN_KERNELS)
     outputs = {("param", i): p for i, p in enumerate(outcome.params)}
-    outputs |= {("real", name): _tensor(x) for name, x in outcome.memory.reals.items()}
+    outputs |= {("real", name): _tensor(x).to(device) for name, x in outcome.memory.reals.items()}
     return Traced(leaves, outputs), outcome
 
 

@@ -65,7 +65,9 @@ def _of_detached(f: Callable[..., Any]) -> Callable[..., Any]:
 
 def _filled(empty: Callable[..., Tensor], *where: Any, value: Any, **kw: Any) -> Tensor:
     if isinstance(value, (list, tuple)):
-        value = torch.stack([torch.as_tensor(x, dtype=torch.float64) for x in value])
+        device = next((x.device for x in value if isinstance(x, Tensor)), None)
+        numbers = [x if isinstance(x, Tensor) else torch.tensor(x, device=device) for x in value]
+        value = torch.stack([x.to(torch.float64) for x in numbers])
     kw.setdefault("dtype", torch.get_default_dtype() if not isinstance(where[0], Tensor) else where[0].dtype)
     kw.pop("requires_grad", None)
     return empty(*where, **kw) + value.to(kw["dtype"])

@@ -8,9 +8,9 @@
 
 What is counted, as a GPU would have it:
 
-    kernels           every operation that writes to memory of the device; views and empty tensors are none, a foreach operation is one
+    kernels           operations that write to memory of the device; views and empty tensors are none, a foreach operation is one
     waits             what makes Python wait until the device is done: numbers read (`float(x)`, `x.tolist()`, `if x`),
-                      comparisons by `torch.equal`, copies to the host, sizes that depend on values (`x.nonzero()`, masks as indices)
+                      `torch.equal`, copies to the host, sizes that depend on values (`x.nonzero()`, masks as indices)
     bytes_to_device   of what is copied there, among it indices that are lists
     bytes_to_host     of what is copied back, numbers that are read included
 
@@ -108,6 +108,7 @@ DEVICE = Device()  # the one device there is
 class OnDevice(Tensor):
     """A tensor of the device; `host` is where it is kept."""
 
+    __slots__ = ("host",)  # not among the attributes that a user's parameter has
     host: Tensor
 
     @staticmethod
