@@ -161,5 +161,6 @@ def test_what_happened_is_said_in_both(folder):
     assert said[:2] == ["momentum/0 starts from 0.9.", "momentum/1 starts from 0.9."]
     assert "not finite" in said[2]
     assert said[3].startswith("lr starts from")
-    assert re.fullmatch(r"validation loss at the end [\d.]+, best [\d.]+ at step \d+ \(tuner.best\(\) has those weights\).", said[4])
+    end = r"validation loss at the end [\d.]+, best [\d.]+ at step \d+ \(tuner.best\(\) has those weights\)\."
+    assert re.fullmatch(end, said[4])
     assert "notes/text_summary" in events(folder).Tags()["tensors"]
