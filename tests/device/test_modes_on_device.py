@@ -58,9 +58,8 @@ def test_every_rule_in_every_mode(optimizer: str, way: str, monkeypatch: pytest.
         torch.testing.assert_close(x, y, rtol=MODES_AGREE, atol=0)
 
 
-# Checkpointing computes forward passes in autograd's thread for the device, where a dispatch mode is not on; an LSTM makes its
-# tensors in C++.
-CARRIED = [name for name in PROBLEMS if name not in ("mlp", "matrices", "checkpointed", "recurrent")]
+# an LSTM makes its tensors in C++
+CARRIED = [name for name in PROBLEMS if name not in ("mlp", "matrices", "recurrent")]
 
 
 @pytest.mark.parametrize("problem", CARRIED)
