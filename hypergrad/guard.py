@@ -147,6 +147,13 @@ class Guard:
         if not all(bool(torch.isfinite(b).all()) for b in self.problem.buffers):
             self.problem.write_buffers(self.good[-1].buffers if self.good else self.first_buffers)
 
+    def start_again(self, state: State) -> None:
+        """From a state that is a good one, and not the one that training has come to: forget the losses so far."""
+        self.mean, self.variance, self.seen, self.bad_in_a_row, self.restored = 0.0, 0.0, 0, 0, False
+        self.best = self.level = math.inf
+        self.good.clear()
+        self.good.append(_Good(state, self.problem.read_buffers()))
+
     def roll_back(self) -> bool:
         """Copy weights, buffers and optimizer tensors back, in place, from the older of the states kept."""
         if not self.good:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from statistics import fmean
 
 import torch
 from torch import Tensor
 
+from hypergrad.backtracking import PAIRS, Backtracking
 from hypergrad.best_weights import BestWeights
 from hypergrad.coordinates import Coordinates
 from hypergrad.problem import Problem
@@ -18,6 +20,7 @@ from hypergrad.recording import Journal, short
 from hypergrad.schedules import STEP_NAMES
 from hypergrad.tangents import Tangents
 
+OTHER_DRAWS = 2**40  # seeds of second readings, far from those of the first
 # Numbers whose tangent outgrew the weights: training is chaotic there, its hypergradient is noise, and less is safe.
 _SAFE_DOWN = frozenset({"lr", "momentum"})
 
@@ -47,15 +50,24 @@ class HyperSteps:
         self.transition, self.validation, self.average, self.seed = tangents.transition, validation, average, seed
         self.stats, self.frozen, self.val_loss = stats, False, math.nan
         self.best: BestWeights | None = None  # is told every validation loss
+        self.backtracking: Backtracking | None = None  # the same; None: lr is not tuned, or steps are replayed
         self.hypergradients: dict[str, Tensor] = {}
         self.losses: list[float] = []  # of the training steps since the last record
 
-    def take(self, t: int) -> None:
-        """One hyperparameter step from the tangents, after t training steps; only a look once nothing is tuned any more."""
+    def take(self, t: int, warming: bool) -> bool:
+        """One hyperparameter step from the tangents, after t training steps; only a look once nothing is tuned any more.
+
+        Args:
+            warming: whether the warm start is under way; its readings say nothing of the run.
+
+        Returns:
+            whether the validation loss has risen, so that training should go back (see backtracking.py).
+        """
         if not self.coordinates.moving:
             self.val_loss = float(self.problem.look(self.validation, t, self.seed + t))
             self._note_best(t, None)
-            return self._record(t, {})
+            self._record(t, {})
+            return self._risen(t, self.val_loss, None, warming)
         with self._where() as tangent:
             value, of_params, of_hypers, _ = self.problem.validate(self.validation, t, self.seed + t)
         readout = Readout()
@@ -74,7 +86,31 @@ class HyperSteps:
             if entry.group is None and entry.name in found:
                 direct = torch.tensor(read[f"direct {entry.name}"], dtype=torch.float64)
                 gradient[j] += direct.view(found[entry.name].shape)[entry.index] * slope[j]
-        return self._moved(t, read["value"][0], gradient, read, self.tangents.average if self._averages() else None)
+        theta = self.tangents.average if self._averages() else None
+        self._moved(t, read["value"][0], gradient, read, theta)
+        return self._risen(t, read["value"][0], theta, warming)
+
+    def _risen(self, t: int, loss: float, theta: Tensor | None, warming: bool) -> bool:
+        """Whether the validation loss, read at theta (None: the model's weights), is above its lowest by more than chance."""
+        if self.backtracking is None or self.frozen or warming:
+            return False
+        theta = self.transition.flatten(self.transition.params) if theta is None else theta
+        return self.backtracking.read(t, loss, theta, self.coordinates.moving, partial(self._read_both, t))
+
+    def _read_both(self, t: int, one: Tensor, other: Tensor) -> tuple[list[float], list[float]]:
+        """The validation loss at two vectors of weights in turn, with the same random numbers, PAIRS times."""
+        theta, found = self.transition.flatten(self.transition.params), ([], [])
+        try:
+            for draw in range(PAIRS):
+                for weights, losses in zip((one, other), found, strict=True):
+                    self.transition.load(weights)
+                    losses.append(
+                        float(self.problem.look(self.validation, t, self.seed + OTHER_DRAWS + PAIRS * t + draw))
+                    )
+        finally:
+            self.transition.load(theta)
+        self.stats["val_evaluations"] += 2 * PAIRS
+        return found
 
     def _ask(self, readout: Readout) -> None:
         """What a step of φ needs besides a gradient, and what is recorded of it."""

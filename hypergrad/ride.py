@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from hypergrad.backtracking import CUT as LR_CUT
 from hypergrad.gradient_changes import Comparison, Pending
 from hypergrad.guard import Guard
 from hypergrad.hyper_steps import HyperSteps
@@ -310,8 +311,8 @@ class Ride:
         self.void = False
         self.t += 1
         self.stats |= {"steps": self.t, **self.tangents.counts}
-        if self.mode == "forward" and self.t % self.every == 0:
-            self.hyper.take(self.t)
+        if self.mode == "forward" and self.t % self.every == 0 and self.hyper.take(self.t, self.warm.active):
+            self._go_back()
         if self.t == self.total:
             self.hyper.say_best(self.t)
         if self.choose_what_is_tuned():
@@ -321,6 +322,25 @@ class Ride:
             self.tangents.forget()
             if self.tangents.pending is not None:
                 self.tangents.pending.dg = None
+
+    def _go_back(self) -> None:
+        """The validation loss has risen: weights back to where it was lowest, with a smaller lr."""
+        assert self.hyper.backtracking is not None
+        step = self.hyper.backtracking.go()
+        self.guard.start_again(self.transition.read())
+        self.coordinates.scale("lr", 1 / LR_CUT)
+        self.coordinates.cap("lr", LR_CUT**0.5)
+        self.tangents.forget()
+        self.tangents.average = None
+        if self.tangents.pending is not None:
+            self.tangents.pending.dg = None
+        self.stats["backtracks"] += 1
+        self.journal.note(
+            self.t,
+            f"the validation loss rose to {self.hyper.val_loss:.3g}: weights taken back to those of step {step:,}, lr divided by "
+            f"{LR_CUT:g}.",
+            warn=False,
+        )
 
     def choose_what_is_tuned(self) -> bool:
         """Tune what is tuned after so many steps. True where that is a change."""

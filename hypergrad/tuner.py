@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hypergrad.backtracking import Backtracking
 from hypergrad.best_weights import BestWeights
 from hypergrad.coordinates import Coordinates, specification
 from hypergrad.exact import Optimizers, as_optimizers, check_names, clipping, leaves
@@ -168,6 +169,8 @@ class Tuner:
         self._hyper = HyperSteps(
             self._problem, self._coordinates, tangents, self._journal, val_loss, average, int(seed), self.stats
         )
+        if mode == "forward" and any(e.name == "lr" and e.group is not None for e in self._coordinates.entries):
+            self._hyper.backtracking = Backtracking(transition, self._problem, before, total_steps)
         self._best = self._hyper.best = BestWeights(transition, self._problem) if keep_best else None
         if self._best is not None:
             self._best.read(0, before)
@@ -293,6 +296,7 @@ class Tuner:
             "coordinates": self._coordinates.state_dict(),
             "live": ride.live.state_dict(),
             "tangents": ride.tangents.state_dict(),
+            "backtracking": None if (back := self._hyper.backtracking) is None else back.state_dict(),
             "best": None if self._best is None else self._best.state_dict(),
             "used": {"values": dict(ride.used[0]), "slopes": ride.used[1]},
         }
@@ -329,6 +333,8 @@ class Tuner:
         ride.tangents.load_state_dict(state["tangents"])
         if self._best is not None:
             self._best.load_state_dict(state["best"])
+        if self._hyper.backtracking is not None and state["backtracking"] is not None:
+            self._hyper.backtracking.load_state_dict(state["backtracking"])
         ride.used = dict(state["used"]["values"]), state["used"]["slopes"].clone()
         self._windows.reset()
 
@@ -373,6 +379,7 @@ _STATS = (
     "spikes",
     "nonfinite_hypergradients",
     "rollbacks",
+    "backtracks",
     "false_alarms",
     "capped",
 )
@@ -381,7 +388,7 @@ _STATS = (
 def _missing(mine: Mapping[str, Any], state: Mapping[str, Any]) -> list[str]:
     """What a tuner's state_dict lacks, two levels deep."""
     out = [name for name in mine if name not in state]
-    for name in ("guard", "warm", "coordinates", "live", "tangents", "best", "used"):
+    for name in ("guard", "warm", "coordinates", "live", "tangents", "backtracking", "best", "used"):
         if state.get(name) is not None and mine[name] is not None:
             out += [f"{name}/{key}" for key in mine[name] if key not in state[name]]
     return out

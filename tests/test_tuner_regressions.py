@@ -97,7 +97,10 @@ def test_validation_batches_differ_where_training_draws_nothing(mode: str) -> No
         return mse(model, (x[rows], y[rows]))
 
     opt = torch.optim.SGD(model.parameters(), lr=0.01)
-    tuner = as_given(model, opt, val_loss, tune=("lr",), loss=mse, mode=mode, every=3, horizon=3)
+    decay = {
+        "weight_decay": hypergrad.Hyperparameter(start=0.01)
+    }  # beside lr a rise is read again with the same batches
+    tuner = as_given(model, opt, val_loss, tune=decay, loss=mse, mode=mode, every=3, horizon=3)
     rng = torch.get_rng_state()
     seen.clear()
     for batch in data()[0]:

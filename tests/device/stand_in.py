@@ -43,7 +43,9 @@ from torch.utils.backend_registration import _setup_privateuseone_for_python_bac
 
 NAME = "stand_in"
 _setup_privateuseone_for_python_backend(NAME)
-getattr(torch, NAME).get_amp_supported_dtype = list  # none: asked for wherever torch.utils.checkpoint runs, on a CPU too
+getattr(
+    torch, NAME
+).get_amp_supported_dtype = list  # none: asked for wherever torch.utils.checkpoint runs, on a CPU too
 aten = torch.ops.aten
 
 READS = {aten._local_scalar_dense.default, aten.equal.default, aten.is_nonzero.default}
