@@ -39,7 +39,7 @@ from hypergrad.problem import Problem, Saved
 from hypergrad.updates.binding import State
 from hypergrad.updates.transition import Transition
 
-NOISE, SHARE = 1.0, 0.03
+NOISE, SHARE = 1.0, 0.15
 RECENT = 12  # second differences that σ is made of
 PAIRS, SURE = 4, 3.0
 WAIT = 2  # readings after the record began, or a suspect was none, before the next suspect
