@@ -29,7 +29,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import fmean, median, stdev
 from typing import Any
 
@@ -56,6 +56,15 @@ class _Kept:
     buffers: list[Saved]
 
 
+def _first_state(transition: Transition) -> State:
+    """The state before the first step. Slots that nobody reads when it is written back take no memory."""
+    state = transition.read()
+    made_in_constructor = any(getattr(rule, "first", {}) for rule in transition.rules)
+    if any(state.counts) or made_in_constructor or transition.fallbacks:
+        return state
+    return replace(state, slots={name: x.new_zeros(1).expand(len(x)) for name, x in state.slots.items()})
+
+
 class Backtracking:
     """The lowest validation loss of the present turn, the weights there, and whether to go back to them.
 
@@ -69,7 +78,7 @@ class Backtracking:
         self.until = (
             0.0 if total is None or not math.isfinite(before) else AGAIN * total
         )  # runs start again up to this step
-        self.start = _Kept(transition.read(), problem.read_buffers()) if self.until else None
+        self.start = _Kept(_first_state(transition), problem.read_buffers()) if self.until else None
         self.second: deque[float] = deque(maxlen=RECENT)
         self.turn: list[int] = []  # the numbers that were tuned at the last reading
         self._begin()

@@ -210,6 +210,7 @@ class HyperSteps:
         row |= {f"tangent/{names[j]}": size for j, size in sizes.items()}
         row["run/cost_over_plain"] = gradient_evaluations(self.stats) / max(self.stats["steps"], 1)
         row["run/rollbacks"] = self.stats["rollbacks"]
+        row["run/backtracks"] = self.stats["backtracks"]
         row["run/steps_passed_over"] = self.stats["nonfinite_steps"] + self.stats["spikes"]
         return row
 

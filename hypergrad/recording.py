@@ -118,7 +118,7 @@ def layout(tags: Iterable[str]) -> dict[str, dict[str, list[Any]]]:
         "run": {
             "size of tangents, in that of the weights": lines(*(f"tangent/{name}" for name in names)),
             "cost so far, over that of a plain run": lines("run/cost_over_plain"),
-            "events so far": lines("run/rollbacks", "run/steps_passed_over"),
+            "events so far": lines("run/rollbacks", "run/backtracks", "run/steps_passed_over"),
         },
     }
 

@@ -21,6 +21,7 @@ sys.path.insert(0, str(ROOT))
 
 from experiments import figures, mode_tables, results, search_figures, whole_run_figures  # noqa: E402
 from experiments.markdown import source, table  # noqa: E402
+from experiments.workloads import WORKLOADS  # noqa: E402
 
 DOCS = ("layers", "modes", "optimizers", "ray", "search", "several", "sklearn")
 TEXTS = (ROOT / "README.md", *(ROOT / f"docs/{name}.md" for name in DOCS))  # whose blocks are filled
@@ -99,6 +100,25 @@ def shootout(result: Result) -> str:
     return table(head, body) + "\n\n" + source(result)
 
 
+def harm(result: Result) -> str:
+    head = (
+        "workload",
+        "tuned / grid's winner",
+        "worst start",
+        "tuned / untuned",
+        "at `tuner.best()`",
+        "clean test loss",
+    )
+    fields = ("over_grid", "worst_start", "over_untuned", "best_over_grid", "test_over_winner")
+    rows = [row for row in result["rows"] if row["kind"] == "summary"]
+    names = {row["workload"]: WORKLOADS[row["workload"]].title for row in rows} | {"all": "geometric mean"}
+    body = [
+        (names[row["workload"]], *("–" if row[field] is None else f"{row[field]:.3f}" for field in fields))
+        for row in [*rows, *results.select(result["rows"], {"kind": "overall"})]
+    ]
+    return table(head, body) + "\n\n" + source(result)
+
+
 def layers(result: Result) -> str:
     head = ("layer", "comes out", "error, unrolled", "error, forward", "what is said")
     body = []
@@ -124,6 +144,7 @@ TABLES: dict[str, Callable[[Result], str]] = {
     "quickstart": quickstart,
     "fashion_mnist": fashion_mnist,
     "shootout": shootout,
+    "harm": harm,
     "layers": layers,
     **mode_tables.TABLES,
     "search_benchmark": search_figures.search_benchmark,

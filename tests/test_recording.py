@@ -54,7 +54,7 @@ def test_scalars_are_those_of_the_json_lines(folder):
     expected |= {"loss/train", "loss/val", "loss/val_best"}
     expected |= {f"val_hypergradient/{x}{end}" for x in numbers for end in ("", "_low", "_high")}
     expected |= {f"tangent/{x}" for x in numbers}
-    expected |= {f"run/{x}" for x in ("cost_over_plain", "rollbacks", "steps_passed_over", "ms_per_step")}
+    expected |= {f"run/{x}" for x in ("cost_over_plain", "rollbacks", "backtracks", "steps_passed_over", "ms_per_step")}
     assert expected == set(scalars[0]) - {"step"} == set(reader.Tags()["scalars"])
     (begun,) = [row for row in rows if row["step"] == 0 and "note" not in row]
     assert set(begun) == values | {"step"}
