@@ -99,18 +99,17 @@ class HyperSteps:
 
     def _read_both(self, t: int, one: Tensor, other: Tensor) -> tuple[list[float], list[float]]:
         """The validation loss at two vectors of weights in turn, with the same random numbers, PAIRS times."""
-        theta, found = self.transition.flatten(self.transition.params), ([], [])
+        theta, found = self.transition.flatten(self.transition.params), list[Tensor]()
         try:
             for draw in range(PAIRS):
-                for weights, losses in zip((one, other), found, strict=True):
+                for weights in (one, other):
                     self.transition.load(weights)
-                    losses.append(
-                        float(self.problem.look(self.validation, t, self.seed + OTHER_DRAWS + PAIRS * t + draw))
-                    )
+                    found.append(self.problem.look(self.validation, t, self.seed + OTHER_DRAWS + PAIRS * t + draw))
         finally:
             self.transition.load(theta)
         self.stats["val_evaluations"] += 2 * PAIRS
-        return found
+        losses = torch.stack([x.reshape(()) for x in found]).tolist()  # one wait for a device
+        return losses[::2], losses[1::2]
 
     def _ask(self, readout: Readout) -> None:
         """What a step of φ needs besides a gradient, and what is recorded of it."""
