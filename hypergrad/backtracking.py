@@ -17,9 +17,9 @@ readings. In the first AGAIN of a run of known length the run starts again inste
 training counts as a reading: what lr that is far too large has done to the weights (units dead, training loss 0 with large
 margins) is not undone by steps from there.
 
-The readings start again where another number's turn begins: what is read at the average of the weights while lr is tuned, and
-what is read at the weights later, do not compare. (Early stopping with restarts from the best weights; the paired test is that
-of common random numbers.)
+The readings start again where the tuning of another number begins: what is read at the average of the weights while lr is tuned,
+and what is read at the weights later, do not compare. (Early stopping with restarts from the best weights; the paired test is
+that of common random numbers.)
 
 Evidence: experiments/results/online_tuning_log.md, session 6.
 """
@@ -66,7 +66,7 @@ def _first_state(transition: Transition) -> State:
 
 
 class Backtracking:
-    """The lowest validation loss of the present turn, the weights there, and whether to go back to them.
+    """The lowest validation loss of the present phase, the weights there, and whether to go back to them.
 
     Args:
         before: the validation loss before the first step, v₀; NaN: not known.
@@ -80,7 +80,7 @@ class Backtracking:
         )  # runs start again up to this step
         self.start = _Kept(_first_state(transition), problem.read_buffers()) if self.until else None
         self.second: deque[float] = deque(maxlen=RECENT)
-        self.turn: list[int] = []  # the numbers that were tuned at the last reading
+        self.phase: list[int] = []  # the numbers that were tuned at the last reading
         self._begin()
 
     def _begin(self) -> None:
@@ -90,20 +90,20 @@ class Backtracking:
         if self.start is not None:
             self.best, self.theta, self.buffers = self.before, self.start.state.theta, self.start.buffers
 
-    def read(self, t: int, loss: float, theta: Tensor, turn: Sequence[int], read_both: ReadBoth) -> bool:
+    def read(self, t: int, loss: float, theta: Tensor, phase: Sequence[int], read_both: ReadBoth) -> bool:
         """Note a validation loss at weights theta [n]. True: go back (`go`).
 
         Args:
-            turn: the numbers that are tuned at present.
+            phase: the numbers that are tuned at present.
         """
         if not math.isfinite(loss):
             return False
         if t > self.until:
             self.start = None
-        if self.turn != list(turn):
-            if self.turn:
+        if self.phase != list(phase):
+            if self.phase:
                 self._begin()
-            self.turn = list(turn)
+            self.phase = list(phase)
         self.last = [*self.last[-2:], loss]
         if len(self.last) == 3:
             x, y, z = self.last
@@ -150,7 +150,7 @@ class Backtracking:
             "last": list(self.last),
             "second": list(self.second),
             "wait": self.wait,
-            "turn": list(self.turn),
+            "phase": list(self.phase),
             "start": None if start is None else vars(start.state) | {"buffers": [x.value for x in start.buffers]},
         }
 
@@ -162,7 +162,7 @@ class Backtracking:
             return [Saved(b, x.to(b.device, copy=True)) for b, x in pairs]
 
         self.before, self.until, self.best = float(state["before"]), float(state["until"]), float(state["best"])
-        self.step, self.wait, self.turn = int(state["step"]), int(state["wait"]), list(state["turn"])
+        self.step, self.wait, self.phase = int(state["step"]), int(state["wait"]), list(state["phase"])
         self.last, self.second = list(state["last"]), deque(state["second"], maxlen=RECENT)
         self.theta = None if state["theta"] is None else state["theta"].to(like, copy=True)
         self.buffers, self.start = saved(state["buffers"]), None

@@ -98,15 +98,22 @@ class HyperSteps:
         return self.backtracking.read(t, loss, theta, self.coordinates.moving, partial(self._read_both, t))
 
     def _read_both(self, t: int, one: Tensor, other: Tensor) -> tuple[list[float], list[float]]:
-        """The validation loss at two vectors of weights in turn, with the same random numbers, PAIRS times."""
+        """The validation loss at two vectors of weights in turn, with the same random numbers, PAIRS times.
+
+        `other` is the record's: it is read with the buffers that it had, `one` with the present ones.
+        """
+        assert self.backtracking is not None
         theta, found = self.transition.flatten(self.transition.params), list[Tensor]()
+        buffers = self.problem.read_buffers()
         try:
             for draw in range(PAIRS):
-                for weights in (one, other):
+                for weights, its_buffers in ((one, buffers), (other, self.backtracking.buffers)):
                     self.transition.load(weights)
+                    self.problem.write_buffers(its_buffers)
                     found.append(self.problem.look(self.validation, t, self.seed + OTHER_DRAWS + PAIRS * t + draw))
         finally:
             self.transition.load(theta)
+            self.problem.write_buffers(buffers)
         self.stats["val_evaluations"] += 2 * PAIRS
         losses = torch.stack([x.reshape(()) for x in found]).tolist()  # one wait for a device
         return losses[::2], losses[1::2]
@@ -218,6 +225,6 @@ def gradient_evaluations(stats: Mapping[str, int]) -> int:
     """What `tuner.stats` amounts to in gradients of a loss; a Hessian-vector product counts as two of them.
 
     A forward and a backward pass are 3 products with each weight matrix, a Hessian-vector product is 4 more. A validation loss
-    without its gradient, as in the last tenth of a run, is not counted.
+    without its gradient, as in the last tenth of a run, is not counted; a second reading (see backtracking.py) counts as one.
     """
     return stats["gradients"] + 2 * stats["hessian_products"] + stats["val_evaluations"]

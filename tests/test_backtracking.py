@@ -152,3 +152,24 @@ def test_a_frozen_tuner_and_one_that_does_not_tune_lr_never_go_back() -> None:
     for run in (frozen, decay):
         run.train(0, 300)
         assert run.tuner.stats["backtracks"] == 0
+
+
+def test_second_readings_take_the_running_statistics_of_their_weights() -> None:
+    """BatchNorm in eval mode: the record is read with the statistics that it had, and nothing stays changed."""
+    run = Run(total_steps=300)
+    run.train(0, 20)
+    hyper, problem = run.tuner._hyper, run.tuner._problem
+    back = hyper.backtracking
+    assert back is not None and back.theta is not None
+    theta = torch.cat([p.detach().reshape(-1) for p in run.model.parameters()])
+
+    def eval_loss() -> Tensor:
+        return next(iter(problem.buffers)).sum() + 0 * run.model[0].weight.sum()
+
+    hyper.validation = eval_loss
+    statistics = [b.clone() for b in problem.buffers]
+    now, then = hyper._read_both(20, theta, back.theta)
+    assert now == pytest.approx([statistics[0].sum().item()] * len(now))
+    assert then == pytest.approx([back.buffers[0].value.sum().item()] * len(then)) and then != now
+    assert all(torch.equal(a, b) for a, b in zip(statistics, problem.buffers, strict=True))
+    assert torch.equal(theta, torch.cat([p.detach().reshape(-1) for p in run.model.parameters()]))
