@@ -7,7 +7,8 @@ the reading before training and v* the lowest so far, at weights θ*, a reading 
     v − v* > max(NOISE σ, SHARE (v₀ − v*))       σ = median |v_i − 2 v_{i−1} + v_{i−2}| / (0.6745 √6), of the last RECENT
 
 (second differences: a trend is no noise). Of many readings of random batches the lowest is luck. So a suspect is looked into: the
-loss is read at θ* and at the weights of v in turn, PAIRS times each with the same random numbers. With d the differences,
+loss is read at θ* and at the running average of the weights in turn (the weights themselves jump about it while lr is large, and
+what they jump by passes once lr decays), PAIRS times each with the same random numbers. With d the differences,
 
     mean(d) > max(SURE · sd(d)/√PAIRS, SHARE (v₀ − v̄*))       v̄* the mean at θ*
 
@@ -21,7 +22,7 @@ The readings start again where the tuning of another number begins: what is read
 and what is read at the weights later, do not compare. (Early stopping with restarts from the best weights; the paired test is
 that of common random numbers.)
 
-Evidence: experiments/results/online_tuning_log.md, session 6.
+Evidence: experiments/results/online_tuning_log.md, sessions 6 and 7.
 """
 
 from __future__ import annotations
@@ -39,15 +40,15 @@ from hypergrad.problem import Problem, Saved
 from hypergrad.updates.binding import State
 from hypergrad.updates.transition import Transition
 
-NOISE, SHARE = 1.0, 0.15
+NOISE, SHARE = 1.0, 0.1
 RECENT = 12  # second differences that σ is made of
 PAIRS, SURE = 4, 3.0
 WAIT = 2  # readings after the record began, or a suspect was none, before the next suspect
 CUT = 4.0  # of lr
 AGAIN = 0.1  # of the run
 
-# reads the validation loss PAIRS times at each of two vectors of weights, in turn: what it is at the first, and at the second
-ReadBoth = Callable[[Tensor, Tensor], tuple[Sequence[float], Sequence[float]]]
+# reads the validation loss PAIRS times at the present weights' average and at the record's, in turn: what it is there, and here
+ReadBoth = Callable[[Tensor], tuple[Sequence[float], Sequence[float]]]
 
 
 @dataclass
@@ -115,7 +116,7 @@ class Backtracking:
         sigma = median(self.second) if self.second else 0.0
         if self.theta is None or loss - self.best <= max(NOISE * sigma, self._least(self.best)) or self.wait > 0:
             return False
-        now, then = read_both(theta, self.theta)
+        now, then = read_both(self.theta)
         off, level = [a - b for a, b in zip(now, then, strict=True)], fmean(then)
         if fmean(off) > max(SURE * stdev(off) / math.sqrt(len(off)), self._least(level)):
             return True

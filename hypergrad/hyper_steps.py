@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
 from statistics import fmean
 
 import torch
@@ -19,8 +18,11 @@ from hypergrad.readout import Readout
 from hypergrad.recording import Journal, short
 from hypergrad.schedules import STEP_NAMES
 from hypergrad.tangents import Tangents
+from hypergrad.validation_noise import LARGEST, ValidationNoise
 
-OTHER_DRAWS = 2**40  # seeds of second readings, far from those of the first
+OTHER_DRAWS = (
+    2**31
+)  # seeds of second readings, far from those of the first; torch's CPU generator takes 32 bits of a seed
 # Numbers whose tangent outgrew the weights: training is chaotic there, its hypergradient is noise, and less is safe.
 _SAFE_DOWN = frozenset({"lr", "momentum"})
 
@@ -51,6 +53,7 @@ class HyperSteps:
         self.stats, self.frozen, self.val_loss = stats, False, math.nan
         self.best: BestWeights | None = None  # is told every validation loss
         self.backtracking: Backtracking | None = None  # the same; None: lr is not tuned, or steps are replayed
+        self.noise = ValidationNoise()
         self.hypergradients: dict[str, Tensor] = {}
         self.losses: list[float] = []  # of the training steps since the last record
 
@@ -70,10 +73,15 @@ class HyperSteps:
             return self._risen(t, self.val_loss, None, warming)
         with self._where() as tangent:
             value, of_params, of_hypers, _ = self.problem.validate(self.validation, t, self.seed + t)
+            again = None
+            if tangent is not None and self.noise.wanted and not warming and not self.frozen:
+                again = self.problem.validate(self.validation, t, self.seed + OTHER_DRAWS + t).of_params
         readout = Readout()
         readout.ask("value", value)
         if tangent is not None:
             readout.ask("hypergradient", tangent @ self.transition.flatten(of_params))
+            if again is not None:
+                readout.ask("another hypergradient", tangent @ self.transition.flatten(again))
         found = {name: g for name, g in zip(self.problem.hypers, of_hypers, strict=True) if g is not None}
         for name, g in found.items():
             readout.ask(f"direct {name}", g)
@@ -88,14 +96,37 @@ class HyperSteps:
                 gradient[j] += direct.view(found[entry.name].shape)[entry.index] * slope[j]
         theta = self.tangents.average if self._averages() else None
         self._moved(t, read["value"][0], gradient, read, theta)
+        if again is not None:
+            self._note_noise(t, read["hypergradient"], read["another hypergradient"])
         return self._risen(t, read["value"][0], theta, warming)
 
+    def _note_noise(self, t: int, one: list[float], other: list[float]) -> None:
+        """Say once that the validation batch is too small, where it is."""
+        self.stats["val_evaluations"] += 1
+        self.noise.note(one, other)
+        factor = None if self.noise.wanted else self.noise.size_factor()
+        if factor is not None:
+            times = f"{factor} times or more" if factor == LARGEST else f"at least {factor} times"
+            self.journal.note_once(
+                t,
+                "two draws of val_loss at the same weights gave hypergradients that hardly agree: tuning is mostly a random "
+                f"walk. Give val_loss a batch {times} as large, or the whole validation set.",
+            )
+
     def _risen(self, t: int, loss: float, theta: Tensor | None, warming: bool) -> bool:
-        """Whether the validation loss, read at theta (None: the model's weights), is above its lowest by more than chance."""
+        """Whether the validation loss, read at theta (None: the model's weights), is above its lowest by more than chance.
+
+        A suspect is read again at the average of the weights: while lr is large the weights themselves jump about it.
+        """
         if self.backtracking is None or self.frozen or warming:
             return False
         theta = self.transition.flatten(self.transition.params) if theta is None else theta
-        return self.backtracking.read(t, loss, theta, self.coordinates.moving, partial(self._read_both, t))
+        average = self.tangents.average
+
+        def read_both(other: Tensor) -> tuple[list[float], list[float]]:
+            return self._read_both(t, theta if average is None else average, other)
+
+        return self.backtracking.read(t, loss, theta, self.coordinates.moving, read_both)
 
     def _read_both(self, t: int, one: Tensor, other: Tensor) -> tuple[list[float], list[float]]:
         """The validation loss at two vectors of weights in turn, with the same random numbers, PAIRS times.

@@ -300,6 +300,7 @@ class Tuner:
             "tangents": ride.tangents.state_dict(),
             "backtracking": None if (back := self._hyper.backtracking) is None else back.state_dict(),
             "best": None if self._best is None else self._best.state_dict(),
+            "validation noise": self._hyper.noise.state_dict(),
             "used": {"values": dict(ride.used[0]), "slopes": ride.used[1]},
         }
 
@@ -335,6 +336,7 @@ class Tuner:
         ride.tangents.load_state_dict(state["tangents"])
         if self._best is not None:
             self._best.load_state_dict(state["best"])
+        self._hyper.noise.load_state_dict(state["validation noise"])
         if self._hyper.backtracking is not None and state["backtracking"] is not None:
             self._hyper.backtracking.load_state_dict(state["backtracking"])
         ride.used = dict(state["used"]["values"]), state["used"]["slopes"].clone()
@@ -390,7 +392,17 @@ _STATS = (
 def _missing(mine: Mapping[str, Any], state: Mapping[str, Any]) -> list[str]:
     """What a tuner's state_dict lacks, two levels deep."""
     out = [name for name in mine if name not in state]
-    for name in ("guard", "warm", "coordinates", "live", "tangents", "backtracking", "best", "used"):
+    for name in (
+        "guard",
+        "warm",
+        "coordinates",
+        "live",
+        "tangents",
+        "backtracking",
+        "best",
+        "validation noise",
+        "used",
+    ):
         if state.get(name) is not None and mine[name] is not None:
             out += [f"{name}/{key}" for key in mine[name] if key not in state[name]]
     return out
