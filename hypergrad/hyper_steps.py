@@ -18,7 +18,7 @@ from hypergrad.readout import Readout
 from hypergrad.recording import Journal, short
 from hypergrad.schedules import STEP_NAMES
 from hypergrad.tangents import Tangents
-from hypergrad.validation_noise import LARGEST, ValidationNoise
+from hypergrad.validation_noise import ValidationNoise
 
 OTHER_DRAWS = (
     2**31
@@ -106,11 +106,10 @@ class HyperSteps:
         self.noise.note(one, other)
         factor = None if self.noise.wanted else self.noise.size_factor()
         if factor is not None:
-            times = f"{factor} times or more" if factor == LARGEST else f"at least {factor} times"
             self.journal.note_once(
                 t,
                 "two draws of val_loss at the same weights gave hypergradients that hardly agree: tuning is mostly a random "
-                f"walk. Give val_loss a batch {times} as large, or the whole validation set.",
+                f"walk. Give val_loss a batch at least {factor} times as large, or the whole validation set.",
             )
 
     def _risen(self, t: int, loss: float, theta: Tensor | None, warming: bool) -> bool:

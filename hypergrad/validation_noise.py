@@ -23,7 +23,7 @@ from typing import Any
 
 DRAWS = 16  # hyperparameter steps at which two draws are compared
 ENOUGH = 0.5  # of ρ
-LARGEST = 20  # the largest k that is named: beyond it the bound says nothing
+LARGEST = 20  # the largest k that is named: a larger one cannot be told from it
 
 Pair = tuple[Sequence[float], Sequence[float]]
 
