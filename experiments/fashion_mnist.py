@@ -40,7 +40,7 @@ from experiments import datasets, flops, grid, results
 from experiments.arguments import arg, command, parse
 from experiments.clarke import LookBack
 from experiments.sweep import sweep
-from hypergrad.tangents import AVERAGE_SHARE
+from hypergrad.online.tangents import AVERAGE_SHARE
 
 METHODS: dict[str, dict[str, Any]] = {
     "grid": {"decay": True, "average": True},

@@ -31,7 +31,7 @@ from experiments import results
 from experiments.arguments import arg, command, parse
 from experiments.fashion_mnist import BATCH, load, network, whole_loss
 from experiments.sweep import sweep
-from hypergrad import shapes
+from hypergrad import schedules
 
 PEAKS = tuple(round(float(x), 5) for x in np.geomspace(0.01, 1, 20))
 POWERS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
@@ -100,13 +100,13 @@ def build(seed: int, horizon: float, steps: int, data_dir: str | None) -> hyperg
     def val_loss() -> Tensor:
         return cross_entropy(model(data.val.x), data.val.y)
 
-    plan = {"lr": lambda step, hypers: shapes.knots(step / n, hypers["lr_knots"])}
+    plan = {"lr": lambda step, hypers: schedules.knots(step / n, hypers["lr_knots"])}
     return hypergrad.Run(model, optimizer, batches(seed, n, len(data.train.y)), loss, val_loss, schedules=plan)
 
 
 def of_knots(knots: Tensor) -> Callable[[float], float]:
     """lr as a function of normalised time."""
-    return lambda x: float(shapes.knots(x, knots))
+    return lambda x: float(schedules.knots(x, knots))
 
 
 def learn(args: Args, start: float, folder: Path) -> hypergrad.RunResult:

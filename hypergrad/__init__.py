@@ -1,14 +1,15 @@
 """Hyperparameters of a PyTorch training loop, tuned by gradient descent while the model trains."""
 
-from hypergrad import search, shapes, solvers
-from hypergrad.checks import Report, check
-from hypergrad.exact import hypergradient
-from hypergrad.hyperparameters import Hyperparameter
-from hypergrad.modes import Result
-from hypergrad.population import Population
-from hypergrad.run_evaluations import Run
-from hypergrad.tuner import Tuner
-from hypergrad.whole_run import RunResult, tune_run
+from hypergrad import schedules, search, solvers
+from hypergrad.checks.check import Report, check
+from hypergrad.core.hyperparameters import Hyperparameter
+from hypergrad.differentiate.hypergradient import hypergradient
+from hypergrad.differentiate.trajectory import Result
+from hypergrad.online.population import Population
+from hypergrad.online.tuner import Tuner
+from hypergrad.whole_run.outer_loop import RunResult
+from hypergrad.whole_run.run import Run
+from hypergrad.whole_run.tune_run import tune_run
 
 __version__ = "0.1.0"
 __all__ = [
@@ -21,8 +22,12 @@ __all__ = [
     "Tuner",
     "check",
     "hypergradient",
+    "schedules",
     "search",
-    "shapes",
     "solvers",
     "tune_run",
 ]
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

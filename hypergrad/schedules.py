@@ -1,54 +1,111 @@
-"""What is done when the length of training is known: lr's shape, and what is tuned when.
+"""Shapes of schedules on normalised time x = step/steps in [0, 1], differentiable in all that they are made of.
 
-The worth of weight decay shows late, once lr decays and overfitting begins: tuned beside lr on the Fashion-MNIST protocol it
-is pushed to its floor, tuned after lr it rises again. So the numbers that make the step are tuned over the first share of
-the run and then left, and those that make the objective from there on. A run too short for lr to come to rest goes on tuning it.
+They are for `schedules` of `hypergrad.hypergradient`:
+
+    schedules={"lr": lambda t, h: schedules.knots(t / steps, h["lr_knots"])}
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import math
+from typing import Any
 
-WARMUP_SHARE = 0.01  # of the steps
-STEP_SHARE = 0.3  # of the steps, in which lr, momentum, betas, … are tuned,
-LONGEST_SHARE = 0.8  # or so much where lr is still on the move
-SETTLED_SHARE = 0.9  # of the steps, after which nothing is tuned: lr is small, and there is nothing left to win
-_OF_THE_STEP = "lr momentum dampening betas alpha eps rho lr_decay momentum_decay beta2_decay d ns_coefficients"
-STEP_NAMES = frozenset(_OF_THE_STEP.split(" "))
+import torch
+from torch import Tensor
+
+Number = float | Tensor
 
 
-def decay_to_zero(t: int, total: int) -> float:
-    """Linear warm-up over the first hundredth of the steps, then linear decay that would reach 0 after the last.
+def knots(x: Number, values: Any, times: Any = None) -> Tensor:
+    """Interpolate linearly between knots (tᵢ, vᵢ).
+
+        v(x) = vᵢ + (vᵢ₊₁ − vᵢ) (x − tᵢ)/(tᵢ₊₁ − tᵢ),  tᵢ ≤ x < tᵢ₊₁          v₀ before t₀, v_m−1 after t_m−1
 
     Args:
-        t: steps done, 0 … total − 1; from `total` on the last value is kept.
-        total: number of steps.
+        x: a number, or a tensor of any shape.
+        values: v, shape [m, …], m ≥ 2; differentiable.
+        times: t, shape [m], increasing; differentiable (where x is a knot, from the right). None: evenly spaced over [0, 1].
+
+    Returns:
+        Tensor of shape [*x.shape, …].
+
+    Raises:
+        ValueError: fewer than two knots, another number of times than of values, times that do not increase.
 
     Example:
-        >>> [decay_to_zero(t, 4) for t in range(5)]
-        [1.0, 0.75, 0.5, 0.25, 0.25]
+        >>> v = torch.tensor([1.0, 3.0, 2.0], requires_grad=True)
+        >>> y = knots(0.125, v)
+        >>> y.item(), torch.autograd.grad(y, v)[0].tolist()  # a quarter of the way to the second knot
+        (1.5, [0.75, 0.25, 0.0])
+        >>> t = torch.tensor([0.0, 0.25, 1.0], requires_grad=True)
+        >>> y = knots(0.125, v, t)  # dv/dt₁ = −(v₁ − v₀) (x − t₀)/(t₁ − t₀)²
+        >>> y.item(), torch.autograd.grad(y, t)[0].tolist()
+        (2.0, [-4.0, -4.0, 0.0])
     """
-    warmup = int(WARMUP_SHARE * total)
-    if t < warmup:
-        return (t + 1) / (warmup + 1)
-    return max(total - t, 1) / (total - warmup)
+    values = _tensor(values)
+    m = len(values) if values.dim() else 0
+    if m < 2:
+        raise ValueError(f"knots needs at least two values, got shape {tuple(values.shape)}.")
+    if times is None:
+        times = torch.linspace(0, 1, m, dtype=torch.promote_types(values.dtype, torch.float64), device=values.device)
+    times = _tensor(times).to(values.device)
+    if times.shape != (m,):
+        raise ValueError(f"knots has {m} values and times of shape {tuple(times.shape)}: one time for each value.")
+    if not bool((times.diff() > 0).all()):
+        raise ValueError(f"the times of knots must increase, got {times.tolist()}.")
+    at = _tensor(x).to(times)
+    i = (torch.searchsorted(times.detach(), at.detach(), right=True) - 1).clamp(0, m - 2)
+    share = ((at - times[i]) / (times[i + 1] - times[i])).clamp(0, 1)
+    return values[i] + share.view((*share.shape, *[1] * (values.dim() - 1))) * (values[i + 1] - values[i])
 
 
-def tuned_at(t: int, total: int | None, names: Collection[str], settled: bool = True) -> frozenset[str]:
-    """The names that are tuned after t steps; `settled`: lr, momentum, … are at rest, or not tuned any more.
+def warmup_decay(x: Number, peak: Number, warmup: Number, floor: Number = 0.0, power: Number | str = 1.0) -> Tensor:
+    """Climb linearly from 0 to a peak, then decay to a floor.
+
+        v(x) = peak x/w                                          x < w
+        v(x) = floor + (peak − floor) s,                         x ≥ w
+               s = ((1 − x)/(1 − w))^power    or "cosine":  s = (1 + cos π(x − w)/(1 − w))/2
+
+    Args:
+        x: a number or tensor, from 0 to 1.
+        peak, floor: highest and last value; differentiable.
+        warmup: w, length of the climb, 0 ≤ w < 1; differentiable.
+        power: exponent of the decay (1 linear, 2 quadratic), above 0, differentiable; or "cosine".
+
+    Returns:
+        Tensor of the shape of x.
+
+    Raises:
+        ValueError: x outside [0, 1], w outside [0, 1), a power that is not above 0 or another word than "cosine".
 
     Example:
-        >>> sorted(tuned_at(0, 100, ("lr", "weight_decay"))), sorted(tuned_at(30, 100, ("lr", "weight_decay")))
-        (['lr'], ['weight_decay'])
-        >>> sorted(tuned_at(0, None, ("lr", "weight_decay"))), sorted(tuned_at(0, 100, ("weight_decay",)))
-        (['lr', 'weight_decay'], ['weight_decay'])
-        >>> tuned_at(90, 100, ("lr", "weight_decay"))
-        frozenset()
+        >>> [round(warmup_decay(x, 1.0, 0.2, floor=0.1).item(), 3) for x in (0.0, 0.1, 0.2, 0.6, 1.0)]
+        [0.0, 0.5, 1.0, 0.55, 0.1]
+        >>> round(warmup_decay(0.6, 1.0, 0.2, floor=0.1, power="cosine").item(), 3)
+        0.55
+        >>> w = torch.tensor(0.2, dtype=torch.float64, requires_grad=True)
+        >>> slopes = (torch.autograd.grad(warmup_decay(x, 1.0, w), w)[0].item() for x in (0.1, 0.6))
+        >>> [round(slope, 3) for slope in slopes]  # −x/w² in the climb, (1 − x)/(1 − w)² in the decay
+        [-2.5, 0.625]
     """
-    if total is not None and t >= SETTLED_SHARE * total:
-        return frozenset()
-    early = STEP_NAMES.intersection(names)
-    late = frozenset(names) - early
-    if total is None or not early or not late:
-        return early | late
-    return early if t < (STEP_SHARE if settled else LONGEST_SHARE) * total else late
+    at, w = _tensor(x), _tensor(warmup)
+    if not bool(((at >= 0) & (at <= 1)).all()):
+        raise ValueError(f"warmup_decay is a function of normalised time: x must be from 0 to 1, got {at.tolist()}.")
+    if not bool((w >= 0) & (w < 1)):
+        raise ValueError(f"warmup must be a share of the run, at least 0 and below 1, got {w.tolist()}.")
+    climb = peak * at / torch.where(w > 0, w, 1)
+    if isinstance(power, str):
+        if power != "cosine":
+            raise ValueError(f"power must be a number or 'cosine', got {power!r}.")
+        share = (1 + torch.cos(math.pi * (at - w) / (1 - w))) / 2
+    else:
+        exponent = _tensor(power)
+        if not bool(exponent > 0):
+            raise ValueError(f"power must be above 0, got {exponent.tolist()}.")
+        # not of the quotient, whose slope is infinite at x = 1 for a power below 1
+        share = (1 - at) ** exponent / (1 - w) ** exponent
+    return torch.where(at < w, climb, floor + (peak - floor) * share)
+
+
+def _tensor(x: Any) -> Tensor:
+    return x if isinstance(x, Tensor) else torch.as_tensor(x, dtype=torch.float64)

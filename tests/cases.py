@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hypergrad.precision import Promote
+from hypergrad.checks.precision import Promote
 from tests import references
 from tests.problems import PROBLEMS, STEPS, Setup
 

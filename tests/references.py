@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from hypergrad.updates import RULES
-from hypergrad.updates.lamb import Lamb as LambRule
-from hypergrad.updates.lion import Lion as LionRule
+from hypergrad.optimizers.registry import RULES
+from hypergrad.optimizers.rules.lamb import Lamb as LambRule
+from hypergrad.optimizers.rules.lion import Lion as LionRule
 
 _NUMBERS = {"weight_decay": 0.0, "weight_decouple": True, "fixed_decay": False}
 

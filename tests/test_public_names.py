@@ -7,7 +7,7 @@ import subprocess
 import sys
 
 import hypergrad
-from hypergrad.modes import MODES, OPTIONS
+from hypergrad.differentiate.modes import MODES, OPTIONS
 
 NAMES = {"Hyperparameter", "Result", "hypergradient", "solvers"}
 HEAVY = ("torchvision", "sklearn", "matplotlib", "ray", "optuna", "lightning", "tensorboard")

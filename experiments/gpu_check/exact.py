@@ -16,7 +16,7 @@ from torch.nn.functional import mse_loss, scaled_dot_product_attention
 from experiments import bench_gpt
 from experiments.gpu_check.jobs import MODES, RULES, Job, Rule, ce, classifier, of_rule, same, truth, two_layers
 from experiments.gpu_check.rows import Check, NotRun, Place, Row
-from hypergrad.modes import compiled
+from hypergrad.differentiate.compile import compiled
 
 LONG = 20  # steps of a stretch with several segments
 COMPILED = 1e-8  # relative: a compiler may contract a·b + c

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 import hypergrad
-from hypergrad.precision import Promote
+from hypergrad.checks.precision import Promote
 
 SAME = 1e-9  # relative, in float64: the same sums in another order, through some ten steps
 STEPS = 8  # RAdam is rectified from step 6 on

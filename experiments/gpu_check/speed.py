@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import hypergrad
 from experiments.gpu_check.models import WORKLOADS, Workload
 from experiments.gpu_check.rows import Check, Place, Row
-from hypergrad.secant import GAP
+from hypergrad.online.low_rank_hessian import GAP
 
 FORMS = ("tuned", "free", "hypergradient")
 BLOCKS = (3, 7)  # at least, and at most, of plain and of other steps by turns

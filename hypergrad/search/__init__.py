@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from hypergrad.run_evaluations import Run
+from hypergrad.search.ask_and_tell import optimize
 from hypergrad.search.budget import Budget
 from hypergrad.search.convert import (
     from_hyperopt,
@@ -22,18 +22,18 @@ from hypergrad.search.convert import (
     to_param_grid,
     to_ray,
 )
-from hypergrad.search.convert.optuna import suggest
+from hypergrad.search.convert.optuna_spaces import suggest
 from hypergrad.search.entries import Categorical, Float, Int
 from hypergrad.search.extras import need
 from hypergrad.search.fmin import hyperopt_objective
 from hypergrad.search.gradient_steps import enqueue_hypergradient_step, hypergradient_step, note_hypergradient
-from hypergrad.search.loop import optimize
 from hypergrad.search.objective import Pruned, Trial
 from hypergrad.search.ranges import suggest_space
 from hypergrad.search.ray_tune import ray_trainable
 from hypergrad.search.space import Space
 from hypergrad.search.strategies import STRATEGIES
 from hypergrad.search.study import NoTrialCompleted, Study, Verification
+from hypergrad.whole_run.run import Run
 
 if TYPE_CHECKING:
     from hypergrad.search.sklearn import HypergradSearchCV as HypergradSearchCV

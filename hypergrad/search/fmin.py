@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
-from hypergrad.search.convert.hyperopt import flat
+from hypergrad.search.convert.hyperopt_spaces import flat
 from hypergrad.search.objective import Objective, Trial, evaluate, seed_of, takes_trial
 from hypergrad.search.space import Space, as_space
 from hypergrad.search.training import result_of

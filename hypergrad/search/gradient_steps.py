@@ -14,7 +14,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from hypergrad.search.convert.optuna import decode, encode
+from hypergrad.search.convert.optuna_spaces import decode, encode
 from hypergrad.search.entries import Float
 from hypergrad.search.extras import need
 from hypergrad.search.space import Space, Values, as_space

@@ -37,12 +37,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from hypergrad.exact import Optimizers, as_optimizers
+from hypergrad.checks.stock_run import as_found, twin
+from hypergrad.differentiate.hypergradient import Optimizers, as_optimizers
+from hypergrad.online.lr_warm_start import LEAST, LITTLE, MOST, largest_momentum
+from hypergrad.optimizers.transition import Transition
 from hypergrad.search.entries import Float
 from hypergrad.search.space import Space
-from hypergrad.stock_run import as_found, twin
-from hypergrad.updates.transition import Transition
-from hypergrad.warm_start import LEAST, LITTLE, MOST, largest_momentum
 
 PAIRS = 8  # of batches that are looked at
 SPAN, HEADROOM = 1e3, 4.0

@@ -22,7 +22,7 @@ from hypergrad.search.extras import need
 from hypergrad.search.objective import Objective, Outcome, Reports, Trial, WrongType
 from hypergrad.search.ray_tune import Trainable, number_of
 from hypergrad.search.ray_workers import Cluster, connected
-from hypergrad.search.strategies.population import PBT
+from hypergrad.search.strategies.population_based import PBT
 from hypergrad.search.workers import Runner
 
 WHAT = "strategy 'pbt'"

@@ -10,7 +10,7 @@ from statistics import fmean
 from typing import Any
 
 from hypergrad.search.budget import Cost
-from hypergrad.search.convert.optuna import decode
+from hypergrad.search.convert.optuna_spaces import decode
 from hypergrad.search.objective import Objective, Trial, as_number, seed_of, seeded
 from hypergrad.search.space import Space, Values
 from hypergrad.search.training import result_of

@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hypergrad.exact import as_optimizers
-from hypergrad.modes.scheduled import Schedules
-from hypergrad.problem import takes_hypers, takes_step
-from hypergrad.run_evaluations import Run
-from hypergrad.schedules import decay_to_zero
+from hypergrad.core.problem import takes_hypers, takes_step
+from hypergrad.differentiate.hypergradient import as_optimizers
+from hypergrad.differentiate.schedule_gradients import Schedules
+from hypergrad.online.phases import decay_to_zero
+from hypergrad.optimizers.transition import Transition
 from hypergrad.search.objective import Objective, Pruned, Trial, call
-from hypergrad.updates.transition import Transition
+from hypergrad.whole_run.run import Run
 
 LOOKS = 10  # validation losses that a run reports to a pruner on its way
 

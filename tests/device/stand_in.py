@@ -15,7 +15,7 @@ What is counted, as a GPU would have it:
     bytes_to_host     of what is copied back, numbers that are read included
 
 A copy to the host that does not block makes nobody wait. In the main thread it arrives when an event is waited for, and is not
-there before (`hypergrad.host_copy`); worker threads wait for theirs at once.
+there before (`hypergrad.core.host_copy`); worker threads wait for theirs at once.
 
 Host tensors may only meet tensors of the device as CUDA allows it: as single numbers, as indices, in copies.
 
@@ -276,7 +276,7 @@ def stand_in() -> Iterator[Device]:
         return ThreadPoolExecutor(*args, initializer=lambda: _Factories().__enter__())
 
     DEVICE.clear()
-    threads = mock.patch("hypergrad.modes.snapshots.ThreadPoolExecutor", pool)
-    far = mock.patch.multiple("hypergrad.host_copy", ASYNCHRONOUS={NAME}, _mark=lambda _: DEVICE)
+    threads = mock.patch("hypergrad.differentiate.checkpoints.ThreadPoolExecutor", pool)
+    far = mock.patch.multiple("hypergrad.core.host_copy", ASYNCHRONOUS={NAME}, _mark=lambda _: DEVICE)
     with _Factories(), mock.patch("torch.tensor", tensor), threads, far:
         yield DEVICE

@@ -10,13 +10,13 @@ import pytest
 import torch
 
 import hypergrad
-from hypergrad.updates import self_check
+from hypergrad.optimizers.traced import self_check
 from tests import problems
 from tests.cases import Case, Row
 from tests.device.stand_in import NAME, stand_in
 from tests.device.test_modes_on_device import on_host
+from tests.optimizers.third_party import THIRD_PARTY
 from tests.oracle import MODES_AGREE, assert_matches, assert_same, hypergradient
-from tests.updates.third_party import THIRD_PARTY
 
 
 class Growing(torch.optim.Optimizer):

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from hypergrad.modes.snapshots import Snapshot
-from hypergrad.updates.binding import State
+from hypergrad.differentiate.checkpoints import Snapshot
+from hypergrad.optimizers.binding import State
 from tests.device.stand_in import NAME, OnDevice, stand_in
 
 

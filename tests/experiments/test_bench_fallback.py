@@ -9,7 +9,7 @@ import torch
 
 from experiments import bench_fallback
 from experiments.mode_tables import TABLES
-from hypergrad.updates import rule_of
+from hypergrad.optimizers.registry import rule_of
 
 
 @pytest.mark.parametrize("mode", bench_fallback.MODES)

@@ -10,7 +10,7 @@ import torch
 
 from experiments import bench_gpt, bench_implicit, bench_modes, long_run
 from experiments.mode_tables import TABLES
-from hypergrad.modes import compiled
+from hypergrad.differentiate.compile import compiled
 
 OURS = [name for name in bench_modes.METHODS if name.startswith(("unrolled", "forward"))]
 

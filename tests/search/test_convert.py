@@ -25,8 +25,8 @@ from hypergrad.search import (
     to_param_grid,
     to_ray,
 )
-from hypergrad.search.convert.hyperopt import flat
-from hypergrad.search.convert.optuna import decode, encode
+from hypergrad.search.convert.hyperopt_spaces import flat
+from hypergrad.search.convert.optuna_spaces import decode, encode
 
 DRAWS = 50
 ENTRIES = {

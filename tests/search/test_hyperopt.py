@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from hypergrad.search import Float, Space, hyperopt_objective, optimize, to_hyperopt
-from hypergrad.search.convert.hyperopt import flat, labels_of
+from hypergrad.search.convert.hyperopt_spaces import flat, labels_of
 from hypergrad.search.objective import Trial, seed_of
 from hypergrad.search.strategies import make
 from tests.search.problems import SPACE, bowl, noisy_bowl, quadratic

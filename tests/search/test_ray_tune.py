@@ -15,7 +15,7 @@ from hypergrad.search.objective import Reports
 from hypergrad.search.ray_population import Member
 from hypergrad.search.ray_tune import number_of
 from hypergrad.search.space import Space
-from hypergrad.search.strategies.population import PBT
+from hypergrad.search.strategies.population_based import PBT
 from tests.search.problems import bowl, keeps_nothing, tuned_online, valley
 from tests.search.ray_warnings import QUIET
 from tests.search.test_optimize import never

@@ -32,7 +32,7 @@ from sklearn.utils.estimator_checks import check_estimator
 
 from hypergrad.search import Float, HypergradSearchCV, Int
 from hypergrad.search.sklearn import MLPClassifier, MLPRegressor
-from hypergrad.search.sklearn.descent import descend, starts
+from hypergrad.search.sklearn.gradient_descent import descend, starts
 
 NUMBERS = load_diabetes(return_X_y=True)
 CLASSES = load_iris(return_X_y=True)

@@ -13,7 +13,7 @@ from sklearn.model_selection import cross_validate
 from sklearn.utils import _safe_indexing
 
 from hypergrad.search.entries import Float
-from hypergrad.search.sklearn.descent import Point
+from hypergrad.search.sklearn.gradient_descent import Point
 from hypergrad.search.sklearn.minimum import HeldOut
 from hypergrad.search.sklearn.models import hypergradient, with_params
 

@@ -24,7 +24,7 @@ from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_is_fitted, column_or_1d, validate_data
 from torch import Tensor, nn
 
-from hypergrad.exact import hypergradient
+from hypergrad.differentiate.hypergradient import hypergradient
 from hypergrad.search.sklearn.losses import Loss, log_loss, squared_error
 from hypergrad.search.sklearn.minimum import DENSE, HeldOut, Minimum, at_minimum, hessian_of
 from hypergrad.search.sklearn.newton import to_minimum

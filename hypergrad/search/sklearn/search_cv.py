@@ -16,10 +16,10 @@ from sklearn.model_selection import check_cv
 from sklearn.model_selection._search import BaseSearchCV
 from sklearn.utils import check_random_state, indexable
 
-from hypergrad.search.convert.sklearn import from_sklearn
+from hypergrad.search.convert.sklearn_spaces import from_sklearn
 from hypergrad.search.entries import Float
-from hypergrad.search.sklearn.descent import descend, starts
 from hypergrad.search.sklearn.folds import Folds
+from hypergrad.search.sklearn.gradient_descent import descend, starts
 from hypergrad.search.sklearn.models import check_names, find, loss_of, with_params
 
 GAP = 0.01  # share of the loss that the solver's tolerance may be worth without a warning

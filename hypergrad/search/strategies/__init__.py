@@ -12,7 +12,7 @@ from hypergrad.search.strategies.grid import Grid, Random
 from hypergrad.search.strategies.halving import ASHA, Hyperband
 from hypergrad.search.strategies.hyperopt import Hyperopt
 from hypergrad.search.strategies.online import HybridOnline, HypergradientOnline
-from hypergrad.search.strategies.population import PBT
+from hypergrad.search.strategies.population_based import PBT
 from hypergrad.search.strategies.samplers import CMA, GP, TPE
 
 STRATEGIES: dict[str, type[Strategy]] = {

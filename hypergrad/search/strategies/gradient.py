@@ -6,9 +6,9 @@ In the coordinate u ∈ [0, 1] of each entry's own scale (`space`), with x = x(u
 
 where x_g = r_g x is what the run's param group g makes of the entry x, L the validation loss of the run that the objective builds
 at these values, its gradient `hypergrad.hypergradient`'s, and D Adam with step sizes that halve after a worse value
-(`hypergrad.outer_steps`). Every step builds the run anew with the trial's seed. A trial is one descent: "hypergradient" begins
-the first at the space's own start and the next ones at random; "hybrid" lets a sampler of Optuna choose every start, and with it
-what has no derivative.
+(`hypergrad.whole_run.step_rules`). Every step builds the run anew with the trial's seed. A trial is one descent: "hypergradient"
+begins the first at the space's own start and the next ones at random; "hybrid" lets a sampler of Optuna choose every start, and
+with it what has no derivative.
 """
 
 from __future__ import annotations
@@ -20,9 +20,10 @@ from typing import Any, ClassVar
 
 import torch
 
-from hypergrad.exact import as_optimizers, hypergradient
-from hypergrad.outer_steps import OuterSteps, Point
-from hypergrad.run_evaluations import COST_OF_PRODUCT, Run
+from hypergrad.checks.stock_run import as_found
+from hypergrad.differentiate.hypergradient import as_optimizers, hypergradient
+from hypergrad.optimizers.rule import PARTS
+from hypergrad.optimizers.transition import Transition
 from hypergrad.search.entries import Float
 from hypergrad.search.objective import Objective, Trial, WrongType, call, seeded
 from hypergrad.search.space import Space, Values
@@ -30,9 +31,8 @@ from hypergrad.search.strategies.base import Strategy
 from hypergrad.search.strategies.grid import Random
 from hypergrad.search.strategies.samplers import CMA, GP, TPE
 from hypergrad.search.training import hypers_of, is_run, loss_of, schedules_of, train
-from hypergrad.stock_run import as_found
-from hypergrad.updates.rule import PARTS
-from hypergrad.updates.transition import Transition
+from hypergrad.whole_run.run import COST_OF_PRODUCT, Run
+from hypergrad.whole_run.step_rules import OuterSteps, Point
 
 FOLLOWS = 1e-6  # relative: a param group's number that keeps its ratio to the entry's value
 _PART_OF = {part: (name, i) for name, names in PARTS.items() for i, part in enumerate(names)}  # beta1 -> (betas, 0)

@@ -11,8 +11,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from hypergrad.search.convert import to_hyperopt
-from hypergrad.search.convert.hyperopt import flat, labels_of
-from hypergrad.search.convert.optuna import decode, distribution, encode, key
+from hypergrad.search.convert.hyperopt_spaces import flat, labels_of
+from hypergrad.search.convert.optuna_spaces import decode, distribution, encode, key
 from hypergrad.search.extras import need
 from hypergrad.search.objective import seed_of
 from hypergrad.search.space import Space, Values

@@ -6,8 +6,9 @@ entry x, and x_g the number that the tuner has brought it to, the entry's learne
     x = exp mean_g log(x_g / r_g)          over the groups in which r_g is not 0
 
 and stands for the run in `best_params`. lr is the scale of a short warm-up and a linear decay to zero over the run
-(`hypergrad.schedules`), and is trained so again by `Study.verify`. "hypergradient-online" begins the first trial at the space's
-own start and the next ones at random; with "hybrid-online" a sampler of Optuna chooses every start, and what has no derivative.
+(`hypergrad.online.phases`), and is trained so again by `Study.verify`. "hypergradient-online" begins the first trial at the
+space's own start and the next ones at random; with "hybrid-online" a sampler of Optuna chooses every start, and what has no
+derivative.
 """
 
 from __future__ import annotations
@@ -18,15 +19,15 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from hypergrad.hyper_steps import gradient_evaluations
-from hypergrad.hyperparameters import Hyperparameter
+from hypergrad.core.hyperparameters import Hyperparameter
+from hypergrad.online.hyper_step import gradient_evaluations
+from hypergrad.online.tuner import Tuner
+from hypergrad.online.tuner_arguments import check_curvature, check_numbers
+from hypergrad.optimizers.rule import PARTS
 from hypergrad.search.objective import Objective, Trial
 from hypergrad.search.space import Space, Values
 from hypergrad.search.strategies.gradient import FromStart, Moved, Moving, Sampled
 from hypergrad.search.training import hypers_of, train
-from hypergrad.tuner import Tuner
-from hypergrad.tuner_arguments import check_curvature, check_numbers
-from hypergrad.updates.rule import PARTS
 
 KINDS = {"linear": "free", "log": "positive", "logit": "unit"}  # of what the loss reads, by the entry's scale
 

@@ -1,0 +1,1 @@
+"""Finite differences of a user's own loop in float64."""

@@ -1,0 +1,196 @@
+"""`check`: are the hypergradients of a user's own loop right? Finite differences of the stock optimizer in float64.
+
+The user's float32 code runs unchanged: parameters, buffers, optimizer state and batches are float64 for the time of the
+call, and a TorchFunctionMode promotes every other float tensor the moment an operation takes it in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map
+
+from hypergrad.checks.precision import Promote, in_float64, to_double
+from hypergrad.checks.stock_run import Moved, StockRun, as_found
+from hypergrad.core.problem import Rng
+from hypergrad.differentiate.hypergradient import Optimizers, as_optimizers, granularity, hypergradient, leaves
+from hypergrad.differentiate.schedule_gradients import Function
+
+RTOL = 1e-5  # agreement asked for; Richardson differences of a smooth loss reach 1e-8
+STEP = 1e-4  # of the differences, relative to the value (absolute below 1e-3)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One number that was checked."""
+
+    name: str
+    index: tuple[int, ...]
+    hypergradient: float
+    finite_difference: float
+    relative_error: float
+    smooth: bool  # whether the difference converges: False at a kink, or where the run is chaotic
+    ok: bool
+
+
+@dataclass(frozen=True)
+class Report:
+    """What `check` found. True where every hypergradient agrees with its finite difference.
+
+    Attributes:
+        ok: whether all rows agree.
+        rows: one for each number.
+        notes: sentences on what is off and what to do.
+    """
+
+    rows: list[Row] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def ok(self) -> bool:
+        return all(row.ok for row in self.rows)
+
+    def __bool__(self) -> bool:
+        return self.ok
+
+    def __str__(self) -> str:
+        lines = [f"{'hyperparameter':<22}{'hypergradient':>16}{'difference':>16}{'rel. error':>12}"]
+        for r in self.rows:
+            label = r.name + "".join(f"[{i}]" for i in r.index)
+            verdict = "" if r.ok and r.smooth else "  not smooth" if not r.smooth else "  OFF"
+            lines.append(
+                f"{label:<22}{r.hypergradient:>16.8g}{r.finite_difference:>16.8g}{r.relative_error:>12.1e}{verdict}"
+            )
+        return "\n".join([*lines, *self.notes])
+
+
+def check(
+    model: torch.nn.Module,
+    optimizer: Optimizers,
+    loss: Callable[..., Tensor],
+    batches: Iterable[Any],
+    val_loss: Callable[..., Tensor],
+    wrt: str | Sequence[str] = ("lr", "weight_decay"),
+    mode: str = "unrolled",
+    hypers: Mapping[str, Any] | None = None,
+    val_steps: Sequence[int] | None = None,
+    clip_norm: float | None = None,
+    clip_value: float | None = None,
+    limit: int = 10,
+    schedules: Mapping[str, Function] | None = None,
+    per: str | Mapping[str, str] = "group",
+    ema: float | None = None,
+) -> Report:
+    """Compare hypergradients of a loop with central finite differences of the stock optimizer, in float64.
+
+    Runs the loop 4 times for every number. Model, optimizer, gradients, buffers and random numbers are left as found.
+
+    Args:
+        model, optimizer, loss, batches, val_loss, wrt, mode, hypers, val_steps, clip_norm, clip_value, schedules, per, ema: as in
+            `hypergrad.hypergradient`. A few batches are enough.
+        limit: at most so many elements of each tensor in `hypers`, and of each name that `per` has for every parameter or
+            element, evenly spaced.
+
+    Returns:
+        Report: true if all agree to 1e-5; `print(report)` shows the table. A row that is off with `smooth` False tells of a
+        loss with kinks or of a chaotic run at that place rather than of a wrong hypergradient.
+
+    Raises:
+        ValueError: val_loss or the training loss is not deterministic.
+        NotImplementedError: something in the user's code computes in lower precision; the message names it.
+
+    Example:
+        >>> model = torch.nn.Linear(2, 1)
+        >>> sgd = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+        >>> x, y = torch.ones(4, 2), torch.zeros(4, 1)
+        >>> mse = lambda model, batch: ((model(batch) - y) ** 2).mean()
+        >>> bool(check(model, sgd, mse, [x] * 3, lambda: mse(model, x), wrt=("lr", "weight_decay", "momentum")))
+        True
+    """
+    if limit < 1:
+        raise ValueError(f"limit must be a whole number from 1, got {limit}.")
+    optimizers, rng = as_optimizers(optimizer), None
+    params = [p for opt in optimizers for group in opt.param_groups for p in group["params"]]
+    if params:
+        rng = Rng(params[0].device)
+    items = list(batches)
+    if rng is not None:
+        rng.restore()
+    names = (wrt,) if isinstance(wrt, str) else tuple(wrt)
+    with in_float64(model, optimizers), Promote():
+        items = tree_map(to_double, items)
+        tensors = {name: to_double(x.detach()) for name, x in leaves(hypers).items()}
+        how = {k: x for k, x in granularity(per, [n for n in names if n not in tensors]).items() if x != "group"}
+        single = {"clip_norm": clip_norm, "clip_value": clip_value, "ema": ema}
+        run = StockRun(model, optimizers, loss, items, val_loss, tensors, val_steps, single, dict(schedules or {}), how)
+        _check_deterministic(run)
+        arguments: dict[str, Any] = {"hypers": tensors or None, "val_steps": val_steps, **single}
+        arguments |= {"schedules": schedules, "per": per}
+        result = hypergradient(model, optimizer, loss, items, val_loss, names, mode, **arguments)
+        rows, value = [], float(result.value)
+        for name, gradient in result.gradients.items():
+            for index in _indices(gradient, limit if name in tensors or name in how else None):
+                rows.append(_compare(run, run.moved(name, index), float(gradient[index]), value))
+    return Report(rows, _explain(rows) + result.stats["warnings"])
+
+
+def _indices(gradient: Tensor, limit: int | None) -> Iterator[tuple[int, ...]]:
+    n = gradient.numel()
+    chosen = (
+        range(n) if limit is None or n <= limit else sorted({i * (n - 1) // max(limit - 1, 1) for i in range(limit)})
+    )
+    for flat in chosen:
+        yield tuple(int(i) for i in np.unravel_index(flat, gradient.shape))
+
+
+# Richardson: (4 D(h/2) − D(h))/3 has an error of order h⁴. Where D(h) and D(h/2) differ by much, L is not smooth.
+def _compare(run: StockRun, at: Moved, ours: float, value: float) -> Row:
+    x = run.read(at)
+    h = STEP * max(abs(x), 1e-3)
+
+    def central(d: float) -> float:
+        return (run(at, d) - run(at, -d)) / (2 * d)
+
+    one_sided = x - h < 0 and run.needs_nonnegative(at.name)
+    if one_sided:
+        base = run(at, 0.0)
+        d1, d2 = ((-3 * base + 4 * run(at, d) - run(at, 2 * d)) / (2 * d) for d in (h, h / 2))
+    else:
+        d1, d2 = central(h), central(h / 2)
+    difference = (4 * d2 - d1) / 3
+    noise = 1e-14 * abs(value) / h
+    scale = max(abs(difference), abs(ours), 1e-300)
+    error = abs(difference - ours)
+    smooth = abs(d1 - d2) <= 0.05 * scale + 10 * noise
+    return Row(at.name, at.index, ours, difference, error / scale, smooth, error <= RTOL * scale + noise)
+
+
+def _explain(rows: list[Row]) -> list[str]:
+    notes = []
+    if any(not row.ok and row.smooth for row in rows):
+        notes.append(
+            "OFF: a part of the graph was lost (.detach(), .item(), numpy, or an autograd Function whose backward is not "
+            "differentiable), or the loss is not the one that is trained."
+        )
+    if any(not row.smooth for row in rows):
+        notes.append(
+            "not smooth: the differences do not converge (a kink of ReLU or max-pooling, or a chaotic run). Try fewer steps, a "
+            "smaller lr, a larger eps, or a smooth activation for this check."
+        )
+    return notes
+
+
+def _check_deterministic(run: StockRun) -> None:
+    with as_found(run.model, run.optimizers):
+        first, second = (run.validate(run.val_steps[-1]) for _ in range(2))
+        # random numbers were put back between the two, so what differs is drawn from elsewhere
+        if first != second and not (first != first and second != second):
+            raise ValueError(
+                f"val_loss is not deterministic ({first:.17g}, then {second:.17g}): let it use one fixed batch, and no data "
+                "iterator that moves on."
+            )

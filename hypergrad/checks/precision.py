@@ -1,0 +1,99 @@
+"""A user's float32 model, optimizer and code in float64 for the time of a call."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_flatten, tree_map
+
+from hypergrad.core.problem import Rng
+
+
+def all_params(model: torch.nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> list[Tensor]:
+    held = [p for opt in optimizers for group in opt.param_groups for p in group["params"]]
+    return list({id(p): p for p in [*held, *model.parameters()]}.values())
+
+
+def to_double(x: Any) -> Any:
+    return x.double() if isinstance(x, Tensor) and x.is_floating_point() and x.dtype != torch.float64 else x
+
+
+@contextmanager
+def in_float64(model: torch.nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> Iterator[None]:
+    """Parameters, buffers and optimizer state in float64; the very same tensors back on the way out."""
+    params, default = all_params(model, optimizers), torch.get_default_dtype()
+    data, grads = [p.data for p in params], [p.grad for p in params]
+    buffers = [(m, name, b) for m in model.modules() for name, b in m._buffers.items() if b is not None]
+    states = [opt.state for opt in optimizers]
+    rng = Rng(params[0].device)
+    try:
+        torch.set_default_dtype(torch.float64)
+        for p in params:
+            p.grad = None
+            p.data = p.data.double().clone()
+        for module, name, b in buffers:
+            module._buffers[name] = b.double() if b.is_floating_point() else b.clone()
+        for opt, state in zip(optimizers, states, strict=True):
+            opt.state = defaultdict(dict, {p: {k: _doubled(k, x) for k, x in s.items()} for p, s in state.items()})
+        yield
+    finally:
+        torch.set_default_dtype(default)
+        for p, x, grad in zip(params, data, grads, strict=True):
+            p.grad = None
+            p.data = x
+            p.grad = grad
+        for module, name, b in buffers:
+            module._buffers[name] = b
+        for opt, state in zip(optimizers, states, strict=True):
+            opt.state = state
+        rng.restore()
+
+
+def _doubled(name: str, x: Any) -> Any:
+    return x.clone() if name == "step" and isinstance(x, Tensor) else to_double(x)
+
+
+class Promote(TorchFunctionMode):
+    """Every operation gets float64 in place of lower precision, and casts to lower precision are passed over."""
+
+    _CASTS = frozenset({Tensor.float, Tensor.half, Tensor.bfloat16})
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        kwargs = dict(kwargs or {})
+        if func in self._CASTS:
+            copies, func = func is not Tensor.float, Tensor.double
+            if copies:  # what is done to it in place is not done to the original
+                args = (args[0].clone(), *args[1:])
+        args, kwargs = tree_map(_promoted, (args, kwargs))
+        if func is Tensor.to or func is Tensor.type:
+            args, kwargs = tree_map(_not_lower, (args, kwargs))
+        elif kwargs.get("dtype") is not None:
+            kwargs["dtype"] = _not_lower(kwargs["dtype"])
+        out = func(*args, **kwargs)
+        for x in tree_flatten(out)[0]:
+            if isinstance(x, Tensor) and x.is_floating_point() and x.dtype != torch.float64 and x.requires_grad:
+                raise NotImplementedError(
+                    f"check could not promote the result of {getattr(func, '__name__', func)} to float64 (it is {x.dtype}, "
+                    f"shape {tuple(x.shape)}): take autocast and fixed precisions out of the loss for the check."
+                )
+        return out
+
+
+def _promoted(x: Any) -> Any:
+    """A float tensor of lower precision in float64. Leaves that want a gradient are somebody's parameters: untouched."""
+    if isinstance(x, Tensor) and x.dtype in _LOWER and not (x.requires_grad and x.is_leaf):
+        return x.double()
+    return x
+
+
+_LOWER = frozenset({torch.float32, torch.float16, torch.bfloat16})
+
+
+def _not_lower(x: Any) -> Any:
+    return torch.float64 if isinstance(x, torch.dtype) and x in _LOWER else x

@@ -1,0 +1,1 @@
+"""Hypergradients of a trajectory: forward, reverse and implicit differentiation."""

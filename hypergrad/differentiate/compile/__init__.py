@@ -1,0 +1,1 @@
+"""A training step, its adjoint and its tangents as compiled graphs."""

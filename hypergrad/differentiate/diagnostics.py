@@ -1,0 +1,106 @@
+"""What a mode did, counted, and what of it a user should know."""
+
+from __future__ import annotations
+
+import math
+import resource
+import sys
+import time
+import warnings
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from hypergrad.differentiate.series import Series
+from hypergrad.optimizers.binding import State
+
+if TYPE_CHECKING:
+    from hypergrad.differentiate.trajectory import Stretch
+
+CHAOS = 1e3  # growth of the norm beyond which a hypergradient is of little use
+SMOOTHER = (
+    "What smooths it: a smaller lr, gradient clipping, a larger eps in Adam's root, larger batches, smooth activations, average "
+    "in place of max pooling, or a shorter stretch."
+)
+
+
+class Meter:
+    """Counts what a mode did, for `Result.stats`."""
+
+    def __init__(self, device: torch.device):
+        self.device, self.start = device, time.perf_counter()
+        self.gradients = self.products = 0
+        self.norms = Series()  # of the tangent or adjoint, step after step; they stay on the device to the end
+        self.ill_conditioned: Tensor | None = None  # [n_groups] bool, the same
+        self.moved: list[str] | None = None  # buffers that training changes, where a mode has looked at its end
+        self.extra: dict[str, Any] = {"warnings": []}
+        self.base = self._peak()
+
+    def _peak(self) -> int:
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device)
+        unit = 1 if sys.platform == "darwin" else 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+    def norm(self, x: Tensor, known: Tensor | None = None) -> None:
+        """Note the norm of the tangent or adjoint after one more step. `known`: it, where it was computed already."""
+        self.norms.append(torch.linalg.vector_norm(x).detach() if known is None else known.detach())
+
+    def not_replayed(self, t: int) -> None:
+        """Note that weights were not the same, bit for bit, when step t came to be played again."""
+        first = self.extra["replayed_exactly"]
+        self.extra["replayed_exactly"] = False
+        if first and (self.device.type == "cpu" or torch.are_deterministic_algorithms_enabled()):
+            self.extra["warnings"].append(
+                f"the steps before step {t} were not the same, bit for bit, when they were played again, though losses agree to "
+                "0.1 %: something in the training loss is not deterministic. mode='forward' plays nothing again."
+            )
+
+    def look_for_chaos(self, norms: Sequence[float], usual: float) -> None:
+        """Say where tangent or adjoint grew beyond use. `usual`: the growth that goes with the number of steps alone."""
+        found = [x for x in norms if math.isfinite(x) and x > 0]
+        growth = max(found) / found[0] / usual if found else 0.0
+        overflowed = not all(map(math.isfinite, norms))
+        if growth > CHAOS or overflowed:
+            how = "overflowed" if overflowed else f"grew by a factor {growth:.1e}"
+            self.extra["warnings"].append(
+                f"training is chaotic here: its derivative {how} in {len(norms)} steps. The hypergradient is that of a "
+                f"function which looks like noise at any step of useful size. {SMOOTHER}"
+            )
+
+    def look_for_ill_conditioning(self, stretch: Stretch, state: State, g: Tensor, t: int) -> None:
+        """Note where the derivative in weight_decay is about lr·θ/eps: coupled decay at 0, gradients exactly 0."""
+        if not stretch.directions.differentiates("weight_decay"):
+            return
+        flags = stretch.transition.ill_conditioned_decay(state, g, stretch.values[t])
+        if flags is not None:
+            self.ill_conditioned = flags if self.ill_conditioned is None else self.ill_conditioned | flags
+
+    def _say_ill_conditioning(self) -> None:
+        flags = [] if self.ill_conditioned is None else self.ill_conditioned.tolist()
+        groups = [i for i, flag in enumerate(flags) if flag]
+        if groups:
+            self.extra["ill_conditioned"] = ["weight_decay"]
+            self.extra["warnings"].append(
+                f"the derivative in weight_decay is ill-conditioned in param groups {groups}: with coupled decay at 0 and "
+                "gradients that are exactly 0 it is about lr * p / eps. Use a weight decay above 0, a larger eps, or AdamW."
+            )
+            warnings.warn(self.extra["warnings"][-1], stacklevel=4)
+
+    def stats(self, steps: int, usual: float = 1.0) -> dict[str, Any]:
+        norms = self.norms.tolist()
+        found = [x for x in norms if math.isfinite(x) and x > 0]
+        self._say_ill_conditioning()
+        self.look_for_chaos(norms, usual)
+        growth = math.log(found[-1] / found[0]) / (len(found) - 1) if len(found) > 1 else math.nan
+        return {
+            "steps": steps,
+            "seconds": time.perf_counter() - self.start,
+            "peak_bytes": self._peak() - self.base,
+            "gradient_evaluations": self.gradients,
+            "hessian_products": self.products,
+            "growth_rate": growth,
+            "nonfinite_share": sum(not math.isfinite(x) for x in norms) / max(1, len(norms)),
+        } | self.extra

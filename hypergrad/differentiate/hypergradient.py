@@ -1,0 +1,266 @@
+"""`hypergradient`: exact hypergradients of a stretch of training, by any mode."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hypergrad.core.hyperparameters import Hyperparameter
+from hypergrad.core.problem import Problem, Rng, takes_hypers
+from hypergrad.differentiate.compile.compiled import compiled
+from hypergrad.differentiate.modes import MODES, OPTIONS, Result
+from hypergrad.differentiate.per_element import HOW
+from hypergrad.differentiate.schedule_gradients import Function, Schedules, check_finite
+from hypergrad.differentiate.trajectory import Stretch
+from hypergrad.differentiate.wrt import Directions
+from hypergrad.optimizers.binding import Values
+from hypergrad.optimizers.ema import EMA, Averaged, check_decay
+from hypergrad.optimizers.rule import Tensors, parts
+from hypergrad.optimizers.transition import CLIPS, Transition
+
+Optimizers = torch.optim.Optimizer | Sequence[torch.optim.Optimizer]
+
+
+def hypergradient(
+    model: torch.nn.Module,
+    optimizer: Optimizers,
+    loss: Callable[..., Tensor],
+    batches: Iterable[Any],
+    val_loss: Callable[..., Tensor],
+    wrt: str | Sequence[str] = ("lr", "weight_decay"),
+    mode: str = "unrolled",
+    hypers: Mapping[str, Any] | None = None,
+    per_step: bool = False,
+    val_steps: Sequence[int] | None = None,
+    clip_norm: float | None = None,
+    clip_value: float | None = None,
+    schedules: Mapping[str, Function] | None = None,
+    per: str | Mapping[str, str] = "group",
+    ema: float | None = None,
+    compile: bool = False,
+    **options: Any,
+) -> Result:
+    r"""Differentiate a validation loss in hyperparameters, through training steps.
+
+    The steps are θ, s ← Φ(θ, s, h, batch) for every batch in turn, from the optimizer's present state s; computed is
+
+        dL/dh,   L(h) = val_loss at θ_K(h), or its mean over `val_steps`.
+
+    Model, optimizer, buffers, gradients and random numbers are left as they were found.
+
+    Args:
+        model: the module that is trained.
+        optimizer: a live optimizer or a list of them: torch.optim's SGD, Adam, AdamW, RMSprop, Adagrad, Adamax, NAdam, RAdam,
+            Adadelta, Adafactor, Muon; Lion of pytorch_optimizer or lion_pytorch; Lamb of pytorch_optimizer; any other
+            through its own step, slowly, or it is refused (docs/optimizers.md).
+        loss: `loss(model, batch)` → scalar; `loss(model, batch, hypers)` where `hypers` is given. With `schedules` either:
+            `hypers` is passed where a third positional argument is required, or is `None` by default.
+        batches: one batch a step; K in all. A lazy sequence (`len(batches)`, `batches[t]`) is asked for batch t whenever step t
+            is played, and must give the same one.
+        val_loss: `val_loss()` → scalar, computed with the model's own parameters, deterministic; called as `val_loss(t)`,
+            t the number of steps done, where it has a required argument, or one `t=None`.
+        wrt: names in param_groups (lr, weight_decay, momentum, dampening, betas, alpha, eps, rho, lr_decay, momentum_decay,
+            initial_accumulator_value, beta2_decay, d, ns_coefficients), "clip_norm", "clip_value" or "ema" where given, and keys
+            of `hypers`. Of a name that has a schedule, the derivative in a number added to its value: at each step with
+            per_step, else at every step (the sum of those).
+        mode: "unrolled" (adjoint; any number of hyperparameters), "forward" (tangents; any number of steps) or "implicit"
+            (the minimum that training came to).
+        hypers: name → tensor (or number) that the loss and schedules read as `hypers[name]`. The gradient in one that nothing
+            reads is 0, and a sentence in `stats["warnings"]` says so.
+        per_step: one gradient per step, for schedules: a leading dimension [K].
+        val_steps: numbers of completed steps, 0 … K, at which the validation loss is taken; None: K alone.
+        clip_norm: threshold of `clip_grad_norm_` over all parameters, between gradient and step.
+        clip_value: threshold of `clip_grad_value_`.
+        schedules: name in param_groups, "clip_norm", "clip_value" or "ema" → function f(step, hypers), step = 0 … K − 1, that
+            returns the value itself, not a factor as LambdaLR's function does (of that, `lambda t, h: base_lr * lr_lambda(t)`):
+            a number, a scalar tensor, or one for each param group; for betas a pair, or a pair for each group. It stands in
+            for the number in param_groups. Tensors of `hypers` that it computes with get a gradient through it, by autograd.
+            `hypergrad.schedules` has shapes of schedules.
+        per: "group"; "parameter", one derivative for each parameter tensor; or "element", one for each element (of update rules
+            that act elementwise); or a mapping from names in param_groups to these. For "element" gradients have shape [n], or
+            [n, 2]: `[x.view_as(p) for x, p in zip(gradient.split([p.numel() for p in params]), params)]`, with params in the
+            order of the optimizer's groups, has them in the parameters' shapes. mode="forward" takes at most 4096 of them.
+        ema: decay d of an average of the weights, a ← d a + (1 − d) θ after every step, a = θ at the start; `val_loss` is then
+            computed with the averaged weights in the model (and the buffers of training). Not for mode="implicit".
+        compile: steps and their derivatives by torch.compile (mode="unrolled" and "forward"; needs a C++ compiler on CPU).
+            The first call compiles for ten seconds to a minute, later ones with the same model, optimizer and loss do not. What
+            Python code in the loss does is taken to be the same at every step; this is looked at against the eager code
+            (docs/modes.md). Graphs of steps are not kept: where a state and a gradient of every step fit into `graph_memory`,
+            these are.
+        options: mode="unrolled": `graph_memory`, bytes that graphs of steps may take up (default 1 GiB): all are kept where they
+            fit, else those that do of the steps that are played again; `every`, steps between snapshots (default √K; no graphs
+            are kept where it is given); `offload`, where all snapshots but the newest few go: "host" memory of a GPU's machine,
+            "disk" (a temporary folder) or a folder; device memory is then independent of K; `below`, a value: where the
+            validation loss is not at most this, gradients are NaN, and were not computed.
+            mode="implicit": `solver`, a function solve(matvec, b) such as `hypergrad.solvers.neumann` or `nystrom` (default cg; a
+            `hypergrad.solvers.WarmStart` starts from the last call's answer), or `look_back`, a number of terms of the update
+            map's own series.
+
+    Returns:
+        Result, with `.value`, `.gradients` and `.stats`. Gradients are in the value itself, not in a transform of it.
+        With mode="unrolled" also `.initial`: dL/dθ₀, the derivative in the weights before the first step, for each parameter:
+        the meta-gradient of MAML (Finn et al. 2017, arXiv 1703.03400, eq. 1). With a task's inner steps as `batches` and its
+        query loss as `val_loss`, the mean of `.initial` over tasks is what the outer optimizer descends along.
+
+    Raises:
+        ValueError: unknown names, no batches, losses that are not scalars or do not depend on the parameters, a derivative
+            that does not exist (SGD momentum at exactly 0 with dampening or nesterov, Adafactor's d at exactly 1, coupled weight
+            decay of Lion at exactly 0).
+        NotImplementedError: optimizers, flags and layers that cannot be differentiated (docs/layers.md); the message names a
+            way out.
+
+    Example:
+        One step of gradient descent on θ²/2 from θ = 2 at lr η: L = (2 − 2η)²/2, dL/dη = −2 (2 − 2η) = −3.6 at η = 0.1.
+
+        >>> model = torch.nn.Linear(1, 1, bias=False)
+        >>> _ = torch.nn.init.constant_(model.weight, 2.0)
+        >>> sgd = torch.optim.SGD(model.parameters(), lr=0.1)
+        >>> half_square = lambda model, batch: (model.weight ** 2).sum() / 2
+        >>> r = hypergradient(model, sgd, half_square, [None], lambda: half_square(model, None), wrt="lr")
+        >>> round(float(r.value), 4), round(float(r.gradients["lr"][0]), 4)
+        (1.62, -3.6)
+
+        Two steps at lr 0.1 c and 0.1 c², c = 1: θ = 2 (1 − 0.1 c)(1 − 0.1 c²), dL/dc = θ dθ/dc = 1.62 · (−0.54) = −0.8748; and
+        dL/dθ₀ = 1.62 · 0.81 = 1.3122.
+
+        >>> r = hypergradient(model, sgd, half_square, [None] * 2, lambda: half_square(model, None), "c",
+        ...                   hypers={"c": 1.0}, schedules={"lr": lambda t, h: 0.1 * h["c"] ** (t + 1)})
+        >>> round(float(r.gradients["c"]), 4), round(float(r.initial[0]), 4)
+        (-0.8748, 1.3122)
+    """
+    if not isinstance(model, torch.nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}.")
+    run, mode_options = _choose(mode, per_step, val_steps, ema, options)
+    tensors = leaves(hypers)
+    clip, threshold = clipping(clip_norm, clip_value)
+    names = (wrt,) if isinstance(wrt, str) else tuple(wrt)
+    stage = Transition if ema is None else Averaged
+    transition = stage(as_optimizers(optimizer), frozenset({*names, *(schedules or ())}), clip)
+    values = transition.values() | ({} if clip is None else {clip: [threshold]})
+    if isinstance(transition, Averaged):
+        values |= transition.decays(check_decay(ema, "ema"))  # type: ignore[arg-type]
+    check_names(names, values, tensors)
+    scheduled = Schedules(schedules or {}, tensors, values)
+    finely = granularity(per, [name for name in names if name in values])
+    rng = Rng(transition.params[0].device)
+    lazy = hasattr(batches, "__getitem__") and hasattr(batches, "__len__")
+    items: Any = batches if lazy else list(batches)  # a DataLoader draws from the global generator here
+    rng.restore()
+    if not len(items):
+        raise ValueError("batches is empty: pass at least one batch.")
+    steps = len(items)
+    problem = Problem(model, transition.params, loss, tensors, schedules is None or takes_hypers(loss))
+    directions = Directions(transition, names, tensors, steps if per_step else None, finely, scheduled)
+    when = (steps,) if val_steps is None else tuple(val_steps)
+    if not when or not all(int(t) == t and 0 <= t <= steps for t in when):
+        raise ValueError(f"val_steps must be numbers of completed steps from 0 to {steps}, got {val_steps}.")
+    every_steps = scheduled.evaluate(steps, transition)
+    stretch = Stretch(problem, transition, items, every_steps, directions, val_loss, when)
+    if not compile:
+        return run(stretch, **mode_options)
+    stretch.compiled = compiled(stretch, mode)
+    result = run(stretch, **mode_options)
+    result.stats |= stretch.compiled.stats()
+    return result
+
+
+def _choose(
+    mode: str, per_step: bool, val_steps: Any, ema: float | None, options: dict[str, Any]
+) -> tuple[Callable[..., Result], Any]:
+    if mode not in MODES:
+        raise ValueError(f"mode must be one of {', '.join(MODES)}, got {mode!r}.")
+    for name in options:
+        if name not in OPTIONS[mode]:
+            takes = ", ".join(OPTIONS[mode]) or "no options"
+            raise ValueError(f"mode={mode!r} does not take {name!r}; it takes {takes}.")
+    if mode == "implicit" and (per_step or val_steps is not None):
+        raise NotImplementedError(
+            "mode='implicit' differentiates the point reached, not the way there: per_step and val_steps need "
+            "mode='unrolled' or 'forward'."
+        )
+    if mode == "implicit" and ema is not None:
+        raise NotImplementedError(
+            "mode='implicit' differentiates the point reached, not the average of the weights on the way there: ema needs "
+            "mode='unrolled' or 'forward'."
+        )
+    return MODES[mode], options
+
+
+def as_optimizers(optimizer: Optimizers) -> list[torch.optim.Optimizer]:
+    optimizers = list(optimizer) if isinstance(optimizer, (list, tuple)) else [optimizer]
+    for opt in optimizers:
+        if not isinstance(opt, torch.optim.Optimizer):
+            raise TypeError(f"optimizer must be a torch.optim.Optimizer or a list of them, got {type(opt).__name__}.")
+    if not optimizers:
+        raise ValueError("the list of optimizers is empty.")
+    return optimizers  # type: ignore[return-value]
+
+
+def leaves(hypers: Mapping[str, Any] | None) -> Tensors:
+    """Leaf copies of the tensors that a loss reads."""
+    out = {}
+    for name, value in (hypers or {}).items():
+        start = value.start if isinstance(value, Hyperparameter) else value
+        if start is None:
+            raise ValueError(f"hypers[{name!r}] needs a start: hypergrad.Hyperparameter(start=...).")
+        x = torch.as_tensor(start).detach().clone()
+        x = x if x.is_floating_point() else x.to(torch.get_default_dtype())
+        if not bool(torch.isfinite(x).all()):
+            raise ValueError(f"hypers[{name!r}] is not finite.")
+        out[name] = x.requires_grad_()
+    return out
+
+
+def clipping(clip_norm: float | None, clip_value: float | None) -> tuple[str | None, float]:
+    if clip_norm is not None and clip_value is not None:
+        raise ValueError("pass clip_norm or clip_value, not both.")
+    for name, m in (("clip_norm", clip_norm), ("clip_value", clip_value)):
+        if m is not None:
+            if not m > 0:
+                raise ValueError(f"{name} must be a positive number, got {m}.")
+            return name, float(m)
+    return None, 0.0
+
+
+def granularity(per: str | Mapping[str, str], names: Sequence[str]) -> dict[str, str]:
+    """name -> "group", "parameter" or "element", of the names in param_groups. `names`: those that are differentiated."""
+    single = {*CLIPS, EMA}
+    if isinstance(per, str):
+        per = {name: per for name in names if name not in single} or {"": per}
+    out = {}
+    for name, how in per.items():
+        if how not in HOW:
+            raise ValueError(f"per must be one of {', '.join(HOW)}, or a mapping from names to these, got {how!r}.")
+        if name and (name in single or name not in names):
+            known = [x for x in names if x not in single]
+            raise ValueError(f"per[{name!r}]: not a name in param_groups that stands in wrt; there are {known}.")
+        out[name] = how
+    return {name: how for name, how in out.items() if name}
+
+
+def check_names(names: Sequence[str], values: Values, hypers: Tensors) -> None:
+    """Every name is that of a hyperparameter that exists."""
+    if not names:
+        raise ValueError("no hyperparameters named: pass for example ('lr', 'weight_decay').")
+    if len(set(names)) != len(names):
+        raise ValueError(f"a hyperparameter is named twice in {tuple(names)}.")
+    for name in names:
+        if not isinstance(name, str):
+            raise TypeError(f"hyperparameters are named by strings, got {type(name).__name__}.")
+        if name in hypers and name in values:
+            raise ValueError(f"{name!r} is a key of hypers and a name in param_groups: rename the key of hypers.")
+        if name in hypers:
+            continue
+        if name in values:
+            check_finite(name, values[name])
+            continue
+        if name in (*CLIPS, EMA):
+            raise ValueError(f"to differentiate in {name!r}, pass {name}=<number>.")
+        if any(name in parts(known) for known in values):
+            whole = next(known for known in values if name in parts(known))
+            raise ValueError(f"name all of them: {whole!r}, not {name!r}.")
+        known = [*values, *hypers]
+        raise ValueError(f"no param group has a hyperparameter {name!r} that can be differentiated; there are {known}.")

@@ -1,0 +1,17 @@
+"""Modes of differentiation: drivers over the gradient stage and the transition stage, with one signature."""
+
+from collections.abc import Callable
+
+from hypergrad.differentiate.forward import forward
+from hypergrad.differentiate.implicit import implicit
+from hypergrad.differentiate.reverse import unrolled
+from hypergrad.differentiate.trajectory import Result
+
+MODES: dict[str, Callable[..., Result]] = {"forward": forward, "unrolled": unrolled, "implicit": implicit}
+OPTIONS: dict[str, tuple[str, ...]] = {
+    "forward": (),
+    "unrolled": ("every", "graph_memory", "offload", "below"),
+    "implicit": ("solver", "look_back"),
+}
+
+__all__ = ["MODES", "OPTIONS", "Result"]

@@ -1,0 +1,84 @@
+"""One training step, its adjoint and its tangents, as functions of a state: what modes run, and what `compile=True` traces."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from hypergrad.core.graph import Linearization
+from hypergrad.differentiate.trajectory import Stretch
+from hypergrad.optimizers.binding import State
+from hypergrad.optimizers.rule import Tensors
+from hypergrad.optimizers.transition import Tangent
+
+
+class Pull(NamedTuple):
+    """An adjoint pulled through one step, and that step's share of the hypergradient."""
+
+    lam: Tangent
+    of_groups: list[Tensors]
+    of_clip: Tensor | None
+    of_hypers: list[Tensor | None]
+    fine: Tensors  # of numbers that are differentiated per parameter or element, by the rule's name
+
+
+def pulled(
+    stretch: Stretch, state: State, t: int, lin: Linearization, lam: Tangent, g: Tensor, retain: bool = False
+) -> Pull:
+    """The adjoint before step t from that after it; g is its flat gradient. `retain`: keep the graph for one more."""
+    transition, stats, values = stretch.transition, lam.stats, stretch.values[t]
+    fine = stretch.directions.fine.shares(state, g, lin.active, values, lam)
+    lam, lam_g, of_groups, of_clip = transition.vjp(state, g, lin.active, values, lam)
+    extra = None if stats is None or lin.decay is None else [None] * len(stretch.problem.hypers) + [stats]
+    rows = lin.product(transition.split(lam_g), extra, into_extra=True, retain=retain)
+    n, k = len(transition.params), len(stretch.problem.hypers)
+    stats = stats if stats is None or lin.decay is None else stats * lin.decay  # b' = d ∘ b + S(θ)
+    before = Tangent(lam.theta + transition.flatten(rows[:n]), lam.slots, stats)
+    return Pull(before, of_groups, of_clip, rows[n : n + k], fine)
+
+
+class Push(NamedTuple):
+    """The state and its tangents after one step."""
+
+    state: State
+    tangent: Tangent
+    g: Tensor
+
+
+def pushed(
+    stretch: Stretch,
+    state: State,
+    t: int,
+    lin: Linearization,
+    tangent: Tangent,
+    extras: Sequence[list[Tensor | None] | None],
+    alive: Sequence[bool],
+    seeds: list[Tensors],
+    clip_seed: Tensor | None,
+) -> Push:
+    """Tangents [k, n] after step t from those before it.
+
+    Args:
+        extras: each direction among the tensors in the loss, see `Directions.into_loss`.
+        alive: False where a tangent of θ is still zero: it costs nothing.
+        seeds, clip_seed: of `Directions.seeds`.
+    """
+    transition, fine, values = stretch.transition, stretch.directions.fine, stretch.values[t]
+    z, u, n = tangent.theta, lin.decay is not None, len(transition.params)
+    dg, dstats = torch.zeros_like(z), None
+    if lin.decay is not None:  # b' = d ∘ b + S(θ)
+        dstats = z.new_zeros(len(z), len(lin.decay)) if tangent.stats is None else tangent.stats * lin.decay
+    for j, extra in enumerate(extras):
+        if alive[j] or extra is not None:
+            rows = lin.jvp(transition.split(z[j]), None if extra is None else extra + [None] * u, into_extra=u)
+            dg[j] = transition.flatten(rows[:n])
+            if dstats is not None and rows[-1] is not None:
+                dstats[j] += rows[-1]
+    g = stretch.gradient(lin)
+    out = transition.jvp(state, g, lin.active, values, tangent, dg, seeds, clip_seed)
+    out = fine.pushed(out, stretch.directions.fine_rows(t), state, g, lin.active, values)
+    out.stats = dstats
+    return Push(transition.step(state, g, lin.active, values), out, g)

@@ -1,0 +1,1 @@
+"""The online tuner: hyperparameters move while the model trains."""

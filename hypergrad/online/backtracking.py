@@ -1,0 +1,174 @@
+r"""Back to where the validation loss was lowest, with a smaller lr, once it stands above that by more than chance.
+
+A hypergradient is a slope: where a net fits its training set, the validation loss may rise for hundreds of steps while lr comes
+down by a few per cent a hyperparameter step. So its level counts too. With the readings v_1, v_2, … of the validation loss, v₀
+the reading before training and v* the lowest so far, at weights θ*, a reading is *suspect* if
+
+    v − v* > max(NOISE σ, SHARE (v₀ − v*))       σ = median |v_i − 2 v_{i−1} + v_{i−2}| / (0.6745 √6), of the last RECENT
+
+(second differences: a trend is no noise). Of many readings of random batches the lowest is luck. So a suspect is looked into: the
+loss is read at θ* and at the running average of the weights in turn (the weights themselves jump about it while lr is large, and
+what they jump by passes once lr decays), PAIRS times each with the same random numbers. With d the differences,
+
+    mean(d) > max(SURE · sd(d)/√PAIRS, SHARE (v₀ − v̄*))       v̄* the mean at θ*
+
+is a loss that has risen. If not, v* ← v̄*, which is not luck any more. If so, the weights are taken back to θ*, lr is divided by
+CUT, its ceiling is √CUT times that (it rises as after chaos, see outer_optimizer.py), tangents and averages start again and so
+do the readings. In the first AGAIN of a run of known length the run starts again instead, optimizer state and all, and the loss
+before training counts as a reading: what lr that is far too large has done to the weights (units dead, training loss 0 with
+large margins) is not undone by steps from there.
+
+The readings start again where the tuning of another number begins: what is read at the average of the weights while lr is tuned,
+and what is read at the weights later, do not compare. (Early stopping with restarts from the best weights; the paired test is
+that of common random numbers.)
+
+Evidence: experiments/results/online_tuning_log.md, sessions 6 and 7.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from statistics import fmean, median, stdev
+from typing import Any
+
+from torch import Tensor
+
+from hypergrad.core.problem import Problem, Saved
+from hypergrad.optimizers.binding import State
+from hypergrad.optimizers.transition import Transition
+
+NOISE, SHARE = 1.0, 0.1
+RECENT = 12  # second differences that σ is made of
+PAIRS, SURE = 4, 3.0
+WAIT = 2  # readings after the record began, or a suspect was none, before the next suspect
+CUT = 4.0  # of lr
+AGAIN = 0.1  # of the run
+
+# reads the validation loss PAIRS times at the present weights' average and at the record's, in turn: what it is there, and here
+ReadBoth = Callable[[Tensor], tuple[Sequence[float], Sequence[float]]]
+
+
+@dataclass
+class _Kept:
+    state: State
+    buffers: list[Saved]
+
+
+def _first_state(transition: Transition) -> State:
+    """The state before the first step. Slots that nobody reads when it is written back take no memory."""
+    state = transition.read()
+    made_in_constructor = any(getattr(rule, "first", {}) for rule in transition.rules)
+    if any(state.counts) or made_in_constructor or transition.fallbacks:
+        return state
+    return replace(state, slots={name: x.new_zeros(1).expand(len(x)) for name, x in state.slots.items()})
+
+
+class Backtracking:
+    """The lowest validation loss of the present phase, the weights there, and whether to go back to them.
+
+    Args:
+        before: the validation loss before the first step, v₀; NaN: not known.
+        total: steps of the run; None: not known.
+    """
+
+    def __init__(self, transition: Transition, problem: Problem, before: float, total: int | None):
+        self.transition, self.problem, self.before = transition, problem, before
+        self.until = (
+            0.0 if total is None or not math.isfinite(before) else AGAIN * total
+        )  # runs start again up to this step
+        self.start = _Kept(_first_state(transition), problem.read_buffers()) if self.until else None
+        self.second: deque[float] = deque(maxlen=RECENT)
+        self.phase: list[int] = []  # the numbers that were tuned at the last reading
+        self._begin()
+
+    def _begin(self) -> None:
+        self.best, self.theta, self.buffers, self.step = math.inf, None, list[Saved](), 0
+        self.last: list[float] = []
+        self.wait = WAIT
+        if self.start is not None:
+            self.best, self.theta, self.buffers = self.before, self.start.state.theta, self.start.buffers
+
+    def read(self, t: int, loss: float, theta: Tensor, phase: Sequence[int], read_both: ReadBoth) -> bool:
+        """Note a validation loss at weights theta [n]. True: go back (`go`).
+
+        Args:
+            phase: the numbers that are tuned at present.
+        """
+        if not math.isfinite(loss):
+            return False
+        if t > self.until:
+            self.start = None
+        if self.phase != list(phase):
+            if self.phase:
+                self._begin()
+            self.phase = list(phase)
+        self.last = [*self.last[-2:], loss]
+        if len(self.last) == 3:
+            x, y, z = self.last
+            self.second.append(abs(x - 2 * y + z) / (0.6745 * math.sqrt(6)))
+        self.wait -= 1
+        if loss < self.best:
+            self.best, self.theta, self.buffers, self.step = loss, theta.clone(), self.problem.read_buffers(), t
+            return False
+        sigma = median(self.second) if self.second else 0.0
+        if self.theta is None or loss - self.best <= max(NOISE * sigma, self._least(self.best)) or self.wait > 0:
+            return False
+        now, then = read_both(self.theta)
+        off, level = [a - b for a, b in zip(now, then, strict=True)], fmean(then)
+        if fmean(off) > max(SURE * stdev(off) / math.sqrt(len(off)), self._least(level)):
+            return True
+        self.best, self.wait = level, WAIT
+        return False
+
+    def _least(self, best: float) -> float:
+        """The rise that is too small to act on."""
+        return SHARE * max(self.before - best, 0.0) if math.isfinite(self.before) else 0.0
+
+    def go(self) -> int:
+        """Write the weights back; the step that they are from."""
+        step, theta, buffers = self.step, self.theta, self.buffers
+        if self.start is not None:
+            step, buffers = 0, self.start.buffers
+            self.transition.write(self.start.state)
+        elif theta is not None:
+            self.transition.load(theta)
+        self.problem.write_buffers(buffers)
+        self._begin()
+        return step
+
+    def state_dict(self) -> dict[str, Any]:
+        start = self.start
+        return {
+            "before": self.before,
+            "until": self.until,
+            "best": self.best,
+            "step": self.step,
+            "theta": self.theta,
+            "buffers": [saved.value for saved in self.buffers],
+            "last": list(self.last),
+            "second": list(self.second),
+            "wait": self.wait,
+            "phase": list(self.phase),
+            "start": None if start is None else vars(start.state) | {"buffers": [x.value for x in start.buffers]},
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        like = self.transition.params[0]
+
+        def saved(values: Sequence[Tensor]) -> list[Saved]:
+            pairs = zip(self.problem.buffers, values, strict=False)
+            return [Saved(b, x.to(b.device, copy=True)) for b, x in pairs]
+
+        self.before, self.until, self.best = float(state["before"]), float(state["until"]), float(state["best"])
+        self.step, self.wait, self.phase = int(state["step"]), int(state["wait"]), list(state["phase"])
+        self.last, self.second = list(state["last"]), deque(state["second"], maxlen=RECENT)
+        self.theta = None if state["theta"] is None else state["theta"].to(like, copy=True)
+        self.buffers, self.start = saved(state["buffers"]), None
+        if state["start"] is not None:
+            old = state["start"]
+            slots = {name: x.to(like.device, copy=True) for name, x in old["slots"].items()}
+            whole = State(old["theta"].to(like, copy=True), slots, tuple(old["counts"]), dict(old["rest"]))
+            self.start = _Kept(whole, saved(old["buffers"]))

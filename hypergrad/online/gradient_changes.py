@@ -1,0 +1,157 @@
+"""What was done to the gradients between `tuner.backward` and `optimizer.step()`, found without waiting for the device.
+
+p.grad is compared with what `backward` left there:
+
+    g' = g                     J = I
+    g' = g/scale               J = I/scale                               with `scaler`
+    g' = c g, c < 1            J = c (I − g gᵀ/(N (N + ε)))              with `clip_norm`, N = ‖g‖, c = M/(N + ε)
+    anything else              unknown: the tangents start again from zero
+
+Between two calls of `backward` gradients may have been zeroed, all of them or some: then what earlier calls left there is void.
+All comparisons are of flat vectors [n], in a number of kernels that does not grow with that of the parameters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hypergrad.core.multi_tensor import norms
+from hypergrad.core.readout import Readout
+from hypergrad.optimizers.clip import TORCH_EPS, total_norm
+from hypergrad.optimizers.transition import Transition
+
+
+@dataclass
+class Pending:
+    """What `backward` left for the step to use."""
+
+    left: Tensor  # a copy of every p.grad [n], 0 where there is none
+    has: tuple[bool, ...]  # the parameters that have one
+    dg: Tensor | None  # tangent of the gradient [k, n]; None is zero
+    loss: Tensor  # the largest of the accumulated losses, times scale
+    scale: float  # of a GradScaler at the time
+    changed: Tensor | None = None  # [n_params] bool: changed before more was added to it; None: nothing was added
+    stepped: set[int] = field(default_factory=set)  # the optimizers that have used it
+    survives: Tensor | None = None  # 0-d bool, while more is added: not all of it was zeroed
+
+    def joined(
+        self, transition: Transition, has: Sequence[bool], dg: Tensor | None, loss: Tensor, scale: float
+    ) -> Pending:
+        """One more call of `backward` added to what `carried_on` returned; p.grad is what both left there."""
+        if self.dg is not None:
+            dg = self.dg if dg is None else self.dg + dg
+        if not self.stepped:
+            both = torch.maximum(self.loss, loss)
+            loss = both if self.survives is None else torch.where(self.survives, both, loss)
+        has = tuple(a or b for a, b in zip(self.has, has, strict=True))
+        left = [p.grad if h else None for p, h in zip(transition.params, has, strict=True)]
+        return Pending(transition.flatten(left), has, dg, loss, scale, self.changed)
+
+
+def carried_on(pending: Pending, transition: Transition) -> Pending | None:
+    """What is left of an earlier call of `backward` at the next one. None where no gradient is there any more.
+
+    So after every step, after one that GradScaler skipped, and where optimizers take turns.
+    """
+    grads = [p.grad for p in transition.params]
+    if all(g is None for g, has in zip(grads, pending.has, strict=True) if has):
+        return None
+    now, sizes = transition.flatten(grads), transition.sizes
+    there = _any_of_each(torch.stack([pending.left != 0, now != 0, now != pending.left]), sizes)
+    void = there[0] & ~there[1]  # zeroed, or None
+    survives = (there[0] & there[1]).any()
+    keep, changed = ~void & survives, there[2] & ~void
+    if pending.changed is not None:
+        changed = changed | (pending.changed & ~void)
+    dg = pending.dg
+    if dg is not None:
+        dg = torch.where(_spread(keep, sizes), dg, 0)
+    has = tuple(h and g is not None for h, g in zip(pending.has, grads, strict=True))
+    return replace(pending, has=has, dg=dg, changed=changed & survives, survives=survives)
+
+
+def _any_of_each(flags: Tensor, sizes: Sequence[int]) -> Tensor:
+    """Whether there is a flag [m, n] in the range of each parameter [m, n_params]."""
+    rows = [x for row in flags.to(torch.float32) for x in row.split(list(sizes))]
+    return norms(rows, 1).view(len(flags), -1) > 0
+
+
+def _spread(flags: Tensor, sizes: Sequence[int]) -> Tensor:
+    """A flag of each parameter [n_params] at each of its elements [n]."""
+    repeats = torch.tensor(list(sizes), device=flags.device)
+    return torch.repeat_interleave(flags, repeats, output_size=sum(sizes))
+
+
+class Comparison:
+    """The gradients as the optimizer will see them, beside what `backward` left; what tells is asked of `readout`.
+
+    Args:
+        g: p.grad of the active parameters [n], 0 elsewhere.
+        active: the parameters of the optimizer that is about to step which have a gradient.
+        clip_norm: the threshold of `clip_grad_norm_`; None: the loop does not clip.
+        scaled: whether the loop has a GradScaler.
+    """
+
+    def __init__(
+        self,
+        pending: Pending,
+        transition: Transition,
+        g: Tensor,
+        active: Sequence[bool],
+        clip_norm: Any,
+        scaled: bool,
+        readout: Readout,
+    ):
+        self.pending, self.clip_norm, self.scaled = pending, clip_norm, scaled
+        part = pending.left
+        if not all(active):
+            part = transition.flatten([x if a else None for x, a in zip(transition.split(part), active, strict=True)])
+        readout.ask("same", (g == part).all())
+        if pending.changed is not None:
+            readout.ask("changed", pending.changed)
+        self.active = active
+        if clip_norm is None and not scaled:
+            return
+        self.ref, part = pending.left / pending.scale, part / pending.scale
+        self.rtol, square = 64 * torch.finfo(g.dtype).eps, part @ part
+        self.c = (g @ part) / square
+        self.norm = total_norm(self.ref, transition.sizes)
+        off, size = (g - self.c * part).abs(), self.rtol * self.c.abs()
+        near = (off <= size * part.abs().amax() + size * part.abs()).all()  # False for NaN
+        numbers = [square, self.c, self.norm, near.to(g.dtype)]
+        readout.ask("scaling", torch.stack(numbers))
+
+    def tangent(self, read: Mapping[str, list[float]], k: int) -> Tensor | None:
+        """The tangent of the gradients as the optimizer will see them [k, n]; None where that is not known.
+
+        Rows are right in the ranges of the active parameters.
+        """
+        changed = read.get("changed", [0.0] * len(self.active))
+        if any(x and a for x, a in zip(changed, self.active, strict=True)):
+            return None
+        left = self.pending.left
+        dg = left.new_zeros(k, len(left)) if self.pending.dg is None else self.pending.dg
+        if read["same"][0]:
+            return dg
+        if "scaling" not in read:
+            return None
+        return self._through_scaling(read["scaling"], dg / self.pending.scale, any(changed))
+
+    def _through_scaling(self, numbers: Sequence[float], dg: Tensor, changed: bool) -> Tensor | None:
+        """J dg for a gradient g = c·ref; a norm is that of the whole ref."""
+        square, c, n, near = numbers
+        if not (0 < square < float("inf") and near):
+            return None
+        if self.scaled and abs(c - 1) < self.rtol:
+            return dg
+        if self.clip_norm is None or c > 1 + self.rtol or changed:
+            return None
+        if abs(c * (n + TORCH_EPS) / float(self.clip_norm) - 1) > self.rtol:
+            return None  # clipped at another threshold, or over other parameters too
+        ref, c_, n_ = self.ref, self.c, self.norm
+        return torch.addcmul(c_ * dg, (dg @ ref).unsqueeze(-1) * (-c_ / (n_ * (n_ + TORCH_EPS))), ref)

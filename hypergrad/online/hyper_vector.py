@@ -1,0 +1,261 @@
+"""The vector φ of all numbers that a tuner moves: where each is written, and its transform."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hypergrad.core.hyperparameters import KIND_OF, START_FROM_ZERO, Hyperparameter
+from hypergrad.differentiate.wrt import Directions, Entry
+from hypergrad.online.outer_optimizer import Descent
+from hypergrad.optimizers.rule import Tensors, parts
+from hypergrad.optimizers.transition import Transition
+
+
+class Coordinates:
+    """Values and transformed values of the tuned numbers, in the order of `directions.entries`.
+
+    Args:
+        transition: the optimizer.
+        spec: name → Hyperparameter, for names of param groups.
+        hyper_spec: name → Hyperparameter, for tensors in the loss.
+        hypers: name → leaf tensor of those, written in place.
+        hyper_lr: step size on φ.
+
+    Numbers that are 0 in some groups only are left alone there; `notes` says where 0 was replaced by a start.
+    """
+
+    def __init__(
+        self,
+        transition: Transition,
+        spec: Mapping[str, Hyperparameter],
+        hyper_spec: Mapping[str, Hyperparameter],
+        hypers: Tensors,
+        hyper_lr: float,
+    ):
+        self.transition, self.hypers = transition, hypers
+        self.notes: list[str] = []
+        self.directions = Directions(transition, [*spec, *hyper_spec], hypers)
+        found = transition.values()
+        kept, values = [], []
+        for entry in self.directions.entries:
+            x = self._first_value(entry, spec, found)
+            if x is not None:
+                kept.append(entry)
+                values.append(x)
+        if not kept:
+            raise ValueError("there is nothing to tune: every named hyperparameter is 0 where a group has it.")
+        self.directions.entries = kept
+        self.kinds = [{**spec, **hyper_spec}[entry.name] for entry in kept]
+        # numbers whose start the user gave, rather than the param groups
+        self.given = [e.group is not None and spec[e.name].start is not None for e in kept]
+        self.value = torch.tensor(values, dtype=torch.float64)
+        limits = torch.tensor([kind.limits for kind in self.kinds], dtype=torch.float64)
+        self.low, self.high = limits[:, 0], limits[:, 1]
+        self.phi = self._each("to_free", self.value)
+        self._slope = self.value, self._each("slope", self.value)
+        is_lr = [e.name == "lr" and kind.kind == "positive" for e, kind in zip(kept, self.kinds, strict=True)]
+        self.descent = Descent(is_lr, hyper_lr, [kind.kind != "free" for kind in self.kinds])
+        self.moving: list[int] = list(range(len(kept)))  # the numbers that are tuned at present
+        self.tuned = self.directions  # their directions
+
+    def __len__(self) -> int:
+        return len(self.kinds)
+
+    @property
+    def entries(self) -> list[Entry]:
+        return self.directions.entries
+
+    @property
+    def labels(self) -> list[str]:
+        """Name and place of each number: lr/0, betas/1/0."""
+        return ["/".join([e.name, *map(str, e.index)]) for e in self.entries]
+
+    def tune_only(self, names: Collection[str]) -> bool:
+        """Tune only the numbers of these names from now on. True where that is a change."""
+        moving = [j for j, entry in enumerate(self.entries) if entry.name in names]
+        if moving == self.moving:
+            return False
+        self.moving, self.tuned = moving, self.directions.subset(moving)
+        return True
+
+    def settled(self) -> bool:
+        """Whether no learning rate that is tuned at present is on its way up (see Descent.climbing)."""
+        climbing = self.descent.climbing(self.phi)
+        return not any(bool(climbing[j]) for j in self.moving)
+
+    def _first_value(self, entry: Entry, spec: Mapping[str, Hyperparameter], found: Any) -> float | None:
+        if entry.group is None:
+            return float(self.hypers[entry.name].detach()[entry.index])
+        start, column = spec[entry.name].start, found[entry.name]
+        present = [_part(x, entry) for x in column]
+        if entry.name == "lr" and "initial_lr" in self.transition.groups[entry.group]:
+            return 1.0  # a scheduler's: ours is a multiplier, whatever its first value
+        if present[entry.group] == 0 and any(present):
+            return None  # 0 here, not elsewhere: it stays 0 here
+        if start is not None:
+            x = torch.as_tensor(start, dtype=torch.float64)
+            shape = self.directions.shapes[entry.name]
+            if x.dim() and tuple(x.shape) != shape:
+                raise ValueError(f"start of {entry.name} must be a number or have shape {shape}, got {tuple(x.shape)}.")
+            return float(x if x.dim() == 0 else x[entry.index])
+        if present[entry.group] == 0:
+            x = START_FROM_ZERO.get(entry.name)
+            if x is None:
+                raise ValueError(
+                    f"{entry.name} is 0: pass tune={{'{entry.name}': hypergrad.Hyperparameter(start=...)}}."
+                )
+            note = f"{entry.name} is 0 in every param group; it is tuned from {x:g} (Hyperparameter(start=...) changes that)."
+            if note not in self.notes:
+                self.notes.append(note)
+            return self._in_range(entry, spec, x)
+        return self._in_range(entry, spec, float(present[entry.group]))
+
+    @staticmethod
+    def _in_range(entry: Entry, spec: Mapping[str, Hyperparameter], value: float) -> float:
+        try:
+            Hyperparameter(value, spec[entry.name].bounds, spec[entry.name].kind)
+        except ValueError as error:
+            raise ValueError(f"{entry.name} of param group {entry.group}: {error}") from error
+        return value
+
+    def _each(self, method: str, x: Tensor) -> Tensor:
+        return torch.stack([getattr(kind, method)(v) for kind, v in zip(self.kinds, x, strict=True)])
+
+    def slope(self) -> Tensor:
+        """dx/dφ [k], float64."""
+        if self._slope[0] is not self.value:  # values are replaced, not written to
+            self._slope = self.value, self._each("slope", self.value)
+        return self._slope[1].clone()
+
+    def rows(self, name: str) -> list[int]:
+        """Places among the numbers tuned at present of those of this name."""
+        return [k for k, j in enumerate(self.moving) if self.entries[j].name == name]
+
+    def step(self, gradient: Tensor, too_high: Tensor | None = None, newton: Tensor | None = None) -> None:
+        """One step down `gradient` [k] (dL/dφ), of the numbers that are tuned at present.
+
+        Two products are kept while one factor moves for a reason of its own: lr·wd, which is what decays the weights, while
+        weight decay waits for its turn; and lr/(1 − momentum), which is how far a gradient goes in the end, where momentum moves.
+
+        Args:
+            too_high: [k], numbers that step down by hyper_lr whatever their gradient says.
+            newton: see Descent.step.
+        """
+        moves = torch.zeros(len(self), dtype=torch.bool)
+        moves[self.moving] = True
+        too_high = moves & too_high if too_high is not None else torch.zeros_like(moves)
+        gradient = gradient.to("cpu", torch.float64).clone()
+        # a step down that must be one is of lr itself, and a bound of lr is lr's
+        pairs = [(i, j) for i, j in self._pairs("lr", "momentum", moves & ~too_high) if not too_high[j]]
+        pairs = [(i, j) for i, j in pairs if self.low[i] < self.phi[i] < self.high[i]]
+        for i, j in pairs:  # dL/dlogit m at a fixed lr/(1 − m): dlog(1 − m)/dlogit m = −m
+            gradient[j] -= self.value[j] * gradient[i]
+        phi = self.descent.step(self.phi, gradient, moves, too_high, newton).clamp(self.low, self.high)
+        for i, j in self._pairs("lr", "weight_decay", moves):
+            if not moves[j] and not self.given[j]:
+                phi[j] -= phi[i] - self.phi[i]
+        for i, j in pairs:
+            phi[i] += torch.nn.functional.softplus(self.phi[j]) - torch.nn.functional.softplus(phi[j])
+        self.move(phi)
+
+    def _pairs(self, name: str, other: str, moves: Tensor) -> list[tuple[int, int]]:
+        """Places of these two names' numbers in each group that has both, the first of which is tuned at present."""
+        at = {(e.name, e.group): j for j, e in enumerate(self.entries) if self.kinds[j].kind == KIND_OF.get(e.name)}
+        averages = [getattr(rule, "averages", False) for rule in self.transition.rules]
+        groups = [g for n, g in at if n == name and not (other == "momentum" and g is not None and averages[g])]
+        pairs = ((at[name, group], at.get((other, group))) for group in groups)
+        return [(i, j) for i, j in pairs if j is not None and moves[i]]
+
+    def move(self, phi: Tensor) -> None:
+        """Set φ, kept within bounds."""
+        moved = phi.clamp(self.low, self.high)
+        changed = moved != self.phi
+        self.phi = moved
+        self.value = torch.where(changed, self._each("from_free", moved), self.value)
+
+    def scale(self, name: str, factor: float) -> bool:
+        """Multiply the values of one positive hyperparameter; forget its momentum. False if it is not tuned."""
+        mine = self._called(name)
+        self.move(torch.where(mine, self.phi + torch.tensor(factor).log(), self.phi))
+        self.descent.turn(mine, factor)
+        return bool(mine.any())
+
+    def cap(self, name: str, factor: float) -> None:
+        """The ceiling of the numbers of this name, `factor` times what they are."""
+        self.descent.cap(self._called(name), self.phi + math.log(factor))
+
+    def _called(self, name: str) -> Tensor:
+        return torch.tensor([entry.name == name for entry in self.entries])
+
+    def scale_number(self, j: int, factor: float) -> None:
+        """Multiply the value of one positive number."""
+        phi = self.phi.clone()
+        phi[j] += math.log(factor)
+        self.move(phi)
+
+    def put(self, j: int, value: float) -> None:
+        """Set the value of one number."""
+        phi = self.phi.clone()
+        phi[j] = self.kinds[j].to_free(torch.tensor(value))
+        self.move(phi)
+
+    def bound(self, j: int, smaller: float, larger: float) -> None:
+        """Keep one positive number within these factors of its present value."""
+        self.low[j], self.high[j] = self.phi[j] + math.log(smaller), self.phi[j] + math.log(larger)
+
+    def write_hypers(self) -> None:
+        """Write the tensors in the loss, in place."""
+        with torch.no_grad():
+            for j, entry in enumerate(self.entries):
+                if entry.group is None:
+                    self.hypers[entry.name][entry.index] = float(self.value[j])
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "names": self.labels,
+            "phi": self.phi.clone(),
+            "value": self.value.clone(),
+            "descent": self.descent.state_dict(),
+            "low": self.low.clone(),
+            "high": self.high.clone(),
+            "moving": list(self.moving),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.phi, self.value = state["phi"].clone(), state["value"].clone()
+        self.descent.load_state_dict(state["descent"])
+        self.low, self.high = state["low"].clone(), state["high"].clone()
+        self.tune_only({self.entries[j].name for j in state["moving"]})
+        self.write_hypers()
+
+
+def _part(value: Any, entry: Entry) -> Any:
+    if value is None:
+        return None
+    return value[parts(entry.name).index(entry.part)] if isinstance(value, tuple) else value
+
+
+def replaced(old: Any, entry: Entry, value: float) -> Any:
+    """The value of a param group's entry with one number in it replaced."""
+    if not isinstance(old, (tuple, list)):
+        return value
+    new = list(old)
+    new[parts(entry.name).index(entry.part)] = value
+    return tuple(new)
+
+
+def specification(names: Sequence[str] | Mapping[str, Any]) -> dict[str, Any]:
+    """What `tune=` was given, as name → what the user wrote for it (None: the value in the param groups)."""
+    if isinstance(names, Mapping):
+        return dict(names)
+    if not isinstance(names, Sequence):
+        raise TypeError(f"tune must be names, or a dict name -> Hyperparameter, got {type(names).__name__}.")
+    listed = (names,) if isinstance(names, str) else tuple(names)
+    if len(set(listed)) < len(listed):
+        raise ValueError(f"a hyperparameter is named twice in {listed}.")
+    return dict.fromkeys(listed)

@@ -1,0 +1,149 @@
+"""Writing tuned values into the param groups of a live optimizer, beside whatever else writes there.
+
+    alone            group[name] = value                          lr with a known length: value · shape(t)
+    with a scheduler group[name] = value · (what it wrote)         the tuned value is a multiplier, starting from 1
+
+A scheduler's own number is put back after the step: left in place ours would compound with it.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hypergrad.online.hyper_vector import Coordinates, replaced
+from hypergrad.online.phases import decay_to_zero
+from hypergrad.optimizers.transition import Transition
+
+Key = tuple[str, int]  # name, group
+
+
+class LiveValues:
+    """The tuned values as the optimizer sees them at each step."""
+
+    def __init__(self, transition: Transition, coordinates: Coordinates, total: int | None):
+        self.transition, self.coordinates, self.total = transition, coordinates, total
+        groups = transition.groups
+        scheduled = [g for g, group in enumerate(groups) if "initial_lr" in group]
+        if total is not None and scheduled:
+            self._two_shapes()
+        for entry in coordinates.entries:
+            if entry.name in ("momentum", "betas") and any("base_momentum" in group for group in groups):
+                self._not_beside_a_scheduler(entry.name)
+        named = {entry.name for entry in coordinates.entries if entry.group is not None}
+        self.left: dict[Key, Any] = {(n, g): plain(x.get(n)) for n in named for g, x in enumerate(groups)}
+        self.base: dict[Key, Any] = {}  # what something else wrote, put back after the step
+        self.multiplies = {("lr", g) for g in scheduled}
+        for j, entry in enumerate(coordinates.entries):
+            if (entry.name, entry.group) in self.multiplies:
+                self._multiply(j)
+
+    def _not_beside_a_scheduler(self, name: str) -> None:
+        raise ValueError(f"something else writes {name!r} in the param groups: take it out of `tune`.")
+
+    def _two_shapes(self) -> None:
+        raise ValueError(
+            "total_steps gives lr a shape of hypergrad's own, and a scheduler (or the loop) writes lr too: leave out one of them."
+        )
+
+    def writes_lr_alone(self) -> bool:
+        """Whether lr is tuned from the groups' own values, and nothing else writes it."""
+        mine = [j for j, entry in enumerate(self.coordinates.entries) if entry.name == "lr"]
+        alone = not any(self.coordinates.given[j] for j in mine) and not any(n == "lr" for n, _ in self.multiplies)
+        return bool(mine) and alone
+
+    def shape(self, t: int) -> float:
+        return 1.0 if self.total is None else decay_to_zero(t, self.total)
+
+    def slopes(self, t: int) -> Tensor:
+        """dx_t/dφ [k] of the numbers x_t that step t uses."""
+        factors = [1.0] * len(self.coordinates)
+        for j, entry in enumerate(self.coordinates.entries):
+            if entry.group is not None and (entry.name, entry.group) in self.multiplies:
+                factors[j] = float(self.base.get((entry.name, entry.group), 1.0))
+            elif entry.name == "lr":
+                factors[j] = self.shape(t)
+        return self.coordinates.slope() * torch.tensor(factors, dtype=torch.float64)
+
+    def write(self, optimizer: int, t: int, untouched: bool, known: dict[Key, float]) -> None:
+        """Write the values of step t into one optimizer's groups; not if `untouched`, unless something else writes them.
+
+        known: values that are tensors on the device, as they were read; as they are written, on return.
+        """
+        groups = self.transition.groups
+        for j, entry in enumerate(self.coordinates.entries):
+            if entry.group is None or self.transition.optimizer_of_group[entry.group] != optimizer:
+                continue
+            key, group = (entry.name, entry.group), groups[entry.group]
+            now = known[key] if key in known else plain(group[entry.name])
+            if key not in self.multiplies and self.left[key] is not None and now != self.left[key]:
+                self._taken_over(j, key)
+            value = float(self.coordinates.value[j])
+            if key in self.multiplies:
+                self.base[key] = now
+                value *= float(now)
+            elif untouched and not self.coordinates.given[j]:
+                continue
+            elif entry.name == "lr":
+                value *= self.shape(t)
+            self._put(group, entry.name, replaced(now, entry, value))
+            if key in known:
+                known[key] = torch.tensor(value, dtype=group[entry.name].dtype).item()
+            self.left[key] = known[key] if key in known else plain(group[entry.name])
+
+    def restore(self, optimizer: int) -> None:
+        """After the step: what a scheduler wrote, as it wrote it."""
+        groups = self.transition.groups
+        for (name, group), base in self.base.items():
+            if self.transition.optimizer_of_group[group] == optimizer:
+                self._put(groups[group], name, base)
+                self.left[name, group] = base
+
+    @staticmethod
+    def _put(group: dict[str, Any], name: str, value: Any) -> None:
+        """Write a value; into the user's own tensor where the group holds one."""
+        if isinstance(group[name], Tensor):
+            group[name].fill_(value)
+        else:
+            group[name] = value
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"multiplies": sorted([list(key) for key in self.multiplies], key=str)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.multiplies = {(str(name), int(group)) for name, group in state["multiplies"]}
+        self.accept_present()
+
+    def accept_present(self) -> None:
+        """Take whatever is in the param groups now as ours (after load_state_dict)."""
+        self.left = dict.fromkeys(self.left)
+
+    def _taken_over(self, j: int, key: Key) -> None:
+        """Something else wrote a value: from now on ours is a multiplier of what it writes."""
+        if self.total is not None and key[0] == "lr":
+            self._two_shapes()
+        if key[0] not in ("lr", "weight_decay"):
+            self._not_beside_a_scheduler(key[0])
+        self.multiplies.add(key)
+        self._multiply(j)
+
+    def _multiply(self, j: int) -> None:
+        """Number j is a multiplier from now on, starting from 1."""
+        coordinates, entry = self.coordinates, self.coordinates.entries[j]
+        if coordinates.given[j] or coordinates.kinds[j].bounds is not None:
+            raise ValueError(
+                f"a scheduler (or the loop) writes {entry.name}: the tuned value is a multiplier of what it writes, and starts "
+                f"from 1. Leave start and bounds of {entry.name} out."
+            )
+        coordinates.phi, coordinates.value = coordinates.phi.clone(), coordinates.value.clone()
+        coordinates.phi[j], coordinates.value[j] = 0.0, 1.0
+        coordinates.low[j], coordinates.high[j] = -math.inf, math.inf
+        coordinates.descent.forget(j)
+
+
+def plain(value: Any) -> Any:
+    """A group's value as a number or a tuple of numbers."""
+    return value.item() if isinstance(value, Tensor) else value

@@ -1,0 +1,310 @@
+"""Tangents that ride on a live loop: dθ/dφ and ds/dφ, kept up with every step the user's own optimizer takes.
+
+Between `backward` and `optimizer.step()` the gradients may have been unscaled or clipped. What was done to them is found
+by comparing p.grad with what `backward` left there (gradient_changes.py). Nothing here waits for the device: what the host
+has to know is asked of a `Readout`, which the ride fetches once a step.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hypergrad.core.graph import Linearization, grad_or_none, survey
+from hypergrad.core.multi_tensor import add, copies
+from hypergrad.core.readout import Readout
+from hypergrad.online.gradient_changes import Comparison, Pending, carried_on
+from hypergrad.online.hyper_vector import Coordinates
+from hypergrad.online.low_rank_hessian import Secant
+from hypergrad.optimizers.binding import State, Values
+from hypergrad.optimizers.transition import Tangent, Transition
+
+CAP = 2.0  # a tangent (per unit of log value) is not let grow beyond so many times the norm of the weights
+AVERAGE_SHARE = 0.1  # the running average looks back over so much of the run so far
+
+
+class Tangents:
+    """The forward mode of a live loop."""
+
+    def __init__(
+        self,
+        transition: Transition,
+        coordinates: Coordinates,
+        model: torch.nn.Module,
+        scaler: Any,
+        clip_norm: Any,
+        secant: Secant | None = None,
+    ):
+        self.transition, self.coordinates, self.model = transition, coordinates, model
+        self.scaler, self.clip_norm, self.secant = scaler, clip_norm, secant  # None: every product is formed
+        self.tangent: Tangent | None = None  # None: zero
+        self.average: Tensor | None = None  # θ̄ [n]
+        self.average_tangent: Tensor | None = None  # dθ̄/dφ [k, n]; None: zero
+        self.pending: Pending | None = None
+        self.hit = torch.zeros(len(coordinates), dtype=torch.bool)  # tangents that met the cap since `take_hits`
+        # on a device: whether the last step's tangents met the cap, and the numbers that moved then; see `ask_hits`
+        self.unread: tuple[Tensor, list[int]] | None = None
+        self.along: Tensor | None = None  # a = gᵀz and B = zᵀHz, summed since `take_newton`; z = dθ/dlog lr [m, 1 + m]
+        self.counts = {"gradients": 0, "hessian_products": 0, "capped": 0}
+        self._own = {id(x) for x in [*transition.params, *coordinates.hypers.values()]}
+
+    # ---- the gradient stage
+
+    def backward(self, loss: Tensor, inputs: Sequence[Tensor] | None, retain_graph: bool) -> None:
+        """Fill every leaf's .grad as `loss.backward()` would, and form the gradient's tangent."""
+        scale = 1.0 if self.scaler is None else float(self.scaler.get_scale())
+        params, hypers = self.transition.params, list(self.coordinates.hypers.values())
+        found = survey(loss, self.model)
+        others = [x for x in (found.leaves if inputs is None else inputs) if id(x) not in self._own]
+        k = len(self.coordinates.moving)
+        due = list(range(k)) if self.secant is None else self.secant.due(self.counts["gradients"], k)
+        products = bool(due) and (self.tangent is not None or bool(hypers))
+        plain = None
+        if products and not found.exact:  # one pass more, for a gradient that is torch's to the last bit
+            plain = grad_or_none([loss], [*params, *others], retain_graph=True)
+        lin = Linearization(loss, params, [*hypers, *others], products, retain_graph)
+        dg = self._gradient_tangent(lin, len(others), retain_graph, due) if products else None
+        if self.secant is not None and self.tangent is not None:
+            dg = self.secant.completed(self.tangent.theta, dg, due, scale)
+        grads = plain or [*lin.grads, *lin.extra_grads[len(hypers) :]]
+        if inputs is not None:
+            chosen = {id(x) for x in inputs}
+            grads = [g if id(x) in chosen else None for x, g in zip([*params, *others], grads, strict=True)]
+        old = None if self.pending is None else carried_on(self.pending, self.transition)
+        has = tuple(g is not None for g in grads[: len(params)])
+        left = self.transition.flatten(grads[: len(params)]) if old is None else None
+        _accumulate([*params, *others], grads)
+        self.counts["gradients"] += 1
+        if left is not None:
+            self.pending = Pending(left, has, dg, lin.loss, scale)
+        elif old is not None:
+            self.pending = old.joined(self.transition, has, dg, lin.loss, scale)
+
+    def _gradient_tangent(
+        self, lin: Linearization, n_others: int, retain_graph: bool, due: Sequence[int]
+    ) -> Tensor | None:
+        transition, directions = self.transition, self.coordinates.tuned
+        slope = self.coordinates.slope()[self.coordinates.moving].tolist() if self.coordinates.hypers else []
+        jobs = []
+        for j in due:
+            extra = directions.into_loss(j, 0)
+            if extra is not None:
+                extra = [None if x is None else x * slope[j] for x in extra] + [None] * n_others
+            if extra is not None or self.tangent is not None:
+                jobs.append((j, extra))
+        rows: dict[int, Tensor] = {}
+        nothing: list[Tensor | None] = [None] * len(transition.params)
+        for i, (j, extra) in enumerate(jobs):
+            z = nothing if self.tangent is None else transition.split(self.tangent.theta[j])
+            product = lin.jvp(z, extra, retain=retain_graph or i + 1 < len(jobs))
+            rows[j] = transition.flatten(product)
+        self.counts["hessian_products"] += len(jobs)
+        if not retain_graph and all(g is None or not g.requires_grad for g in lin.grads):
+            lin.free()
+        if not rows:
+            return None
+        zero = torch.zeros_like(next(iter(rows.values())))
+        return torch.stack([rows.get(j, zero) for j in range(len(directions))])
+
+    # ---- the transition stage
+
+    def compare(self, g: Tensor, active: Sequence[bool], readout: Readout) -> Comparison | None:
+        """Ask what was done to the gradients [n] between `backward` and the step; None where none of them are from there."""
+        if self.pending is None:
+            return None
+        return Comparison(self.pending, self.transition, g, active, self.clip_norm, self.scaler is not None, readout)
+
+    def push(
+        self, state: State, g: Tensor, active: tuple[bool, ...], values: Values, scale: Tensor, dg: Tensor | None
+    ) -> None:
+        """Take the tangents through one step. dg None: unknown, so they start again from zero at this step."""
+        directions = self.coordinates.tuned
+        if not len(directions):
+            return self.forget()
+        if self.tangent is None or dg is None:
+            self.forget()
+            self.tangent = Tangent.zeros(state, len(directions))
+        dg = torch.zeros_like(self.tangent.theta) if dg is None else dg
+        for name, x in state.slots.items():  # a slot that a group has begun to keep
+            if name not in self.tangent.slots:
+                self.tangent.slots[name] = x.new_zeros(len(directions), x.numel())
+        seeds, _ = directions.seeds(0, scale[self.coordinates.moving].to(state.theta))
+        self.tangent = self.transition.jvp(state, g, active, values, self.tangent, dg, seeds)
+        if self.secant is not None:
+            self.tangent = self.secant.faded(self.tangent)
+        return self._bound(torch.linalg.vector_norm(state.theta))
+
+    # On a device the factor, mostly 1, is multiplied with unseen: to look at it first would be one wait a step more.
+    def _bound(self, norm: Tensor) -> None:
+        """Cap every tangent at CAP times the norm of the weights; one that is not finite starts again from zero."""
+        assert self.tangent is not None
+        norms = torch.linalg.vector_norm(self.tangent.theta, dim=1)
+        within = norms <= CAP * norm  # False for NaN
+        if norm.device.type == "cpu" and bool(within.all()):
+            return
+        factor = (CAP * norm / norms.clamp_min(torch.finfo(norms.dtype).tiny)).clamp(max=1.0)
+        flags = torch.stack([~within, factor < 1])
+        finite = torch.isfinite(norms).unsqueeze(-1)
+        factor = factor.unsqueeze(-1)
+        bound = {name: torch.where(finite, x * factor, 0) for name, x in self.tangent.slots.items()}
+        self.tangent = Tangent(torch.where(finite, self.tangent.theta * factor, 0), bound)
+        self._flush_hits()
+        self.unread = flags, self.coordinates.moving
+        if norm.device.type == "cpu":
+            self._flush_hits()
+
+    def ask_hits(self, readout: Readout) -> None:
+        """Ask whether the last step's tangents met the cap; to be noted with `note_hits`."""
+        if self.unread is not None:
+            readout.ask("hits", self.unread[0])
+
+    def note_hits(self, read: Mapping[str, list[float]]) -> None:
+        if self.unread is not None and "hits" in read:
+            over, hit = torch.tensor(read["hits"], dtype=torch.float64).view(2, -1).bool()
+            self.counts["capped"] += bool(over.any())
+            self.hit[self.unread[1]] |= hit
+            self.unread = None
+
+    def _flush_hits(self) -> None:
+        """The same at once."""
+        if self.unread is not None:
+            readout = Readout()
+            self.ask_hits(readout)
+            self.note_hits(readout.fetch())
+
+    def along_lr(self) -> tuple[Tensor, Tensor, Tensor] | None:
+        """z = dθ/dlog lr of every lr [m, n], and the pending batch's own g [n] and Hz [m, n]; None where these are not known."""
+        pending, rows = self.pending, self.coordinates.rows("lr")
+        if self.tangent is None or pending is None or pending.dg is None or not rows:
+            return None
+        z, hz = _rows(self.tangent.theta, rows), _rows(pending.dg, rows)
+        return z, pending.left / pending.scale, hz / pending.scale
+
+    def ask_slope_and_curvature(self, readout: Readout) -> None:
+        """Ask for a = gᵀz and b = zᵀHz of the pending batch, z = dθ/dlog c of a common factor c of every lr."""
+        seen = self.along_lr()
+        if seen is not None:
+            z, g, hz = seen[0].sum(0), seen[1], seen[2].sum(0)
+            readout.ask("slope and curvature", torch.stack([g @ z, hz @ z]))
+
+    def look(self) -> None:
+        """Add this step's batch to a and B: slope and curvature of its own loss, whatever is done to its gradient afterwards."""
+        seen, signs = self.along_lr(), {bool(getattr(rule, "maximize", False)) for rule in self.transition.rules}
+        if seen is None or len(signs) > 1:
+            return
+        z, g, hz = seen
+        along = torch.cat([(z @ g).unsqueeze(-1), z @ hz.T], dim=1)
+        along = -along if self.transition.maximizes else along
+        self.along = along if self.along is None else self.along + along
+
+    def ask_newton(self, readout: Readout) -> None:
+        """Ask for the a and B summed since the last `take_newton`."""
+        if self.along is not None:
+            readout.ask("along", self.along)
+
+    def take_newton(self, read: Mapping[str, list[float]] | None = None) -> Tensor:
+        """log c* of every lr by the steps since the last call (see outer_optimizer.py) [k of all]; NaN where it is not known.
+
+        read: with the answer to `ask_newton`; None: it is fetched here.
+        """
+        newton = torch.full((len(self.coordinates),), math.nan, dtype=torch.float64)
+        along, self.along = self.along, None
+        if along is None:
+            return newton
+        read = {"along": along.flatten().tolist()} if read is None else read
+        a, b = torch.tensor(read["along"], dtype=torch.float64).view(along.shape).tensor_split([1], dim=1)
+        a, b = a.squeeze(1), b.diagonal() + (b - b.diagonal().diag()).abs().sum(1)
+        best = torch.where(a >= 0, 0, torch.where(b > 0, torch.log1p(-a / b), math.inf))
+        newton[[self.coordinates.moving[k] for k in self.coordinates.rows("lr")]] = torch.where(
+            (a + b).isfinite(), best, math.nan
+        )
+        return newton
+
+    def take_hits(self) -> Tensor:
+        """Which numbers' tangents met the cap since the last call [k of all]. Those start again from zero."""
+        self._flush_hits()
+        hit, self.hit = self.hit, torch.zeros_like(self.hit)
+        if self.tangent is not None and bool(hit.any()):
+            keep = (~hit[self.coordinates.moving]).to(self.tangent.theta).unsqueeze(-1)
+            slots = {name: x * keep for name, x in self.tangent.slots.items()}
+            self.tangent = Tangent(self.tangent.theta * keep, slots)
+            if self.average_tangent is not None:
+                self.average_tangent = self.average_tangent * keep
+        return hit
+
+    def forget(self) -> None:
+        """Tangents are zero from here on."""
+        self.tangent = self.average_tangent = self.along = None
+
+    # θ̄ ← θ̄ + a (θ − θ̄) and the same for its tangent, a = 1/(share of the steps so far)
+    def follow(self, theta: Tensor, t: int) -> None:
+        """Move the running averages towards the present weights and tangents."""
+        a = min(1.0, 1 / (AVERAGE_SHARE * (t + 1)))
+        self.average = theta if self.average is None else self.average.lerp(theta, a)
+        if self.tangent is not None:
+            old = self.average_tangent
+            self.average_tangent = self.tangent.theta * a if old is None else old.lerp(self.tangent.theta, a)
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """The running average of the weights in the model, and the weights themselves back on the way out."""
+        theta = self.transition.flatten(self.transition.params)
+        if self.average is not None:
+            self.transition.load(self.average)
+        try:
+            yield
+        finally:
+            self.transition.load(theta)
+
+    def state_dict(self) -> dict[str, Any]:
+        self._flush_hits()
+        tangent = self.tangent
+        return {
+            "theta": None if tangent is None else tangent.theta,
+            "slots": None if tangent is None else dict(tangent.slots),
+            "average": self.average,
+            "average_tangent": self.average_tangent,
+            "along": self.along,
+            "hit": self.hit.clone(),
+            **({} if self.secant is None else {"secant": self.secant.state_dict()}),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        like = self.transition.params[0]
+
+        def here(x: Any) -> Any:
+            return None if x is None else x.to(like)
+
+        self.tangent = self.unread = None
+        if state["theta"] is not None:
+            self.tangent = Tangent(here(state["theta"]), {name: here(x) for name, x in state["slots"].items()})
+        self.average, self.average_tangent = here(state["average"]), here(state["average_tangent"])
+        self.along, self.hit = here(state["along"]), state["hit"].clone()
+        if self.secant is not None:
+            self.secant.load_state_dict(state["secant"], like)
+        self.pending = None
+
+
+def _rows(x: Tensor, rows: Sequence[int]) -> Tensor:
+    """Rows of x; neighbours without an index, which would have to travel to the device."""
+    a, b = rows[0], rows[-1] + 1
+    return x[a:b] if list(rows) == list(range(a, b)) else torch.stack([x[j] for j in rows])
+
+
+def _accumulate(leaves: Sequence[Tensor], grads: Sequence[Tensor | None]) -> None:
+    """Add to .grad what backward() would; fresh tensors, so that nothing in the graph or of the user's is shared."""
+    pairs = [(leaf, g.detach()) for leaf, g in zip(leaves, grads, strict=True) if g is not None]
+    first = [(leaf, g) for leaf, g in pairs if leaf.grad is None]
+    again = [(leaf.grad, g) for leaf, g in pairs if leaf.grad is not None]
+    with torch.no_grad():
+        for (leaf, _), g in zip(first, copies([g for _, g in first]), strict=True):
+            leaf.grad = g
+        add([old for old, _ in again], [g for _, g in again])
+        for leaf, _ in pairs:
+            for hook in (getattr(leaf, "_post_accumulate_grad_hooks", None) or {}).values():
+                hook(leaf)

@@ -1,0 +1,1 @@
+"""Any other optimizer's own step, recorded and differentiated."""

@@ -1,0 +1,286 @@
+"""A step of live optimizers as a pure function of flat tensors, and its derivatives.
+
+A step applies each group's rule to the ranges of θ that share hyperparameters and step number, or to one parameter at a time
+where the rule is not elementwise; parameters without a gradient are passed over, as `torch.optim` does. Tangents are [k, n],
+adjoints [n].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hypergrad.optimizers.binding import Binding, State, Values
+from hypergrad.optimizers.clip import Clip, ClipNorm, ClipValue
+from hypergrad.optimizers.rule import Tensors, parts
+from hypergrad.optimizers.span import Span
+from hypergrad.optimizers.traced.fallback import Fallback, Inputs
+
+CLIPS: dict[str, type[Clip]] = {"clip_norm": ClipNorm, "clip_value": ClipValue}
+
+# On CPU a long range is cut, so that what a rule allocates for its ten or so passes is used again, and not new pages each time.
+CHUNK = 2**20
+
+WELL_CONDITIONED_EPS = 1e-3  # from here on d/d(weight decay) through g/(√v + eps) at g = v = 0 is of ordinary size
+
+
+@dataclass
+class Tangent:
+    """Tangents (or, with vectors in place of matrices, adjoints) of θ, of the slots and of running statistics."""
+
+    theta: Tensor
+    slots: Tensors
+    stats: Tensor | None = None
+
+    @staticmethod
+    def zeros(state: State, k: int | None = None) -> Tangent:
+        def zero(x: Tensor) -> Tensor:
+            return torch.zeros_like(x) if k is None else x.new_zeros(k, x.numel())
+
+        return Tangent(zero(state.theta), {name: zero(x) for name, x in state.slots.items()})
+
+
+@dataclass(frozen=True)
+class Run:
+    """A range of θ in which one rule acts with one set of numbers, and the ranges of its slots.
+
+    An elementwise rule sees all parameters of the range as one vector; any other rule one parameter, in its own shape.
+    """
+
+    group: int
+    t: int
+    theta: Span
+    slots: dict[str, Span]
+
+    def of(self, x: Tensor) -> Tensor:
+        return self.theta.of(x)
+
+    def chunks(self, size: int | None) -> Iterator[Run]:
+        """The same in ranges of at most `size` numbers, where the rule sees one vector."""
+        length = self.theta.stop - self.theta.start
+        if size is None or length <= size or self.theta.shape != (length,):
+            yield self
+            return
+        for a in range(0, length, size):
+            b = min(a + size, length)
+            slots = {name: span.part(a, b) for name, span in self.slots.items()}
+            yield Run(self.group, self.t, self.theta.part(a, b), slots)
+
+    def slots_of(self, x: Tensors) -> Tensors:
+        return {name: span.of(x[name]) for name, span in self.slots.items()}
+
+    def seeds_of(self, x: Tensors) -> Tensors:
+        """Tangents of scalars [k, 1], to be broadcast against those of θ."""
+        return {name: d.view((len(d), *[1] * len(self.theta.shape))) for name, d in x.items()}
+
+
+@dataclass
+class _Pieces:
+    """Puts ranges together again; what no range covers keeps its old value, or is 0."""
+
+    old: Tensor
+    zero: bool = False
+    new: list[tuple[Span, Tensor]] = field(default_factory=list)
+
+    def join(self) -> Tensor:
+        pieces = sorted(self.new, key=lambda piece: piece[0].start)
+        covered = sum(span.stop - span.start for span, _ in pieces)
+        if pieces and covered == self.old.shape[-1]:
+            flat = [span.flat(x) for span, x in pieces]
+            return flat[0] if len(flat) == 1 else torch.cat(flat, dim=-1)
+        out = torch.zeros_like(self.old) if self.zero else self.old.clone()
+        for span, x in pieces:
+            span.of(out).copy_(x)
+        return out
+
+
+class Transition(Binding):
+    """The transition stage of one or several live optimizers, with an optional clipping stage in front.
+
+    Args:
+        optimizers, wrt: as of a `Binding`.
+        clip: name of the clipping stage, None for none.
+    """
+
+    def __init__(self, optimizers: Sequence[torch.optim.Optimizer], wrt: frozenset[str], clip: str | None = None):
+        super().__init__(optimizers, wrt)
+        self.clip: Clip | None = None if clip is None else CLIPS[clip]()
+        self.wanted = frozenset(part for name in wrt for part in parts(name))
+        self._plans: dict[Any, list[Run]] = {}
+
+    def refresh(self) -> None:
+        rules = self.rules
+        super().refresh()
+        if self.rules is not rules:  # other slots: the ranges are laid out anew
+            self._plans = {}
+
+    def plan(self, counts: tuple[int, ...], active: tuple[bool, ...]) -> list[Run]:
+        """The ranges of one step: neighbours in a group with the same step number are one range."""
+        key = (counts, active)
+        if key not in self._plans:
+            self._plans = {key: list(self._runs(counts, active))}
+        return self._plans[key]
+
+    def _runs(self, counts: Sequence[int], active: Sequence[bool]) -> Iterator[Run]:
+        block: list[int] = []  # parameters that are one range
+        for i, (start, stop) in enumerate(self.ranges):
+            if not active[i] or start == stop or self.takes_own_step[i]:
+                continue
+            if block and not self._joins(block[-1], i, counts):
+                yield from self._run(block, counts).chunks(self.chunk)
+                block = []
+            block.append(i)
+        if block:
+            yield from self._run(block, counts).chunks(self.chunk)
+
+    @property
+    def chunk(self) -> int | None:
+        """Numbers of a range that are worked on at a time; None: all of them."""
+        return CHUNK * torch.get_num_threads() if self.params[0].device.type == "cpu" else None
+
+    def _joins(self, last: int, i: int, counts: Sequence[int]) -> bool:
+        same = self.group_of[last] == self.group_of[i] and counts[last] == counts[i]
+        adjacent = self.ranges[last][1] == self.ranges[i][0]
+        return same and adjacent and self.rules[self.group_of[i]].elementwise
+
+    def _run(self, block: list[int], counts: Sequence[int]) -> Run:
+        first, last, group = block[0], block[-1], self.group_of[block[0]]
+        rule = self.rules[group]
+
+        def span(ranges: list[tuple[int, int]], shape: tuple[int, ...]) -> Span:
+            start, stop = ranges[first][0], ranges[last][1]
+            return Span(start, stop, (stop - start,) if rule.elementwise else shape)
+
+        slots = {name: span(self.slot_ranges[name], self.slot_shapes[name][first]) for name in rule.slots}
+        return Run(group, counts[first] + 1, span(self.ranges, tuple(self.params[first].shape)), slots)
+
+    def scalars(self, run: Run, values: Values) -> dict[str, float]:
+        """The numbers h of one range."""
+        out: dict[str, float] = {"t": run.t}
+        for name, column in values.items():
+            if name not in CLIPS and column[run.group] is not None:
+                value = column[run.group]
+                out |= dict(zip(parts(name), value if isinstance(value, tuple) else (value,), strict=True))
+        return out
+
+    def clipped(self, g: Tensor, values: Values) -> Tensor:
+        return g if self.clip is None else self.clip.step(g, self.sizes, values[self.clip.name][0])
+
+    def _own_steps(
+        self, state: State, g: Tensor, active: Sequence[bool], values: Values
+    ) -> Iterator[tuple[Fallback, Inputs]]:
+        """The optimizers without a rule, and what their step is a function of."""
+        for i, fallback in self.fallbacks.items():
+            yield fallback, fallback.inputs(state.theta, g, active, state.slots, state.rest[i], values)
+
+    def step(self, state: State, g: Tensor, active: tuple[bool, ...], values: Values) -> State:
+        """One step from `state` with the flat gradient g [n]."""
+        g = self.clipped(g, values)
+        theta, slots = _Pieces(state.theta), {name: _Pieces(state.slots[name]) for name in self.slot_names}
+        own, rest = {}, {}
+        for fallback, inputs in self._own_steps(state, g, active, values):
+            p, s, rest[fallback.number] = fallback.step(inputs)
+            theta.new.append((fallback.span, p))
+            own |= s
+        for run in self.plan(state.counts, active):
+            s, h = run.slots_of(state.slots), self.scalars(run, values)
+            p, s = self.rules[run.group].step(run.of(state.theta), run.of(g), s, h)
+            theta.new.append((run.theta, p))
+            for name, x in s.items():
+                slots[name].new.append((run.slots[name], x))
+        slots = {name: x.join() for name, x in slots.items()}
+        counted = [(a or self.counts_groups(i)) and not self.takes_own_step[i] for i, a in enumerate(active)]
+        return state.like(theta.join(), slots | own, counted, rest)
+
+    def jvp(
+        self,
+        state: State,
+        g: Tensor,
+        active: tuple[bool, ...],
+        values: Values,
+        tangent: Tangent,
+        dg: Tensor,
+        seeds: Sequence[Tensors],
+        clip_seed: Tensor | None = None,
+    ) -> Tangent:
+        """Push tangents through one step.
+
+        Args:
+            tangent: of θ and slots, [k, n].
+            dg: tangent of g, [k, n].
+            seeds: for each group, tangents of its scalars h by the rule's names, each [k, 1].
+            clip_seed: tangent of the clipping threshold, [k, 1].
+        """
+        if self.clip is not None:
+            m = values[self.clip.name][0]
+            dg, g = self.clip.jvp(g, self.sizes, m, dg, clip_seed), self.clipped(g, values)
+        theta, slots = _Pieces(tangent.theta), {name: _Pieces(tangent.slots[name]) for name in self.slot_names}
+        own: Tensors = {}
+        for fallback, inputs in self._own_steps(state, g, active, values):
+            dp, ds = fallback.jvp(inputs, tangent.theta, dg, tangent.slots, seeds)
+            theta.new.append((fallback.span, dp))
+            own |= ds
+        for run in self.plan(state.counts, active):
+            s, ds = run.slots_of(state.slots), run.slots_of(tangent.slots)
+            h, dp, dh = self.scalars(run, values), run.of(tangent.theta), run.seeds_of(seeds[run.group])
+            dp, ds = self.rules[run.group].jvp(run.of(state.theta), run.of(g), s, h, dp, run.of(dg), ds, dh)
+            theta.new.append((run.theta, dp))
+            for name, x in ds.items():
+                slots[name].new.append((run.slots[name], x))
+        return Tangent(theta.join(), {name: x.join() for name, x in slots.items()} | own)
+
+    def vjp(
+        self, state: State, g: Tensor, active: tuple[bool, ...], values: Values, adjoint: Tangent
+    ) -> tuple[Tangent, Tensor, list[Tensors], Tensor | None]:
+        """Pull an adjoint back through one step.
+
+        Returns:
+            the adjoint of (θ, slots) not counting the path through g; the adjoint of g [n]; for each group, the
+            derivative in each of its scalars that is in `wrt` (0-d); the derivative in the clipping threshold.
+        """
+        raw, g = g, self.clipped(g, values)
+        theta, slots = _Pieces(adjoint.theta), {name: _Pieces(adjoint.slots[name]) for name in self.slot_names}
+        lam_g, own = _Pieces(g, zero=True), {}
+        lam_h: list[Tensors] = [{} for _ in self.groups]
+        for fallback, inputs in self._own_steps(state, g, active, values):
+            lp, lg, ls = fallback.vjp(inputs, adjoint.theta, adjoint.slots, lam_h)
+            theta.new.append((fallback.span, lp))
+            lam_g.new.append((fallback.span, lg))
+            own |= ls
+        for run in self.plan(state.counts, active):
+            s, ls = run.slots_of(state.slots), run.slots_of(adjoint.slots)
+            h, lp = self.scalars(run, values), run.of(adjoint.theta)
+            lp, lg, ls, lh = self.rules[run.group].vjp(run.of(state.theta), run.of(g), s, h, lp, ls)
+            theta.new.append((run.theta, lp))
+            lam_g.new.append((run.theta, lg))
+            for name, x in ls.items():
+                slots[name].new.append((run.slots[name], x))
+            for name in lh.keys() & self.wanted:
+                x = lh[name]
+                lam_h[run.group][name] = lam_h[run.group].get(name, 0) + (x() if callable(x) else x).sum()
+        out = Tangent(theta.join(), {name: x.join() for name, x in slots.items()} | own)
+        lg, lam_clip = lam_g.join(), None
+        if self.clip is not None:
+            lg, lam_clip = self.clip.vjp(raw, self.sizes, values[self.clip.name][0], lg)
+        return out, lg, lam_h, lam_clip
+
+    def ill_conditioned_decay(self, state: State, g: Tensor, values: Values) -> Tensor | None:
+        """The groups in which d/d(weight decay) passes through g/√v at g = v = 0 with a small eps: flags, None where none can."""
+        out: dict[int, Tensor] = {}
+        for i, rule in enumerate(self.rules):
+            slot = rule.second_moment_of_decay
+            if slot is None or values["weight_decay"][i] != 0 or values["eps"][i] >= WELL_CONDITIONED_EPS:
+                continue
+            pairs = zip(self.ranges, self.slot_ranges[slot], self.group_of, strict=True)
+            mine = [((a, b), (c, d)) for (a, b), (c, d), group in pairs if group == i]
+            x = torch.cat([g[a:b] for (a, b), _ in mine])
+            v = torch.cat([state.slots[slot][c:d] for _, (c, d) in mine])
+            out[i] = ((x == 0) & (v == 0)).any()
+        if not out:
+            return None
+        no = torch.zeros_like(next(iter(out.values())))
+        return torch.stack([out.get(i, no) for i in range(len(self.rules))])

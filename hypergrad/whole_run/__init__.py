@@ -1,0 +1,1 @@
+"""Hyperparameters tuned from one whole run to the next."""

@@ -1,0 +1,226 @@
+"""Online tuner: saved in the middle of a run, and gone on with; weights written from outside."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tests.online.test_tuner import data, float64, mse, sgd, two_layers, validation
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import CosineAnnealingLR, ExponentialLR, LambdaLR, OneCycleLR, SequentialLR
+
+import hypergrad
+
+__all__ = ["float64"]  # the fixture
+MIDDLE = 7
+
+
+def sequential(opt: Any) -> Any:
+    return SequentialLR(opt, [LambdaLR(opt, lambda t: (t + 1) / 4), ExponentialLR(opt, 0.9)], [4])
+
+
+SCHEDULES: dict[str, Callable[[Any], Any] | None] = {
+    "none": None,
+    "exponential": lambda opt: ExponentialLR(opt, 0.9),
+    "lambda": lambda opt: LambdaLR(opt, lambda t: 1 / (1 + t)),
+    "warm-up from 0": lambda opt: LambdaLR(opt, lambda t: t / 12),
+    "cosine": lambda opt: CosineAnnealingLR(opt, 12),
+    "one cycle": lambda opt: OneCycleLR(opt, 0.1, total_steps=20),
+    "two in a row": sequential,
+}
+
+
+class Run:
+    """A user's script: everything is made in the same order each time."""
+
+    def __init__(self, schedule: Callable[[Any], Any] | None, tuner_first: bool = True, tuned: bool = True, **kw: Any):
+        self.model = two_layers()
+        self.optimizer = sgd(momentum=0.9)(self.model)
+        make = lambda: hypergrad.Tuner(self.model, self.optimizer, validation(self.model), every=3, **kw)  # noqa: E731
+        first = make() if tuner_first else None
+        self.scheduler = schedule(self.optimizer) if schedule else None
+        self.tuner = first or make()
+        if not tuned:
+            self.tuner.close()
+        self.used: list[float] = []
+        self.optimizer.register_step_pre_hook(lambda o, *_: self.used.extend(g["lr"] for g in o.param_groups))
+
+    @property
+    def parts(self) -> list[Any]:
+        found = [self.model, self.optimizer, self.scheduler, self.tuner]
+        return [x for x in found if x is not None]
+
+    def train(self, first: int, last: int) -> None:
+        for t, batch in list(enumerate(data()[0]))[first:last]:
+            torch.manual_seed(t)
+            self.optimizer.zero_grad()
+            self.tuner.backward(mse(self.model, batch))
+            self.optimizer.step()
+            if self.scheduler is not None:
+                self.scheduler.step()
+
+
+@pytest.mark.parametrize("tuner_first", [True, False])
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_run_with_a_scheduler_resumes_exactly(name: str, tuner_first: bool, tmp_path: Path) -> None:
+    whole, half = (Run(SCHEDULES[name], tuner_first) for _ in range(2))
+    whole.train(0, 12)
+    half.train(0, MIDDLE)
+    torch.save([x.state_dict() for x in half.parts], tmp_path / "state.pt")
+    again = Run(SCHEDULES[name], tuner_first)
+    for x, state in zip(again.parts, torch.load(tmp_path / "state.pt", weights_only=True), strict=True):
+        x.load_state_dict(state)
+    again.train(MIDDLE, 12)
+    assert again.used == whole.used[2 * MIDDLE :]
+    assert all(torch.equal(p, q) for p, q in zip(whole.model.parameters(), again.model.parameters(), strict=True))
+    assert all(torch.equal(whole.tuner.values[k], again.tuner.values[k]) for k in whole.tuner.values)
+    assert whole.tuner.stats == again.tuner.stats
+    assert repr(whole.optimizer.param_groups[0]["lr"]) == repr(again.optimizer.param_groups[0]["lr"])
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0), (2, 0, 1), (1, 2, 0)])
+def test_run_resumes_exactly_whatever_is_loaded_first(order: tuple[int, ...]) -> None:
+    whole, half, again = (Run(None) for _ in range(3))
+    whole.train(0, 12)
+    half.train(0, MIDDLE)
+    states = [copy.deepcopy(x.state_dict()) for x in half.parts]
+    for i in order:
+        again.parts[i].load_state_dict(states[i])
+    again.train(MIDDLE, 12)
+    assert again.used == whole.used[2 * MIDDLE :]
+    assert all(torch.equal(p, q) for p, q in zip(whole.model.parameters(), again.model.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_scheduler_is_never_changed_by_a_tuner(name: str) -> None:
+    """What the scheduler writes is what it writes without one."""
+    run, plain = Run(SCHEDULES[name]), Run(SCHEDULES[name], tuned=False)
+    for t in range(12):
+        run.train(t, t + 1)
+        plain.train(t, t + 1)
+        if run.scheduler is not None:
+            assert [g["lr"] for g in run.optimizer.param_groups] == [g["lr"] for g in plain.optimizer.param_groups]
+
+
+def test_state_saved_in_the_middle_is_not_changed_by_training_on() -> None:
+    """As with torch's state_dicts, a copy is the user's to take."""
+    run = Run(None)
+    run.train(0, MIDDLE)
+    state = copy.deepcopy(run.tuner.state_dict())
+    run.train(MIDDLE, 12)
+    run.tuner.load_state_dict(state)
+    before = repr(state)
+    run.train(0, 5)
+    assert repr(state) == before
+
+
+def test_truncated_state_leaves_the_tuner_unchanged() -> None:
+    run, other = Run(None), Run(None)
+    run.train(0, MIDDLE)
+    other.train(0, 4)
+    state = run.tuner.state_dict()
+
+    def cut(path: tuple[str, ...]) -> dict[str, Any]:
+        out = copy.deepcopy(state)
+        inner = out
+        for key in path[:-1]:
+            inner = inner[key]
+        del inner[path[-1]]
+        return out
+
+    paths: list[tuple[str, ...]] = [(key,) for key in state]
+    paths += [
+        (key, inner)
+        for key in state
+        for inner in (state[key] if isinstance(state[key], dict) else ())
+        if key != "stats"
+    ]
+    before = repr(other.tuner.state_dict())
+    for path in paths:
+        with pytest.raises(ValueError, match="state_dict"):
+            other.tuner.load_state_dict(cut(path))
+        assert repr(other.tuner.state_dict()) == before, path
+
+
+# ---- modes that replay
+
+
+def replaying(mode: str, **kw: Any) -> tuple[nn.Module, Any, hypergrad.Tuner]:
+    model = two_layers()
+    opt = sgd(momentum=0.9)(model)
+    validate = validation(model)
+
+    def val_loss() -> Tensor:
+        torch.manual_seed(11)
+        return validate()
+
+    return model, opt, hypergrad.Tuner(model, opt, val_loss, loss=mse, mode=mode, every=4, horizon=4, **kw)
+
+
+@pytest.mark.parametrize("mode", ["unrolled", "implicit", "forward"])
+@pytest.mark.parametrize("middle", [0, 2, 4, 6])
+def test_modes_that_replay_go_on_from_a_state(mode: str, middle: int) -> None:
+    batches = data()[0]
+    parts = replaying(mode)
+    for batch in batches[:middle]:
+        parts[2].step(batch)
+    states = [copy.deepcopy(x.state_dict()) for x in parts]
+    again = replaying(mode)
+    for x, state in zip(again, states, strict=True):
+        x.load_state_dict(state)
+    for x in (parts, again):
+        torch.manual_seed(3)
+        for batch in batches[middle:]:
+            assert torch.isfinite(x[2].step(batch))
+    assert again[2].stats["steps"] == 12
+    if middle % 4 == 0:  # between windows
+        assert all(torch.equal(p, q) for p, q in zip(parts[0].parameters(), again[0].parameters(), strict=True))
+        assert all(torch.equal(parts[2].values[k], again[2].values[k]) for k in parts[2].values)
+
+
+def outside(what: str, model: nn.Module, opt: Any) -> None:
+    """What a loop may do between two steps."""
+    with torch.no_grad():
+        if what == "weights loaded":
+            model.load_state_dict({k: 0.5 * x for k, x in model.state_dict().items()})
+        elif what == "optimizer state loaded":
+            state = copy.deepcopy(opt.state_dict())
+            for slot in state["state"].values():
+                if slot["momentum_buffer"] is not None:
+                    slot["momentum_buffer"].mul_(0.5)
+            opt.load_state_dict(state)
+        else:
+            opt.state.clear()
+
+
+@pytest.mark.parametrize("what", ["weights loaded", "optimizer state loaded", "optimizer state cleared"])
+def test_window_begins_anew_where_the_state_was_written_from_outside(what: str) -> None:
+    """The hypergradient is that of the stretch after it."""
+    batches = data()[0]
+    model, opt, tuner = replaying("unrolled")
+    for batch in batches[:2]:
+        tuner.step(batch)
+    outside(what, model, opt)
+    states = [copy.deepcopy(x.state_dict()) for x in (model, opt)]
+    torch.manual_seed(5)
+    for batch in batches[2:6]:
+        tuner.step(batch)
+    assert tuner.stats["hyper_steps"] == 1
+    again = replaying("unrolled")
+    for x, state in zip(again, states, strict=False):
+        x.load_state_dict(state)
+    again[2].close()
+    torch.manual_seed(5)
+    validate = validation(again[0])
+
+    def val_loss() -> Tensor:
+        torch.manual_seed(11)
+        return validate()
+
+    exact = hypergrad.hypergradient(again[0], again[1], mse, batches[2:6], val_loss)
+    for name in ("lr", "weight_decay"):
+        torch.testing.assert_close(tuner.hypergradients[name], exact.gradients[name], rtol=1e-9, atol=0)

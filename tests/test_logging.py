@@ -1,0 +1,167 @@
+"""What a run leaves behind: one TensorBoard run, and the same numbers as JSON lines."""
+
+import json
+import math
+import re
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+import hypergrad
+from hypergrad.logging import short
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """The log folder of a short run with two param groups and an event worth a note."""
+    path = tmp_path_factory.mktemp("run")
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 1))
+    groups = [{"params": model[0].parameters()}, {"params": model[2].parameters(), "lr": 0.02}]
+    opt = torch.optim.SGD(groups, lr=0.01, momentum=0.5, weight_decay=1e-3)
+    x, y = torch.randn(20, 4), torch.randn(20, 1)
+    mse = lambda: ((model(x) - y) ** 2).mean()  # noqa: E731
+    tuner = hypergrad.Tuner(model, opt, mse, tune=("lr", "weight_decay", "momentum"), every=2, seed=3, log_dir=path)
+    for step in range(14):
+        opt.zero_grad()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            tuner.backward(mse() * (float("nan") if step == 3 else 1))
+            opt.step()
+    tuner.close()
+    tuner.close()  # twice is once
+    return path
+
+
+def events(folder):
+    event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    reader = event_accumulator.EventAccumulator(str(folder), size_guidance={"scalars": 0})
+    reader.Reload()
+    return reader
+
+
+def test_scalars_are_those_of_the_json_lines(folder):
+    reader = events(folder)
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    scalars = [row for row in rows if "loss/val" in row]
+    assert [row["step"] for row in scalars] == [2, 4, 6, 8, 10, 12, 14]
+    numbers = {f"{name}/{g}" for name in ("lr", "weight_decay", "momentum") for g in "01"}
+    logs = {f"log10_{x}" for x in numbers if not x.startswith("momentum")}
+    values = {f"hyper/{x}" for x in numbers | logs}
+    expected = values | {f"start/{x}" for x in logs | {"momentum/0", "momentum/1"}}
+    expected |= {"loss/train", "loss/val", "loss/val_best"}
+    expected |= {f"val_hypergradient/{x}{end}" for x in numbers for end in ("", "_low", "_high")}
+    expected |= {f"tangent/{x}" for x in numbers}
+    expected |= {f"run/{x}" for x in ("cost_over_plain", "rollbacks", "backtracks", "steps_passed_over", "ms_per_step")}
+    assert expected == set(scalars[0]) - {"step"} == set(reader.Tags()["scalars"])
+    (begun,) = [row for row in rows if row["step"] == 0 and "note" not in row]
+    assert set(begun) == values | {"step"}
+    for tag in expected:
+        written = {e.step: e.value for e in reader.Scalars(tag)}
+        of_lines = [begun, *scalars] if tag in values else scalars
+        assert written == {row["step"]: pytest.approx(row[tag], rel=1e-6) for row in of_lines}, tag
+
+
+def test_the_start_is_the_first_point_of_a_curve_and_a_level_line_beside_it(folder):
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    begun, *scalars = [row for row in rows if "hyper/lr/0" in row]
+    assert (begun["hyper/lr/0"], begun["hyper/lr/1"], begun["hyper/weight_decay/1"]) == (0.01, 0.02, 1e-3)
+    assert {row["start/log10_lr/1"] for row in scalars} == {begun["hyper/log10_lr/1"]} == {math.log10(0.02)}
+    assert {row["start/momentum/0"] for row in scalars} == {0.5}
+    assert all(row["hyper/lr/0"] != 0.01 for row in scalars)  # the warm start's
+
+
+def test_a_run_that_goes_on_has_no_start(tmp_path):
+    def tuner(folder):
+        torch.manual_seed(0)
+        model = nn.Linear(3, 1)
+        opt = torch.optim.SGD(model.parameters(), lr=0.01)
+        x, y = torch.randn(20, 3), torch.randn(20, 1)
+        made = hypergrad.Tuner(
+            model, opt, lambda: ((model(x) - y) ** 2).mean(), "lr", every=2, log_dir=tmp_path / folder
+        )
+        return made, opt, lambda: ((model(x) - y) ** 2).mean()
+
+    state = None
+    for folder in ("first", "second"):
+        made, opt, loss = tuner(folder)
+        if state is not None:
+            made.load_state_dict(state)
+        for _ in range(4):
+            opt.zero_grad()
+            made.backward(loss())
+            opt.step()
+        made.close()
+        state = made.state_dict()
+    first, second = ((tmp_path / x / "metrics.jsonl").read_text().splitlines() for x in ("first", "second"))
+    steps = [[row["step"] for row in map(json.loads, lines) if "hyper/lr" in row] for lines in (first, second)]
+    assert steps == [[0, 2, 4], [6, 8]]
+    assert not any("start/log10_lr" in json.loads(line) for line in second)
+
+
+def test_custom_scalars_show_a_run_on_one_page(folder):
+    layout_pb2 = pytest.importorskip("tensorboard.plugins.custom_scalar.layout_pb2")
+    reader = events(folder)
+    (event,) = reader.Tensors("custom_scalars__config__")
+    page = layout_pb2.Layout.FromString(event.tensor_proto.string_val[0])
+    there = set(reader.Tags()["scalars"])
+    lines, bands = {}, {}
+    for category in page.category:
+        for chart in category.chart:
+            lines[chart.title] = {t for t in there for pattern in chart.multiline.tag if re.match(pattern, t)}
+            for each in chart.margin.series:
+                bands[chart.title] = each.value, each.lower, each.upper
+            assert len(lines[chart.title]) == len(chart.multiline.tag)  # each names a tag that is there
+    assert lines["log10 lr"] == {f"{kind}/log10_lr/{g}" for kind in ("hyper", "start") for g in "01"}
+    assert lines["momentum"] == {f"{kind}/momentum/{g}" for kind in ("hyper", "start") for g in "01"}
+    assert len(bands) == 6
+    assert bands["lr/0"] == tuple(f"val_hypergradient/lr/0{end}" for end in ("", "_low", "_high"))
+    assert all(there.issuperset(band) for band in bands.values())
+    shown = set().union(*lines.values(), *bands.values())
+    assert there - shown == {f"hyper/{n}/{g}" for n in ("lr", "weight_decay") for g in "01"} | {"run/ms_per_step"}
+
+
+def test_a_lone_groups_number_is_left_out():
+    assert short(["lr/0", "weight_decay/0", "weight_decay/1", "betas/0/0"]) == [
+        "lr",
+        "weight_decay/0",
+        "weight_decay/1",
+        "betas/0/0",
+    ]
+
+
+def test_noise_bands_hold_the_mean_and_the_cost_counts_products(folder):
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    last = [row for row in rows if "loss/val" in row][-1]
+    for x in ("lr/0", "weight_decay/1"):
+        of = f"val_hypergradient/{x}"
+        assert last[f"{of}_low"] <= last[of] <= last[f"{of}_high"]
+        assert last[f"tangent/{x}"] > 0
+    assert last["run/steps_passed_over"] == 1
+    assert 1 < last["run/cost_over_plain"] < 20  # six numbers are tuned at once
+
+
+def test_hparams_are_in_the_same_run(folder):
+    plugin = pytest.importorskip("tensorboard.plugins.hparams.plugin_data_pb2")
+    reader = events(folder)
+    content = reader.SummaryMetadata("_hparams_/session_start_info").plugin_data.content
+    start = plugin.HParamsPluginData.FromString(content).session_start_info.hparams
+    assert start["lr/0 start"].number_value == pytest.approx(0.01)
+    assert start["lr/1 start"].number_value == pytest.approx(0.02)
+    assert start["optimizer"].string_value == "SGD"
+    assert start["seed"].number_value == 3
+    assert [p for p in folder.iterdir() if p.is_dir()] == []  # no second run
+
+
+def test_what_happened_is_said_in_both(folder):
+    notes = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    said = [row["note"] for row in notes if "note" in row]
+    assert len(said) == 5
+    assert said[:2] == ["momentum/0 starts from 0.9.", "momentum/1 starts from 0.9."]
+    assert "not finite" in said[2]
+    assert said[3].startswith("lr starts from")
+    end = r"validation loss at the end [\d.]+, best [\d.]+ at step \d+ \(tuner.best\(\) has those weights\)\."
+    assert re.fullmatch(end, said[4])
+    assert "notes/text_summary" in events(folder).Tags()["tensors"]
