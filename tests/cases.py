@@ -180,7 +180,7 @@ class Case:
         return (*self.row.wrt, *self.clip) if self.wrt is None else self.wrt
 
     def build(self) -> Setup:
-        """A fresh model and optimizer, always the same, at the start of the stretch."""
+        """A fresh model and optimizer, always the same, at the start of the trajectory."""
         torch.set_default_dtype(torch.float32)  # in which the problems draw their weights
         setup = PROBLEMS[self.problem]()
         torch.set_default_dtype(torch.float64)  # of NAdam's mu_product, in torch; conftest.py puts it back
@@ -189,7 +189,7 @@ class Case:
         return setup
 
     def _start(self, setup: Setup) -> None:
-        """Make the optimizer and take the steps before the stretch."""
+        """Make the optimizer and take the steps before the trajectory."""
         setup.optimizer = self.row.make(setup.groups)
         for i in range(setup.warm_up):
             setup.optimizer.zero_grad()
@@ -211,5 +211,5 @@ MODES: dict[str, dict[str, Any]] = {
     "forward": {"mode": "forward"},
     "graphs kept": {"mode": "unrolled"},
     "every second step": {"mode": "unrolled", "every": 2},
-    "one snapshot": {"mode": "unrolled", "every": STEPS + 4},
+    "one checkpoint": {"mode": "unrolled", "every": STEPS + 4},
 }

@@ -22,7 +22,7 @@ STEPS = 6
 
 @dataclass
 class Setup:
-    """What a user has in hand before a stretch of training."""
+    """What a user has in hand before a trajectory of training."""
 
     model: nn.Module
     groups: list[list[Tensor]]
@@ -30,7 +30,7 @@ class Setup:
     batches: list[Any]
     val_loss: Callable[..., Tensor]
     hypers: dict[str, Tensor] | None = None
-    warm_up: int = 0  # steps of the stock loop done before the stretch begins
+    warm_up: int = 0  # steps of the stock loop done before the trajectory begins
     optimizer: torch.optim.Optimizer = field(init=False)
 
 
@@ -123,7 +123,7 @@ def matrices_live() -> Setup:
 
 
 def mlp_live() -> Setup:
-    """The optimizer has state already: the stretch is the middle of a run."""
+    """The optimizer has state already: the trajectory is the middle of a run."""
     setup = mlp()
     setup.warm_up = 3
     return setup

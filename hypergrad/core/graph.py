@@ -219,8 +219,8 @@ class Linearization:
         us = [torch.zeros_like(g, requires_grad=True) for g in outputs]
         inputs, tangents = [*self.params, *self.extra], [*vectors, *(extra or [None] * len(self.extra))]
         with _explained(), without_hooks(inputs):
-            pulled = grad_or_none(outputs, inputs, us, create_graph=True) if outputs else [None] * len(inputs)
-            pairs = [(x, v) for x, v in zip(pulled, tangents, strict=True) if v is not None and x is not None]
+            step_vjp = grad_or_none(outputs, inputs, us, create_graph=True) if outputs else [None] * len(inputs)
+            pairs = [(x, v) for x, v in zip(step_vjp, tangents, strict=True) if v is not None and x is not None]
             pairs = [(x, v) for x, v in pairs if x.requires_grad]
             found = grad_or_none([x for x, _ in pairs], us, [v for _, v in pairs]) if pairs else [None] * len(us)
             if not retain:

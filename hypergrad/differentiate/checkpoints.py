@@ -2,7 +2,7 @@
 
 The newest few stay on the device. Older ones go to host memory or to disk, and come back before they are needed: a thread moves
 them while the device computes. At most `PENDING` are on their way at a time, so that device memory does not grow with the number
-of snapshots, whatever the speed of the disk.
+of checkpoints, whatever the speed of the disk.
 """
 
 from __future__ import annotations
@@ -26,19 +26,19 @@ from torch import Tensor
 from hypergrad.core.problem import Saved
 from hypergrad.optimizers.binding import State
 
-NEAR = 1  # snapshots that stay on the device, besides those on their way
+NEAR = 1  # checkpoints that stay on the device, besides those on their way
 PENDING = 1
-SEGMENT = 2  # steps between snapshots that go to files, where there is room for them:
+SEGMENT = 2  # steps between checkpoints that go to files, where there is room for them:
 SHARE = 0.5  # of what is free there
 
 
 def default_every(steps: int) -> int:
-    """√K steps between snapshots: about 2√K states in all."""
+    """√K steps between checkpoints: about 2√K states in all."""
     return max(1, math.isqrt(steps))
 
 
 @dataclass
-class Snapshot:
+class Checkpoint:
     """The state before a step, and the model's buffers."""
 
     state: State
@@ -48,20 +48,20 @@ class Snapshot:
         """What is moved to the second level. What an optimizer without a rule remembers besides tensors stays."""
         return [self.state.theta, *self.state.slots.values(), *(saved.value for saved in self.buffers)]
 
-    def with_tensors(self, tensors: Sequence[Tensor], counts: tuple[int, ...]) -> Snapshot:
+    def with_tensors(self, tensors: Sequence[Tensor], counts: tuple[int, ...]) -> Checkpoint:
         theta, *rest = tensors
         slots = dict(zip(self.state.slots, rest, strict=False))
         values = rest[len(slots) :]
         buffers = [Saved(saved.tensor, x) for saved, x in zip(self.buffers, values, strict=True)]
-        return Snapshot(replace(self.state, theta=theta, slots=slots, counts=counts), buffers)
+        return Checkpoint(replace(self.state, theta=theta, slots=slots, counts=counts), buffers)
 
-    def shell(self, last: Snapshot | None) -> Snapshot:
-        """What `with_tensors` makes a whole snapshot of again, of tensors on no device. The last one's, where that would do."""
+    def shell(self, last: Checkpoint | None) -> Checkpoint:
+        """What `with_tensors` makes a whole checkpoint of again, of tensors on no device. The last one's, where that would do."""
         if last is not None and self.alike(last):
             return last
         return self.with_tensors([torch.empty_like(x, device="meta") for x in self.tensors()], self.state.counts)
 
-    def alike(self, other: Snapshot) -> bool:
+    def alike(self, other: Checkpoint) -> bool:
         """Whether both have the same tensors and nothing besides."""
         a, b = self.state, other.state
         bare = (
@@ -83,35 +83,35 @@ class Snapshot:
 
 
 class Stack(Protocol):
-    """What a list of snapshots is, as far as the adjoint needs it."""
+    """What a list of checkpoints is, as far as the adjoint needs it."""
 
-    def append(self, snapshot: Snapshot, /) -> None: ...
+    def append(self, checkpoint: Checkpoint, /) -> None: ...
 
-    def pop(self) -> Snapshot: ...
+    def pop(self) -> Checkpoint: ...
 
     def __len__(self) -> int: ...
 
 
 class FarStack:
-    """A stack whose older snapshots lie in host memory (`folder` None) or in files."""
+    """A stack whose older checkpoints lie in host memory (`folder` None) or in files."""
 
     def __init__(self, folder: Path | None, device: torch.device, worker: ThreadPoolExecutor):
         self.folder, self.device, self.worker = folder, device, worker
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self.near: deque[Snapshot] = deque()
+        self.near: deque[Checkpoint] = deque()
         self.leaving: deque[_Far] = deque()
         self.far: list[_Far] | _Files = [] if folder is None else _Files()
-        self.shell: Snapshot | None = None  # the last one's
+        self.shell: Checkpoint | None = None  # the last one's
         self.coming: tuple[_Far, Future[list[Tensor]]] | None = None
         self.written = 0  # files so far
 
     def __len__(self) -> int:
         return len(self.near) + len(self.leaving) + len(self.far) + (self.coming is not None)
 
-    def append(self, snapshot: Snapshot) -> None:
+    def append(self, checkpoint: Checkpoint) -> None:
         if self.coming is not None:  # it was on its way back; it stays
             self.near.append(self._arrived())
-        self.near.append(snapshot)
+        self.near.append(checkpoint)
         while len(self.near) > NEAR:
             old = self.near.popleft()
             if len(self.leaving) == PENDING:
@@ -121,15 +121,15 @@ class FarStack:
             away = self.worker.submit(self._away, old.tensors(), self._mark(), self._number())
             self.leaving.append(_Far(self.shell, _packed(old.state.counts), away))
 
-    def pop(self) -> Snapshot:
+    def pop(self) -> Checkpoint:
         return self.near.pop() if self.near else self._arrived()
 
     def fetch(self) -> None:
-        """Let the next snapshot come: it will be popped soon."""
+        """Let the next checkpoint come: it will be popped soon."""
         if not self.near and self.coming is None and len(self):
             self._fetch()
 
-    def _arrived(self) -> Snapshot:
+    def _arrived(self) -> Checkpoint:
         if self.coming is None:
             self._fetch()
         assert self.coming is not None
@@ -188,9 +188,9 @@ class FarStack:
 
 
 class _Far(NamedTuple):
-    """A snapshot in the second level."""
+    """A checkpoint in the second level."""
 
-    shell: Snapshot
+    shell: Checkpoint
     counts: tuple[int, ...] | int  # a number where all parameters have the same
     away: Any  # its tensors, or the number of its file, or the future of that
 
@@ -199,7 +199,7 @@ class _Files:
     """A stack of those that are in files. There is one for every few steps of a run: a few bytes each."""
 
     def __init__(self) -> None:
-        self.shells: list[Snapshot] = []
+        self.shells: list[Checkpoint] = []
         self.numbers, self.counts = array("q"), array("q")
         self.uneven: dict[int, tuple[int, ...]] = {}  # number -> counts, where parameters have not all the same
 
@@ -239,7 +239,7 @@ def _read(path: Path, kinds: Sequence[tuple[torch.Size, torch.dtype]]) -> list[T
         for x in out:
             read = file.readinto(x.view(-1).view(torch.uint8).numpy()) if x.numel() else 0  # type: ignore[attr-defined]
             if read != x.nbytes:
-                raise OSError(f"a snapshot's file is too short: {read} of {x.nbytes} bytes of a tensor.")
+                raise OSError(f"a checkpoint's file is too short: {read} of {x.nbytes} bytes of a tensor.")
     path.unlink()
     return out
 
@@ -251,7 +251,7 @@ def _to_host(x: Tensor) -> Tensor:
 
 
 def fetch(stack: Stack) -> None:
-    """Let the next snapshot of a stack come, while something else is done."""
+    """Let the next checkpoint of a stack come, while something else is done."""
     if isinstance(stack, FarStack):
         stack.fetch()
 
@@ -260,7 +260,7 @@ class Stacks(AbstractContextManager["Stacks"]):
     """Makes stacks, and clears up behind them.
 
     Args:
-        offload: None, everything stays on the device; "host", older snapshots go to host memory; a folder (or "disk" for a
+        offload: None, everything stays on the device; "host", older checkpoints go to host memory; a folder (or "disk" for a
             temporary one), to files there, which are gone at the end. Files are slow for the states of a segment that is
             played again, one a step: these stay on the device then, and segments are `SEGMENT` steps long, whatever K is, or as
             long as it takes to keep half of the room there free.
@@ -276,7 +276,7 @@ class Stacks(AbstractContextManager["Stacks"]):
         self.folder: tempfile.TemporaryDirectory[str] | None = None
         self.worker: ThreadPoolExecutor | None = None
         if self.far:
-            self.worker = ThreadPoolExecutor(1, "hypergrad snapshots")
+            self.worker = ThreadPoolExecutor(1, "hypergrad checkpoints")
             if offload != "host":
                 parent = None if offload == "disk" else offload
                 self.folder = tempfile.TemporaryDirectory(prefix="hypergrad-", dir=parent, ignore_cleanup_errors=True)
@@ -290,15 +290,15 @@ class Stacks(AbstractContextManager["Stacks"]):
         return [] if self.folder is not None else self.new()
 
     def default_every(self, steps: int, nbytes: int) -> int:
-        """√K steps, or fewer where it is a matter of memory that does not grow with K; a snapshot takes nbytes."""
+        """√K steps, or fewer where it is a matter of memory that does not grow with K; a checkpoint takes nbytes."""
         most = default_every(steps)
         if self.folder is None:
             return most
         room = SHARE * shutil.disk_usage(self.folder.name).free
         if steps * nbytes > most * room:
             raise ValueError(
-                f"offload: a snapshot every {most} steps takes {steps / most * nbytes / 2**30:.3g} GiB, more than half of what "
-                f"is free in {self.folder.name!r}. Pass a folder with more room, or every=… for fewer snapshots."
+                f"offload: a checkpoint every {most} steps takes {steps / most * nbytes / 2**30:.3g} GiB, more than half of what "
+                f"is free in {self.folder.name!r}. Pass a folder with more room, or every=… for fewer checkpoints."
             )
         return min(most, max(SEGMENT, math.ceil(steps * nbytes / room)))
 

@@ -17,16 +17,16 @@ from hypergrad.differentiate.series import Series
 from hypergrad.optimizers.binding import State
 
 if TYPE_CHECKING:
-    from hypergrad.differentiate.trajectory import Stretch
+    from hypergrad.differentiate.trajectory import Trajectory
 
 CHAOS = 1e3  # growth of the norm beyond which a hypergradient is of little use
 SMOOTHER = (
     "What smooths it: a smaller lr, gradient clipping, a larger eps in Adam's root, larger batches, smooth activations, average "
-    "in place of max pooling, or a shorter stretch."
+    "in place of max pooling, or a shorter trajectory."
 )
 
 
-class Meter:
+class Diagnostics:
     """Counts what a mode did, for `Result.stats`."""
 
     def __init__(self, device: torch.device):
@@ -70,11 +70,11 @@ class Meter:
                 f"function which looks like noise at any step of useful size. {SMOOTHER}"
             )
 
-    def look_for_ill_conditioning(self, stretch: Stretch, state: State, g: Tensor, t: int) -> None:
+    def look_for_ill_conditioning(self, trajectory: Trajectory, state: State, g: Tensor, t: int) -> None:
         """Note where the derivative in weight_decay is about lr·θ/eps: coupled decay at 0, gradients exactly 0."""
-        if not stretch.directions.differentiates("weight_decay"):
+        if not trajectory.directions.differentiates("weight_decay"):
             return
-        flags = stretch.transition.ill_conditioned_decay(state, g, stretch.values[t])
+        flags = trajectory.transition.ill_conditioned_decay(state, g, trajectory.values[t])
         if flags is not None:
             self.ill_conditioned = flags if self.ill_conditioned is None else self.ill_conditioned | flags
 

@@ -1,4 +1,4 @@
-"""`hypergradient`: exact hypergradients of a stretch of training, by any mode."""
+"""`hypergradient`: exact hypergradients of a trajectory of training, by any mode."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from hypergrad.differentiate.compile.compiled import compiled
 from hypergrad.differentiate.modes import MODES, OPTIONS, Result
 from hypergrad.differentiate.per_element import HOW
 from hypergrad.differentiate.schedule_gradients import Function, Schedules, check_finite
-from hypergrad.differentiate.trajectory import Stretch
+from hypergrad.differentiate.trajectory import Trajectory
 from hypergrad.differentiate.wrt import Directions
 from hypergrad.optimizers.binding import Values
 from hypergrad.optimizers.ema import EMA, Averaged, check_decay
@@ -91,8 +91,8 @@ def hypergradient(
             (docs/modes.md). Graphs of steps are not kept: where a state and a gradient of every step fit into `graph_memory`,
             these are.
         options: mode="unrolled": `graph_memory`, bytes that graphs of steps may take up (default 1 GiB): all are kept where they
-            fit, else those that do of the steps that are played again; `every`, steps between snapshots (default √K; no graphs
-            are kept where it is given); `offload`, where all snapshots but the newest few go: "host" memory of a GPU's machine,
+            fit, else those that do of the steps that are played again; `every`, steps between checkpoints (default √K; no graphs
+            are kept where it is given); `offload`, where all checkpoints but the newest few go: "host" memory of a GPU's machine,
             "disk" (a temporary folder) or a folder; device memory is then independent of K; `below`, a value: where the
             validation loss is not at most this, gradients are NaN, and were not computed.
             mode="implicit": `solver`, a function solve(matvec, b) such as `hypergrad.solvers.neumann` or `nystrom` (default cg; a
@@ -158,12 +158,12 @@ def hypergradient(
     if not when or not all(int(t) == t and 0 <= t <= steps for t in when):
         raise ValueError(f"val_steps must be numbers of completed steps from 0 to {steps}, got {val_steps}.")
     every_steps = scheduled.evaluate(steps, transition)
-    stretch = Stretch(problem, transition, items, every_steps, directions, val_loss, when)
+    trajectory = Trajectory(problem, transition, items, every_steps, directions, val_loss, when)
     if not compile:
-        return run(stretch, **mode_options)
-    stretch.compiled = compiled(stretch, mode)
-    result = run(stretch, **mode_options)
-    result.stats |= stretch.compiled.stats()
+        return run(trajectory, **mode_options)
+    trajectory.compiled = compiled(trajectory, mode)
+    result = run(trajectory, **mode_options)
+    result.stats |= trajectory.compiled.stats()
     return result
 
 

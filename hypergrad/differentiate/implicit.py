@@ -20,17 +20,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hypergrad.differentiate.diagnostics import Meter
-from hypergrad.differentiate.one_step import Pull
+from hypergrad.differentiate.diagnostics import Diagnostics
+from hypergrad.differentiate.one_step import StepVJP
 from hypergrad.differentiate.reverse import Total, pull_through, train
-from hypergrad.differentiate.trajectory import Result, Stretch, evaluation
+from hypergrad.differentiate.trajectory import Result, Trajectory, evaluation
 from hypergrad.optimizers.binding import State
 from hypergrad.optimizers.transition import Tangent
 from hypergrad.solvers import Solve, cg
 
 
-def implicit(stretch: Stretch, solver: Solve | None = None, look_back: int | None = None) -> Result:
-    """Train through the stretch, then differentiate the point reached as a fixed point."""
+def implicit(trajectory: Trajectory, solver: Solve | None = None, look_back: int | None = None) -> Result:
+    """Train through the trajectory, then differentiate the point reached as a fixed point."""
     if look_back is not None and (not isinstance(look_back, int) or isinstance(look_back, bool) or look_back < 1):
         raise ValueError(f"look_back must be a whole number of terms from 1, got {look_back!r}.")
     if look_back is not None and solver is not None:
@@ -40,36 +40,36 @@ def implicit(stretch: Stretch, solver: Solve | None = None, look_back: int | Non
             f"solver must be a function solve(matvec, b), got {type(solver).__name__}: see hypergrad.solvers."
         )
     if look_back is None:
-        _check_minimum_depends_on(stretch)
-    with evaluation(stretch) as meter:
-        state = stretch.transition.read()
-        last = len(stretch.batches) - 1
+        _check_minimum_depends_on(trajectory)
+    with evaluation(trajectory) as diagnostics:
+        state = trajectory.transition.read()
+        last = len(trajectory.batches) - 1
         for t in range(last + 1 if look_back is None else last):
-            state, _ = train(stretch, state, t, meter)
+            state, _ = train(trajectory, state, t, diagnostics)
         if look_back is not None:
-            return _look_back(stretch, state, look_back, meter)
-        return _at_minimum(stretch, state, solver or cg, meter)
+            return _look_back(trajectory, state, look_back, diagnostics)
+        return _at_minimum(trajectory, state, solver or cg, diagnostics)
 
 
-def _check_minimum_depends_on(stretch: Stretch) -> None:
-    for name in stretch.directions.wrt:
-        if name in stretch.problem.hypers:
+def _check_minimum_depends_on(trajectory: Trajectory) -> None:
+    for name in trajectory.directions.wrt:
+        if name in trajectory.problem.hypers:
             continue
         if name != "weight_decay":
             raise NotImplementedError(
                 f"mode='implicit' cannot differentiate in {name!r}: the minimum that training converges to does not depend "
                 "on it. Use mode='unrolled' or 'forward', or look_back=5 for the update map's truncated series."
             )
-    for t in range(len(stretch.batches)):
-        for slope in stretch.directions.schedules.push(t):
-            if slope.part != "weight_decay" and slope.of.keys() & set(stretch.directions.wrt):
+    for t in range(len(trajectory.batches)):
+        for slope in trajectory.directions.schedules.push(t):
+            if slope.part != "weight_decay" and slope.of.keys() & set(trajectory.directions.wrt):
                 raise NotImplementedError(
                     f"mode='implicit' cannot differentiate in a schedule of {slope.part!r}: the minimum that training converges "
                     "to does not depend on it. Use mode='unrolled' or 'forward', or look_back=5."
                 )
-    decays = stretch.values[-1].get("weight_decay", [])
-    for rule, wd in zip(stretch.transition.rules, decays, strict=False):
-        if getattr(rule, "decoupled", False) and (wd or stretch.directions.differentiates("weight_decay")):
+    decays = trajectory.values[-1].get("weight_decay", [])
+    for rule, wd in zip(trajectory.transition.rules, decays, strict=False):
+        if getattr(rule, "decoupled", False) and (wd or trajectory.directions.differentiates("weight_decay")):
             raise NotImplementedError(
                 "mode='implicit' cannot handle decoupled weight decay (AdamW), or that of an optimizer without an update rule: "
                 "its fixed point need not be a minimum of the loss plus a penalty. Use torch.optim.Adam (coupled decay), "
@@ -85,18 +85,18 @@ def _distinct(batches: Any) -> list[Any]:
 class _Objective:
     """F: the mean training loss over the distinct batches, plus coupled weight decay. Random numbers as of now."""
 
-    def __init__(self, stretch: Stretch, state: State, meter: Meter):
-        self.stretch, self.meter = stretch, meter
-        self.transition, problem = stretch.transition, stretch.problem
+    def __init__(self, trajectory: Trajectory, state: State, diagnostics: Diagnostics):
+        self.trajectory, self.diagnostics = trajectory, diagnostics
+        self.transition, problem = trajectory.transition, trajectory.problem
         rng = problem.rng()
         self.lins = []
-        for batch in _distinct(stretch.batches):
+        for batch in _distinct(trajectory.batches):
             rng.restore()
             self.lins.append(problem.linearize(batch))
-            meter.gradients += 1
+            diagnostics.gradients += 1
         self.decay = torch.zeros_like(state.theta)
         for (a, b), group in zip(self.transition.ranges, self.transition.group_of, strict=True):
-            self.decay[a:b] = stretch.values[-1]["weight_decay"][group] or 0.0
+            self.decay[a:b] = trajectory.values[-1]["weight_decay"][group] or 0.0
         self.theta, self.calls = state.theta, 0
         sign = [-1.0 if getattr(rule, "maximize", False) else 1.0 for rule in self.transition.rules]
         signs = torch.cat([self.theta.new_full((b - a,), sign[g]) for (a, b), g in self._ranges()])
@@ -111,18 +111,18 @@ class _Objective:
         return mean if self.sign is None else self.sign * mean
 
     def gradient(self) -> Tensor:
-        return torch.addcmul(self._mean([self.stretch.gradient(lin) for lin in self.lins]), self.decay, self.theta)
+        return torch.addcmul(self._mean([self.trajectory.gradient(lin) for lin in self.lins]), self.decay, self.theta)
 
     def hessian(self, v: Tensor) -> Tensor:
         views = self.transition.split(v)
         rows = [self.transition.flatten(lin.product(views)) for lin in self.lins]
-        self.meter.products += len(rows)
+        self.diagnostics.products += len(rows)
         self.calls += 1
         return torch.addcmul(self._mean(rows), self.decay, v)
 
     def into_hypers(self, v: Tensor) -> list[Tensor | None]:
         """(∂²F/∂θ∂h)ᵀ v for the tensors in the loss."""
-        total: list[Tensor | None] = [None] * len(self.stretch.problem.hypers)
+        total: list[Tensor | None] = [None] * len(self.trajectory.problem.hypers)
         if not total:
             return total
         views, n = self.transition.split(v if self.sign is None else self.sign * v), len(self.transition.params)
@@ -133,52 +133,52 @@ class _Objective:
         return total
 
 
-def _at_minimum(stretch: Stretch, state: State, solver: Solve, meter: Meter) -> Result:
-    steps, total = len(stretch.batches), Total(stretch)
+def _at_minimum(trajectory: Trajectory, state: State, solver: Solve, diagnostics: Diagnostics) -> Result:
+    steps, total = len(trajectory.batches), Total(trajectory)
     lam = total.validate(steps, Tangent.zeros(state), state)
     if lam.stats is not None:
         raise NotImplementedError(
             "mode='implicit' leaves out the path through BatchNorm's running statistics, which val_loss reads: validate in train "
             "mode, or use mode='unrolled' or 'forward', which have it."
         )
-    v, stretch.problem.stats = lam.theta, None
-    objective = _Objective(stretch, state, meter)
+    v, trajectory.problem.stats = lam.theta, None
+    objective = _Objective(trajectory, state, diagnostics)
     x = solver(objective.hessian, v)
     if not isinstance(x, Tensor) or x.shape != v.shape:
         what = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
         raise TypeError(f"solver(matvec, b) must return a tensor of b's shape {tuple(v.shape)}, got {what}.")
-    meter.extra |= {
+    diagnostics.extra |= {
         "solver_iterations": objective.calls,
         "solver_residual": _ratio(objective.hessian(x) - v, v),
         "gradient_norm": float(torch.linalg.vector_norm(objective.gradient())),
     }
-    decay = [{"weight_decay": state.theta.new_zeros(())} for _ in stretch.transition.groups]
-    for (a, b), group in zip(stretch.transition.ranges, stretch.transition.group_of, strict=True):
+    decay = [{"weight_decay": state.theta.new_zeros(())} for _ in trajectory.transition.groups]
+    for (a, b), group in zip(trajectory.transition.ranges, trajectory.transition.group_of, strict=True):
         decay[group]["weight_decay"] = decay[group]["weight_decay"] - x[a:b] @ state.theta[a:b]
-    per = stretch.directions.fine
+    per = trajectory.directions.fine
     fine = {part: per.summed(part, -x * state.theta) for part in per.of_part}  # weight decay's: others are refused
     of_hypers = [None if g is None else -g for g in objective.into_hypers(x)]
-    total.add(steps - 1, Pull(lam, decay, None, of_hypers, fine))
-    return Result(total.value, total.gradients, meter.stats(steps))
+    total.add(steps - 1, StepVJP(lam, decay, None, of_hypers, fine))
+    return Result(total.value, total.gradients, diagnostics.stats(steps))
 
 
-def _look_back(stretch: Stretch, state: State, terms: int, meter: Meter) -> Result:
+def _look_back(trajectory: Trajectory, state: State, terms: int, diagnostics: Diagnostics) -> Result:
     """The series on the update map of the last batch, at the state before it; the loss is taken after it."""
-    steps, total, problem = len(stretch.batches), Total(stretch), stretch.problem
+    steps, total, problem = len(trajectory.batches), Total(trajectory), trajectory.problem
     buffers, rng = problem.read_buffers(), problem.rng()
-    after, _ = train(stretch, state, steps - 1, meter)
+    after, _ = train(trajectory, state, steps - 1, diagnostics)
     lam = total.validate(steps, Tangent.zeros(state), after)
-    stretch.transition.load(state.theta)
+    trajectory.transition.load(state.theta)
     problem.write_buffers(buffers)
     rng.restore()
-    lin = problem.linearize(stretch.batches[-1])
-    meter.gradients += 1
+    lin = problem.linearize(trajectory.batches[-1])
+    diagnostics.gradients += 1
     first = lam.theta
     for left in reversed(range(terms)):
-        lam = pull_through(stretch, state, steps - 1, lin, lam, total, meter, retain=left > 0)
+        lam = pull_through(trajectory, state, steps - 1, lin, lam, total, diagnostics, retain=left > 0)
     # x = Σ_{j<i} (Jᵀ)ʲ λ leaves λ − (I − Jᵀ) x = (Jᵀ)ⁱ λ
-    meter.extra |= {"solver_iterations": terms, "solver_residual": _ratio(lam.theta, first)}
-    return Result(total.value, total.gradients, meter.stats(steps))
+    diagnostics.extra |= {"solver_iterations": terms, "solver_residual": _ratio(lam.theta, first)}
+    return Result(total.value, total.gradients, diagnostics.stats(steps))
 
 
 def _ratio(a: Tensor, b: Tensor) -> float:

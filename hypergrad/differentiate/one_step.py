@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 
 from hypergrad.core.graph import Linearization
-from hypergrad.differentiate.trajectory import Stretch
+from hypergrad.differentiate.trajectory import Trajectory
 from hypergrad.optimizers.binding import State
 from hypergrad.optimizers.rule import Tensors
 from hypergrad.optimizers.transition import Tangent
 
 
-class Pull(NamedTuple):
-    """An adjoint pulled through one step, and that step's share of the hypergradient."""
+class StepVJP(NamedTuple):
+    """An adjoint step_vjp through one step, and that step's share of the hypergradient."""
 
     lam: Tangent
     of_groups: list[Tensors]
@@ -25,22 +25,22 @@ class Pull(NamedTuple):
     fine: Tensors  # of numbers that are differentiated per parameter or element, by the rule's name
 
 
-def pulled(
-    stretch: Stretch, state: State, t: int, lin: Linearization, lam: Tangent, g: Tensor, retain: bool = False
-) -> Pull:
+def step_vjp(
+    trajectory: Trajectory, state: State, t: int, lin: Linearization, lam: Tangent, g: Tensor, retain: bool = False
+) -> StepVJP:
     """The adjoint before step t from that after it; g is its flat gradient. `retain`: keep the graph for one more."""
-    transition, stats, values = stretch.transition, lam.stats, stretch.values[t]
-    fine = stretch.directions.fine.shares(state, g, lin.active, values, lam)
+    transition, stats, values = trajectory.transition, lam.stats, trajectory.values[t]
+    fine = trajectory.directions.fine.shares(state, g, lin.active, values, lam)
     lam, lam_g, of_groups, of_clip = transition.vjp(state, g, lin.active, values, lam)
-    extra = None if stats is None or lin.decay is None else [None] * len(stretch.problem.hypers) + [stats]
+    extra = None if stats is None or lin.decay is None else [None] * len(trajectory.problem.hypers) + [stats]
     rows = lin.product(transition.split(lam_g), extra, into_extra=True, retain=retain)
-    n, k = len(transition.params), len(stretch.problem.hypers)
+    n, k = len(transition.params), len(trajectory.problem.hypers)
     stats = stats if stats is None or lin.decay is None else stats * lin.decay  # b' = d ∘ b + S(θ)
     before = Tangent(lam.theta + transition.flatten(rows[:n]), lam.slots, stats)
-    return Pull(before, of_groups, of_clip, rows[n : n + k], fine)
+    return StepVJP(before, of_groups, of_clip, rows[n : n + k], fine)
 
 
-class Push(NamedTuple):
+class StepJVP(NamedTuple):
     """The state and its tangents after one step."""
 
     state: State
@@ -48,8 +48,8 @@ class Push(NamedTuple):
     g: Tensor
 
 
-def pushed(
-    stretch: Stretch,
+def step_jvp(
+    trajectory: Trajectory,
     state: State,
     t: int,
     lin: Linearization,
@@ -58,7 +58,7 @@ def pushed(
     alive: Sequence[bool],
     seeds: list[Tensors],
     clip_seed: Tensor | None,
-) -> Push:
+) -> StepJVP:
     """Tangents [k, n] after step t from those before it.
 
     Args:
@@ -66,7 +66,7 @@ def pushed(
         alive: False where a tangent of θ is still zero: it costs nothing.
         seeds, clip_seed: of `Directions.seeds`.
     """
-    transition, fine, values = stretch.transition, stretch.directions.fine, stretch.values[t]
+    transition, fine, values = trajectory.transition, trajectory.directions.fine, trajectory.values[t]
     z, u, n = tangent.theta, lin.decay is not None, len(transition.params)
     dg, dstats = torch.zeros_like(z), None
     if lin.decay is not None:  # b' = d ∘ b + S(θ)
@@ -77,8 +77,8 @@ def pushed(
             dg[j] = transition.flatten(rows[:n])
             if dstats is not None and rows[-1] is not None:
                 dstats[j] += rows[-1]
-    g = stretch.gradient(lin)
+    g = trajectory.gradient(lin)
     out = transition.jvp(state, g, lin.active, values, tangent, dg, seeds, clip_seed)
-    out = fine.pushed(out, stretch.directions.fine_rows(t), state, g, lin.active, values)
+    out = fine.step_jvp(out, trajectory.directions.fine_rows(t), state, g, lin.active, values)
     out.stats = dstats
-    return Push(transition.step(state, g, lin.active, values), out, g)
+    return StepJVP(transition.step(state, g, lin.active, values), out, g)

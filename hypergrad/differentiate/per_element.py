@@ -114,7 +114,7 @@ class Granularity:
             return torch.stack([x[a:b].sum() for a, b in self._ranges(slot)])
         return x.new_zeros(sum(self.transition.sizes)).index_add_(0, self._owner(part, slot), x)
 
-    def pushed(
+    def step_jvp(
         self, tangent: Tangent, rows: Rows, state: State, g: Tensor, active: tuple[bool, ...], values: Values
     ) -> Tangent:
         """Tangents [k, …] after a step, with what the step's own numbers add to them."""

@@ -68,7 +68,7 @@ class StepValues(Sequence[Values]):
 
 
 class Schedules:
-    """The schedules of a stretch.
+    """The schedules of a trajectory.
 
     Args:
         functions: name -> f(step, hypers): a number, a scalar tensor, or one for each param group; of betas a pair, or a pair for

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from hypergrad.core.graph import Linearization
 from hypergrad.core.problem import Rng
-from hypergrad.differentiate.checkpoints import Snapshot, Stack
+from hypergrad.differentiate.checkpoints import Checkpoint, Stack
 from hypergrad.differentiate.series import Series
 
 REPLAY_RTOL = 1e-3  # bit-identical on CPU; kernels on a GPU may add up in another order
@@ -22,11 +22,11 @@ REPLAY_RTOL = 1e-3  # bit-identical on CPU; kernels on a GPU may add up in anoth
 class Tape:
     """What a replay needs: states every c steps, and every step's random numbers; or every step's graph.
 
-    Snapshot i was taken before step i·c; the last one is the state after the last step.
+    Checkpoint i was taken before step i·c; the last one is the state after the last step.
     """
 
     every: int
-    snapshots: Stack = field(default_factory=list)
+    checkpoints: Stack = field(default_factory=list)
     new_stack: Callable[[], Stack] = list  # for the states of a segment
     graphs: dict[int, Linearization] = field(default_factory=dict)  # of all steps, or of the segment at hand
     spare: int = 0  # steps whose graphs are kept: all, or of each segment the last ones that are played again
@@ -43,7 +43,7 @@ class Tape:
         """Random numbers before the next step; those of the last one again where none were drawn."""
         self.rng.append(self.rng[-1] if self.rng and self.rng[-1].equals(rng) else rng)
 
-    def same(self, segment: int, at: Snapshot) -> bool:
+    def same(self, segment: int, at: Checkpoint) -> bool:
         """Whether the state before a segment's last step is what it was. True where it was not played again."""
         return segment >= len(self.digests) or at.digest() == self.digests[segment]
 

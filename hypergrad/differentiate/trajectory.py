@@ -1,4 +1,4 @@
-"""What every mode of differentiation takes and gives: a stretch of training, and the result."""
+"""What every mode of differentiation takes and gives: a trajectory of training, and the result."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from hypergrad.core.graph import Linearization
 from hypergrad.core.problem import Problem
-from hypergrad.differentiate.diagnostics import Meter
+from hypergrad.differentiate.diagnostics import Diagnostics
 from hypergrad.differentiate.wrt import Directions
 from hypergrad.optimizers.binding import State, Values
 from hypergrad.optimizers.ema import EMA, Averaged
@@ -80,8 +80,8 @@ class Share(NamedTuple):
 
 
 @dataclass
-class Stretch:
-    """A stretch of training to be differentiated: the argument of every mode.
+class Trajectory:
+    """A trajectory of training to be differentiated: the argument of every mode.
 
     Args:
         values: the hyperparameters of every step.
@@ -145,20 +145,20 @@ class Stretch:
 
 
 @contextmanager
-def evaluation(stretch: Stretch) -> Iterator[Meter]:
+def evaluation(trajectory: Trajectory) -> Iterator[Diagnostics]:
     """Run a mode on the user's model in place and leave everything as it was found."""
-    with stretch.problem.untouched():
-        stretch.problem.follow_running_stats(stretch.val_loss, stretch.val_steps[-1])
-        meter, before = Meter(stretch.problem.device), stretch.problem.read_buffers()
-        yield meter
-        for name in stretch.directions.unreached(stretch.problem.read):
-            meter.extra["warnings"].append(
+    with trajectory.problem.untouched():
+        trajectory.problem.follow_running_stats(trajectory.val_loss, trajectory.val_steps[-1])
+        diagnostics, before = Diagnostics(trajectory.problem.device), trajectory.problem.read_buffers()
+        yield diagnostics
+        for name in trajectory.directions.unreached(trajectory.problem.read):
+            diagnostics.extra["warnings"].append(
                 f"nothing depends on hypers[{name!r}], neither the training loss, nor a schedule, nor val_loss: gradient 0."
             )
-        moved = stretch.problem.unfollowed_since(before) if meter.moved is None else meter.moved
+        moved = trajectory.problem.unfollowed_since(before) if diagnostics.moved is None else diagnostics.moved
         if moved:
-            meter.extra["warnings"].append(
+            diagnostics.extra["warnings"].append(
                 f"training changes the buffers {', '.join(moved)}; a path through them to the validation loss is not part of the "
                 "hypergradient. hypergrad.check tells whether that matters here."
             )
-            warnings.warn(meter.extra["warnings"][-1], stacklevel=4)
+            warnings.warn(diagnostics.extra["warnings"][-1], stacklevel=4)

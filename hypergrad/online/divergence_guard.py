@@ -32,7 +32,7 @@ class _Good:
     buffers: list[Saved]
 
 
-class Guard:
+class DivergenceGuard:
     """Judges every step before it is taken, and keeps the last good states.
 
     A *bad batch* is a loss or gradient that is not finite with weights that are; a *surge* a loss out of line with the last

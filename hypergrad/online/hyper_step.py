@@ -15,7 +15,7 @@ from hypergrad.core.readout import Readout
 from hypergrad.logging import Journal, short
 from hypergrad.online.backtracking import PAIRS, Backtracking
 from hypergrad.online.best_weights import BestWeights
-from hypergrad.online.hyper_vector import Coordinates
+from hypergrad.online.hyper_vector import HyperVector
 from hypergrad.online.phases import STEP_NAMES
 from hypergrad.online.tangents import Tangents
 from hypergrad.online.validation_noise import ValidationNoise
@@ -34,13 +34,13 @@ class HyperSteps:
         validation: the user's validation loss.
         average: take it at the running average of the weights while lr, momentum, … are tuned.
         seed: of the random numbers that it draws.
-        stats: counts, shared with the ride.
+        stats: counts, shared with the loop.
     """
 
     def __init__(
         self,
         problem: Problem,
-        coordinates: Coordinates,
+        hyper_vector: HyperVector,
         tangents: Tangents,
         journal: Journal,
         validation: Callable[..., Tensor],
@@ -48,7 +48,7 @@ class HyperSteps:
         seed: int,
         stats: dict[str, int],
     ):
-        self.problem, self.coordinates, self.tangents, self.journal = problem, coordinates, tangents, journal
+        self.problem, self.hyper_vector, self.tangents, self.journal = problem, hyper_vector, tangents, journal
         self.transition, self.validation, self.average, self.seed = tangents.transition, validation, average, seed
         self.stats, self.frozen, self.val_loss = stats, False, math.nan
         self.best: BestWeights | None = None  # is told every validation loss
@@ -66,7 +66,7 @@ class HyperSteps:
         Returns:
             whether the validation loss has risen, so that training should go back (see backtracking.py).
         """
-        if not self.coordinates.moving:
+        if not self.hyper_vector.moving:
             self.val_loss = float(self.problem.look(self.validation, t, self.seed + t))
             self._note_best(t, None)
             self._record(t, {})
@@ -87,10 +87,10 @@ class HyperSteps:
             readout.ask(f"direct {name}", g)
         self._ask(readout)
         read = readout.fetch()
-        gradient, slope = torch.zeros(len(self.coordinates), dtype=torch.float64), self.coordinates.slope()
+        gradient, slope = torch.zeros(len(self.hyper_vector), dtype=torch.float64), self.hyper_vector.slope()
         if tangent is not None:
-            gradient[self.coordinates.moving] = torch.tensor(read["hypergradient"], dtype=torch.float64)
-        for j, entry in enumerate(self.coordinates.entries):
+            gradient[self.hyper_vector.moving] = torch.tensor(read["hypergradient"], dtype=torch.float64)
+        for j, entry in enumerate(self.hyper_vector.entries):
             if entry.group is None and entry.name in found:
                 direct = torch.tensor(read[f"direct {entry.name}"], dtype=torch.float64)
                 gradient[j] += direct.view(found[entry.name].shape)[entry.index] * slope[j]
@@ -125,7 +125,7 @@ class HyperSteps:
         def read_both(other: Tensor) -> tuple[list[float], list[float]]:
             return self._read_both(t, theta if average is None else average, other)
 
-        return self.backtracking.read(t, loss, theta, self.coordinates.moving, read_both)
+        return self.backtracking.read(t, loss, theta, self.hyper_vector.moving, read_both)
 
     def _read_both(self, t: int, one: Tensor, other: Tensor) -> tuple[list[float], list[float]]:
         """The validation loss at two vectors of weights in turn, with the same random numbers, PAIRS times.
@@ -159,7 +159,7 @@ class HyperSteps:
 
     def _averages(self) -> bool:
         """Whether the validation loss is taken at the running average of the weights."""
-        moving = {self.coordinates.entries[j].name for j in self.coordinates.moving}
+        moving = {self.hyper_vector.entries[j].name for j in self.hyper_vector.moving}
         return self.average and bool(moving & STEP_NAMES)
 
     @contextmanager
@@ -182,20 +182,20 @@ class HyperSteps:
     ) -> None:
         """theta: the weights [n] at which the loss was read; None: those in the model."""
         self.tangents.note_hits(read)
-        self.val_loss, sizes = value, dict(zip(self.coordinates.moving, read.get("sizes", [])))
+        self.val_loss, sizes = value, dict(zip(self.hyper_vector.moving, read.get("sizes", [])))
         self._note_best(t, theta)
         self.stats["val_evaluations"] += 1
-        in_value = gradient / self.coordinates.slope()
-        self.hypergradients = self.coordinates.directions.pack(in_value)
+        in_value = gradient / self.hyper_vector.slope()
+        self.hypergradients = self.hyper_vector.directions.pack(in_value)
         if not (math.isfinite(value) and bool(torch.isfinite(gradient).all())):
             self.stats["nonfinite_hypergradients"] += 1
             self.journal.note_once(t, "a validation loss or hypergradient was not finite: hyperparameters stayed.")
         elif not self.frozen:
             hit = self.tangents.take_hits()
             sizes = {j: 0.0 if hit[j] else size for j, size in sizes.items()}  # those tangents start again
-            safe_down = torch.tensor([e.name in _SAFE_DOWN for e in self.coordinates.entries])
-            self.coordinates.step(gradient, hit & safe_down, self.tangents.take_newton(read))
-            self.coordinates.write_hypers()
+            safe_down = torch.tensor([e.name in _SAFE_DOWN for e in self.hyper_vector.entries])
+            self.hyper_vector.step(gradient, hit & safe_down, self.tangents.take_newton(read))
+            self.hyper_vector.write_hypers()
             self.stats["hyper_steps"] += 1
         self._record(t, sizes)
 
@@ -211,12 +211,12 @@ class HyperSteps:
 
     def _record(self, t: int, sizes: Mapping[int, float]) -> None:
         losses, self.losses = self.losses, []
-        recorder, labels = self.journal.recorder, self.coordinates.labels
+        recorder, labels = self.journal.recorder, self.hyper_vector.labels
         if recorder is None:
             return
         if not recorder.last and self.stats["val_evaluations"] <= 1:  # a run that begins, rather than one that goes on
             recorder.begin(self._shown([recorder.hparams[f"{label} start"] for label in labels]))
-        row = self._shown(self.coordinates.value.tolist()) | {"loss/val": self.val_loss}
+        row = self._shown(self.hyper_vector.value.tolist()) | {"loss/val": self.val_loss}
         if self.best is not None:
             row["loss/val_best"] = self.best.loss
         if losses:
@@ -226,7 +226,7 @@ class HyperSteps:
     def _shown(self, values: Sequence[float]) -> dict[str, float]:
         """Values of all that is tuned, those that move by orders of magnitude also by their logarithm: charts are linear."""
         row: dict[str, float] = {}
-        for name, x, kind in zip(short(self.coordinates.labels), values, self.coordinates.kinds, strict=True):
+        for name, x, kind in zip(short(self.hyper_vector.labels), values, self.hyper_vector.kinds, strict=True):
             row[f"hyper/{name}"] = x
             if kind.kind == "positive":
                 row[f"hyper/log10_{name}"] = math.log10(x)
@@ -237,9 +237,9 @@ class HyperSteps:
 
         sizes: norms of the tangents of θ over the norm of θ.
         """
-        mean, noise, row = self.coordinates.descent.smoothed(), self.coordinates.descent.noise(), {}
-        names = short(self.coordinates.labels)
-        for j in self.coordinates.moving:
+        mean, noise, row = self.hyper_vector.descent.smoothed(), self.hyper_vector.descent.noise(), {}
+        names = short(self.hyper_vector.labels)
+        for j in self.hyper_vector.moving:
             if math.isfinite(mean[j]):
                 band = {"": mean[j], "_low": mean[j] - noise[j], "_high": mean[j] + noise[j]}
                 row |= {f"val_hypergradient/{names[j]}{end}": float(x) for end, x in band.items()}

@@ -11,12 +11,12 @@ from torch import Tensor
 
 from hypergrad.core.hyperparameters import KIND_OF, START_FROM_ZERO, Hyperparameter
 from hypergrad.differentiate.wrt import Directions, Entry
-from hypergrad.online.outer_optimizer import Descent
+from hypergrad.online.outer_optimizer import OuterOptimizer
 from hypergrad.optimizers.rule import Tensors, parts
 from hypergrad.optimizers.transition import Transition
 
 
-class Coordinates:
+class HyperVector:
     """Values and transformed values of the tuned numbers, in the order of `directions.entries`.
 
     Args:
@@ -59,7 +59,7 @@ class Coordinates:
         self.phi = self._each("to_free", self.value)
         self._slope = self.value, self._each("slope", self.value)
         is_lr = [e.name == "lr" and kind.kind == "positive" for e, kind in zip(kept, self.kinds, strict=True)]
-        self.descent = Descent(is_lr, hyper_lr, [kind.kind != "free" for kind in self.kinds])
+        self.descent = OuterOptimizer(is_lr, hyper_lr, [kind.kind != "free" for kind in self.kinds])
         self.moving: list[int] = list(range(len(kept)))  # the numbers that are tuned at present
         self.tuned = self.directions  # their directions
 
@@ -84,7 +84,7 @@ class Coordinates:
         return True
 
     def settled(self) -> bool:
-        """Whether no learning rate that is tuned at present is on its way up (see Descent.climbing)."""
+        """Whether no learning rate that is tuned at present is on its way up (see OuterOptimizer.climbing)."""
         climbing = self.descent.climbing(self.phi)
         return not any(bool(climbing[j]) for j in self.moving)
 
@@ -144,7 +144,7 @@ class Coordinates:
 
         Args:
             too_high: [k], numbers that step down by hyper_lr whatever their gradient says.
-            newton: see Descent.step.
+            newton: see OuterOptimizer.step.
         """
         moves = torch.zeros(len(self), dtype=torch.bool)
         moves[self.moving] = True

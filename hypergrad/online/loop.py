@@ -1,8 +1,8 @@
-"""What happens around every step of the user's optimizer: values written, gradients judged, tangents pushed.
+"""What happens around every step of the user's optimizer: values written, gradients judged, tangents step_jvp.
 
-before the step    one readout → LiveValues.write → Guard.judge → Comparison.tangent → Tangents.push
+before the step    one readout → ParamGroupWriter.write → DivergenceGuard.judge → Comparison.tangent → Tangents.push
 the step           torch's own
-after the step     LiveValues.restore → every so many steps HyperSteps.take
+after the step     ParamGroupWriter.restore → every so many steps HyperSteps.take
 """
 
 from __future__ import annotations
@@ -16,41 +16,41 @@ from torch import Tensor
 
 from hypergrad.core.readout import Readout
 from hypergrad.online.backtracking import CUT as LR_CUT
-from hypergrad.online.divergence_guard import Guard
+from hypergrad.online.divergence_guard import DivergenceGuard
 from hypergrad.online.gradient_changes import Comparison, Pending
 from hypergrad.online.hyper_step import HyperSteps
-from hypergrad.online.lr_warm_start import LEAST, MOST, WarmStart, first_momentum, largest_momentum, sensible
-from hypergrad.online.param_groups import LiveValues
+from hypergrad.online.lr_warm_start import LEAST, MOST, LrWarmStart, first_momentum, largest_momentum, sensible
+from hypergrad.online.param_groups import ParamGroupWriter
 from hypergrad.online.phases import tuned_at
 from hypergrad.optimizers.binding import State, Values
 from hypergrad.optimizers.transition import Tangent
 
 if TYPE_CHECKING:
-    from hypergrad.online.replay_window import Windows
+    from hypergrad.online.replay_window import ReplayWindow
 
 
-class Ride:
+class OnlineLoop:
     """A tuner on a live loop.
 
     Args:
-        hyper: the hyperparameter step, with problem, coordinates, tangents and journal.
+        hyper: the hyperparameter step, with problem, hyper_vector, tangents and journal.
         mode, every, total: as in `Tuner`.
     """
 
-    windows: Windows  # set by the tuner: whole steps ride on this ride
+    window: ReplayWindow  # set by the tuner: whole steps loop on this loop
 
     def __init__(
         self,
         hyper: HyperSteps,
-        live: LiveValues,
-        guard: Guard,
-        warm: WarmStart,
+        live: ParamGroupWriter,
+        guard: DivergenceGuard,
+        warm: LrWarmStart,
         mode: str,
         every: int,
         total: int | None,
     ):
         self.hyper, self.live, self.guard, self.warm = hyper, live, guard, warm
-        self.problem, self.coordinates, self.tangents = hyper.problem, hyper.coordinates, hyper.tangents
+        self.problem, self.hyper_vector, self.tangents = hyper.problem, hyper.hyper_vector, hyper.tangents
         self.transition, self.journal, self.stats = hyper.transition, hyper.journal, hyper.stats
         self.optimizers, self.mode, self.every, self.total = hyper.transition.optimizers, mode, every, total
         self.t = 0  # training steps done
@@ -58,7 +58,7 @@ class Ride:
         self.skipped = False  # the present step is one that a fused optimizer leaves out
         self.void = False  # the present step was judged to do nothing
         self.known: dict[tuple[str, int], float] = {}  # what tensors on the device among the groups' numbers hold
-        self.used: tuple[Values, Tensor] = {}, self.coordinates.slope()  # by the last step: values, dx/dφ
+        self.used: tuple[Values, Tensor] = {}, self.hyper_vector.slope()  # by the last step: values, dx/dφ
         self.choose_what_is_tuned()
 
     def before_step(self, i: int) -> None:
@@ -110,7 +110,7 @@ class Ride:
         values = self._use(i)
         if self.mode != "forward":
             return
-        dg = None if comparison is None else comparison.tangent(read, len(self.coordinates.moving))
+        dg = None if comparison is None else comparison.tangent(read, len(self.hyper_vector.moving))
         if dg is not None and scale is not None:
             dg = dg / scale
         if dg is None:
@@ -149,7 +149,7 @@ class Ride:
             if tensors:
                 readout.ask(name, torch.stack([x.reshape(()) for x in tensors.values()]))
         tangents.ask_hits(readout)
-        loss = self.windows.loss if fresh is None else fresh.loss / fresh.scale
+        loss = self.window.loss if fresh is None else fresh.loss / fresh.scale
         if loss is not None:
             readout.ask("loss", loss)
         if fresh is not None and self.warm.active and not self.stepped and not self.void:
@@ -162,16 +162,16 @@ class Ride:
     def _start_momentum(self) -> None:
         """Before the first step: momentum, where it is tuned and its start is a hint, begins at `first_momentum`."""
         values, rules = self.transition.values(), self.transition.rules
-        for j, entry in enumerate(self.coordinates.entries):
-            if entry.name != "momentum" or entry.group is None or self.coordinates.given[j]:
+        for j, entry in enumerate(self.hyper_vector.entries):
+            if entry.name != "momentum" or entry.group is None or self.hyper_vector.given[j]:
                 continue
             if not getattr(rules[entry.group], "averages", False):
-                typed = float(self.coordinates.value[j])
+                typed = float(self.hyper_vector.value[j])
                 m = first_momentum(typed, self.total)
                 if m != typed:
-                    self.coordinates.put(j, m)
-                    self.journal.note(self.t, f"{self.coordinates.labels[j]} starts from {m:.3g}.", warn=False)
-            values["momentum"][entry.group] = float(self.coordinates.value[j])
+                    self.hyper_vector.put(j, m)
+                    self.journal.note(self.t, f"{self.hyper_vector.labels[j]} starts from {m:.3g}.", warn=False)
+            values["momentum"][entry.group] = float(self.hyper_vector.value[j])
         self.warm.momentum = largest_momentum(values, rules)
 
     # lr is its tuned value times a shape; the warm start sets their product, and at its end the value
@@ -180,10 +180,10 @@ class Ride:
         doubtful = self.guard.doubts(loss)  # the step will be passed over, lr stays
         factor = 1.0 if doubtful else self.warm.look(slope, curvature)
         now = self.live.shape(self.t) if self.warm.active else 1.0
-        self.coordinates.scale("lr", factor * self.live.shape(self.t - 1) / now)
+        self.hyper_vector.scale("lr", factor * self.live.shape(self.t - 1) / now)
         if not self.warm.active:
             self.warm.sizes_decay = list(range(len(self.optimizers)))
-            names = [f"{x:.3g}" for e, x in zip(self.coordinates.entries, self.coordinates.value) if e.name == "lr"]
+            names = [f"{x:.3g}" for e, x in zip(self.hyper_vector.entries, self.hyper_vector.value) if e.name == "lr"]
             self.journal.note(
                 self.t, f"lr starts from {', '.join(names)}: slope and curvature along the first steps.", warn=False
             )
@@ -193,11 +193,11 @@ class Ride:
         norm = float(torch.linalg.vector_norm(state.theta))
         for _ in range(20):
             assert self.tangents.tangent is not None
-            moved = torch.linalg.vector_norm(self.tangents.tangent.theta[self.coordinates.rows("lr")].sum(0))
+            moved = torch.linalg.vector_norm(self.tangents.tangent.theta[self.hyper_vector.rows("lr")].sum(0))
             factor = self.warm.first(float(moved), norm)
             if abs(factor - 1) < 0.01:
                 break
-            self.coordinates.scale("lr", factor)
+            self.hyper_vector.scale("lr", factor)
             self.live.write(i, self.t, False, self.known)
             self.tangents.forget()
             self.tangents.push(state, g, active, self._use(i), self.used[1], dg)
@@ -207,7 +207,7 @@ class Ride:
     def _size_decay(self, i: int, state: State, g: Tensor, active: tuple[bool, ...], values: Values) -> None:
         """Bring optimizer i's weight decay, where its start is a hint, to a size that makes sense in what is left of the run."""
         assert self.total is not None
-        all_of = self.coordinates.directions
+        all_of = self.hyper_vector.directions
         seeds, _ = all_of.seeds(0, self.live.slopes(self.t).to(state.theta))
         zero = Tangent.zeros(state, len(all_of))
         z = self.transition.jvp(state, g, active, values, zero, torch.zeros_like(zero.theta), seeds).theta
@@ -217,9 +217,9 @@ class Ride:
         momentum = largest_momentum({"momentum": momenta}, self.transition.rules)
         hints = [
             j
-            for j, entry in enumerate(self.coordinates.entries)
+            for j, entry in enumerate(self.hyper_vector.entries)
             if entry.name == "weight_decay"
-            and not self.coordinates.given[j]
+            and not self.hyper_vector.given[j]
             and entry.group is not None
             and mine[entry.group]
         ]
@@ -231,9 +231,9 @@ class Ride:
             rate = -product / max(square, 1e-300)
             decayed = rate / (1 - momentum) * left
             factor = sensible(decayed)
-            self.coordinates.scale_number(j, factor)
-            if j in self.coordinates.moving and 0 < decayed < math.inf and self.coordinates.kinds[j].bounds is None:
-                self.coordinates.bound(j, LEAST / (factor * decayed), MOST / (factor * decayed))
+            self.hyper_vector.scale_number(j, factor)
+            if j in self.hyper_vector.moving and 0 < decayed < math.inf and self.hyper_vector.kinds[j].bounds is None:
+                self.hyper_vector.bound(j, LEAST / (factor * decayed), MOST / (factor * decayed))
 
     def _use(self, i: int) -> Values:
         """Note the values of this step as optimizer i uses them, and dx/dφ."""
@@ -246,7 +246,7 @@ class Ride:
         merged = {
             name: [new if m else x for new, x, m in zip(values[name], old[name], mine, strict=True)] for name in values
         }
-        rows = torch.tensor([e.group is None or mine[e.group] for e in self.coordinates.entries])
+        rows = torch.tensor([e.group is None or mine[e.group] for e in self.hyper_vector.entries])
         self.used = merged, torch.where(rows, slopes, self.used[1])
         return values
 
@@ -261,8 +261,8 @@ class Ride:
         verdict = self.guard.judge(loss, finite, state.theta)
         if verdict in ("false alarm", "bad data"):
             self.stats["false_alarms"] += 1
-            self.coordinates.scale("lr", self.guard.cut)
-            self.coordinates.cap("lr", math.inf)
+            self.hyper_vector.scale("lr", self.guard.cut)
+            self.hyper_vector.cap("lr", math.inf)
         if verdict == "false alarm":
             return True
         if verdict == "good":
@@ -271,7 +271,7 @@ class Ride:
             return True
         self.void, self.tangents.pending = True, None
         self._drop_gradients(i)
-        self.windows.reset()
+        self.window.reset()
         self.guard.mend_buffers()
         if verdict == "spike":
             self.stats["spikes"] += 1
@@ -286,8 +286,8 @@ class Ride:
         else:
             self.stats["rollbacks"] += 1
             by = self.guard.cut
-            cut = self.coordinates.scale("lr", 1 / by)
-            self.coordinates.cap("lr", by**0.5)
+            cut = self.hyper_vector.scale("lr", 1 / by)
+            self.hyper_vector.cap("lr", by**0.5)
             then = f"lr divided by {by:g}" if cut else "lr is not tuned and stays: if this goes on, lower it"
             self.tangents.forget()
             self.tangents.average = None
@@ -316,7 +316,7 @@ class Ride:
         if self.t == self.total:
             self.hyper.say_best(self.t)
         if self.choose_what_is_tuned():
-            moving = (self.coordinates.entries[j].name for j in self.coordinates.moving)
+            moving = (self.hyper_vector.entries[j].name for j in self.hyper_vector.moving)
             turn = self.warm.began and "weight_decay" in moving  # weight decay's turn begins
             self.warm.sizes_decay = list(range(len(self.optimizers))) if turn else []
             self.tangents.forget()
@@ -328,8 +328,8 @@ class Ride:
         assert self.hyper.backtracking is not None
         step = self.hyper.backtracking.go()
         self.guard.start_again(self.transition.read())
-        self.coordinates.scale("lr", 1 / LR_CUT)
-        self.coordinates.cap("lr", LR_CUT**0.5)
+        self.hyper_vector.scale("lr", 1 / LR_CUT)
+        self.hyper_vector.cap("lr", LR_CUT**0.5)
         self.tangents.forget()
         self.tangents.average = None
         if self.tangents.pending is not None:
@@ -344,8 +344,8 @@ class Ride:
 
     def choose_what_is_tuned(self) -> bool:
         """Tune what is tuned after so many steps. True where that is a change."""
-        names, settled = self.coordinates.directions.wrt, self.coordinates.settled()
-        return self.coordinates.tune_only(tuned_at(self.t, self.total, names, settled))
+        names, settled = self.hyper_vector.directions.wrt, self.hyper_vector.settled()
+        return self.hyper_vector.tune_only(tuned_at(self.t, self.total, names, settled))
 
     def _count_unknown(self, plain: bool) -> None:
         if plain:

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hypergrad.online.lr_warm_start import WarmStart
+from hypergrad.online.lr_warm_start import LrWarmStart
 from hypergrad.optimizers.transition import Tangent
 
 GAP = 40  # gradients from product to product
@@ -31,14 +31,14 @@ KEEP = 0.98  # of a tangent, from step to step
 FLAT = 1e-3  # c below so much |u| |v|: nothing new was measured
 
 
-class Secant:
+class LowRankHessian:
     """B, and when a product is due.
 
     Args:
         warm: while it is active every product is formed and nothing is forgotten: it wants slopes and curvatures as they are.
     """
 
-    def __init__(self, warm: WarmStart):
+    def __init__(self, warm: LrWarmStart):
         self.warm = warm
         self.u: Tensor | None = None  # [RANK, n], the newest last
         self.c: Tensor | None = None  # [RANK], infinite where there is no u yet

@@ -39,7 +39,7 @@ LITTLE, MUCH = 0.1, 0.5  # of D at the start
 LEAST, MOST = 0.01, 50.0  # of D while it is tuned
 
 
-class WarmStart:
+class LrWarmStart:
     """Finds the scale of lr in the first steps of a run. All lr of all groups keep their ratios.
 
     Args:

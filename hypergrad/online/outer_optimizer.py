@@ -44,7 +44,7 @@ FURTHEST = 7.0  # one climb, in steps of hyper_lr: a factor of 2 at 0.1
 _STATE = ("m", "s", "count", "mean", "pace", "ceiling", "calm")
 
 
-class Descent:
+class OuterOptimizer:
     """Steps of φ [k], float64 on the CPU.
 
     Args:

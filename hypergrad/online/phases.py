@@ -1,7 +1,7 @@
 """What is done when the length of training is known: lr's shape, and what is tuned when.
 
 The worth of weight decay shows late, once lr decays and overfitting begins: tuned beside lr on the Fashion-MNIST protocol it
-is pushed to its floor, tuned after lr it rises again. So the numbers that make the step are tuned over the first share of
+is step_jvp to its floor, tuned after lr it rises again. So the numbers that make the step are tuned over the first share of
 the run and then left, and those that make the objective from there on. A run too short for lr to come to rest goes on tuning it.
 """
 

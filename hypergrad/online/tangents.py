@@ -1,8 +1,8 @@
-"""Tangents that ride on a live loop: dθ/dφ and ds/dφ, kept up with every step the user's own optimizer takes.
+"""Tangents that loop on a live loop: dθ/dφ and ds/dφ, kept up with every step the user's own optimizer takes.
 
 Between `backward` and `optimizer.step()` the gradients may have been unscaled or clipped. What was done to them is found
 by comparing p.grad with what `backward` left there (gradient_changes.py). Nothing here waits for the device: what the host
-has to know is asked of a `Readout`, which the ride fetches once a step.
+has to know is asked of a `Readout`, which the loop fetches once a step.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from hypergrad.core.graph import Linearization, grad_or_none, survey
 from hypergrad.core.multi_tensor import add, copies
 from hypergrad.core.readout import Readout
 from hypergrad.online.gradient_changes import Comparison, Pending, carried_on
-from hypergrad.online.hyper_vector import Coordinates
-from hypergrad.online.low_rank_hessian import Secant
+from hypergrad.online.hyper_vector import HyperVector
+from hypergrad.online.low_rank_hessian import LowRankHessian
 from hypergrad.optimizers.binding import State, Values
 from hypergrad.optimizers.transition import Tangent, Transition
 
@@ -34,43 +34,43 @@ class Tangents:
     def __init__(
         self,
         transition: Transition,
-        coordinates: Coordinates,
+        hyper_vector: HyperVector,
         model: torch.nn.Module,
         scaler: Any,
         clip_norm: Any,
-        secant: Secant | None = None,
+        secant: LowRankHessian | None = None,
     ):
-        self.transition, self.coordinates, self.model = transition, coordinates, model
-        self.scaler, self.clip_norm, self.secant = scaler, clip_norm, secant  # None: every product is formed
+        self.transition, self.hyper_vector, self.model = transition, hyper_vector, model
+        self.scaler, self.clip_norm, self.low_rank = scaler, clip_norm, secant  # None: every product is formed
         self.tangent: Tangent | None = None  # None: zero
         self.average: Tensor | None = None  # θ̄ [n]
         self.average_tangent: Tensor | None = None  # dθ̄/dφ [k, n]; None: zero
         self.pending: Pending | None = None
-        self.hit = torch.zeros(len(coordinates), dtype=torch.bool)  # tangents that met the cap since `take_hits`
+        self.hit = torch.zeros(len(hyper_vector), dtype=torch.bool)  # tangents that met the cap since `take_hits`
         # on a device: whether the last step's tangents met the cap, and the numbers that moved then; see `ask_hits`
         self.unread: tuple[Tensor, list[int]] | None = None
         self.along: Tensor | None = None  # a = gᵀz and B = zᵀHz, summed since `take_newton`; z = dθ/dlog lr [m, 1 + m]
         self.counts = {"gradients": 0, "hessian_products": 0, "capped": 0}
-        self._own = {id(x) for x in [*transition.params, *coordinates.hypers.values()]}
+        self._own = {id(x) for x in [*transition.params, *hyper_vector.hypers.values()]}
 
     # ---- the gradient stage
 
     def backward(self, loss: Tensor, inputs: Sequence[Tensor] | None, retain_graph: bool) -> None:
         """Fill every leaf's .grad as `loss.backward()` would, and form the gradient's tangent."""
         scale = 1.0 if self.scaler is None else float(self.scaler.get_scale())
-        params, hypers = self.transition.params, list(self.coordinates.hypers.values())
+        params, hypers = self.transition.params, list(self.hyper_vector.hypers.values())
         found = survey(loss, self.model)
         others = [x for x in (found.leaves if inputs is None else inputs) if id(x) not in self._own]
-        k = len(self.coordinates.moving)
-        due = list(range(k)) if self.secant is None else self.secant.due(self.counts["gradients"], k)
+        k = len(self.hyper_vector.moving)
+        due = list(range(k)) if self.low_rank is None else self.low_rank.due(self.counts["gradients"], k)
         products = bool(due) and (self.tangent is not None or bool(hypers))
         plain = None
         if products and not found.exact:  # one pass more, for a gradient that is torch's to the last bit
             plain = grad_or_none([loss], [*params, *others], retain_graph=True)
         lin = Linearization(loss, params, [*hypers, *others], products, retain_graph)
         dg = self._gradient_tangent(lin, len(others), retain_graph, due) if products else None
-        if self.secant is not None and self.tangent is not None:
-            dg = self.secant.completed(self.tangent.theta, dg, due, scale)
+        if self.low_rank is not None and self.tangent is not None:
+            dg = self.low_rank.completed(self.tangent.theta, dg, due, scale)
         grads = plain or [*lin.grads, *lin.extra_grads[len(hypers) :]]
         if inputs is not None:
             chosen = {id(x) for x in inputs}
@@ -88,8 +88,8 @@ class Tangents:
     def _gradient_tangent(
         self, lin: Linearization, n_others: int, retain_graph: bool, due: Sequence[int]
     ) -> Tensor | None:
-        transition, directions = self.transition, self.coordinates.tuned
-        slope = self.coordinates.slope()[self.coordinates.moving].tolist() if self.coordinates.hypers else []
+        transition, directions = self.transition, self.hyper_vector.tuned
+        slope = self.hyper_vector.slope()[self.hyper_vector.moving].tolist() if self.hyper_vector.hypers else []
         jobs = []
         for j in due:
             extra = directions.into_loss(j, 0)
@@ -123,7 +123,7 @@ class Tangents:
         self, state: State, g: Tensor, active: tuple[bool, ...], values: Values, scale: Tensor, dg: Tensor | None
     ) -> None:
         """Take the tangents through one step. dg None: unknown, so they start again from zero at this step."""
-        directions = self.coordinates.tuned
+        directions = self.hyper_vector.tuned
         if not len(directions):
             return self.forget()
         if self.tangent is None or dg is None:
@@ -133,10 +133,10 @@ class Tangents:
         for name, x in state.slots.items():  # a slot that a group has begun to keep
             if name not in self.tangent.slots:
                 self.tangent.slots[name] = x.new_zeros(len(directions), x.numel())
-        seeds, _ = directions.seeds(0, scale[self.coordinates.moving].to(state.theta))
+        seeds, _ = directions.seeds(0, scale[self.hyper_vector.moving].to(state.theta))
         self.tangent = self.transition.jvp(state, g, active, values, self.tangent, dg, seeds)
-        if self.secant is not None:
-            self.tangent = self.secant.faded(self.tangent)
+        if self.low_rank is not None:
+            self.tangent = self.low_rank.faded(self.tangent)
         return self._bound(torch.linalg.vector_norm(state.theta))
 
     # On a device the factor, mostly 1, is multiplied with unseen: to look at it first would be one wait a step more.
@@ -154,7 +154,7 @@ class Tangents:
         bound = {name: torch.where(finite, x * factor, 0) for name, x in self.tangent.slots.items()}
         self.tangent = Tangent(torch.where(finite, self.tangent.theta * factor, 0), bound)
         self._flush_hits()
-        self.unread = flags, self.coordinates.moving
+        self.unread = flags, self.hyper_vector.moving
         if norm.device.type == "cpu":
             self._flush_hits()
 
@@ -179,7 +179,7 @@ class Tangents:
 
     def along_lr(self) -> tuple[Tensor, Tensor, Tensor] | None:
         """z = dθ/dlog lr of every lr [m, n], and the pending batch's own g [n] and Hz [m, n]; None where these are not known."""
-        pending, rows = self.pending, self.coordinates.rows("lr")
+        pending, rows = self.pending, self.hyper_vector.rows("lr")
         if self.tangent is None or pending is None or pending.dg is None or not rows:
             return None
         z, hz = _rows(self.tangent.theta, rows), _rows(pending.dg, rows)
@@ -212,7 +212,7 @@ class Tangents:
 
         read: with the answer to `ask_newton`; None: it is fetched here.
         """
-        newton = torch.full((len(self.coordinates),), math.nan, dtype=torch.float64)
+        newton = torch.full((len(self.hyper_vector),), math.nan, dtype=torch.float64)
         along, self.along = self.along, None
         if along is None:
             return newton
@@ -220,7 +220,7 @@ class Tangents:
         a, b = torch.tensor(read["along"], dtype=torch.float64).view(along.shape).tensor_split([1], dim=1)
         a, b = a.squeeze(1), b.diagonal() + (b - b.diagonal().diag()).abs().sum(1)
         best = torch.where(a >= 0, 0, torch.where(b > 0, torch.log1p(-a / b), math.inf))
-        newton[[self.coordinates.moving[k] for k in self.coordinates.rows("lr")]] = torch.where(
+        newton[[self.hyper_vector.moving[k] for k in self.hyper_vector.rows("lr")]] = torch.where(
             (a + b).isfinite(), best, math.nan
         )
         return newton
@@ -230,7 +230,7 @@ class Tangents:
         self._flush_hits()
         hit, self.hit = self.hit, torch.zeros_like(self.hit)
         if self.tangent is not None and bool(hit.any()):
-            keep = (~hit[self.coordinates.moving]).to(self.tangent.theta).unsqueeze(-1)
+            keep = (~hit[self.hyper_vector.moving]).to(self.tangent.theta).unsqueeze(-1)
             slots = {name: x * keep for name, x in self.tangent.slots.items()}
             self.tangent = Tangent(self.tangent.theta * keep, slots)
             if self.average_tangent is not None:
@@ -271,7 +271,7 @@ class Tangents:
             "average_tangent": self.average_tangent,
             "along": self.along,
             "hit": self.hit.clone(),
-            **({} if self.secant is None else {"secant": self.secant.state_dict()}),
+            **({} if self.low_rank is None else {"secant": self.low_rank.state_dict()}),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -285,8 +285,8 @@ class Tangents:
             self.tangent = Tangent(here(state["theta"]), {name: here(x) for name, x in state["slots"].items()})
         self.average, self.average_tangent = here(state["average"]), here(state["average_tangent"])
         self.along, self.hit = here(state["along"]), state["hit"].clone()
-        if self.secant is not None:
-            self.secant.load_state_dict(state["secant"], like)
+        if self.low_rank is not None:
+            self.low_rank.load_state_dict(state["secant"], like)
         self.pending = None
 
 

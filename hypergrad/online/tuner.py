@@ -18,15 +18,15 @@ from hypergrad.differentiate.hypergradient import Optimizers, as_optimizers, che
 from hypergrad.logging import Journal
 from hypergrad.online.backtracking import Backtracking
 from hypergrad.online.best_weights import BestWeights
-from hypergrad.online.divergence_guard import Guard
+from hypergrad.online.divergence_guard import DivergenceGuard
 from hypergrad.online.hooks import attach, check_free
 from hypergrad.online.hyper_step import HyperSteps
-from hypergrad.online.hyper_vector import Coordinates, specification
-from hypergrad.online.loop import Ride
-from hypergrad.online.low_rank_hessian import EVERY, Secant
-from hypergrad.online.lr_warm_start import WarmStart
-from hypergrad.online.param_groups import LiveValues
-from hypergrad.online.replay_window import Windows
+from hypergrad.online.hyper_vector import HyperVector, specification
+from hypergrad.online.loop import OnlineLoop
+from hypergrad.online.low_rank_hessian import EVERY, LowRankHessian
+from hypergrad.online.lr_warm_start import LrWarmStart
+from hypergrad.online.param_groups import ParamGroupWriter
+from hypergrad.online.replay_window import ReplayWindow
 from hypergrad.online.tangents import Tangents
 from hypergrad.online.tuner_arguments import check_curvature, check_numbers
 from hypergrad.optimizers.transition import CLIPS, Transition
@@ -160,29 +160,29 @@ class Tuner:
         of_loss = {name: as_hyperparameter(name, x) for name, x in (hypers or {}).items()}
         self.hypers = tensors
         self._transition, self._problem = transition, Problem(model, transition.params, loss, tensors)
-        self._coordinates = Coordinates(transition, spec, of_loss, tensors, hyper_lr)
-        live = LiveValues(transition, self._coordinates, total_steps)
+        self._hyper_vector = HyperVector(transition, spec, of_loss, tensors, hyper_lr)
+        live = ParamGroupWriter(transition, self._hyper_vector, total_steps)
         before, notes = self._try(val_loss)
-        warm = WarmStart(warm_start and mode == "forward" and live.writes_lr_alone())
-        secant = Secant(warm) if curvature == "free" else None
-        tangents = Tangents(transition, self._coordinates, model, scaler, clip_norm, secant)
+        warm = LrWarmStart(warm_start and mode == "forward" and live.writes_lr_alone())
+        secant = LowRankHessian(warm) if curvature == "free" else None
+        tangents = Tangents(transition, self._hyper_vector, model, scaler, clip_norm, secant)
         self.stats: dict[str, int] = dict.fromkeys(_STATS, 0)
         self._journal = Journal(log_dir, self._hparams(every, hyper_lr, seed))
         self._hyper = HyperSteps(
-            self._problem, self._coordinates, tangents, self._journal, val_loss, average, int(seed), self.stats
+            self._problem, self._hyper_vector, tangents, self._journal, val_loss, average, int(seed), self.stats
         )
-        if mode == "forward" and any(e.name == "lr" and e.group is not None for e in self._coordinates.entries):
+        if mode == "forward" and any(e.name == "lr" and e.group is not None for e in self._hyper_vector.entries):
             self._hyper.backtracking = Backtracking(transition, self._problem, before, total_steps)
         self._best = self._hyper.best = BestWeights(transition, self._problem) if keep_best else None
         if self._best is not None:
             self._best.read(0, before)
-        guard = Guard(transition, self._problem, before)
-        self._ride = Ride(self._hyper, live, guard, warm, mode, every, total_steps)
-        self._windows = self._ride.windows = Windows(self._ride, horizon)
+        guard = DivergenceGuard(transition, self._problem, before)
+        self._loop = OnlineLoop(self._hyper, live, guard, warm, mode, every, total_steps)
+        self._window = self._loop.window = ReplayWindow(self._loop, horizon)
         self._closed = False
-        for note in [*self._coordinates.notes, *notes]:
+        for note in [*self._hyper_vector.notes, *notes]:
             self._journal.note(0, note)
-        self._detach = attach(self._ride, self.optimizers, "before_step", "after_step")
+        self._detach = attach(self._loop, self.optimizers, "before_step", "after_step")
 
     # ---- what a loop calls
 
@@ -203,14 +203,14 @@ class Tuner:
                 )
             return loss.backward(inputs=inputs, retain_graph=retain_graph)
         inputs = [inputs] if isinstance(inputs, Tensor) else inputs
-        self._ride.tangents.backward(loss, inputs, retain_graph)
+        self._loop.tangents.backward(loss, inputs, retain_graph)
         return None
 
     def step(self, batch: Any) -> Tensor:
         """Take one whole training step on a batch: loss, gradients, clipping, optimizer step. Returns the loss."""
         if self._closed:
             raise RuntimeError("this tuner is closed.")
-        return self._windows.step(batch)
+        return self._window.step(batch)
 
     def freeze(self) -> None:
         """Stop moving the hyperparameters. Tangents and validation losses go on; steps are no longer guarded."""
@@ -223,7 +223,7 @@ class Tuner:
         """
         self._detach()
         self._closed = True
-        self._hyper.say_best(self._ride.t)
+        self._hyper.say_best(self._loop.t)
         self._journal.close()
 
     @property
@@ -245,14 +245,14 @@ class Tuner:
     @property
     def values(self) -> dict[str, Tensor]:
         out: dict[str, Tensor] = {}
-        shapes = self._coordinates.directions.shapes
+        shapes = self._hyper_vector.directions.shapes
         for name, shape in shapes.items():
             if name in self.hypers:
                 out[name] = self.hypers[name].detach().clone()
                 continue
             column = self._transition.values()[name]
             out[name] = torch.tensor([math.nan if x is None else x for x in column], dtype=torch.float64).view(shape)
-        for entry, x in zip(self._coordinates.entries, self._coordinates.value, strict=True):
+        for entry, x in zip(self._hyper_vector.entries, self._hyper_vector.value, strict=True):
             if entry.group is not None:
                 out[entry.name][entry.index] = x
         return out
@@ -260,7 +260,7 @@ class Tuner:
     @contextmanager
     def averaged(self) -> Iterator[torch.nn.Module]:
         """The running average of the weights in the model, and the weights themselves back on the way out."""
-        with self._ride.tangents.averaged():
+        with self._loop.tangents.averaged():
             yield self.model
 
     @contextmanager
@@ -286,28 +286,28 @@ class Tuner:
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that `load_state_dict` needs to go on; tensors are not copied. Loads with weights_only=True."""
-        ride = self._ride
+        loop = self._loop
         return {
             "sizes": list(self._transition.sizes),
-            "steps": ride.t,
+            "steps": loop.t,
             "frozen": self._hyper.frozen,
             "val_loss": self.val_loss,
-            "stats": {**self.stats, **ride.tangents.counts},
-            "guard": ride.guard.state_dict(),
-            "warm": ride.warm.state_dict(),
-            "coordinates": self._coordinates.state_dict(),
-            "live": ride.live.state_dict(),
-            "tangents": ride.tangents.state_dict(),
+            "stats": {**self.stats, **loop.tangents.counts},
+            "guard": loop.guard.state_dict(),
+            "warm": loop.warm.state_dict(),
+            "hyper_vector": self._hyper_vector.state_dict(),
+            "live": loop.live.state_dict(),
+            "tangents": loop.tangents.state_dict(),
             "backtracking": None if (back := self._hyper.backtracking) is None else back.state_dict(),
             "best": None if self._best is None else self._best.state_dict(),
             "validation noise": self._hyper.noise.state_dict(),
-            "used": {"values": dict(ride.used[0]), "slopes": ride.used[1]},
+            "used": {"values": dict(loop.used[0]), "slopes": loop.used[1]},
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a state. Raises ValueError where it is that of another model or of other hyperparameters."""
         try:
-            sizes, names = list(state["sizes"]), list(state["coordinates"]["names"])
+            sizes, names = list(state["sizes"]), list(state["hyper_vector"]["names"])
             missing = _missing(self.state_dict(), state)
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError("this is not the state_dict of a hypergrad.Tuner.") from error
@@ -317,34 +317,34 @@ class Tuner:
             raise ValueError(
                 "this state_dict belongs to another model: the optimizer's parameters differ in number or size."
             )
-        mine = self._coordinates.state_dict()["names"]
+        mine = self._hyper_vector.state_dict()["names"]
         if names != mine:
             raise ValueError(f"this state_dict tunes {names}, this tuner {mine}: make the tuner with the same `tune`.")
-        ride, counts = self._ride, self._ride.tangents.counts
-        ride.t, self._hyper.frozen, self._hyper.val_loss = (
+        loop, counts = self._loop, self._loop.tangents.counts
+        loop.t, self._hyper.frozen, self._hyper.val_loss = (
             int(state["steps"]),
             state["frozen"],
             float(state["val_loss"]),
         )
         counts.update({k: v for k, v in state["stats"].items() if k in counts})
         self.stats.update({k: v for k, v in state["stats"].items() if k in self.stats})
-        ride.guard.load_state_dict(state["guard"])
-        ride.warm.load_state_dict(state["warm"])
-        self._coordinates.load_state_dict(state["coordinates"])
-        ride.live.load_state_dict(state["live"])
-        ride.choose_what_is_tuned()
-        ride.tangents.load_state_dict(state["tangents"])
+        loop.guard.load_state_dict(state["guard"])
+        loop.warm.load_state_dict(state["warm"])
+        self._hyper_vector.load_state_dict(state["hyper_vector"])
+        loop.live.load_state_dict(state["live"])
+        loop.choose_what_is_tuned()
+        loop.tangents.load_state_dict(state["tangents"])
         if self._best is not None:
             self._best.load_state_dict(state["best"])
         self._hyper.noise.load_state_dict(state["validation noise"])
         if self._hyper.backtracking is not None and state["backtracking"] is not None:
             self._hyper.backtracking.load_state_dict(state["backtracking"])
-        ride.used = dict(state["used"]["values"]), state["used"]["slopes"].clone()
-        self._windows.reset()
+        loop.used = dict(state["used"]["values"]), state["used"]["slopes"].clone()
+        self._window.reset()
 
     def _hparams(self, every: int, hyper_lr: float, seed: int) -> dict[str, Any]:
-        values = self._coordinates.value.tolist()
-        starts = {f"{label} start": x for label, x in zip(self._coordinates.labels, values, strict=True)}
+        values = self._hyper_vector.value.tolist()
+        starts = {f"{label} start": x for label, x in zip(self._hyper_vector.labels, values, strict=True)}
         kinds = ", ".join(type(opt).__name__ for opt in self.optimizers)
         return {
             "optimizer": kinds,
@@ -395,7 +395,7 @@ def _missing(mine: Mapping[str, Any], state: Mapping[str, Any]) -> list[str]:
     for name in (
         "guard",
         "warm",
-        "coordinates",
+        "hyper_vector",
         "live",
         "tangents",
         "backtracking",

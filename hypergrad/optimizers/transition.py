@@ -45,7 +45,7 @@ class Tangent:
 
 
 @dataclass(frozen=True)
-class Run:
+class ParamRange:
     """A range of θ in which one rule acts with one set of numbers, and the ranges of its slots.
 
     An elementwise rule sees all parameters of the range as one vector; any other rule one parameter, in its own shape.
@@ -59,7 +59,7 @@ class Run:
     def of(self, x: Tensor) -> Tensor:
         return self.theta.of(x)
 
-    def chunks(self, size: int | None) -> Iterator[Run]:
+    def chunks(self, size: int | None) -> Iterator[ParamRange]:
         """The same in ranges of at most `size` numbers, where the rule sees one vector."""
         length = self.theta.stop - self.theta.start
         if size is None or length <= size or self.theta.shape != (length,):
@@ -68,7 +68,7 @@ class Run:
         for a in range(0, length, size):
             b = min(a + size, length)
             slots = {name: span.part(a, b) for name, span in self.slots.items()}
-            yield Run(self.group, self.t, self.theta.part(a, b), slots)
+            yield ParamRange(self.group, self.t, self.theta.part(a, b), slots)
 
     def slots_of(self, x: Tensors) -> Tensors:
         return {name: span.of(x[name]) for name, span in self.slots.items()}
@@ -110,7 +110,7 @@ class Transition(Binding):
         super().__init__(optimizers, wrt)
         self.clip: Clip | None = None if clip is None else CLIPS[clip]()
         self.wanted = frozenset(part for name in wrt for part in parts(name))
-        self._plans: dict[Any, list[Run]] = {}
+        self._plans: dict[Any, list[ParamRange]] = {}
 
     def refresh(self) -> None:
         rules = self.rules
@@ -118,14 +118,14 @@ class Transition(Binding):
         if self.rules is not rules:  # other slots: the ranges are laid out anew
             self._plans = {}
 
-    def plan(self, counts: tuple[int, ...], active: tuple[bool, ...]) -> list[Run]:
+    def plan(self, counts: tuple[int, ...], active: tuple[bool, ...]) -> list[ParamRange]:
         """The ranges of one step: neighbours in a group with the same step number are one range."""
         key = (counts, active)
         if key not in self._plans:
             self._plans = {key: list(self._runs(counts, active))}
         return self._plans[key]
 
-    def _runs(self, counts: Sequence[int], active: Sequence[bool]) -> Iterator[Run]:
+    def _runs(self, counts: Sequence[int], active: Sequence[bool]) -> Iterator[ParamRange]:
         block: list[int] = []  # parameters that are one range
         for i, (start, stop) in enumerate(self.ranges):
             if not active[i] or start == stop or self.takes_own_step[i]:
@@ -147,7 +147,7 @@ class Transition(Binding):
         adjacent = self.ranges[last][1] == self.ranges[i][0]
         return same and adjacent and self.rules[self.group_of[i]].elementwise
 
-    def _run(self, block: list[int], counts: Sequence[int]) -> Run:
+    def _run(self, block: list[int], counts: Sequence[int]) -> ParamRange:
         first, last, group = block[0], block[-1], self.group_of[block[0]]
         rule = self.rules[group]
 
@@ -156,9 +156,9 @@ class Transition(Binding):
             return Span(start, stop, (stop - start,) if rule.elementwise else shape)
 
         slots = {name: span(self.slot_ranges[name], self.slot_shapes[name][first]) for name in rule.slots}
-        return Run(group, counts[first] + 1, span(self.ranges, tuple(self.params[first].shape)), slots)
+        return ParamRange(group, counts[first] + 1, span(self.ranges, tuple(self.params[first].shape)), slots)
 
-    def scalars(self, run: Run, values: Values) -> dict[str, float]:
+    def scalars(self, run: ParamRange, values: Values) -> dict[str, float]:
         """The numbers h of one range."""
         out: dict[str, float] = {"t": run.t}
         for name, column in values.items():
@@ -207,7 +207,7 @@ class Transition(Binding):
         seeds: Sequence[Tensors],
         clip_seed: Tensor | None = None,
     ) -> Tangent:
-        """Push tangents through one step.
+        """StepJVP tangents through one step.
 
         Args:
             tangent: of θ and slots, [k, n].
@@ -236,7 +236,7 @@ class Transition(Binding):
     def vjp(
         self, state: State, g: Tensor, active: tuple[bool, ...], values: Values, adjoint: Tangent
     ) -> tuple[Tangent, Tensor, list[Tensors], Tensor | None]:
-        """Pull an adjoint back through one step.
+        """StepVJP an adjoint back through one step.
 
         Returns:
             the adjoint of (θ, slots) not counting the path through g; the adjoint of g [n]; for each group, the

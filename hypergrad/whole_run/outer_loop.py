@@ -57,13 +57,13 @@ class OuterLoop:
 
     def __init__(self, runs: Runs, horizons: tuple[float, ...], outer: str, outer_lr: float, outer_steps: int):
         self.runs, self.horizons, self.outer_steps = runs, horizons, outer_steps
-        self.rule = outer, outer_lr, len(runs.coordinates)
+        self.rule = outer, outer_lr, len(runs.hyper_vector)
         self.phi, self.level, self.steps = runs.start[0], 0, OuterSteps(*self.rule)
         self.safe: list[float] | None = None  # φ of an earlier horizon, which was finite
         self.last = listed(self.phi)  # the best φ of the last horizon that had one
         self.history: list[dict[str, Any]] = []
         self.counts = {"gradient_evaluations": 0, "hessian_products": 0, "halvings": 0, "not_finite": 0}
-        self.seconds, self.stopped, self.warnings = 0.0, "", list(runs.coordinates.notes)
+        self.seconds, self.stopped, self.warnings = 0.0, "", list(runs.hyper_vector.notes)
 
     def done(self) -> bool:
         return bool(self.stopped) or len(self.history) >= self.outer_steps
@@ -130,7 +130,7 @@ class OuterLoop:
         if self.safe is not None:
             self.phi = (self.phi + vector(self.safe)) / 2
             return
-        kinds = zip(self.runs.coordinates.entries, self.runs.coordinates.kinds, strict=True)
+        kinds = zip(self.runs.hyper_vector.entries, self.runs.hyper_vector.kinds, strict=True)
         lr = torch.tensor([entry.name == "lr" and h.kind == "positive" for entry, h in kinds])
         cut = self.runs.within(torch.where(lr, self.phi - LR_CUT, self.phi))
         if bool((cut == self.phi).all()):

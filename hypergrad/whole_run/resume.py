@@ -11,7 +11,7 @@ from typing import Any
 NAME = "tune_run.json"
 
 
-class StudyFile:
+class ResumeFile:
     """The file of one study in a folder.
 
     Args:

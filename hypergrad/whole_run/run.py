@@ -13,7 +13,7 @@ from torch import Tensor
 
 from hypergrad.core.hyperparameters import Hyperparameter, as_hyperparameter
 from hypergrad.differentiate.hypergradient import Optimizers, as_optimizers, hypergradient, leaves
-from hypergrad.online.hyper_vector import Coordinates, replaced
+from hypergrad.online.hyper_vector import HyperVector, replaced
 from hypergrad.online.param_groups import plain
 from hypergrad.optimizers.transition import CLIPS, Transition
 
@@ -83,8 +83,8 @@ class Runs:
                 "a scheduler is attached to the optimizer, and its steps are no part of a run here: leave it out of build()."
             )
         self._check_known(in_loss, whole, list(transition.values()))
-        self.coordinates = Coordinates(transition, in_groups, in_loss, leaves(in_loss), 1.0)
-        self.start = self.coordinates.phi, self.coordinates.value
+        self.hyper_vector = HyperVector(transition, in_groups, in_loss, leaves(in_loss), 1.0)
+        self.start = self.hyper_vector.phi, self.hyper_vector.value
 
     def _check_known(self, in_loss: Mapping[str, Hyperparameter], run: Run, groups: list[str]) -> None:
         takes = [p for p in inspect.signature(run.loss).parameters.values() if p.kind is not p.KEYWORD_ONLY]
@@ -135,10 +135,10 @@ class Runs:
             gradients += result.stats["gradient_evaluations"]
             products += result.stats["hessian_products"]
         mean = sum(of_seeds) / len(of_seeds)
-        return Found(mean, of_seeds, total / len(of_seeds) * self.coordinates.slope(), gradients, products)
+        return Found(mean, of_seeds, total / len(of_seeds) * self.hyper_vector.slope(), gradients, products)
 
     def _hypergradient(self, run: Run, below: float | None) -> Any:
-        c = self.coordinates
+        c = self.hyper_vector
         options: dict[str, Any] = self.options | {
             name: float(x.detach()) for name, x in c.hypers.items() if name in CLIPS
         }
@@ -160,7 +160,7 @@ class Runs:
     def _flat(self, gradients: Mapping[str, Tensor]) -> Tensor:
         """The gradient arrays as a vector [k]."""
         arrays = {name: g.detach().to("cpu", torch.float64).numpy() for name, g in gradients.items()}
-        return torch.tensor([arrays[e.name][e.index] for e in self.coordinates.entries], dtype=torch.float64)
+        return torch.tensor([arrays[e.name][e.index] for e in self.hyper_vector.entries], dtype=torch.float64)
 
     def cost(self, gradients: int, products: int) -> float:
         """In plain whole runs."""
@@ -170,17 +170,17 @@ class Runs:
 
     def move(self, phi: Tensor) -> None:
         """Set φ; the values are a function of it alone, not of where it was before."""
-        self.coordinates.phi, self.coordinates.value = self.start
-        self.coordinates.move(phi)
-        self.coordinates.write_hypers()
+        self.hyper_vector.phi, self.hyper_vector.value = self.start
+        self.hyper_vector.move(phi)
+        self.hyper_vector.write_hypers()
 
     def within(self, phi: Tensor) -> Tensor:
-        return phi.clamp(self.coordinates.low, self.coordinates.high)
+        return phi.clamp(self.hyper_vector.low, self.hyper_vector.high)
 
     def values(self, phi: Tensor) -> dict[str, Tensor]:
         """The values at φ by name, in the shapes of the gradients."""
         self.move(phi)
-        c = self.coordinates
+        c = self.hyper_vector
         out = {
             name: torch.zeros(shape, dtype=torch.float64) if name not in c.hypers else c.hypers[name].detach().clone()
             for name, shape in c.directions.shapes.items()
@@ -193,11 +193,11 @@ class Runs:
     def _written(self, optimizer: Optimizers) -> Iterator[None]:
         """The values in the param groups, and what was there put back."""
         groups = [group for opt in as_optimizers(optimizer) for group in opt.param_groups]
-        if len(groups) != len(self.coordinates.transition.groups):
+        if len(groups) != len(self.hyper_vector.transition.groups):
             raise ValueError("build() gave optimizers of another number of param groups than before.")
         before = [dict(group) for group in groups]
         try:
-            for entry, x in zip(self.coordinates.entries, self.coordinates.value.tolist(), strict=True):
+            for entry, x in zip(self.hyper_vector.entries, self.hyper_vector.value.tolist(), strict=True):
                 if entry.group is not None:
                     group = groups[entry.group]
                     group[entry.name] = replaced(plain(group[entry.name]), entry, x)

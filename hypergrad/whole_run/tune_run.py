@@ -18,7 +18,7 @@ from tqdm import tqdm
 from hypergrad.differentiate.modes import MODES, OPTIONS
 from hypergrad.logging import Recorder, short
 from hypergrad.whole_run.outer_loop import OuterLoop, RunResult
-from hypergrad.whole_run.resume import StudyFile
+from hypergrad.whole_run.resume import ResumeFile
 from hypergrad.whole_run.run import Found, Run, Runs
 from hypergrad.whole_run.step_rules import RULES
 
@@ -87,10 +87,10 @@ def tune_run(
     _check(build, hypers, outer_steps, outer, outer_lr, seeds, horizons, mode, options)
     runs = Runs(build, hypers, seeds, {"mode": mode} | options)
     study = {
-        "names": runs.coordinates.labels,
+        "names": runs.hyper_vector.labels,
         "start": runs.start[0].tolist(),
-        "bounds": torch.stack([runs.coordinates.low, runs.coordinates.high]).tolist(),
-        "kinds": [h.kind for h in runs.coordinates.kinds],
+        "bounds": torch.stack([runs.hyper_vector.low, runs.hyper_vector.high]).tolist(),
+        "kinds": [h.kind for h in runs.hyper_vector.kinds],
         "outer": [outer, outer_lr],
         "seeds": list(seeds),
         "horizons": list(horizons),
@@ -98,7 +98,7 @@ def tune_run(
         "options": {name: x if isinstance(x, (int, float, str)) else _named(x) for name, x in options.items()},
         "run": [runs.steps, runs.n],
     }
-    file = StudyFile(log_dir, study)
+    file = ResumeFile(log_dir, study)
     loop = OuterLoop(runs, tuple(horizons), outer, outer_lr, outer_steps)
     saved = file.load(resume)
     if saved is not None:
@@ -182,7 +182,7 @@ def _named(x: Any) -> str:
 
 
 def _scalars(runs: Runs, row: Mapping[str, Any], found: Found) -> dict[str, float]:
-    c = runs.coordinates
+    c = runs.hyper_vector
     out = _curves("hyper", c.labels, c.value) | _curves("hypergradient", c.labels, found.gradient)
     run = {f"run/{name}": row[name] for name in ("horizon", "size", "run_equivalents")}
     return out | {"loss/val": row["value"]} | run

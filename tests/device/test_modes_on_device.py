@@ -23,8 +23,8 @@ WAYS = {
     "graphs kept": MODES["graphs kept"],
     "every second step": MODES["every second step"],
     "no graph kept": {"mode": "unrolled", "graph_memory": 0},
-    "snapshots on the host": {"mode": "unrolled", "every": 2, "offload": "host"},
-    "snapshots on disk": {"mode": "unrolled", "every": 2, "offload": "disk"},
+    "checkpoints on the host": {"mode": "unrolled", "every": 2, "offload": "host"},
+    "checkpoints on disk": {"mode": "unrolled", "every": 2, "offload": "disk"},
 }
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from hypergrad.differentiate.checkpoints import Snapshot
+from hypergrad.differentiate.checkpoints import Checkpoint
 from hypergrad.optimizers.binding import State
 from tests.device.stand_in import NAME, OnDevice, stand_in
 
@@ -117,7 +117,7 @@ def test_digests_of_checkpoints_fit_into_64_bits() -> None:
     """`torch.hash_tensor` returns uint64, half of which `int` of a tensor refuses."""
     with stand_in():
         states = [torch.randn(7, generator=torch.Generator().manual_seed(i)).to(NAME) for i in range(40)]
-        digests = [Snapshot(State(x, {}, (0,)), []).digest() for x in states]
+        digests = [Checkpoint(State(x, {}, (0,)), []).digest() for x in states]
         assert all(0 <= d < 2**64 for d in digests) and any(d >= 2**63 for d in digests)
         assert len(set(digests)) == len(digests)
-        assert digests[0] == Snapshot(State(states[0].clone(), {}, (0,)), []).digest()
+        assert digests[0] == Checkpoint(State(states[0].clone(), {}, (0,)), []).digest()

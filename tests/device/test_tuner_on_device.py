@@ -173,7 +173,7 @@ def trained(loop: Loop, device: str) -> tuple[Run, int, int]:
     where a validation loss that may have risen is read again, there is one wait more.
     """
     run, plain, hyper = loop.build(device), 0, 0
-    every, hyper_steps, loop_of = run.tuner._ride.every, run.tuner._hyper, run.tuner._ride
+    every, hyper_steps, loop_of = run.tuner._loop.every, run.tuner._hyper, run.tuner._loop
     hyper_steps.validation = aside(hyper_steps.validation)
     for t in range(STEPS):
         DEVICE.clear()

@@ -34,5 +34,5 @@ def test_every_problem_and_clipping(case: Case, mode: str) -> None:
 @pytest.mark.parametrize("case", EVERY_OPTIMIZER + EVERY_PROBLEM + CLIPPED, ids=str)
 def test_mode_against_mode(case: Case) -> None:
     forward = hypergradient(case, mode="forward")
-    for mode in ("graphs kept", "every second step", "one snapshot"):
+    for mode in ("graphs kept", "every second step", "one checkpoint"):
         assert_same(hypergradient(case, **MODES[mode]), forward)

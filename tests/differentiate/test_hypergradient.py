@@ -85,7 +85,7 @@ BAD: dict[str, Row] = {
     # modes and options
     "mode": (lambda s: {"mode": "reverse"}, ValueError, "forward, unrolled, implicit"),
     "option of another mode": (lambda s: {"mode": "forward", "every": 2}, ValueError, "'every'"),
-    "unknown option": (lambda s: {"snapshots": 2}, ValueError, "'snapshots'"),
+    "unknown option": (lambda s: {"checkpoints": 2}, ValueError, "'checkpoints'"),
     "val_steps beyond the end": (lambda s: {"val_steps": (1, 7)}, ValueError, "0 to 6"),
     "val_steps negative": (lambda s: {"val_steps": (-1,)}, ValueError, "0 to 6"),
     "val_steps empty": (lambda s: {"val_steps": ()}, ValueError, "0 to 6"),

@@ -21,7 +21,7 @@ ALL_MODES = {
     "forward": {"mode": "forward"},
     "unrolled": {"mode": "unrolled"},
     "replayed": {"mode": "unrolled", "every": 2},
-    "unrolled, one snapshot": {"mode": "unrolled", "every": 50},
+    "unrolled, one checkpoint": {"mode": "unrolled", "every": 50},
     "implicit": {"mode": "implicit", "wrt": "weight_decay", "solver": hypergrad.solvers.neumann},
     "look back": {"mode": "implicit", "look_back": 2},
 }

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tests.online.test_tuner import data, mse, two_layers, validation
 from torch import Tensor, nn
 
 import hypergrad
 from hypergrad.online.hyper_step import gradient_evaluations
-from hypergrad.online.low_rank_hessian import GAP, KEEP, RANK, Secant
-from hypergrad.online.lr_warm_start import LONGEST, WarmStart
+from hypergrad.online.low_rank_hessian import GAP, KEEP, RANK, LowRankHessian
+from hypergrad.online.lr_warm_start import LONGEST, LrWarmStart
+from tests.online.test_tuner import data, mse, two_layers, validation
 
 CURVATURES = torch.tensor([1.0, 0.3, 0.1])
 RTOL = 1e-5  # float32, some tens of operations
@@ -27,7 +27,7 @@ class Bowl(nn.Module):
         return 0.5 * (CURVATURES * self.theta**2).sum()
 
 
-def ride(model: nn.Module, optimizer: torch.optim.Optimizer, val_loss, steps: int, freeze: bool = False, **options):
+def loop(model: nn.Module, optimizer: torch.optim.Optimizer, val_loss, steps: int, freeze: bool = False, **options):
     tuner = hypergrad.Tuner(model, optimizer, val_loss, **options)
     if freeze:
         tuner.freeze()
@@ -43,7 +43,7 @@ def test_the_hypergradient_is_that_of_the_stated_tangents():
     lr, steps, model = 0.1, GAP + 5, Bowl()
     optimizer = torch.optim.SGD(model.parameters(), lr=lr)
     options = {"tune": {"lr": hypergrad.Hyperparameter(lr)}, "every": steps, "average": False, "curvature": "free"}
-    tuner = ride(model, optimizer, lambda: model.theta.sum(), steps, **options)
+    tuner = loop(model, optimizer, lambda: model.theta.sum(), steps, **options)
     theta, z, b = torch.tensor([1.0, -2.0, 3.0]), torch.zeros(3), torch.zeros(3, 3)
     for t in range(steps):
         hz = b @ z
@@ -58,7 +58,7 @@ def test_the_hypergradient_is_that_of_the_stated_tangents():
 
 def test_b_is_exact_where_it_was_measured_and_never_negative():
     torch.manual_seed(0)
-    secant, a = Secant(WarmStart(False)), torch.randn(20, 20)
+    secant, a = LowRankHessian(LrWarmStart(False)), torch.randn(20, 20)
     h = a @ a.T
     for _ in range(2 * RANK):
         v = torch.randn(20)

@@ -9,15 +9,15 @@ from typing import Any
 
 import pytest
 import torch
-from tests.online.test_tuner import as_given, data, float64, mse, sgd, two_layers, validation
 from torch import Tensor, nn
 
 import hypergrad
 from hypergrad.core.problem import Problem
-from hypergrad.online.divergence_guard import Guard
+from hypergrad.online.divergence_guard import DivergenceGuard
 from hypergrad.online.lr_warm_start import GROWTH
 from hypergrad.online.outer_optimizer import FURTHEST
 from hypergrad.optimizers.transition import Transition
+from tests.online.test_tuner import as_given, data, float64, mse, sgd, two_layers, validation
 
 __all__ = ["float64"]  # the fixture
 STEPS = 300
@@ -179,10 +179,10 @@ def test_roll_back_says_so_where_lr_is_not_tuned() -> None:
 
 
 def guard_after(losses: list[float]) -> tuple[list[str], Any]:
-    """Verdicts on a series of training losses, and the guard; its states are kept as a ride keeps them."""
+    """Verdicts on a series of training losses, and the guard; its states are kept as a loop keeps them."""
     model = nn.Linear(2, 1)
     transition = Transition([torch.optim.SGD(model.parameters(), lr=0.1)], frozenset({"lr"}))
-    guard = Guard(transition, Problem(model, transition.params, None, {}), losses[0])
+    guard = DivergenceGuard(transition, Problem(model, transition.params, None, {}), losses[0])
     verdicts = []
     for loss in losses:
         verdicts.append(guard.judge(loss, True, torch.zeros(3)))
@@ -266,7 +266,7 @@ def disturbed(
             tuner.backward(mse(model, (x_t * math.nan, y_t) if math.isnan(factor) else (x_t, y_t)) * max(1.0, factor))
             opt.step()
             assert all(bool(torch.isfinite(value).all()) for value in model.state_dict().values()), t
-            first = float(tuner.values["lr"]) if math.isnan(first) and not tuner._ride.warm.active else first
+            first = float(tuner.values["lr"]) if math.isnan(first) and not tuner._loop.warm.active else first
     return float(sum(mse(model, task(t)).detach() for t in range(2000, 2050))) / 50, tuner, first
 
 

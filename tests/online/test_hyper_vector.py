@@ -6,10 +6,10 @@ import math
 
 import pytest
 import torch
-from tests.online.test_lr_warm_start import CURVATURES, Bowl
 
 import hypergrad
 from hypergrad.online.lr_warm_start import LEAST, MOST
+from tests.online.test_lr_warm_start import CURVATURES, Bowl
 
 STEPS = 12
 
@@ -31,15 +31,15 @@ def test_momentum_moves_at_a_fixed_lr_over_one_less_momentum(g):
     """A loss of lr/(1 − m) alone has no reason to move momentum; one of momentum alone leaves lr/(1 − m)."""
     model = Bowl()
     tuner = tuner_of(torch.optim.SGD(model.parameters(), lr=1e-2, momentum=0.9), model, ("lr", "momentum"))
-    coordinates = tuner._coordinates
+    hyper_vector = tuner._hyper_vector
     # L = ± log(lr/(1 − m)): dL/dlog lr = ±1, dL/dlogit m = ± m
-    coordinates.step(torch.stack([torch.tensor(g).double(), g * coordinates.value[1]]))
-    assert coordinates.value[1] == pytest.approx(0.9)
-    assert coordinates.value[0] != pytest.approx(1e-2, rel=1e-3)
-    before = float(coordinates.value[0] / (1 - coordinates.value[1]))
-    coordinates.descent.forget(0)
-    coordinates.step(torch.tensor([0.0, g]).double())
-    lr, m = coordinates.value.tolist()
+    hyper_vector.step(torch.stack([torch.tensor(g).double(), g * hyper_vector.value[1]]))
+    assert hyper_vector.value[1] == pytest.approx(0.9)
+    assert hyper_vector.value[0] != pytest.approx(1e-2, rel=1e-3)
+    before = float(hyper_vector.value[0] / (1 - hyper_vector.value[1]))
+    hyper_vector.descent.forget(0)
+    hyper_vector.step(torch.tensor([0.0, g]).double())
+    lr, m = hyper_vector.value.tolist()
     assert (m < 0.9) == (g > 0) and m != 0.9
     assert lr / (1 - m) == pytest.approx(before)
 
@@ -53,7 +53,7 @@ def test_newtons_step_is_that_of_a_quadratic():
         theta, z = (1 - lr * CURVATURES) ** t, -t * lr * CURVATURES * (1 - lr * CURVATURES) ** (t - 1)
         a += float((CURVATURES * theta * z).sum())
         b += float((CURVATURES * z * z).sum())
-    tangents = tuner._ride.tangents
+    tangents = tuner._loop.tangents
     assert tangents.take_newton().tolist() == pytest.approx([math.log(1 - a / b)], rel=1e-4)
     assert tangents.take_newton().isnan().all()
 
@@ -88,7 +88,7 @@ def newton(optimizers: int = 1, parts: int = 1, **options) -> list[float]:
             sgd.step() if scaler is None else scaler.step(sgd)
         if scaler is not None:
             scaler.update()
-    return tuner._ride.tangents.take_newton().expm1().tolist()
+    return tuner._loop.tangents.take_newton().expm1().tolist()
 
 
 def test_newtons_step_is_of_the_batch_whatever_is_done_to_its_gradient():
@@ -115,7 +115,7 @@ def test_several_lr_together_do_not_climb_too_far():
     """Whatever B ≥ 0 is, c of all together lowers a·(c − 1) + (c − 1)ᵀB(c − 1)/2, at least by half of what one alone would."""
     model = Split()
     sgds = [torch.optim.SGD(params, lr=1e-4) for params in ([model.theta], [model.more])]
-    tangents = hypergrad.Tuner(model, sgds, model, tune=("lr",), warm_start=False)._ride.tangents
+    tangents = hypergrad.Tuner(model, sgds, model, tune=("lr",), warm_start=False)._loop.tangents
     a = torch.tensor([-1.0, -2.0]).double()
     for between in (0.0, 0.9, -0.9):
         b = torch.tensor([[1.0, between], [between, 1.0]]).double()
@@ -130,9 +130,9 @@ def test_a_step_down_in_chaos_is_one(hits):
     """Momentum's at a fixed lr/(1 − m) would raise lr by nearly as much."""
     model = Bowl()
     tuner = tuner_of(torch.optim.SGD(model.parameters(), lr=1e-2, momentum=0.9), model, ("lr", "momentum"))
-    before = tuner._coordinates.phi.clone()
-    tuner._coordinates.step(torch.tensor([0.0, 0.0]).double(), torch.tensor(hits))
-    down = (before - tuner._coordinates.phi).tolist()
+    before = tuner._hyper_vector.phi.clone()
+    tuner._hyper_vector.step(torch.tensor([0.0, 0.0]).double(), torch.tensor(hits))
+    down = (before - tuner._hyper_vector.phi).tolist()
     assert down == [pytest.approx(0.1 if hit else 0.0) for hit in hits]
 
 
@@ -141,8 +141,8 @@ def test_at_a_bound_of_lr_momentum_follows_its_own_hypergradient():
     tune = {"lr": hypergrad.Hyperparameter(1e-2, bounds=(1e-4, 1e-2)), "momentum": None}
     tuner = tuner_of(torch.optim.SGD(model.parameters(), lr=1e-2, momentum=0.5), model, tune)
     for _ in range(20):
-        m = float(tuner._coordinates.value[1])
-        tuner._coordinates.step(torch.tensor([-1.0, -m + 0.05]).double())
+        m = float(tuner._hyper_vector.value[1])
+        tuner._hyper_vector.step(torch.tensor([-1.0, -m + 0.05]).double())
     assert tuner.values["lr"].item() == pytest.approx(1e-2)
     assert tuner.values["momentum"].item() > 0.6
 
@@ -152,11 +152,11 @@ def test_weight_decays_range_does_not_narrow_the_users_bounds():
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-2, weight_decay=1e-4)
     tune = {"lr": hypergrad.Hyperparameter(1e-2), "weight_decay": hypergrad.Hyperparameter(bounds=(1e-5, 1e-4))}
     tuner = hypergrad.Tuner(model, optimizer, model, tune=tune, every=1000, total_steps=steps)
-    tuner._ride.warm.began = True
+    tuner._loop.warm.began = True
     trained(tuner, 40)
     for sign, end in ((1.0, 1e-5), (-1.0, 1e-4)):
         for _ in range(400):
-            tuner._coordinates.step(torch.tensor([0.0, sign]))
+            tuner._hyper_vector.step(torch.tensor([0.0, sign]))
         assert tuner.values["weight_decay"].item() == pytest.approx(end, rel=0.1)
 
 
@@ -169,7 +169,7 @@ def test_a_reward_climbs_as_the_loss_does():
             tuner.optimizers[0].zero_grad()
             tuner.backward(-model() if maximize else model())
             tuner.optimizers[0].step()
-        found.append(tuner._ride.tangents.take_newton().item())
+        found.append(tuner._loop.tangents.take_newton().item())
     assert found[0] > 0
     assert found[1] == pytest.approx(found[0], rel=1e-5)
 
@@ -181,9 +181,9 @@ def test_weight_decay_stays_where_it_decays_something_but_not_all(sign, end):
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-2, weight_decay=1e-3)
     tune = {"lr": hypergrad.Hyperparameter(1e-2, bounds=(0.99e-2, 1.01e-2)), "weight_decay": None}
     tuner = hypergrad.Tuner(model, optimizer, model, tune=tune, every=1000, total_steps=steps)
-    tuner._ride.warm.began = True  # as after a warm start, with an lr that is known here
+    tuner._loop.warm.began = True  # as after a warm start, with an lr that is known here
     trained(tuner, 40)
     for _ in range(300):
-        tuner._coordinates.step(torch.tensor([0.0, sign]))
+        tuner._hyper_vector.step(torch.tensor([0.0, sign]))
     decayed = float(tuner.values["weight_decay"]) * 1e-2 * 70 * 71 / 2 / 99
     assert decayed == pytest.approx(end, rel=0.05)

@@ -6,11 +6,11 @@ import math
 
 import pytest
 import torch
-from tests.online.test_tuner import data, mse, two_layers, validation
 from torch import Tensor, nn
 
 import hypergrad
 from hypergrad.online.lr_warm_start import LITTLE, MUCH, SHARE
+from tests.online.test_tuner import data, mse, two_layers, validation
 
 CURVATURES = torch.tensor([1.0, 0.3, 0.1])
 
@@ -26,7 +26,7 @@ class Bowl(nn.Module):
         return 0.5 * (CURVATURES * self.theta**2).sum()
 
 
-def ride(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int = 40, **options) -> hypergrad.Tuner:
+def loop(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int = 40, **options) -> hypergrad.Tuner:
     tuner = hypergrad.Tuner(model, optimizer, model, every=1000, **options)
     for _ in range(steps):
         optimizer.zero_grad()
@@ -41,7 +41,7 @@ def test_lr_comes_from_the_curvature_not_from_its_start(kind, start):
     found = []
     for lr in (start, 1e-2):
         model = Bowl()
-        found.append(ride(model, kind(model.parameters(), lr=lr), tune=("lr",)).values["lr"].item())
+        found.append(loop(model, kind(model.parameters(), lr=lr), tune=("lr",)).values["lr"].item())
         assert bool(torch.isfinite(model.theta).all())
     assert found[0] == pytest.approx(found[1], rel=0.3)
 
@@ -49,7 +49,7 @@ def test_lr_comes_from_the_curvature_not_from_its_start(kind, start):
 def test_it_is_a_share_of_the_lr_that_is_best_along_the_steps():
     """Along the gradient h θ a quadratic is least at lr = Σ h² θ² / Σ h³ θ² for one step, and at less for several."""
     model = Bowl()
-    found = ride(model, torch.optim.SGD(model.parameters(), lr=1e-7), tune=("lr",)).values["lr"].item()
+    found = loop(model, torch.optim.SGD(model.parameters(), lr=1e-7), tune=("lr",)).values["lr"].item()
     best = float((CURVATURES**2).sum() / (CURVATURES**3).sum())
     assert 0.25 * SHARE * best < found < 2 * SHARE * best
 
@@ -60,7 +60,7 @@ def test_momentum_is_foreseen(momentum):
     effective = []
     for m in (0.0, momentum):
         model = Bowl()
-        tuner = ride(model, torch.optim.SGD(model.parameters(), lr=1e-5, momentum=m), tune=("lr",))
+        tuner = loop(model, torch.optim.SGD(model.parameters(), lr=1e-5, momentum=m), tune=("lr",))
         effective.append(tuner.values["lr"].item() / (1 - m))
     assert 0.2 < effective[1] / effective[0] < 5
 
@@ -118,14 +118,14 @@ def test_momentum_that_is_tuned_begins_at_0_9_unless_it_is_meant(case):
 def test_momentum_of_a_short_run_begins_no_higher_than_it_was(typed, total, begins):
     model = Bowl()
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-4, momentum=typed)
-    ride(model, optimizer, steps=3, tune=("lr", "momentum"), total_steps=total)
+    loop(model, optimizer, steps=3, tune=("lr", "momentum"), total_steps=total)
     assert optimizer.param_groups[0]["momentum"] == pytest.approx(begins)
 
 
 @pytest.mark.parametrize("decay", [1e-9, 1e-1, 1e3])
 def test_weight_decay_starts_where_it_decays_something_but_not_all(decay):
     steps, model = 400, Bowl()
-    tuner = ride(model, torch.optim.SGD(model.parameters(), lr=1e-3, weight_decay=decay), steps=60, total_steps=steps)
+    tuner = loop(model, torch.optim.SGD(model.parameters(), lr=1e-3, weight_decay=decay), steps=60, total_steps=steps)
     lr, wd = tuner.values["lr"].item(), tuner.values["weight_decay"].item()
     assert 0.5 * LITTLE < lr * wd * steps / 2 < 2 * MUCH
 

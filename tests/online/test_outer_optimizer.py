@@ -8,14 +8,14 @@ import math
 import pytest
 import torch
 
-from hypergrad.online.outer_optimizer import DOWN, FURTHEST, GROW, LEAD, RELAX, SLOWEST, UPHILL, Descent
+from hypergrad.online.outer_optimizer import DOWN, FURTHEST, GROW, LEAD, RELAX, SLOWEST, UPHILL, OuterOptimizer
 
 ALL, NONE = torch.tensor([True]), torch.tensor([False])
 
 
 def walk(climbs: bool, gradients: list[float], hyper_lr: float = 0.1, newton: float | None = None) -> list[float]:
     """φ along the gradients, from 0."""
-    descent, phi, path = Descent([climbs], hyper_lr), torch.zeros(1, dtype=torch.float64), [0.0]
+    descent, phi, path = OuterOptimizer([climbs], hyper_lr), torch.zeros(1, dtype=torch.float64), [0.0]
     log_c = None if newton is None else torch.tensor([newton], dtype=torch.float64)
     for g in gradients:
         phi = descent.step(phi, torch.tensor([g], dtype=torch.float64), ALL, NONE, log_c)
@@ -54,7 +54,7 @@ def test_lr_descends_no_further_than_its_lead_below_its_mean():
 
 def test_numbers_without_a_logarithm_go_as_far_as_they_like():
     bound = walk(False, [-1.0] * 80, hyper_lr=1.0)
-    descent, phi = Descent([False], 1.0, [False]), torch.zeros(1, dtype=torch.float64)
+    descent, phi = OuterOptimizer([False], 1.0, [False]), torch.zeros(1, dtype=torch.float64)
     for _ in range(80):
         phi = descent.step(phi, torch.tensor([-1.0]).double(), ALL, NONE)
     assert float(phi) == pytest.approx(80)
@@ -62,7 +62,7 @@ def test_numbers_without_a_logarithm_go_as_far_as_they_like():
 
 
 def test_where_training_was_chaotic_is_a_ceiling_that_rises_slowly():
-    descent, phi, up = Descent([True], 0.1), torch.zeros(1, dtype=torch.float64), torch.tensor([-1.0]).double()
+    descent, phi, up = OuterOptimizer([True], 0.1), torch.zeros(1, dtype=torch.float64), torch.tensor([-1.0]).double()
     for _ in range(3):
         phi = descent.step(phi, up, ALL, NONE)
     top = float(descent.step(phi, up, ALL, ALL))
@@ -75,7 +75,7 @@ def test_where_training_was_chaotic_is_a_ceiling_that_rises_slowly():
 
 
 def test_a_step_down_in_chaos_is_one_however_far_lr_is_from_its_mean():
-    descent, phi, path = Descent([True], 1.0), torch.zeros(1, dtype=torch.float64), [0.0]
+    descent, phi, path = OuterOptimizer([True], 1.0), torch.zeros(1, dtype=torch.float64), [0.0]
     for _ in range(20):
         phi = descent.step(phi, torch.tensor([1.0]).double(), ALL, ALL)
         path.append(float(phi))
@@ -89,7 +89,7 @@ def test_lr_does_not_climb_on_a_hypergradient_of_zero():
 
 def test_multiplied_a_number_stays_free_to_move_and_is_not_climbing():
     """After a roll-back lr goes on from a quarter: what holds it is its mean, which is a quarter as well."""
-    descent, phi = Descent([True], 0.1), torch.zeros(1, dtype=torch.float64)
+    descent, phi = OuterOptimizer([True], 0.1), torch.zeros(1, dtype=torch.float64)
     for _ in range(4):
         phi = descent.step(phi, torch.tensor([-1.0]).double(), ALL, NONE, torch.tensor([math.inf]).double())
     assert bool(descent.climbing(phi)) and float(phi) > math.log(UPHILL)
@@ -124,7 +124,7 @@ def test_lr_stops_climbing_at_the_first_disagreement():
 
 def test_noise_slows_down():
     generator = torch.Generator().manual_seed(0)
-    descent = Descent([False], 0.1)
+    descent = OuterOptimizer([False], 0.1)
     phi = torch.zeros(1, dtype=torch.float64)
     for _ in range(100):
         phi = descent.step(phi, torch.randn(1, generator=generator, dtype=torch.float64), ALL, NONE)
@@ -132,14 +132,14 @@ def test_noise_slows_down():
 
 
 def test_what_is_not_tuned_stays_and_too_high_goes_down():
-    descent, phi = Descent([True, True], 0.1), torch.zeros(2, dtype=torch.float64)
+    descent, phi = OuterOptimizer([True, True], 0.1), torch.zeros(2, dtype=torch.float64)
     g = torch.tensor([-1.0, -1.0], dtype=torch.float64)
     moved = descent.step(phi, g, torch.tensor([True, False]), torch.tensor([True, False]))
     assert moved.tolist() == [pytest.approx(-0.1), 0.0]
 
 
 def test_nan_moves_nothing():
-    descent = Descent([False], 0.1)
+    descent = OuterOptimizer([False], 0.1)
     phi = descent.step(torch.zeros(1, dtype=torch.float64), torch.tensor([math.nan]).double(), ALL, NONE)
     assert phi.tolist() == [0.0]
     assert float(descent.count) == 0

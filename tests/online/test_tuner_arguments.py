@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from tests.online.test_tuner import FD_RTOL, STEPS, data, float64, mse, sgd, two_layers, validation
-from tests.online.test_tuner_several_optimizers import slope
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import ExponentialLR, LambdaLR, OneCycleLR
 
 import hypergrad
 from hypergrad import Hyperparameter
+from tests.online.test_tuner import FD_RTOL, STEPS, data, float64, mse, sgd, two_layers, validation
+from tests.online.test_tuner_several_optimizers import slope
 
 __all__ = ["float64"]  # the fixture
 

@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from tests.online.test_tuner import STEPS, as_given, data, float64, mse, two_layers, validation
-from tests.online.test_tuner_regressions import Backward, matches_differences, ordinary
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import hypergrad
+from tests.online.test_tuner import STEPS, as_given, data, float64, mse, two_layers, validation
+from tests.online.test_tuner_regressions import Backward, matches_differences, ordinary
 
 __all__ = ["float64"]  # the fixture
 

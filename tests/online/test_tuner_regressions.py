@@ -9,12 +9,24 @@ from typing import Any
 
 import pytest
 import torch
-from tests.online.test_tuner import FD_RTOL, STEPS, Loop, as_given, attach, data, float64, mse, sgd, two_layers, validation
-from tests.online.test_tuner_several_optimizers import slope
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import hypergrad
+from tests.online.test_tuner import (
+    FD_RTOL,
+    STEPS,
+    Loop,
+    as_given,
+    attach,
+    data,
+    float64,
+    mse,
+    sgd,
+    two_layers,
+    validation,
+)
+from tests.online.test_tuner_several_optimizers import slope
 
 __all__ = ["float64"]  # the fixture
 Backward = Callable[[Tensor], None]

@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from tests.online.test_tuner import data, float64, mse, sgd, two_layers, validation
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import CosineAnnealingLR, ExponentialLR, LambdaLR, OneCycleLR, SequentialLR
 
 import hypergrad
+from tests.online.test_tuner import data, float64, mse, sgd, two_layers, validation
 
 __all__ = ["float64"]  # the fixture
 MIDDLE = 7
@@ -199,7 +199,7 @@ def outside(what: str, model: nn.Module, opt: Any) -> None:
 
 @pytest.mark.parametrize("what", ["weights loaded", "optimizer state loaded", "optimizer state cleared"])
 def test_window_begins_anew_where_the_state_was_written_from_outside(what: str) -> None:
-    """The hypergradient is that of the stretch after it."""
+    """The hypergradient is that of the trajectory after it."""
     batches = data()[0]
     model, opt, tuner = replaying("unrolled")
     for batch in batches[:2]:

@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from tests.online.test_tuner import FD_RTOL, STEPS, as_given, data, float64, groups, mse, two_layers, validation
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import ExponentialLR, LambdaLR
 
 import hypergrad
+from tests.online.test_tuner import FD_RTOL, STEPS, as_given, data, float64, groups, mse, two_layers, validation
 
 __all__ = ["float64"]  # the fixture
 Loop = Callable[[nn.Sequential, list[Any], Callable[[Tensor], None], Any], None]

@@ -3,7 +3,7 @@
 A graph (graphs.py) holds what Python did when it was traced. Whether that is still right is looked at: a graph is run beside
 the eager code at its first uses, until they agreed twice, and the loss alone again at its uses 4, 8, 16, …; where they differ
 an error is raised. The first step of a kind (of a shape of batches, or with t = 1) is played by the eager code: it may be the
-only one of the stretch.
+only one of the trajectory.
 
 The adjoint takes the gradient of its step as an argument: with it in hand, what only the gradient needs is not computed again. It
 is kept beside the states of a segment.
@@ -24,9 +24,9 @@ from torch.utils._pytree import tree_leaves
 from hypergrad.differentiate.compile import traced_functions as bodies
 from hypergrad.differentiate.compile.graphs import Graph, Graphs, Kinds
 from hypergrad.differentiate.compile.placeholders import REMEDY, check_suited
-from hypergrad.differentiate.diagnostics import Meter
-from hypergrad.differentiate.one_step import Pull, pulled, pushed
-from hypergrad.differentiate.trajectory import Stretch
+from hypergrad.differentiate.diagnostics import Diagnostics
+from hypergrad.differentiate.one_step import StepVJP, step_jvp, step_vjp
+from hypergrad.differentiate.trajectory import Trajectory
 from hypergrad.optimizers.binding import State
 from hypergrad.optimizers.transition import Tangent
 
@@ -56,10 +56,10 @@ class Earlier(NamedTuple):
     kinds: Kinds
 
 
-def compiled(stretch: Stretch, mode: str, backend: str | None = None) -> Compiled:
-    """What plays the steps of a stretch. Graphs of an earlier call are looked at anew at their first use."""
-    check_suited(stretch, mode)
-    optimizer, problem = stretch.transition.optimizers[0], stretch.problem
+def compiled(trajectory: Trajectory, mode: str, backend: str | None = None) -> Compiled:
+    """What plays the steps of a trajectory. Graphs of an earlier call are looked at anew at their first use."""
+    check_suited(trajectory, mode)
+    optimizer, problem = trajectory.transition.optimizers[0], trajectory.problem
     earlier = _EARLIER.get(optimizer)
     reads = _plain_values(problem.loss)
     same = earlier is not None and earlier.model() is problem.model and earlier.loss() == problem.loss
@@ -68,12 +68,12 @@ def compiled(stretch: Stretch, mode: str, backend: str | None = None) -> Compile
         try:
             earlier = Earlier(weakref.ref(problem.model), reference(problem.loss), reads, {})  # type: ignore[arg-type]
         except TypeError:  # it cannot be held weakly
-            return Compiled(stretch, Graphs(stretch, {}, backend or BACKEND))
+            return Compiled(trajectory, Graphs(trajectory, {}, backend or BACKEND))
         _EARLIER[optimizer] = earlier
     for kind in earlier.kinds.values():
         for graph in kind.graphs:
             graph.agreed, graph.uses, graph.earlier = min(graph.agreed, AGREED - 1), 0, True
-    return Compiled(stretch, Graphs(stretch, earlier.kinds, backend or BACKEND))
+    return Compiled(trajectory, Graphs(trajectory, earlier.kinds, backend or BACKEND))
 
 
 def _plain_values(loss: Any) -> dict[str, Any]:
@@ -93,8 +93,8 @@ def _plain_values(loss: Any) -> dict[str, Any]:
 class Compiled:
     """The steps of one call of `hypergradient`."""
 
-    def __init__(self, stretch: Stretch, graphs: Graphs):
-        self.stretch, self.graphs = stretch, graphs
+    def __init__(self, trajectory: Trajectory, graphs: Graphs):
+        self.trajectory, self.graphs = trajectory, graphs
         self.by_hand: set[int] = set()  # steps that the eager code played; it plays them again
         self.eager = 0
         self.alive: list[bool] = []
@@ -109,9 +109,9 @@ class Compiled:
 
     # ---- one training step
 
-    def step(self, state: State, t: int, meter: Meter) -> tuple[State, Played]:
+    def step(self, state: State, t: int, diagnostics: Diagnostics) -> tuple[State, Played]:
         """The state after step t; buffers of the model are those before it, and after it on return."""
-        meter.gradients += 1
+        diagnostics.gradients += 1
         found = None if t in self.by_hand else self.graphs.call("step", state, t, bodies.step, ())
         if found is None:
             self.by_hand.add(t)
@@ -120,39 +120,41 @@ class Compiled:
         else:
             out, graph = found
             if not self._look(graph, out, lambda: self._step_again(state, t)):
-                meter.gradients -= 1
-                return self.step(state, t, meter)
+                diagnostics.gradients -= 1
+                return self.step(state, t, diagnostics)
             new = _after(state, out, graph)
             played = Played(out["loss"], out["g"])
             self._look_at_loss(graph, state, t, played.loss)
             self._write_buffers(out["buffers"])
-        meter.look_for_ill_conditioning(self.stretch, state, played.g, t)
+        diagnostics.look_for_ill_conditioning(self.trajectory, state, played.g, t)
         return new, played
 
     def _eager_step(self, state: State, t: int) -> tuple[State, Played]:
-        stretch = self.stretch
-        stretch.transition.load(state.theta)
-        lin = stretch.problem.linearize(stretch.batches[t], products=False)
-        g = stretch.gradient(lin)
-        return stretch.transition.step(state, g, lin.active, stretch.values[t]), Played(lin.loss, g)
+        trajectory = self.trajectory
+        trajectory.transition.load(state.theta)
+        lin = trajectory.problem.linearize(trajectory.batches[t], products=False)
+        g = trajectory.gradient(lin)
+        return trajectory.transition.step(state, g, lin.active, trajectory.values[t]), Played(lin.loss, g)
 
     def _step_again(self, state: State, t: int) -> Any:
-        buffers = self.stretch.problem.read_buffers()
+        buffers = self.trajectory.problem.read_buffers()
         new, played = self._eager_step(state, t)
-        after = [b.detach().clone() for b in self.stretch.problem.buffers]
-        self.stretch.problem.write_buffers(buffers)
+        after = [b.detach().clone() for b in self.trajectory.problem.buffers]
+        self.trajectory.problem.write_buffers(buffers)
         return {"loss": played.loss, "g": played.g, "theta": new.theta, "slots": new.slots, "buffers": after}
 
     def _write_buffers(self, values: Sequence[Tensor]) -> None:
         with torch.no_grad():
-            for b, x in zip(self.stretch.problem.buffers, values, strict=True):
+            for b, x in zip(self.trajectory.problem.buffers, values, strict=True):
                 b.copy_(x)
 
     # ---- its adjoint
 
-    def pull(self, state: State, t: int, g: Tensor, lam: Tangent, meter: Meter) -> tuple[Pull, Tensor, Tensor | None]:
+    def pull(
+        self, state: State, t: int, g: Tensor, lam: Tangent, diagnostics: Diagnostics
+    ) -> tuple[StepVJP, Tensor, Tensor | None]:
         """The adjoint before step t, its norm where known, and the loss; buffers are those before the step."""
-        meter.products += 1
+        diagnostics.products += 1
         stats = () if lam.stats is None else (lam.stats,)
         more = [g, lam.theta, *lam.slots.values(), *stats]
         key = (tuple(lam.slots), lam.stats is None)
@@ -163,32 +165,32 @@ class Compiled:
             return pull, loss, None
         out = found[0]
         before = Tangent(out["theta"], out["slots"], out["stats"])
-        return Pull(before, out["groups"], out["clip"], out["hypers"], out["fine"]), out["loss"], out["norm"]
+        return StepVJP(before, out["groups"], out["clip"], out["hypers"], out["fine"]), out["loss"], out["norm"]
 
-    def _eager_pull(self, state: State, t: int, g: Tensor, lam: Tangent) -> tuple[Pull, Tensor]:
-        self.stretch.transition.load(state.theta)
-        lin = self.stretch.problem.linearize(self.stretch.batches[t])
-        return pulled(self.stretch, state, t, lin, lam, g), lin.loss
+    def _eager_pull(self, state: State, t: int, g: Tensor, lam: Tangent) -> tuple[StepVJP, Tensor]:
+        self.trajectory.transition.load(state.theta)
+        lin = self.trajectory.problem.linearize(self.trajectory.batches[t])
+        return step_vjp(self.trajectory, state, t, lin, lam, g), lin.loss
 
     def _pull_again(self, state: State, t: int, g: Tensor, lam: Tangent) -> Any:
-        buffers = self.stretch.problem.read_buffers()
+        buffers = self.trajectory.problem.read_buffers()
         pull, loss = self._eager_pull(state, t, g, lam)
-        self.stretch.problem.write_buffers(buffers)
+        self.trajectory.problem.write_buffers(buffers)
         return bodies.of_pull(pull, loss)
 
     # ---- its tangents
 
-    def push(self, state: State, t: int, tangent: Tangent, meter: Meter) -> tuple[State, Tangent]:
+    def push(self, state: State, t: int, tangent: Tangent, diagnostics: Diagnostics) -> tuple[State, Tangent]:
         """State and tangents after step t; buffers as with `step`."""
-        directions = self.stretch.directions
+        directions = self.trajectory.directions
         extras = [directions.into_loss(j, t) for j in range(len(directions))]
         if not all(self.alive):
             self.alive = (tangent.theta != 0).any(dim=1).tolist()
         elif not self.alive:
             self.alive = [False] * len(directions)
         seeds, clip_seed = directions.seeds(t)
-        meter.gradients += 1
-        meter.products += sum(a or e is not None for a, e in zip(self.alive, extras, strict=True))
+        diagnostics.gradients += 1
+        diagnostics.products += sum(a or e is not None for a, e in zip(self.alive, extras, strict=True))
         arguments = bodies.Arguments(tangent, extras, tuple(self.alive), seeds, clip_seed)
         key = arguments.key()
         found = self.graphs.call("tangent", state, t, bodies.tangent(arguments), arguments.tensors(), key)
@@ -203,20 +205,20 @@ class Compiled:
             new, g = _after(state, out, graph), out["g"]
             self._look_at_loss(graph, state, t, out["loss"])
             self._write_buffers(out["buffers"])
-        meter.look_for_ill_conditioning(self.stretch, state, g, t)
+        diagnostics.look_for_ill_conditioning(self.trajectory, state, g, t)
         return new, Tangent(out["z"], out["z_slots"], out["z_stats"])
 
     def _eager_push(self, state: State, t: int, arguments: bodies.Arguments) -> tuple[Any, State, Tensor]:
-        self.stretch.transition.load(state.theta)
-        lin = self.stretch.problem.linearize(self.stretch.batches[t])
-        push = pushed(self.stretch, state, t, lin, *arguments)
+        self.trajectory.transition.load(state.theta)
+        lin = self.trajectory.problem.linearize(self.trajectory.batches[t])
+        push = step_jvp(self.trajectory, state, t, lin, *arguments)
         return bodies.of_push(push, lin.loss), push.state, push.g
 
     def _push_again(self, state: State, t: int, arguments: bodies.Arguments) -> Any:
-        buffers = self.stretch.problem.read_buffers()
+        buffers = self.trajectory.problem.read_buffers()
         out, _, _ = self._eager_push(state, t, arguments)
-        out["buffers"] = [b.detach().clone() for b in self.stretch.problem.buffers]
-        self.stretch.problem.write_buffers(buffers)
+        out["buffers"] = [b.detach().clone() for b in self.trajectory.problem.buffers]
+        self.trajectory.problem.write_buffers(buffers)
         return out
 
     # ---- looking at graphs against the eager code
@@ -242,11 +244,11 @@ class Compiled:
     def _look_at_loss(self, graph: Graph, state: State, t: int, loss: Tensor) -> None:
         if graph.uses < 4 or graph.uses & (graph.uses - 1):
             return
-        problem = self.stretch.problem
+        problem = self.trajectory.problem
         buffers, rng = problem.read_buffers(), problem.rng()
-        self.stretch.transition.load(state.theta)
+        self.trajectory.transition.load(state.theta)
         with torch.no_grad():
-            truth = problem.loss(problem.model, self.stretch.batches[t], *problem.extra)  # type: ignore[misc]
+            truth = problem.loss(problem.model, self.trajectory.batches[t], *problem.extra)  # type: ignore[misc]
         problem.write_buffers(buffers)
         rng.restore()
         if _furthest({"loss": [loss]}, {"loss": [truth.detach()]}):

@@ -26,14 +26,16 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from hypergrad.differentiate.compile.placeholders import REMEDY, Batch, arguments, environment, standing_in, static_key
 from hypergrad.differentiate.compile.symbolic_floats import MOST, Book, Environment, Lifting
-from hypergrad.differentiate.trajectory import Stretch
+from hypergrad.differentiate.trajectory import Trajectory
 from hypergrad.optimizers.binding import State
 
 MOST_GRAPHS, MOST_KINDS = 8, 64  # of steps, of adjoints or of tangents; kinds beyond the graphs came once each
 # Of inductor: in this process; on CPU without the pattern that makes addmm of a product and a sum, which copies the summand.
 OPTIONS = {"cpu": {"compile_threads": 1, "pattern_matcher": False}, "cuda": {"compile_threads": 1}}
 
-Body = Callable[[Stretch, State, list[Tensor]], dict[str, Any]]  # (stretch, state, further tensors) → nested tensors
+Body = Callable[
+    [Trajectory, State, list[Tensor]], dict[str, Any]
+]  # (trajectory, state, further tensors) → nested tensors
 
 
 @dataclass
@@ -71,11 +73,11 @@ Kinds = dict[Any, Kind]
 class Graphs:
     """Makes and calls the graphs of one call of `hypergradient`. `kinds`: what there is already."""
 
-    def __init__(self, stretch: Stretch, kinds: Kinds, backend: str):
-        self.stretch, self.kinds, self.backend = stretch, kinds, backend
+    def __init__(self, trajectory: Trajectory, kinds: Kinds, backend: str):
+        self.trajectory, self.kinds, self.backend = trajectory, kinds, backend
         self.once: dict[Any, list[Environment]] = {}  # numbers of the steps of each kind that the eager code played
         self.seconds, self.count, self.calls = 0.0, 0, 0
-        self.static = _Hashed((*static_key(stretch), backend))
+        self.static = _Hashed((*static_key(trajectory), backend))
 
     def call(
         self, kind: str, state: State, t: int, body: Body, more: Sequence[Tensor], detail: Any = None
@@ -86,10 +88,10 @@ class Graphs:
             kind, detail: what the body depends on besides its arguments.
             more: further tensors for the body.
         """
-        batch = Batch.of(self.stretch.batches[t])
-        key = (kind, self.static, self.stretch.problem.stats is None, batch.key, tuple(state.slots), detail)
-        found, env = self.kinds.setdefault(key, Kind()), environment(state, self.stretch.values[t])
-        graph, tensors = found.find(env), arguments(self.stretch, state, batch, more)
+        batch = Batch.of(self.trajectory.batches[t])
+        key = (kind, self.static, self.trajectory.problem.stats is None, batch.key, tuple(state.slots), detail)
+        found, env = self.kinds.setdefault(key, Kind()), environment(state, self.trajectory.values[t])
+        graph, tensors = found.find(env), arguments(self.trajectory, state, batch, more)
         if graph is None:
             alike = [other for k, other in self.kinds.items() if k[0] == kind]
             if sum(len(other.graphs) for other in alike) >= MOST_GRAPHS or len(alike) > MOST_KINDS:
@@ -110,12 +112,15 @@ class Graphs:
         return _rebuilt(graph.like, iter(graph.run(numbers, *tensors, *graph.constants))), graph
 
     def _made(self, state: State, t: int, body: Body, batch: Batch, tensors: list[Tensor], env: Environment) -> Graph:
-        book, rng = Book(), self.stretch.problem.rng()
+        book, rng = Book(), self.trajectory.problem.rng()
         notes: dict[str, Any] = {}
 
         def flat(numbers: Tensor, *xs: Tensor) -> list[Tensor]:
-            with standing_in(self.stretch, state, t, batch, xs, book) as (stretch, at, more), Lifting(numbers, book):
-                out = body(stretch, at, more)
+            with (
+                standing_in(self.trajectory, state, t, batch, xs, book) as (trajectory, at, more),
+                Lifting(numbers, book),
+            ):
+                out = body(trajectory, at, more)
             notes["counts"] = out.pop("counts", at.counts)
             notes["like"] = out
             return [x.detach() for x in _leaves(out)]
@@ -131,7 +136,7 @@ class Graphs:
             ) from error
         finally:
             rng.restore()
-        constants = _lift_constants(traced, self.stretch)
+        constants = _lift_constants(traced, self.trajectory)
         _check_randomness(traced)
         counted = tuple(int(float(b) - float(a)) for a, b in zip(state.counts, notes["counts"], strict=True))
         like = _rebuilt(notes["like"], itertools.repeat(...))
@@ -174,9 +179,9 @@ def _rebuilt(like: Any, take: Iterator[Any]) -> Any:
     return [_rebuilt(y, take) for y in like] if isinstance(like, list) else next(take)
 
 
-def _lift_constants(traced: Any, stretch: Stretch) -> list[Tensor]:
+def _lift_constants(traced: Any, trajectory: Trajectory) -> list[Tensor]:
     """Tensors that the loss reads from elsewhere become arguments, so that a graph sees what they hold at the time."""
-    params = stretch.transition.params
+    params = trajectory.transition.params
     own = {p.untyped_storage().data_ptr() for p in params if p.numel()}
     constants: list[Tensor] = []
     last = [node for node in traced.graph.nodes if node.op == "placeholder"][-1]

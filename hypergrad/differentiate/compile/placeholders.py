@@ -1,7 +1,7 @@
-"""The arguments of a traced step, and a stretch of one step that is made of them.
+"""The arguments of a traced step, and a trajectory of one step that is made of them.
 
 While a step is traced, tracing tensors stand in the model for its parameters (tied ones too) and buffers; the model is put back
-as it was. Numbers of the step are `Lifted`.
+as it was. Numbers of the step are `SymbolicFloat`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from hypergrad.differentiate.compile.symbolic_floats import Book, Environment
-from hypergrad.differentiate.trajectory import Stretch
+from hypergrad.differentiate.trajectory import Trajectory
 from hypergrad.optimizers.binding import State, Values
 
 REMEDY = "Use compile=False."
@@ -84,20 +84,20 @@ def lifted(values: Values, book: Book) -> Values:
     return {name: [lift(name, group, x) for group, x in enumerate(column)] for name, column in values.items()}
 
 
-def arguments(stretch: Stretch, state: State, batch: Batch, more: Sequence[Tensor]) -> list[Tensor]:
+def arguments(trajectory: Trajectory, state: State, batch: Batch, more: Sequence[Tensor]) -> list[Tensor]:
     """The tensors that a step is a function of."""
-    hypers = [x.detach() for x in stretch.problem.hypers.values()]
-    return [state.theta, *state.slots.values(), *stretch.problem.buffers, *hypers, *batch.tensors, *more]
+    hypers = [x.detach() for x in trajectory.problem.hypers.values()]
+    return [state.theta, *state.slots.values(), *trajectory.problem.buffers, *hypers, *batch.tensors, *more]
 
 
 @contextmanager
 def standing_in(
-    stretch: Stretch, state: State, t: int, batch: Batch, tensors: Sequence[Tensor], book: Book
-) -> Iterator[tuple[Stretch, State, list[Tensor]]]:
-    """A stretch of step t alone, its state and the further tensors, made of `tensors` in the order of `arguments`."""
+    trajectory: Trajectory, state: State, t: int, batch: Batch, tensors: Sequence[Tensor], book: Book
+) -> Iterator[tuple[Trajectory, State, list[Tensor]]]:
+    """A trajectory of step t alone, its state and the further tensors, made of `tensors` in the order of `arguments`."""
     take = iter(tensors)
-    problem, transition = copy.copy(stretch.problem), copy.copy(stretch.transition)
-    directions = copy.copy(stretch.directions)
+    problem, transition = copy.copy(trajectory.problem), copy.copy(trajectory.transition)
+    directions = copy.copy(trajectory.directions)
     theta, slots = next(take), {name: next(take) for name in state.slots}
     buffers = [next(take).clone() for _ in problem.places]
     problem.hypers = {name: next(take).detach().requires_grad_() for name in problem.hypers}
@@ -110,25 +110,25 @@ def standing_in(
     directions.transition, directions.fine = transition, copy.copy(directions.fine)
     directions.fine.transition = transition
     counts: Any = tuple(book.number(float(c), ("count", i)) for i, c in enumerate(state.counts))
-    values = lifted(stretch.values[t], book)
+    values = lifted(trajectory.values[t], book)
     one = replace(
-        stretch, problem=problem, transition=transition, directions=directions, batches=[found], values=[values]
+        trajectory, problem=problem, transition=transition, directions=directions, batches=[found], values=[values]
     )
-    with _in_model(stretch, params, buffers):
+    with _in_model(trajectory, params, buffers):
         yield one, State(theta, slots, counts), list(take)
 
 
 @contextmanager
-def _in_model(stretch: Stretch, params: Sequence[Tensor], buffers: Sequence[Tensor]) -> Iterator[None]:
-    instead = {id(p): x for p, x in zip(stretch.transition.params, params, strict=True)}
+def _in_model(trajectory: Trajectory, params: Sequence[Tensor], buffers: Sequence[Tensor]) -> Iterator[None]:
+    instead = {id(p): x for p, x in zip(trajectory.transition.params, params, strict=True)}
     places: list[tuple[dict[str, Any], str, Any]] = [
         (module._parameters, name, p)
-        for module in stretch.problem.model.modules()
+        for module in trajectory.problem.model.modules()
         for name, p in module._parameters.items()
         if id(p) in instead
     ]
     news = [instead[id(p)] for *_, p in places] + list(buffers)
-    places += [(module._buffers, name, module._buffers[name]) for module, name in stretch.problem.places]
+    places += [(module._buffers, name, module._buffers[name]) for module, name in trajectory.problem.places]
     try:
         for (where, name, _), x in zip(places, news, strict=True):
             where[name] = x
@@ -138,9 +138,9 @@ def _in_model(stretch: Stretch, params: Sequence[Tensor], buffers: Sequence[Tens
             where[name] = x
 
 
-def static_key(stretch: Stretch) -> tuple[Any, ...]:
+def static_key(trajectory: Trajectory) -> tuple[Any, ...]:
     """What a graph depends on besides tensors, numbers and batches, as far as it can be seen."""
-    problem, transition = stretch.problem, stretch.transition
+    problem, transition = trajectory.problem, trajectory.transition
     return (
         tuple((p.shape, p.dtype, p.device, p.requires_grad) for p in transition.params),
         tuple((b.shape, b.stride(), b.dtype) for b in problem.buffers),
@@ -150,8 +150,8 @@ def static_key(stretch: Stretch) -> tuple[Any, ...]:
         tuple(transition.group_of),
         transition.wanted,
         None if transition.clip is None else transition.clip.name,
-        stretch.directions.wrt,
-        tuple(stretch.directions.fine.per.items()),
+        trajectory.directions.wrt,
+        tuple(trajectory.directions.fine.per.items()),
         tuple(module.training for module in problem.model.modules()),
         torch.get_num_threads(),
         torch.is_autocast_enabled("cpu"),
@@ -159,12 +159,12 @@ def static_key(stretch: Stretch) -> tuple[Any, ...]:
     )
 
 
-def check_suited(stretch: Stretch, mode: str) -> None:
-    """Raise where a stretch cannot be traced, as far as that can be seen beforehand."""
-    transition = stretch.transition
+def check_suited(trajectory: Trajectory, mode: str) -> None:
+    """Raise where a trajectory cannot be traced, as far as that can be seen beforehand."""
+    transition = trajectory.transition
     if mode == "implicit":
         raise NotImplementedError(f"compile=True is for mode='unrolled' and mode='forward'. {REMEDY}")
-    if mode == "forward" and (stretch.directions.fine.per or stretch.directions.steps is not None):
+    if mode == "forward" and (trajectory.directions.fine.per or trajectory.directions.steps is not None):
         raise NotImplementedError(
             f"compile=True with mode='forward' differentiates per group, not per step: use mode='unrolled'. {REMEDY}"
         )

@@ -1,9 +1,10 @@
 """Numbers that are arguments of a traced computation, not constants in it.
 
 An update rule computes with Python floats (`lr / (1 - beta1 ** t)`) and hands them to tensors. Traced as it is, their values at
-the time would be written into the graph. A `Lifted` is such a float together with the formula it came from: the arithmetic on
-it is done anew in Python at every call (`Book.evaluate`), and only where it meets a tensor does its result become an input of
-the graph. A comparison (`t == 1`) is a branch: its outcome is noted, and the graph is good only where it comes out the same.
+the time would be written into the graph. A `SymbolicFloat` is such a float together with the formula it came from: the
+arithmetic on it is done anew in Python at every call (`Book.evaluate`), and only where it meets a tensor does its result become
+an input of the graph. A comparison (`t == 1`) is a branch: its outcome is noted, and the graph is good only where it comes out
+the same.
 """
 
 from __future__ import annotations
@@ -30,8 +31,8 @@ class Book:
         self.used: list[Formula] = []
         self.branches: list[tuple[Formula, bool]] = []
 
-    def number(self, value: float, key: Any) -> Lifted:
-        return Lifted(value, lambda env: env[key], self)
+    def number(self, value: float, key: Any) -> SymbolicFloat:
+        return SymbolicFloat(value, lambda env: env[key], self)
 
     def evaluate(self, env: Environment) -> list[float]:
         return [f(env) for f in self.used]
@@ -43,13 +44,13 @@ class Book:
         return all(f(env) == outcome for f, outcome in self.branches)
 
 
-class Lifted(float):
+class SymbolicFloat(float):
     """A float and its formula."""
 
     formula: Formula
     book: Book
 
-    def __new__(cls, value: float, formula: Formula, book: Book) -> Lifted:
+    def __new__(cls, value: float, formula: Formula, book: Book) -> SymbolicFloat:
         self = float.__new__(cls, value)
         self.formula, self.book = formula, book
         return self
@@ -61,26 +62,26 @@ class Lifted(float):
 
 
 def _plain(x: Any) -> Any:
-    return float(x) if isinstance(x, Lifted) else x
+    return float(x) if isinstance(x, SymbolicFloat) else x
 
 
 def _formula(x: Any) -> Formula:
-    return x.formula if isinstance(x, Lifted) else lambda env: x
+    return x.formula if isinstance(x, SymbolicFloat) else lambda env: x
 
 
 def _operator(op: Callable[[Any, Any], Any], reflected: bool) -> Callable[[Any, Any], Any]:
-    def method(self: Lifted, other: Any) -> Any:
+    def method(self: SymbolicFloat, other: Any) -> Any:
         if not isinstance(other, (int, float)):
             return NotImplemented
         a, b = (other, self) if reflected else (self, other)
         f, g = _formula(a), _formula(b)
-        return Lifted(op(_plain(a), _plain(b)), lambda env: op(f(env), g(env)), self.book)
+        return SymbolicFloat(op(_plain(a), _plain(b)), lambda env: op(f(env), g(env)), self.book)
 
     return method
 
 
 def _comparison(op: Callable[[Any, Any], bool]) -> Callable[[Any, Any], Any]:
-    def method(self: Lifted, other: Any) -> Any:
+    def method(self: SymbolicFloat, other: Any) -> Any:
         if not isinstance(other, (int, float)):
             return NotImplemented
         f, g, outcome = _formula(self), _formula(other), op(_plain(self), _plain(other))
@@ -90,27 +91,27 @@ def _comparison(op: Callable[[Any, Any], bool]) -> Callable[[Any, Any], Any]:
     return method
 
 
-def _negative(self: Lifted) -> Lifted:
-    return Lifted(-float(self), lambda env: -self.formula(env), self.book)
+def _negative(self: SymbolicFloat) -> SymbolicFloat:
+    return SymbolicFloat(-float(self), lambda env: -self.formula(env), self.book)
 
 
 for _name in ("add", "sub", "mul", "truediv", "pow"):
-    setattr(Lifted, f"__{_name}__", _operator(getattr(operator, _name), False))
-    setattr(Lifted, f"__r{_name}__", _operator(getattr(operator, _name), True))
+    setattr(SymbolicFloat, f"__{_name}__", _operator(getattr(operator, _name), False))
+    setattr(SymbolicFloat, f"__r{_name}__", _operator(getattr(operator, _name), True))
 for _name in ("eq", "ne", "lt", "le", "gt", "ge"):
-    setattr(Lifted, f"__{_name}__", _comparison(getattr(operator, _name)))
-Lifted.__neg__ = _negative  # type: ignore[method-assign, assignment]
+    setattr(SymbolicFloat, f"__{_name}__", _comparison(getattr(operator, _name)))
+SymbolicFloat.__neg__ = _negative  # type: ignore[method-assign, assignment]
 
 
 class Lifting(TorchFunctionMode):
-    """Operations that are given a Lifted take an element of `numbers` [MOST] in its place."""
+    """Operations that are given a SymbolicFloat take an element of `numbers` [MOST] in its place."""
 
     def __init__(self, numbers: Tensor, book: Book):
         super().__init__()
         self.numbers, self.book, self.known = numbers, book, {}
 
     def _tensor(self, x: Any) -> Any:
-        if not isinstance(x, Lifted):
+        if not isinstance(x, SymbolicFloat):
             return x
         if id(x) not in self.known:
             if len(self.book.used) == MOST:
@@ -121,7 +122,7 @@ class Lifting(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
         kwargs = kwargs or {}
-        if not tree_any(lambda x: isinstance(x, Lifted), (args, kwargs)):
+        if not tree_any(lambda x: isinstance(x, SymbolicFloat), (args, kwargs)):
             return func(*args, **kwargs)
         new, kw = tree_map(self._tensor, (args, kwargs))
         name = func.__name__

@@ -9,22 +9,22 @@ import torch
 from torch import Tensor
 
 from hypergrad.differentiate.compile.graphs import Body
-from hypergrad.differentiate.one_step import Pull, Push, pulled, pushed
-from hypergrad.differentiate.trajectory import Stretch
+from hypergrad.differentiate.one_step import StepJVP, StepVJP, step_jvp, step_vjp
+from hypergrad.differentiate.trajectory import Trajectory
 from hypergrad.optimizers.binding import State
 from hypergrad.optimizers.rule import Tensors
 from hypergrad.optimizers.transition import Tangent
 
 
-def step(stretch: Stretch, state: State, more: list[Tensor]) -> dict[str, Any]:
-    lin = stretch.problem.linearize(stretch.batches[0], products=False)
-    g = stretch.gradient(lin)
-    new = stretch.transition.step(state, g, lin.active, stretch.values[0])
+def step(trajectory: Trajectory, state: State, more: list[Tensor]) -> dict[str, Any]:
+    lin = trajectory.problem.linearize(trajectory.batches[0], products=False)
+    g = trajectory.gradient(lin)
+    new = trajectory.transition.step(state, g, lin.active, trajectory.values[0])
     out = {"loss": lin.loss, "g": g, "theta": new.theta, "slots": new.slots}
-    return out | {"buffers": list(stretch.problem.buffers), "counts": new.counts}
+    return out | {"buffers": list(trajectory.problem.buffers), "counts": new.counts}
 
 
-def of_pull(pull: Pull, loss: Tensor) -> dict[str, Any]:
+def of_pull(pull: StepVJP, loss: Tensor) -> dict[str, Any]:
     return {
         "theta": pull.lam.theta,
         "slots": pull.lam.slots,
@@ -40,18 +40,18 @@ def of_pull(pull: Pull, loss: Tensor) -> dict[str, Any]:
 def adjoint(lam: Tangent) -> Body:
     names, followed = list(lam.slots), lam.stats is not None
 
-    def body(stretch: Stretch, state: State, more: list[Tensor]) -> dict[str, Any]:
+    def body(trajectory: Trajectory, state: State, more: list[Tensor]) -> dict[str, Any]:
         g, theta, *rest = more
         after = Tangent(theta, dict(zip(names, rest, strict=False)), rest[-1] if followed else None)
-        lin = stretch.problem.linearize(stretch.batches[0])
-        pull = pulled(stretch, state, 0, lin, after, g)
+        lin = trajectory.problem.linearize(trajectory.batches[0])
+        pull = step_vjp(trajectory, state, 0, lin, after, g)
         return of_pull(pull, lin.loss) | {"norm": torch.linalg.vector_norm(pull.lam.theta)}
 
     return body
 
 
 class Arguments(NamedTuple):
-    """Of `pushed`, behind the gradient stage."""
+    """Of `step_jvp`, behind the gradient stage."""
 
     tangent: Tangent
     extras: list[list[Tensor | None] | None]
@@ -82,7 +82,7 @@ class Arguments(NamedTuple):
         return Arguments(Tangent(theta, slots, stats), extras, self.alive, seeds, clip_seed)
 
 
-def of_push(push: Push, loss: Tensor) -> dict[str, Any]:
+def of_push(push: StepJVP, loss: Tensor) -> dict[str, Any]:
     return {
         "loss": loss,
         "g": push.g,
@@ -95,10 +95,10 @@ def of_push(push: Push, loss: Tensor) -> dict[str, Any]:
 
 
 def tangent(arguments: Arguments) -> Body:
-    def body(stretch: Stretch, state: State, more: list[Tensor]) -> dict[str, Any]:
-        lin = stretch.problem.linearize(stretch.batches[0])
-        push = pushed(stretch, state, 0, lin, *arguments.of(more))
-        buffers = list(stretch.problem.buffers)
+    def body(trajectory: Trajectory, state: State, more: list[Tensor]) -> dict[str, Any]:
+        lin = trajectory.problem.linearize(trajectory.batches[0])
+        push = step_jvp(trajectory, state, 0, lin, *arguments.of(more))
+        buffers = list(trajectory.problem.buffers)
         return of_push(push, lin.loss) | {"buffers": buffers, "counts": push.state.counts}
 
     return body

@@ -7,7 +7,7 @@
     p' = p − a u
 
 Where v' = 0, d√v' := 0, as in `adam.py`. torch reads ν from its constructor's arguments alone, one number for all groups; the
-derivative is that in a ν of each group, and 0 where the stretch does not begin with the first step.
+derivative is that in a ν of each group, and 0 where the trajectory does not begin with the first step.
 """
 
 from __future__ import annotations

@@ -109,8 +109,8 @@ def compare(inputs: Inputs, tuned: frozenset[str], random: torch.Generator, seen
     for channel in _channels(inputs, traced, tuned, random):
         z = {k: v[None] for k, v in channel.direction.items()}
         found = _on_host(traced.jvp(1, z))
-        pulled = _on_host(traced.vjp({k: torch.ones_like(x) for k, x in traced.outputs.items()}))
-        _check_transpose(channel, found, pulled)
+        step_vjp = _on_host(traced.vjp({k: torch.ones_like(x) for k, x in traced.outputs.items()}))
+        _check_transpose(channel, found, step_vjp)
         there = cache(lambda h, c=channel: at(_moved(inputs, c.direction, h)))
         for rows in _rows(base):
             ours = torch.cat([found[k][0].reshape(-1) for k in rows])
@@ -146,9 +146,9 @@ def _check_values(traced: Traced, base: dict[Key, Tensor]) -> None:
             raise Lost(f"{_called(key)} cannot be traced: it comes out differently ({off}).")
 
 
-def _check_transpose(channel: _Channel, found: Mapping[Key, Tensor], pulled: Mapping[Key, Tensor]) -> None:
+def _check_transpose(channel: _Channel, found: Mapping[Key, Tensor], step_vjp: Mapping[Key, Tensor]) -> None:
     left = torch.stack([x.sum() for x in found.values()])
-    right = [(pulled[k] * v).sum() for k, v in _on_host(channel.direction).items() if k in pulled]
+    right = [(step_vjp[k] * v).sum() for k, v in _on_host(channel.direction).items() if k in step_vjp]
     total = torch.stack(right).sum() if right else torch.zeros(())
     if not abs(float(left.sum() - total)) <= 1e-9 * float(left.abs().sum()) + 1e-12:
         raise Lost(f"the dependence on {channel.name} is not the same forwards and backwards.")

@@ -128,13 +128,13 @@ class Traced:
         """J z for k directions at once; tangents are [k, …], absent ones 0."""
         used = {key: x for key, x in self.outputs.items() if x.requires_grad}
         lam = {key: torch.zeros_like(x, requires_grad=True) for key, x in used.items()}
-        pulled = {key: x for key, x in self._pull(used, list(lam.values()), True).items() if key in tangents}
+        step_vjp = {key: x for key, x in self._pull(used, list(lam.values()), True).items() if key in tangents}
         out = {key: x.new_zeros(k, *x.shape) for key, x in self.outputs.items()}
-        pulled = {key: x for key, x in pulled.items() if x.requires_grad}
-        for j in range(k) if pulled else ():
-            z = [tangents[key][j].to(x).view(x.shape) for key, x in pulled.items()]
+        step_vjp = {key: x for key, x in step_vjp.items() if x.requires_grad}
+        for j in range(k) if step_vjp else ():
+            z = [tangents[key][j].to(x).view(x.shape) for key, x in step_vjp.items()]
             rows = torch.autograd.grad(
-                list(pulled.values()), list(lam.values()), z, retain_graph=True, allow_unused=True
+                list(step_vjp.values()), list(lam.values()), z, retain_graph=True, allow_unused=True
             )
             for key, row in zip(used, rows, strict=True):
                 if row is not None:

@@ -1,4 +1,4 @@
-"""Descent in the unit cube: a few points spread over it, then L-BFGS-B of scipy from the best of them.
+"""OuterOptimizer in the unit cube: a few points spread over it, then L-BFGS-B of scipy from the best of them.
 
 The scan finds the valley, and a start off the plateaus on which a gradient is 0 (a lasso without a coefficient). L-BFGS-B's first
 step is −∇f itself, so f is multiplied by FIRST/‖∇f‖ of the start: the first step is a tenth of the range.

@@ -87,7 +87,7 @@ class Moving(Strategy):
         return entry
 
 
-class Descent(Moving):
+class OuterOptimizer(Moving):
     """One trial is one descent over whole runs.
 
     Options:
@@ -192,16 +192,16 @@ class Sampled(Strategy):
         return self.chooses.sampler(number)
 
 
-class Hypergradient(FromStart, Descent):
+class Hypergradient(FromStart, OuterOptimizer):
     """Descents alone."""
 
     least, defaults = 1, {"steps": 10, "step_size": 0.1, "mode": "unrolled"}
 
 
-class Hybrid(Sampled, Descent):
+class Hybrid(Sampled, OuterOptimizer):
     """A sampler chooses, and descents go on from there."""
 
-    takes = (*Descent.takes, "sampler")
+    takes = (*OuterOptimizer.takes, "sampler")
     defaults: ClassVar[dict[str, Any]] = {"steps": 4, "step_size": 0.1, "mode": "unrolled"}
 
 
