@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from torch.utils.flop_counter import FlopCounterMode
 
-from hypergrad.online.hyper_step import gradient_evaluations
+from hypergrad.online.progress import gradient_evaluations
 
 __all__ = ["count", "gradient_evaluations", "whole_run"]
 

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from hypergrad.core.hyperparameters import KIND_OF, START_FROM_ZERO, Hyperparameter
 from hypergrad.differentiate.wrt import Directions, Entry
-from hypergrad.online.outer_optimizer import OuterOptimizer
 from hypergrad.optimizers.rule import Tensors, parts
 from hypergrad.optimizers.transition import Transition
 
@@ -24,7 +23,6 @@ class HyperVector:
         spec: name → Hyperparameter, for names of param groups.
         hyper_spec: name → Hyperparameter, for tensors in the loss.
         hypers: name → leaf tensor of those, written in place.
-        hyper_lr: step size on φ.
 
     Numbers that are 0 in some groups only are left alone there; `notes` says where 0 was replaced by a start.
     """
@@ -35,7 +33,6 @@ class HyperVector:
         spec: Mapping[str, Hyperparameter],
         hyper_spec: Mapping[str, Hyperparameter],
         hypers: Tensors,
-        hyper_lr: float,
     ):
         self.transition, self.hypers = transition, hypers
         self.notes: list[str] = []
@@ -57,9 +54,11 @@ class HyperVector:
         limits = torch.tensor([kind.limits for kind in self.kinds], dtype=torch.float64)
         self.low, self.high = limits[:, 0], limits[:, 1]
         self.phi = self._each("to_free", self.value)
+        self._found = self.phi, self.value
         self._slope = self.value, self._each("slope", self.value)
         is_lr = [e.name == "lr" and kind.kind == "positive" for e, kind in zip(kept, self.kinds, strict=True)]
-        self.descent = OuterOptimizer(is_lr, hyper_lr, [kind.kind != "free" for kind in self.kinds])
+        self.is_lr = torch.tensor(is_lr)
+        self.scaled = torch.tensor([kind.kind != "free" for kind in self.kinds])  # φ is a logarithm or a logit
         self.moving: list[int] = list(range(len(kept)))  # the numbers that are tuned at present
         self.tuned = self.directions  # their directions
 
@@ -82,11 +81,6 @@ class HyperVector:
             return False
         self.moving, self.tuned = moving, self.directions.subset(moving)
         return True
-
-    def settled(self) -> bool:
-        """Whether no learning rate that is tuned at present is on its way up (see OuterOptimizer.climbing)."""
-        climbing = self.descent.climbing(self.phi)
-        return not any(bool(climbing[j]) for j in self.moving)
 
     def _first_value(self, entry: Entry, spec: Mapping[str, Hyperparameter], found: Any) -> float | None:
         if entry.group is None:
@@ -129,84 +123,74 @@ class HyperVector:
     def slope(self) -> Tensor:
         """dx/dφ [k], float64."""
         if self._slope[0] is not self.value:  # values are replaced, not written to
-            self._slope = self.value, self._each("slope", self.value)
+            self._found = self.phi, self.value
+        self._slope = self.value, self._each("slope", self.value)
         return self._slope[1].clone()
 
     def rows(self, name: str) -> list[int]:
         """Places among the numbers tuned at present of those of this name."""
         return [k for k, j in enumerate(self.moving) if self.entries[j].name == name]
 
-    def step(self, gradient: Tensor, too_high: Tensor | None = None, newton: Tensor | None = None) -> None:
-        """One step down `gradient` [k] (dL/dφ), of the numbers that are tuned at present.
-
-        Two products are kept while one factor moves for a reason of its own: lr·wd, which is what decays the weights, while
-        weight decay waits for its turn; and lr/(1 − momentum), which is how far a gradient goes in the end, where momentum moves.
-
-        Args:
-            too_high: [k], numbers that step down by hyper_lr whatever their gradient says.
-            newton: see OuterOptimizer.step.
-        """
-        moves = torch.zeros(len(self), dtype=torch.bool)
-        moves[self.moving] = True
-        too_high = moves & too_high if too_high is not None else torch.zeros_like(moves)
-        gradient = gradient.to("cpu", torch.float64).clone()
-        # a step down that must be one is of lr itself, and a bound of lr is lr's
-        pairs = [(i, j) for i, j in self._pairs("lr", "momentum", moves & ~too_high) if not too_high[j]]
-        pairs = [(i, j) for i, j in pairs if self.low[i] < self.phi[i] < self.high[i]]
-        for i, j in pairs:  # dL/dlogit m at a fixed lr/(1 − m): dlog(1 − m)/dlogit m = −m
-            gradient[j] -= self.value[j] * gradient[i]
-        phi = self.descent.step(self.phi, gradient, moves, too_high, newton).clamp(self.low, self.high)
-        for i, j in self._pairs("lr", "weight_decay", moves):
-            if not moves[j] and not self.given[j]:
-                phi[j] -= phi[i] - self.phi[i]
-        for i, j in pairs:
-            phi[i] += torch.nn.functional.softplus(self.phi[j]) - torch.nn.functional.softplus(phi[j])
-        self.move(phi)
-
-    def _pairs(self, name: str, other: str, moves: Tensor) -> list[tuple[int, int]]:
-        """Places of these two names' numbers in each group that has both, the first of which is tuned at present."""
+    def pairs(self, name: str, other: str, tuned: Tensor) -> list[tuple[int, int]]:
+        """Places of these two names' numbers in each group that has both, the first of which is `tuned` [k]."""
         at = {(e.name, e.group): j for j, e in enumerate(self.entries) if self.kinds[j].kind == KIND_OF.get(e.name)}
         averages = [getattr(rule, "averages", False) for rule in self.transition.rules]
         groups = [g for n, g in at if n == name and not (other == "momentum" and g is not None and averages[g])]
         pairs = ((at[name, group], at.get((other, group))) for group in groups)
-        return [(i, j) for i, j in pairs if j is not None and moves[i]]
+        return [(i, j) for i, j in pairs if j is not None and tuned[i]]
 
-    def move(self, phi: Tensor) -> None:
-        """Set φ, kept within bounds."""
+    def tuned_mask(self) -> Tensor:
+        """The numbers that are tuned at present [k] bool."""
+        mask = torch.zeros(len(self), dtype=torch.bool)
+        mask[self.moving] = True
+        return mask
+
+    def called(self, name: str) -> Tensor:
+        """The numbers of this name [k] bool."""
+        return torch.tensor([entry.name == name for entry in self.entries])
+
+    # ---- φ, its values and bounds: `apply` alone writes them
+
+    def apply(self, phi: Tensor, low: Tensor | None = None, high: Tensor | None = None) -> None:
+        """Set φ, kept within its bounds, and the bounds where they are given. A value whose φ does not change stays as it is."""
+        self.low, self.high = self.low if low is None else low, self.high if high is None else high
         moved = phi.clamp(self.low, self.high)
         changed = moved != self.phi
         self.phi = moved
         self.value = torch.where(changed, self._each("from_free", moved), self.value)
 
-    def scale(self, name: str, factor: float) -> bool:
-        """Multiply the values of one positive hyperparameter; forget its momentum. False if it is not tuned."""
-        mine = self._called(name)
-        self.move(torch.where(mine, self.phi + torch.tensor(factor).log(), self.phi))
-        self.descent.turn(mine, factor)
-        return bool(mine.any())
+    def reset(self) -> None:
+        """φ and its values as they were found."""
+        self.phi, self.value = self._found
 
-    def cap(self, name: str, factor: float) -> None:
-        """The ceiling of the numbers of this name, `factor` times what they are."""
-        self.descent.cap(self._called(name), self.phi + math.log(factor))
+    def multiplied(self, mine: Tensor, factor: float) -> Tensor:
+        """φ with the values of positive numbers `mine` [k] multiplied."""
+        return torch.where(mine, self.phi + torch.tensor(factor).log(), self.phi)
 
-    def _called(self, name: str) -> Tensor:
-        return torch.tensor([entry.name == name for entry in self.entries])
-
-    def scale_number(self, j: int, factor: float) -> None:
+    def multiply_number(self, j: int, factor: float) -> None:
         """Multiply the value of one positive number."""
         phi = self.phi.clone()
         phi[j] += math.log(factor)
-        self.move(phi)
+        self.apply(phi)
 
     def put(self, j: int, value: float) -> None:
         """Set the value of one number."""
         phi = self.phi.clone()
         phi[j] = self.kinds[j].to_free(torch.tensor(value))
-        self.move(phi)
+        self.apply(phi)
 
     def bound(self, j: int, smaller: float, larger: float) -> None:
         """Keep one positive number within these factors of its present value."""
-        self.low[j], self.high[j] = self.phi[j] + math.log(smaller), self.phi[j] + math.log(larger)
+        low, high = self.low.clone(), self.high.clone()
+        low[j], high[j] = self.phi[j] + math.log(smaller), self.phi[j] + math.log(larger)
+        self.apply(self.phi, low, high)
+
+    def become_multiplier(self, j: int) -> None:
+        """Number j is a factor on what something else writes, from now on: 1, without bounds."""
+        phi, low, high = self.phi.clone(), self.low.clone(), self.high.clone()
+        phi[j] = self.kinds[j].to_free(torch.tensor(1.0, dtype=torch.float64))
+        low[j], high[j] = -math.inf, math.inf
+        self.apply(phi, low, high)
 
     def write_hypers(self) -> None:
         """Write the tensors in the loss, in place."""
@@ -220,7 +204,6 @@ class HyperVector:
             "names": self.labels,
             "phi": self.phi.clone(),
             "value": self.value.clone(),
-            "descent": self.descent.state_dict(),
             "low": self.low.clone(),
             "high": self.high.clone(),
             "moving": list(self.moving),
@@ -228,7 +211,6 @@ class HyperVector:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.phi, self.value = state["phi"].clone(), state["value"].clone()
-        self.descent.load_state_dict(state["descent"])
         self.low, self.high = state["low"].clone(), state["high"].clone()
         self.tune_only({self.entries[j].name for j in state["moving"]})
         self.write_hypers()

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hypergrad.online.lr_warm_start import LrWarmStart
+from hypergrad.online.policies.lr_warm_start import LrSearch
 from hypergrad.optimizers.transition import Tangent
 
 GAP = 40  # gradients from product to product
@@ -35,17 +35,18 @@ class LowRankHessian:
     """B, and when a product is due.
 
     Args:
-        warm: while it is active every product is formed and nothing is forgotten: it wants slopes and curvatures as they are.
+        search: lr's warm start; while it is active every product is formed and nothing is forgotten: it
+            wants slopes and curvatures as they are.
     """
 
-    def __init__(self, warm: LrWarmStart):
-        self.warm = warm
+    def __init__(self, search: LrSearch):
+        self.search = search
         self.u: Tensor | None = None  # [RANK, n], the newest last
         self.c: Tensor | None = None  # [RANK], infinite where there is no u yet
 
     def due(self, gradients: int, k: int) -> list[int]:
         """The tangents, of k, whose product is formed in gradient number `gradients`."""
-        if self.warm.active:
+        if self.search.active:
             return list(range(k))
         return [gradients // GAP % k] if k and gradients % GAP == 0 else []
 
@@ -82,7 +83,7 @@ class LowRankHessian:
         self.c = torch.where(news, torch.cat([self.c[1:], c[None]]), self.c)
 
     def faded(self, z: Tangent) -> Tangent:
-        if self.warm.active:
+        if self.search.active:
             return z
         return Tangent(z.theta * KEEP, {name: x * KEEP for name, x in z.slots.items()})
 

@@ -8,14 +8,13 @@ A scheduler's own number is put back after the step: left in place ours would co
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from hypergrad.online.hyper_vector import HyperVector, replaced
-from hypergrad.online.phases import decay_to_zero
+from hypergrad.online.lr_shape import decay_to_zero
 from hypergrad.optimizers.transition import Transition
 
 Key = tuple[str, int]  # name, group
@@ -24,20 +23,20 @@ Key = tuple[str, int]  # name, group
 class ParamGroupWriter:
     """The tuned values as the optimizer sees them at each step."""
 
-    def __init__(self, transition: Transition, hyper_vector: HyperVector, total: int | None):
-        self.transition, self.hyper_vector, self.total = transition, hyper_vector, total
+    def __init__(self, transition: Transition, vector: HyperVector, total: int | None):
+        self.transition, self.vector, self.total = transition, vector, total
         groups = transition.groups
         scheduled = [g for g, group in enumerate(groups) if "initial_lr" in group]
         if total is not None and scheduled:
             self._two_shapes()
-        for entry in hyper_vector.entries:
+        for entry in vector.entries:
             if entry.name in ("momentum", "betas") and any("base_momentum" in group for group in groups):
                 self._not_beside_a_scheduler(entry.name)
-        named = {entry.name for entry in hyper_vector.entries if entry.group is not None}
+        named = {entry.name for entry in vector.entries if entry.group is not None}
         self.left: dict[Key, Any] = {(n, g): plain(x.get(n)) for n in named for g, x in enumerate(groups)}
         self.base: dict[Key, Any] = {}  # what something else wrote, put back after the step
         self.multiplies = {("lr", g) for g in scheduled}
-        for j, entry in enumerate(hyper_vector.entries):
+        for j, entry in enumerate(vector.entries):
             if (entry.name, entry.group) in self.multiplies:
                 self._multiply(j)
 
@@ -51,8 +50,8 @@ class ParamGroupWriter:
 
     def writes_lr_alone(self) -> bool:
         """Whether lr is tuned from the groups' own values, and nothing else writes it."""
-        mine = [j for j, entry in enumerate(self.hyper_vector.entries) if entry.name == "lr"]
-        alone = not any(self.hyper_vector.given[j] for j in mine) and not any(n == "lr" for n, _ in self.multiplies)
+        mine = [j for j, entry in enumerate(self.vector.entries) if entry.name == "lr"]
+        alone = not any(self.vector.given[j] for j in mine) and not any(n == "lr" for n, _ in self.multiplies)
         return bool(mine) and alone
 
     def shape(self, t: int) -> float:
@@ -60,32 +59,36 @@ class ParamGroupWriter:
 
     def slopes(self, t: int) -> Tensor:
         """dx_t/dφ [k] of the numbers x_t that step t uses."""
-        factors = [1.0] * len(self.hyper_vector)
-        for j, entry in enumerate(self.hyper_vector.entries):
+        factors = [1.0] * len(self.vector)
+        for j, entry in enumerate(self.vector.entries):
             if entry.group is not None and (entry.name, entry.group) in self.multiplies:
                 factors[j] = float(self.base.get((entry.name, entry.group), 1.0))
             elif entry.name == "lr":
                 factors[j] = self.shape(t)
-        return self.hyper_vector.slope() * torch.tensor(factors, dtype=torch.float64)
+        return self.vector.slope() * torch.tensor(factors, dtype=torch.float64)
 
-    def write(self, optimizer: int, t: int, untouched: bool, known: dict[Key, float]) -> None:
+    def write(self, optimizer: int, t: int, untouched: bool, known: dict[Key, float]) -> list[int]:
         """Write the values of step t into one optimizer's groups; not if `untouched`, unless something else writes them.
 
         known: values that are tensors on the device, as they were read; as they are written, on return.
+
+        Returns:
+            the numbers that have become multipliers at this step: something else has begun to write them.
         """
-        groups = self.transition.groups
-        for j, entry in enumerate(self.hyper_vector.entries):
+        groups, multipliers = self.transition.groups, list[int]()
+        for j, entry in enumerate(self.vector.entries):
             if entry.group is None or self.transition.optimizer_of_group[entry.group] != optimizer:
                 continue
             key, group = (entry.name, entry.group), groups[entry.group]
             now = known[key] if key in known else plain(group[entry.name])
             if key not in self.multiplies and self.left[key] is not None and now != self.left[key]:
                 self._taken_over(j, key)
-            value = float(self.hyper_vector.value[j])
+                multipliers.append(j)
+            value = float(self.vector.value[j])
             if key in self.multiplies:
                 self.base[key] = now
                 value *= float(now)
-            elif untouched and not self.hyper_vector.given[j]:
+            elif untouched and not self.vector.given[j]:
                 continue
             elif entry.name == "lr":
                 value *= self.shape(t)
@@ -93,6 +96,7 @@ class ParamGroupWriter:
             if key in known:
                 known[key] = torch.tensor(value, dtype=group[entry.name].dtype).item()
             self.left[key] = known[key] if key in known else plain(group[entry.name])
+        return multipliers
 
     def restore(self, optimizer: int) -> None:
         """After the step: what a scheduler wrote, as it wrote it."""
@@ -132,16 +136,13 @@ class ParamGroupWriter:
 
     def _multiply(self, j: int) -> None:
         """Number j is a multiplier from now on, starting from 1."""
-        hyper_vector, entry = self.hyper_vector, self.hyper_vector.entries[j]
-        if hyper_vector.given[j] or hyper_vector.kinds[j].bounds is not None:
+        vector, entry = self.vector, self.vector.entries[j]
+        if vector.given[j] or vector.kinds[j].bounds is not None:
             raise ValueError(
                 f"a scheduler (or the loop) writes {entry.name}: the tuned value is a multiplier of what it writes, and starts "
                 f"from 1. Leave start and bounds of {entry.name} out."
             )
-        hyper_vector.phi, hyper_vector.value = hyper_vector.phi.clone(), hyper_vector.value.clone()
-        hyper_vector.phi[j], hyper_vector.value[j] = 0.0, 1.0
-        hyper_vector.low[j], hyper_vector.high[j] = -math.inf, math.inf
-        hyper_vector.descent.forget(j)
+        vector.become_multiplier(j)
 
 
 def plain(value: Any) -> Any:

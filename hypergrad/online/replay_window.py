@@ -9,8 +9,7 @@ mode="implicit": every `every` steps the update map's series at the present stat
 
 from __future__ import annotations
 
-import weakref
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,28 +22,19 @@ from hypergrad.differentiate.reverse import adjoint
 from hypergrad.differentiate.tape import Tape
 from hypergrad.differentiate.trajectory import Trajectory
 from hypergrad.differentiate.wrt import Directions
+from hypergrad.online.loop import OnlineLoop
 from hypergrad.optimizers.binding import State, Values
 from hypergrad.optimizers.rule import Tensors
 from hypergrad.optimizers.transition import Transition
-
-if TYPE_CHECKING:
-    from hypergrad.online.loop import OnlineLoop
 
 
 class ReplayWindow:
     """The whole training step of a tuner, and the window of steps that is open."""
 
     def __init__(self, loop: OnlineLoop, horizon: int):
-        self._loop, self.horizon = weakref.ref(loop), horizon
-        self.loss: Tensor | None = None  # of the step under way
+        self.loop, self.horizon = loop, horizon
         self.read_at: Tensor | None = None  # the weights [n] of the last validation loss, where the best are kept
         self.reset()
-
-    @property
-    def loop(self) -> OnlineLoop:
-        loop = self._loop()
-        assert loop is not None  # it owns this object
-        return loop
 
     def reset(self) -> None:
         """Begin a new window at the next step."""
@@ -60,10 +50,9 @@ class ReplayWindow:
             self._look_back(batch)
         if loop.mode == "unrolled":
             self._record(batch)
-        loss, before = loop.problem.training_loss(batch), loop.t
+        loss, before, voids = loop.problem.training_loss(batch), loop.t, loop.recovery.voids
         self._train(loss)
-        self.loss = None
-        if loop.t == before:  # GradScaler skipped the step
+        if loop.t == before or loop.recovery.voids > voids:  # GradScaler skipped the step, or it was passed over
             self.reset()
         if self.batches:
             self.after = loop.transition.read()
@@ -76,7 +65,6 @@ class ReplayWindow:
 
     def _train(self, loss: Tensor) -> None:
         loop, scaler = self.loop, self.loop.tangents.scaler
-        self.loss = loss.detach()
         for opt in loop.optimizers:
             opt.zero_grad()
         scaled = loss if scaler is None else scaler.scale(loss)
@@ -89,8 +77,9 @@ class ReplayWindow:
                 for opt in loop.optimizers:
                     scaler.unscale_(opt)
             torch.nn.utils.clip_grad_norm_(loop.transition.params, loop.tangents.clip_norm)
-        for opt in loop.optimizers:
-            opt.step() if scaler is None else scaler.step(opt)
+        with loop.whole_step(loss.detach()):
+            for opt in loop.optimizers:
+                opt.step() if scaler is None else scaler.step(opt)
         if scaler is not None:
             scaler.update()
 
@@ -112,7 +101,7 @@ class ReplayWindow:
     def _trajectory(self, batches: list[Any], values: list[Values], per_step: bool) -> Trajectory:
         loop = self.loop
         clip = None if loop.tangents.clip_norm is None else "clip_norm"
-        names = list(loop.hyper_vector.directions.wrt)
+        names = list(loop.vector.directions.wrt)
         transition = Transition(loop.optimizers, frozenset(names), clip)
         directions = Directions(transition, names, loop.problem.hypers, len(batches) if per_step else None)
         steps = len(batches)
@@ -133,14 +122,13 @@ class ReplayWindow:
         with loop.problem.untouched():
             result = adjoint(trajectory, self.tape, Diagnostics(loop.problem.device))
         gradient = (self._shares(result.gradients) * torch.stack(self.scales)).sum(0)
-        loop.tangents.counts["hessian_products"] += result.stats["hessian_products"]
-        loop.tangents.counts["gradients"] += result.stats["gradient_evaluations"]
+        loop.tangents.count(result.stats["gradient_evaluations"], result.stats["hessian_products"])
         self.reset()
         loop.hyper.move(loop.t, float(result.value), gradient, self.read_at)
 
     def _shares(self, gradients: Tensors) -> Tensor:
         """The derivative in each number's value at each step, [steps, k]; times the value's slope there it is that in φ."""
-        entries = self.loop.hyper_vector.entries
+        entries = self.loop.vector.entries
         return torch.stack([gradients[e.name][:, *e.index] for e in entries], dim=1).to("cpu", torch.float64)
 
     def _look_back(self, batch: Any) -> None:
@@ -148,6 +136,6 @@ class ReplayWindow:
         values, scale = loop.used
         trajectory = self._trajectory([batch], [self._with_clip(values)], per_step=False)
         result = implicit(trajectory, look_back=self.horizon)
-        shares = torch.stack([result.gradients[e.name][e.index] for e in loop.hyper_vector.entries])
+        shares = torch.stack([result.gradients[e.name][e.index] for e in loop.vector.entries])
         gradient = shares.to("cpu", torch.float64) * scale
         loop.hyper.move(loop.t, float(result.value), gradient, self.read_at)

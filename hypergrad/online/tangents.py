@@ -1,4 +1,4 @@
-"""Tangents that loop on a live loop: dθ/dφ and ds/dφ, kept up with every step the user's own optimizer takes.
+"""Forward mode on a live loop: dθ/dφ and ds/dφ, taken through every step of the user's own optimizer.
 
 Between `backward` and `optimizer.step()` the gradients may have been unscaled or clipped. What was done to them is found
 by comparing p.grad with what `backward` left there (gradient_changes.py). Nothing here waits for the device: what the host
@@ -7,7 +7,6 @@ has to know is asked of a `Readout`, which the loop fetches once a step.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -21,6 +20,7 @@ from hypergrad.core.readout import Readout
 from hypergrad.online.gradient_changes import Comparison, Pending, carried_on
 from hypergrad.online.hyper_vector import HyperVector
 from hypergrad.online.low_rank_hessian import LowRankHessian
+from hypergrad.online.lr_curvature import LrCurvature
 from hypergrad.optimizers.binding import State, Values
 from hypergrad.optimizers.transition import Tangent, Transition
 
@@ -34,34 +34,38 @@ class Tangents:
     def __init__(
         self,
         transition: Transition,
-        hyper_vector: HyperVector,
+        vector: HyperVector,
         model: torch.nn.Module,
         scaler: Any,
         clip_norm: Any,
-        secant: LowRankHessian | None = None,
+        low_rank: LowRankHessian | None = None,
     ):
-        self.transition, self.hyper_vector, self.model = transition, hyper_vector, model
-        self.scaler, self.clip_norm, self.low_rank = scaler, clip_norm, secant  # None: every product is formed
+        self.transition, self.vector, self.model = transition, vector, model
+        self.scaler, self.clip_norm, self.low_rank = (
+            scaler,
+            clip_norm,
+            low_rank,
+        )  # low_rank None: every product is formed
         self.tangent: Tangent | None = None  # None: zero
         self.average: Tensor | None = None  # θ̄ [n]
         self.average_tangent: Tensor | None = None  # dθ̄/dφ [k, n]; None: zero
         self.pending: Pending | None = None
-        self.hit = torch.zeros(len(hyper_vector), dtype=torch.bool)  # tangents that met the cap since `take_hits`
+        self.hit = torch.zeros(len(vector), dtype=torch.bool)  # tangents that met the cap since `take_hits`
         # on a device: whether the last step's tangents met the cap, and the numbers that moved then; see `ask_hits`
         self.unread: tuple[Tensor, list[int]] | None = None
-        self.along: Tensor | None = None  # a = gᵀz and B = zᵀHz, summed since `take_newton`; z = dθ/dlog lr [m, 1 + m]
+        self.curvature = LrCurvature(vector)
         self.counts = {"gradients": 0, "hessian_products": 0, "capped": 0}
-        self._own = {id(x) for x in [*transition.params, *hyper_vector.hypers.values()]}
+        self._own = {id(x) for x in [*transition.params, *vector.hypers.values()]}
 
     # ---- the gradient stage
 
     def backward(self, loss: Tensor, inputs: Sequence[Tensor] | None, retain_graph: bool) -> None:
         """Fill every leaf's .grad as `loss.backward()` would, and form the gradient's tangent."""
         scale = 1.0 if self.scaler is None else float(self.scaler.get_scale())
-        params, hypers = self.transition.params, list(self.hyper_vector.hypers.values())
+        params, hypers = self.transition.params, list(self.vector.hypers.values())
         found = survey(loss, self.model)
         others = [x for x in (found.leaves if inputs is None else inputs) if id(x) not in self._own]
-        k = len(self.hyper_vector.moving)
+        k = len(self.vector.moving)
         due = list(range(k)) if self.low_rank is None else self.low_rank.due(self.counts["gradients"], k)
         products = bool(due) and (self.tangent is not None or bool(hypers))
         plain = None
@@ -85,11 +89,16 @@ class Tangents:
         elif old is not None:
             self.pending = old.joined(self.transition, has, dg, lin.loss, scale)
 
+    def count(self, gradients: int, hessian_products: int) -> None:
+        """Count what was evaluated elsewhere, for `tuner.stats`."""
+        self.counts["gradients"] += gradients
+        self.counts["hessian_products"] += hessian_products
+
     def _gradient_tangent(
         self, lin: Linearization, n_others: int, retain_graph: bool, due: Sequence[int]
     ) -> Tensor | None:
-        transition, directions = self.transition, self.hyper_vector.tuned
-        slope = self.hyper_vector.slope()[self.hyper_vector.moving].tolist() if self.hyper_vector.hypers else []
+        transition, directions = self.transition, self.vector.tuned
+        slope = self.vector.slope()[self.vector.moving].tolist() if self.vector.hypers else []
         jobs = []
         for j in due:
             extra = directions.into_loss(j, 0)
@@ -123,7 +132,7 @@ class Tangents:
         self, state: State, g: Tensor, active: tuple[bool, ...], values: Values, scale: Tensor, dg: Tensor | None
     ) -> None:
         """Take the tangents through one step. dg None: unknown, so they start again from zero at this step."""
-        directions = self.hyper_vector.tuned
+        directions = self.vector.tuned
         if not len(directions):
             return self.forget()
         if self.tangent is None or dg is None:
@@ -133,7 +142,7 @@ class Tangents:
         for name, x in state.slots.items():  # a slot that a group has begun to keep
             if name not in self.tangent.slots:
                 self.tangent.slots[name] = x.new_zeros(len(directions), x.numel())
-        seeds, _ = directions.seeds(0, scale[self.hyper_vector.moving].to(state.theta))
+        seeds, _ = directions.seeds(0, scale[self.vector.moving].to(state.theta))
         self.tangent = self.transition.jvp(state, g, active, values, self.tangent, dg, seeds)
         if self.low_rank is not None:
             self.tangent = self.low_rank.faded(self.tangent)
@@ -154,7 +163,7 @@ class Tangents:
         bound = {name: torch.where(finite, x * factor, 0) for name, x in self.tangent.slots.items()}
         self.tangent = Tangent(torch.where(finite, self.tangent.theta * factor, 0), bound)
         self._flush_hits()
-        self.unread = flags, self.hyper_vector.moving
+        self.unread = flags, self.vector.moving
         if norm.device.type == "cpu":
             self._flush_hits()
 
@@ -177,69 +186,33 @@ class Tangents:
             self.ask_hits(readout)
             self.note_hits(readout.fetch())
 
-    def along_lr(self) -> tuple[Tensor, Tensor, Tensor] | None:
-        """z = dθ/dlog lr of every lr [m, n], and the pending batch's own g [n] and Hz [m, n]; None where these are not known."""
-        pending, rows = self.pending, self.hyper_vector.rows("lr")
-        if self.tangent is None or pending is None or pending.dg is None or not rows:
-            return None
-        z, hz = _rows(self.tangent.theta, rows), _rows(pending.dg, rows)
-        return z, pending.left / pending.scale, hz / pending.scale
-
-    def ask_slope_and_curvature(self, readout: Readout) -> None:
-        """Ask for a = gᵀz and b = zᵀHz of the pending batch, z = dθ/dlog c of a common factor c of every lr."""
-        seen = self.along_lr()
-        if seen is not None:
-            z, g, hz = seen[0].sum(0), seen[1], seen[2].sum(0)
-            readout.ask("slope and curvature", torch.stack([g @ z, hz @ z]))
-
-    def look(self) -> None:
-        """Add this step's batch to a and B: slope and curvature of its own loss, whatever is done to its gradient afterwards."""
-        seen, signs = self.along_lr(), {bool(getattr(rule, "maximize", False)) for rule in self.transition.rules}
-        if seen is None or len(signs) > 1:
-            return
-        z, g, hz = seen
-        along = torch.cat([(z @ g).unsqueeze(-1), z @ hz.T], dim=1)
-        along = -along if self.transition.maximizes else along
-        self.along = along if self.along is None else self.along + along
-
-    def ask_newton(self, readout: Readout) -> None:
-        """Ask for the a and B summed since the last `take_newton`."""
-        if self.along is not None:
-            readout.ask("along", self.along)
-
-    def take_newton(self, read: Mapping[str, list[float]] | None = None) -> Tensor:
-        """log c* of every lr by the steps since the last call (see outer_optimizer.py) [k of all]; NaN where it is not known.
-
-        read: with the answer to `ask_newton`; None: it is fetched here.
-        """
-        newton = torch.full((len(self.hyper_vector),), math.nan, dtype=torch.float64)
-        along, self.along = self.along, None
-        if along is None:
-            return newton
-        read = {"along": along.flatten().tolist()} if read is None else read
-        a, b = torch.tensor(read["along"], dtype=torch.float64).view(along.shape).tensor_split([1], dim=1)
-        a, b = a.squeeze(1), b.diagonal() + (b - b.diagonal().diag()).abs().sum(1)
-        best = torch.where(a >= 0, 0, torch.where(b > 0, torch.log1p(-a / b), math.inf))
-        newton[[self.hyper_vector.moving[k] for k in self.hyper_vector.rows("lr")]] = torch.where(
-            (a + b).isfinite(), best, math.nan
-        )
-        return newton
-
     def take_hits(self) -> Tensor:
         """Which numbers' tangents met the cap since the last call [k of all]. Those start again from zero."""
         self._flush_hits()
         hit, self.hit = self.hit, torch.zeros_like(self.hit)
         if self.tangent is not None and bool(hit.any()):
-            keep = (~hit[self.hyper_vector.moving]).to(self.tangent.theta).unsqueeze(-1)
+            keep = (~hit[self.vector.moving]).to(self.tangent.theta).unsqueeze(-1)
             slots = {name: x * keep for name, x in self.tangent.slots.items()}
             self.tangent = Tangent(self.tangent.theta * keep, slots)
             if self.average_tangent is not None:
                 self.average_tangent = self.average_tangent * keep
         return hit
 
-    def forget(self) -> None:
-        """Tangents are zero from here on."""
-        self.tangent = self.average_tangent = self.along = None
+    def forget(self, also_pending: bool = False) -> None:
+        """Tangents are zero from here on; `also_pending`: so is that of a gradient which waits for its step."""
+        self.tangent = self.average_tangent = None
+        self.curvature.forget()
+        if also_pending and self.pending is not None:
+            self.pending.dg = None
+
+    def start_again(self) -> None:
+        """Tangents are zero, and the running average of the weights starts again: training goes on from other weights."""
+        self.forget(also_pending=True)
+        self.average = None
+
+    def drop_pending(self) -> None:
+        """The gradient that waits for its step will not be used."""
+        self.pending = None
 
     # θ̄ ← θ̄ + a (θ − θ̄) and the same for its tangent, a = 1/(share of the steps so far)
     def follow(self, theta: Tensor, t: int) -> None:
@@ -261,6 +234,9 @@ class Tangents:
         finally:
             self.transition.load(theta)
 
+    def load_counts(self, stats: Mapping[str, int]) -> None:
+        self.counts.update({k: v for k, v in stats.items() if k in self.counts})
+
     def state_dict(self) -> dict[str, Any]:
         self._flush_hits()
         tangent = self.tangent
@@ -269,9 +245,9 @@ class Tangents:
             "slots": None if tangent is None else dict(tangent.slots),
             "average": self.average,
             "average_tangent": self.average_tangent,
-            "along": self.along,
+            "along": self.curvature.sums,
             "hit": self.hit.clone(),
-            **({} if self.low_rank is None else {"secant": self.low_rank.state_dict()}),
+            **({} if self.low_rank is None else {"low rank": self.low_rank.state_dict()}),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -284,16 +260,10 @@ class Tangents:
         if state["theta"] is not None:
             self.tangent = Tangent(here(state["theta"]), {name: here(x) for name, x in state["slots"].items()})
         self.average, self.average_tangent = here(state["average"]), here(state["average_tangent"])
-        self.along, self.hit = here(state["along"]), state["hit"].clone()
+        self.curvature.sums, self.hit = here(state["along"]), state["hit"].clone()
         if self.low_rank is not None:
-            self.low_rank.load_state_dict(state["secant"], like)
+            self.low_rank.load_state_dict(state["low rank"], like)
         self.pending = None
-
-
-def _rows(x: Tensor, rows: Sequence[int]) -> Tensor:
-    """Rows of x; neighbours without an index, which would have to travel to the device."""
-    a, b = rows[0], rows[-1] + 1
-    return x[a:b] if list(rows) == list(range(a, b)) else torch.stack([x[j] for j in rows])
 
 
 def _accumulate(leaves: Sequence[Tensor], grads: Sequence[Tensor | None]) -> None:

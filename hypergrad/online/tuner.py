@@ -1,4 +1,4 @@
-"""The online tuner: rides on a live `torch.optim` optimizer and moves its hyperparameters while the model trains."""
+"""The online tuner: moves the hyperparameters of a live `torch.optim` optimizer while the model trains."""
 
 from __future__ import annotations
 
@@ -16,20 +16,28 @@ from hypergrad.core.hyperparameters import as_hyperparameter
 from hypergrad.core.problem import Problem
 from hypergrad.differentiate.hypergradient import Optimizers, as_optimizers, check_names, clipping, leaves
 from hypergrad.logging import Journal
-from hypergrad.online.backtracking import Backtracking
 from hypergrad.online.best_weights import BestWeights
-from hypergrad.online.divergence_guard import DivergenceGuard
 from hypergrad.online.hooks import attach, check_free
 from hypergrad.online.hyper_step import HyperSteps
 from hypergrad.online.hyper_vector import HyperVector, specification
 from hypergrad.online.loop import OnlineLoop
 from hypergrad.online.low_rank_hessian import EVERY, LowRankHessian
-from hypergrad.online.lr_warm_start import LrWarmStart
+from hypergrad.online.outer_optimizer import OuterOptimizer
 from hypergrad.online.param_groups import ParamGroupWriter
+from hypergrad.online.policies import DEFAULT, check
+from hypergrad.online.policies.backtracking import Backtracking
+from hypergrad.online.policies.divergence_guard import DivergenceGuard
+from hypergrad.online.policies.lr_warm_start import LrSearch, LrWarmStart
+from hypergrad.online.policies.phases import Phases
+from hypergrad.online.policies.policy import Policy, find
+from hypergrad.online.progress import Progress
+from hypergrad.online.recovery import Recovery
 from hypergrad.online.replay_window import ReplayWindow
+from hypergrad.online.starts import Starts
 from hypergrad.online.tangents import Tangents
-from hypergrad.online.tuner_arguments import check_curvature, check_numbers
-from hypergrad.optimizers.transition import CLIPS, Transition
+from hypergrad.online.tuner_arguments import check_curvature, check_names_to_tune, check_numbers
+from hypergrad.online.tuner_state import load_state, state_of
+from hypergrad.optimizers.transition import Transition
 
 
 class Tuner:
@@ -80,6 +88,8 @@ class Tuner:
         seed: of the random numbers that val_loss draws, a stream of its own; recorded with the run.
         log_dir: folder for TensorBoard events and `metrics.jsonl`.
         keep_best: keep the weights and buffers at the best validation loss so far, one copy, in host memory: see `best`.
+        policies: the rules of the online method, with their constants: `hypergrad.policies.DEFAULT`, or that list with some
+            left out (`hypergrad.policies.without`) or changed (`replaced`). docs/online.md tells what each is for.
 
     Attributes:
         values: name → tensor [n_groups] ([n_groups, 2] for betas): with `total_steps` lr's scale; where a scheduler writes the
@@ -89,7 +99,7 @@ class Tuner:
         best_val_loss: the one at the weights of `best`, and
         best_step: the number of steps done there, 0 before training; NaN and −1 where none are kept.
         hypergradients: name → dL/dvalue at the last hyperparameter step, shaped like `values`.
-        stats: counts of what happened.
+        stats: counts of what happened, a copy.
 
     Raises:
         ValueError, TypeError, NotImplementedError: before anything changes, with what to do.
@@ -130,6 +140,7 @@ class Tuner:
         seed: int = 0,
         log_dir: str | Path | None = None,
         keep_best: bool = True,
+        policies: Sequence[Policy] = DEFAULT,
     ):
         if not isinstance(model, torch.nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}.")
@@ -141,16 +152,8 @@ class Tuner:
         self.model, self.optimizers, self.mode = model, as_optimizers(optimizer), mode
         clipping(clip_norm, None)
         written, tensors = specification(tune), leaves(hypers)
-        if not written and not tensors:
-            raise ValueError("nothing to tune: name hyperparameters, for example tune=('lr', 'weight_decay').")
-        if any(name in CLIPS for name in written):
-            raise NotImplementedError(
-                "a clipping threshold cannot be tuned online: use hypergrad.hypergradient for it."
-            )
-        if "initial_accumulator_value" in written:
-            raise NotImplementedError(
-                "initial_accumulator_value acts before the first step alone: use hypergrad.hypergradient for it."
-            )
+        check_names_to_tune(written, tensors)
+        policies = check(policies)
         check_free(self.optimizers)
         if scaler is not None and not hasattr(scaler, "get_scale"):
             raise TypeError(f"scaler must be a torch.amp.GradScaler, got {type(scaler).__name__}.")
@@ -160,27 +163,35 @@ class Tuner:
         of_loss = {name: as_hyperparameter(name, x) for name, x in (hypers or {}).items()}
         self.hypers = tensors
         self._transition, self._problem = transition, Problem(model, transition.params, loss, tensors)
-        self._hyper_vector = HyperVector(transition, spec, of_loss, tensors, hyper_lr)
-        live = ParamGroupWriter(transition, self._hyper_vector, total_steps)
+        self._vector = vector = HyperVector(transition, spec, of_loss, tensors)
+        writer = ParamGroupWriter(transition, vector, total_steps)
         before, notes = self._try(val_loss)
-        warm = LrWarmStart(warm_start and mode == "forward" and live.writes_lr_alone())
-        secant = LowRankHessian(warm) if curvature == "free" else None
-        tangents = Tangents(transition, self._hyper_vector, model, scaler, clip_norm, secant)
-        self.stats: dict[str, int] = dict.fromkeys(_STATS, 0)
+        starts_are_hints = warm_start and mode == "forward" and writer.writes_lr_alone()
+        search = LrSearch(find(policies, LrWarmStart), starts_are_hints)
+        low_rank = LowRankHessian(search) if curvature == "free" else None
+        tangents = Tangents(transition, vector, model, scaler, clip_norm, low_rank)
+        outer = OuterOptimizer(vector, policies, hyper_lr)
+        self._counts: dict[str, int] = dict.fromkeys(_COUNTED, 0)
         self._journal = Journal(log_dir, self._hparams(every, hyper_lr, seed))
-        self._hyper = HyperSteps(
-            self._problem, self._hyper_vector, tangents, self._journal, val_loss, average, int(seed), self.stats
-        )
-        if mode == "forward" and any(e.name == "lr" and e.group is not None for e in self._hyper_vector.entries):
-            self._hyper.backtracking = Backtracking(transition, self._problem, before, total_steps)
-        self._best = self._hyper.best = BestWeights(transition, self._problem) if keep_best else None
+        record, back = None, find(policies, Backtracking)
+        if back and mode == "forward" and any(e.name == "lr" and e.group is not None for e in vector.entries):
+            record = back.start(transition, self._problem, before, total_steps)
+        self._best = BestWeights(transition, self._problem) if keep_best else None
         if self._best is not None:
             self._best.read(0, before)
-        guard = DivergenceGuard(transition, self._problem, before)
-        self._loop = OnlineLoop(self._hyper, live, guard, warm, mode, every, total_steps)
-        self._window = self._loop.window = ReplayWindow(self._loop, horizon)
+        progress = Progress(self._journal, outer, self._best, self._counts)
+        self._hyper = HyperSteps(
+            self._problem, outer, tangents, progress, val_loss, average, int(seed), self._best, record, self._counts
+        )
+        guard = find(policies, DivergenceGuard)
+        judge = None if guard is None else guard.start(transition, self._problem, before)
+        recovery = Recovery(judge, outer, tangents, self._journal, self._counts)
+        starts = Starts(policies, search, outer, tangents, writer, self._journal, total_steps, starts_are_hints)
+        phases = find(policies, Phases)
+        self._loop = OnlineLoop(self._hyper, writer, starts, recovery, phases, mode, every, total_steps)
+        self._window = ReplayWindow(self._loop, horizon)
         self._closed = False
-        for note in [*self._hyper_vector.notes, *notes]:
+        for note in [*vector.notes, *notes]:
             self._journal.note(0, note)
         self._detach = attach(self._loop, self.optimizers, "before_step", "after_step")
 
@@ -214,7 +225,7 @@ class Tuner:
 
     def freeze(self) -> None:
         """Stop moving the hyperparameters. Tangents and validation losses go on; steps are no longer guarded."""
-        self._hyper.frozen = True
+        self._hyper.freeze()
 
     def close(self) -> None:
         """Take the hooks off the optimizer and end the recording.
@@ -225,6 +236,10 @@ class Tuner:
         self._closed = True
         self._hyper.say_best(self._loop.t)
         self._journal.close()
+
+    @property
+    def stats(self) -> dict[str, int]:
+        return dict(self._counts)
 
     @property
     def val_loss(self) -> float:
@@ -245,14 +260,14 @@ class Tuner:
     @property
     def values(self) -> dict[str, Tensor]:
         out: dict[str, Tensor] = {}
-        shapes = self._hyper_vector.directions.shapes
+        shapes = self._vector.directions.shapes
         for name, shape in shapes.items():
             if name in self.hypers:
                 out[name] = self.hypers[name].detach().clone()
                 continue
             column = self._transition.values()[name]
             out[name] = torch.tensor([math.nan if x is None else x for x in column], dtype=torch.float64).view(shape)
-        for entry, x in zip(self._hyper_vector.entries, self._hyper_vector.value, strict=True):
+        for entry, x in zip(self._vector.entries, self._vector.value, strict=True):
             if entry.group is not None:
                 out[entry.name][entry.index] = x
         return out
@@ -286,65 +301,16 @@ class Tuner:
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that `load_state_dict` needs to go on; tensors are not copied. Loads with weights_only=True."""
-        loop = self._loop
-        return {
-            "sizes": list(self._transition.sizes),
-            "steps": loop.t,
-            "frozen": self._hyper.frozen,
-            "val_loss": self.val_loss,
-            "stats": {**self.stats, **loop.tangents.counts},
-            "guard": loop.guard.state_dict(),
-            "warm": loop.warm.state_dict(),
-            "hyper_vector": self._hyper_vector.state_dict(),
-            "live": loop.live.state_dict(),
-            "tangents": loop.tangents.state_dict(),
-            "backtracking": None if (back := self._hyper.backtracking) is None else back.state_dict(),
-            "best": None if self._best is None else self._best.state_dict(),
-            "validation noise": self._hyper.noise.state_dict(),
-            "used": {"values": dict(loop.used[0]), "slopes": loop.used[1]},
-        }
+        return state_of(self._loop, self._counts)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a state. Raises ValueError where it is that of another model or of other hyperparameters."""
-        try:
-            sizes, names = list(state["sizes"]), list(state["hyper_vector"]["names"])
-            missing = _missing(self.state_dict(), state)
-        except (KeyError, TypeError, AttributeError) as error:
-            raise ValueError("this is not the state_dict of a hypergrad.Tuner.") from error
-        if missing:
-            raise ValueError(f"this state_dict is incomplete: it lacks {', '.join(missing)}.")
-        if sizes != self._transition.sizes:
-            raise ValueError(
-                "this state_dict belongs to another model: the optimizer's parameters differ in number or size."
-            )
-        mine = self._hyper_vector.state_dict()["names"]
-        if names != mine:
-            raise ValueError(f"this state_dict tunes {names}, this tuner {mine}: make the tuner with the same `tune`.")
-        loop, counts = self._loop, self._loop.tangents.counts
-        loop.t, self._hyper.frozen, self._hyper.val_loss = (
-            int(state["steps"]),
-            state["frozen"],
-            float(state["val_loss"]),
-        )
-        counts.update({k: v for k, v in state["stats"].items() if k in counts})
-        self.stats.update({k: v for k, v in state["stats"].items() if k in self.stats})
-        loop.guard.load_state_dict(state["guard"])
-        loop.warm.load_state_dict(state["warm"])
-        self._hyper_vector.load_state_dict(state["hyper_vector"])
-        loop.live.load_state_dict(state["live"])
-        loop.choose_what_is_tuned()
-        loop.tangents.load_state_dict(state["tangents"])
-        if self._best is not None:
-            self._best.load_state_dict(state["best"])
-        self._hyper.noise.load_state_dict(state["validation noise"])
-        if self._hyper.backtracking is not None and state["backtracking"] is not None:
-            self._hyper.backtracking.load_state_dict(state["backtracking"])
-        loop.used = dict(state["used"]["values"]), state["used"]["slopes"].clone()
+        """Go on from a state. Raises ValueError where it is that of another version, model or choice of hyperparameters."""
+        load_state(self._loop, self._counts, state)
         self._window.reset()
 
     def _hparams(self, every: int, hyper_lr: float, seed: int) -> dict[str, Any]:
-        values = self._hyper_vector.value.tolist()
-        starts = {f"{label} start": x for label, x in zip(self._hyper_vector.labels, values, strict=True)}
+        values = self._vector.value.tolist()
+        starts = {f"{label} start": x for label, x in zip(self._vector.labels, values, strict=True)}
         kinds = ", ".join(type(opt).__name__ for opt in self.optimizers)
         return {
             "optimizer": kinds,
@@ -371,7 +337,7 @@ class Tuner:
         ]
 
 
-_STATS = (
+_COUNTED = (
     "steps",
     "hyper_steps",
     "val_evaluations",
@@ -387,22 +353,3 @@ _STATS = (
     "false_alarms",
     "capped",
 )
-
-
-def _missing(mine: Mapping[str, Any], state: Mapping[str, Any]) -> list[str]:
-    """What a tuner's state_dict lacks, two levels deep."""
-    out = [name for name in mine if name not in state]
-    for name in (
-        "guard",
-        "warm",
-        "hyper_vector",
-        "live",
-        "tangents",
-        "backtracking",
-        "best",
-        "validation noise",
-        "used",
-    ):
-        if state.get(name) is not None and mine[name] is not None:
-            out += [f"{name}/{key}" for key in mine[name] if key not in state[name]]
-    return out

@@ -1,9 +1,12 @@
-"""What a tuner is given, checked at the door: before anything of the user's is looked at or changed."""
+"""What a tuner is given, validated before anything of the user's is read or changed."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
+
+from hypergrad.optimizers.transition import CLIPS
 
 
 def check_numbers(mode: str, horizon: int, every: int, hyper_lr: float, total_steps: int | None) -> None:
@@ -24,4 +27,16 @@ def check_curvature(curvature: str, mode: str, hypers: Any) -> None:
     if curvature == "free" and hypers:
         raise ValueError(
             "tensors in the loss act through ∂g/∂h, a product in every step: curvature='free' cannot tune `hypers`; leave it out."
+        )
+
+
+def check_names_to_tune(written: Mapping[str, Any], tensors: Mapping[str, Any]) -> None:
+    """written: names of param groups; tensors: of the loss."""
+    if not written and not tensors:
+        raise ValueError("nothing to tune: name hyperparameters, for example tune=('lr', 'weight_decay').")
+    if any(name in CLIPS for name in written):
+        raise NotImplementedError("a clipping threshold cannot be tuned online: use hypergrad.hypergradient for it.")
+    if "initial_accumulator_value" in written:
+        raise NotImplementedError(
+            "initial_accumulator_value acts before the first step alone: use hypergrad.hypergradient for it."
         )

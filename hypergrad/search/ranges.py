@@ -22,9 +22,9 @@ On a quadratic with H = h I and no noise, gradient descent has η* = 1/h and η�
 η*/SPAN to HEADROOM η₊: the loss flattens along the way, and stays sharp where it was steep.
 
 Weight decay w takes the share 1 − exp(−D), D = η w T/(1 − m), of the weights in T steps. It is searched where D at η* goes from
-LEAST to MOST (`warm_start`): below, it does nothing in this run; above, the run forgets where it came from. An optimizer that
-divides decay by √v with the gradient (Adam, RMSprop; not AdamW) feels w against the gradient: there it is searched from RARELY
-to OFTEN times ‖g‖/‖θ‖.
+`WeightDecaySizing.least` to `most`: below, it does nothing in this run; above, the run forgets where it came from. An optimizer
+that divides decay by √v with the gradient (Adam, RMSprop; not AdamW) feels w against the gradient: there it is searched from
+RARELY to OFTEN times ‖g‖/‖θ‖.
 """
 
 from __future__ import annotations
@@ -39,7 +39,8 @@ from torch import Tensor
 
 from hypergrad.checks.stock_run import as_found, twin
 from hypergrad.differentiate.hypergradient import Optimizers, as_optimizers
-from hypergrad.online.lr_warm_start import LEAST, LITTLE, MOST, largest_momentum
+from hypergrad.online.policies.momentum_start import largest_momentum
+from hypergrad.online.policies.weight_decay_sizing import WeightDecaySizing
 from hypergrad.optimizers.transition import Transition
 from hypergrad.search.entries import Float
 from hypergrad.search.space import Space
@@ -47,7 +48,8 @@ from hypergrad.search.space import Space
 PAIRS = 8  # of batches that are looked at
 SPAN, HEADROOM = 1e3, 4.0
 RARELY, OFTEN = 1e-4, 1.0
-WIDER = 3.0  # than LEAST to MOST: the lr that is found need not be η*
+SIZING = WeightDecaySizing()
+WIDER = 3.0  # than its least to its most: the lr that is found need not be η*
 SETTLED, LONGEST = 1e-3, 500  # relative change of ‖d‖ from step to step; steps at most
 NARROWEST = 30.0  # a range's ends are at least this factor apart
 
@@ -125,7 +127,12 @@ def suggest_space(
         size = look.gradient / look.weights if look.weights else 1.0
         return Space({"lr": lr, "weight_decay": _range(RARELY * size, OFTEN * size, 1e-2 * size)})
     rate = best * T  # η* T: D for w = 1
-    return Space({"lr": lr, "weight_decay": _range(LEAST / WIDER / rate, WIDER * MOST / rate, LITTLE / rate)})
+    return Space(
+        {
+            "lr": lr,
+            "weight_decay": _range(SIZING.least / WIDER / rate, WIDER * SIZING.most / rate, SIZING.little / rate),
+        }
+    )
 
 
 def _range(low: float, high: float, start: float) -> Float:

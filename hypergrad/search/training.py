@@ -12,7 +12,7 @@ from torch import Tensor
 from hypergrad.core.problem import takes_hypers, takes_step
 from hypergrad.differentiate.hypergradient import as_optimizers
 from hypergrad.differentiate.schedule_gradients import Schedules
-from hypergrad.online.phases import decay_to_zero
+from hypergrad.online.lr_shape import decay_to_zero
 from hypergrad.optimizers.transition import Transition
 from hypergrad.search.objective import Objective, Pruned, Trial, call
 from hypergrad.whole_run.run import Run

@@ -83,7 +83,7 @@ class Runs:
                 "a scheduler is attached to the optimizer, and its steps are no part of a run here: leave it out of build()."
             )
         self._check_known(in_loss, whole, list(transition.values()))
-        self.hyper_vector = HyperVector(transition, in_groups, in_loss, leaves(in_loss), 1.0)
+        self.hyper_vector = HyperVector(transition, in_groups, in_loss, leaves(in_loss))
         self.start = self.hyper_vector.phi, self.hyper_vector.value
 
     def _check_known(self, in_loss: Mapping[str, Hyperparameter], run: Run, groups: list[str]) -> None:
@@ -170,8 +170,8 @@ class Runs:
 
     def move(self, phi: Tensor) -> None:
         """Set φ; the values are a function of it alone, not of where it was before."""
-        self.hyper_vector.phi, self.hyper_vector.value = self.start
-        self.hyper_vector.move(phi)
+        self.hyper_vector.reset()
+        self.hyper_vector.apply(phi)
         self.hyper_vector.write_hypers()
 
     def within(self, phi: Tensor) -> Tensor:

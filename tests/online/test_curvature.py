@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from hypergrad.online.lr_warm_start import LONGEST, LrWarmStart
 from torch import Tensor, nn
 
 import hypergrad
-from hypergrad.online.hyper_step import gradient_evaluations
 from hypergrad.online.low_rank_hessian import GAP, KEEP, RANK, LowRankHessian
-from hypergrad.online.lr_warm_start import LONGEST, LrWarmStart
+from hypergrad.online.progress import gradient_evaluations
 from tests.online.test_tuner import data, mse, two_layers, validation
 
 CURVATURES = torch.tensor([1.0, 0.3, 0.1])

@@ -20,7 +20,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from hypergrad.core.hyperparameters import Hyperparameter
-from hypergrad.online.hyper_step import gradient_evaluations
+from hypergrad.online.progress import gradient_evaluations
 from hypergrad.online.tuner import Tuner
 from hypergrad.online.tuner_arguments import check_curvature, check_numbers
 from hypergrad.optimizers.rule import PARTS

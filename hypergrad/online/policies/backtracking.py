@@ -4,17 +4,17 @@ A hypergradient is a slope: where a net fits its training set, the validation lo
 down by a few per cent a hyperparameter step. So its level counts too. With the readings v_1, v_2, … of the validation loss, v₀
 the reading before training and v* the lowest so far, at weights θ*, a reading is *suspect* if
 
-    v − v* > max(NOISE σ, SHARE (v₀ − v*))       σ = median |v_i − 2 v_{i−1} + v_{i−2}| / (0.6745 √6), of the last RECENT
+    v − v* > max(noise σ, share (v₀ − v*))       σ = median |v_i − 2 v_{i−1} + v_{i−2}| / (0.6745 √6), of the last recent
 
 (second differences: a trend is no noise). Of many readings of random batches the lowest is luck. So a suspect is looked into: the
 loss is read at θ* and at the running average of the weights in turn (the weights themselves jump about it while lr is large, and
-what they jump by passes once lr decays), PAIRS times each with the same random numbers. With d the differences,
+what they jump by passes once lr decays), pairs times each with the same random numbers. With d the differences,
 
-    mean(d) > max(SURE · sd(d)/√PAIRS, SHARE (v₀ − v̄*))       v̄* the mean at θ*
+    mean(d) > max(sure · sd(d)/√pairs, share (v₀ − v̄*))       v̄* the mean at θ*
 
 is a loss that has risen. If not, v* ← v̄*, which is not luck any more. If so, the weights are taken back to θ*, lr is divided by
-CUT, its ceiling is √CUT times that (it rises as after chaos, see outer_optimizer.py), tangents and averages start again and so
-do the readings. In the first AGAIN of a run of known length the run starts again instead, optimizer state and all, and the loss
+cut, its ceiling is √cut times that (it rises as after chaos, see outer_optimizer.py), tangents and averages start again and so
+do the readings. In the first again of a run of known length the run starts again instead, optimizer state and all, and the loss
 before training counts as a reading: what lr that is far too large has done to the weights (units dead, training loss 0 with
 large margins) is not undone by steps from there.
 
@@ -37,17 +37,11 @@ from typing import Any
 from torch import Tensor
 
 from hypergrad.core.problem import Problem, Saved
+from hypergrad.online.policies.policy import Policy
 from hypergrad.optimizers.binding import State
 from hypergrad.optimizers.transition import Transition
 
-NOISE, SHARE = 1.0, 0.1
-RECENT = 12  # second differences that σ is made of
-PAIRS, SURE = 4, 3.0
-WAIT = 2  # readings after the record began, or a suspect was none, before the next suspect
-CUT = 4.0  # of lr
-AGAIN = 0.1  # of the run
-
-# reads the validation loss PAIRS times at the present weights' average and at the record's, in turn: what it is there, and here
+# reads the validation loss `pairs` times at the present weights' average and at the record's, in turn: what it is there, and here
 ReadBoth = Callable[[Tensor], tuple[Sequence[float], Sequence[float]]]
 
 
@@ -66,28 +60,47 @@ def _first_state(transition: Transition) -> State:
     return replace(state, slots={name: x.new_zeros(1).expand(len(x)) for name, x in state.slots.items()})
 
 
-class Backtracking:
-    """The lowest validation loss of the present phase, the weights there, and whether to go back to them.
+@dataclass(frozen=True)
+class Backtracking(Policy):
+    """Left out, a validation loss may rise as it will.
 
-    Args:
-        before: the validation loss before the first step, v₀; NaN: not known.
-        total: steps of the run; None: not known.
+    Fields: `noise` and `share` as above; `recent` second differences make σ; `pairs` and `sure` of the second readings; `wait`
+    readings after the record began, or a suspect was none, before the next suspect; `cut` of lr; `again` of the run.
     """
 
-    def __init__(self, transition: Transition, problem: Problem, before: float, total: int | None):
-        self.transition, self.problem, self.before = transition, problem, before
+    noise: float = 1.0
+    share: float = 0.1
+    recent: int = 12
+    pairs: int = 4
+    sure: float = 3.0
+    wait: int = 2
+    cut: float = 4.0
+    again: float = 0.1
+
+    def start(self, transition: Transition, problem: Problem, before: float, total: int | None) -> LossRecord:
+        """before: the validation loss before the first step, v₀; NaN: not known. total: steps of the run; None: not known."""
+        return LossRecord(self, transition, problem, before, total)
+
+
+class LossRecord:
+    """The lowest validation loss of the present phase, the weights there, and whether to go back to them."""
+
+    def __init__(
+        self, policy: Backtracking, transition: Transition, problem: Problem, before: float, total: int | None
+    ):
+        self.policy, self.transition, self.problem, self.before = policy, transition, problem, before
         self.until = (
-            0.0 if total is None or not math.isfinite(before) else AGAIN * total
+            0.0 if total is None or not math.isfinite(before) else self.policy.again * total
         )  # runs start again up to this step
         self.start = _Kept(_first_state(transition), problem.read_buffers()) if self.until else None
-        self.second: deque[float] = deque(maxlen=RECENT)
+        self.second: deque[float] = deque(maxlen=self.policy.recent)
         self.phase: list[int] = []  # the numbers that were tuned at the last reading
         self._begin()
 
     def _begin(self) -> None:
         self.best, self.theta, self.buffers, self.step = math.inf, None, list[Saved](), 0
         self.last: list[float] = []
-        self.wait = WAIT
+        self.wait = self.policy.wait
         if self.start is not None:
             self.best, self.theta, self.buffers = self.before, self.start.state.theta, self.start.buffers
 
@@ -114,18 +127,22 @@ class Backtracking:
             self.best, self.theta, self.buffers, self.step = loss, theta.clone(), self.problem.read_buffers(), t
             return False
         sigma = median(self.second) if self.second else 0.0
-        if self.theta is None or loss - self.best <= max(NOISE * sigma, self._least(self.best)) or self.wait > 0:
+        if (
+            self.theta is None
+            or loss - self.best <= max(self.policy.noise * sigma, self._least(self.best))
+            or self.wait > 0
+        ):
             return False
         now, then = read_both(self.theta)
         off, level = [a - b for a, b in zip(now, then, strict=True)], fmean(then)
-        if fmean(off) > max(SURE * stdev(off) / math.sqrt(len(off)), self._least(level)):
+        if fmean(off) > max(self.policy.sure * stdev(off) / math.sqrt(len(off)), self._least(level)):
             return True
-        self.best, self.wait = level, WAIT
+        self.best, self.wait = level, self.policy.wait
         return False
 
     def _least(self, best: float) -> float:
         """The rise that is too small to act on."""
-        return SHARE * max(self.before - best, 0.0) if math.isfinite(self.before) else 0.0
+        return self.policy.share * max(self.before - best, 0.0) if math.isfinite(self.before) else 0.0
 
     def go(self) -> int:
         """Write the weights back; the step that they are from."""
@@ -164,7 +181,7 @@ class Backtracking:
 
         self.before, self.until, self.best = float(state["before"]), float(state["until"]), float(state["best"])
         self.step, self.wait, self.phase = int(state["step"]), int(state["wait"]), list(state["phase"])
-        self.last, self.second = list(state["last"]), deque(state["second"], maxlen=RECENT)
+        self.last, self.second = list(state["last"]), deque(state["second"], maxlen=self.policy.recent)
         self.theta = None if state["theta"] is None else state["theta"].to(like, copy=True)
         self.buffers, self.start = saved(state["buffers"]), None
         if state["start"] is not None:

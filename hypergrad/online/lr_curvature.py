@@ -1,0 +1,88 @@
+"""Slope and curvature of the training loss along dθ/dlog lr, which forward mode has in hand.
+
+With z_i = dθ/dlog lr_i, and the pending batch's own gradient g and products Hz_i:
+
+    a_i = gᵀz_i        B_ij = z_iᵀ H z_j        summed over the steps from one hyperparameter step to the next
+
+`newton` is log c*, c* = 1 − a/b with b_i = B_ii + Σ_{j≠i} |B_ij| (see NewtonClimb). Nothing here waits for the device.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from hypergrad.core.readout import Readout
+from hypergrad.online.gradient_changes import Pending
+from hypergrad.online.hyper_vector import HyperVector
+from hypergrad.optimizers.transition import Tangent
+
+
+class LrCurvature:
+    """a and B, summed since the last `take_newton`."""
+
+    def __init__(self, vector: HyperVector):
+        self.vector, self.transition = vector, vector.transition
+        self.sums: Tensor | None = None  # a and B [m, 1 + m]
+
+    def _along(self, tangent: Tangent | None, pending: Pending | None) -> tuple[Tensor, Tensor, Tensor] | None:
+        """z of every lr [m, n], g [n] and Hz [m, n] of the pending batch; None where these are not known."""
+        rows = self.vector.rows("lr")
+        if tangent is None or pending is None or pending.dg is None or not rows:
+            return None
+        z, hz = _rows(tangent.theta, rows), _rows(pending.dg, rows)
+        return z, pending.left / pending.scale, hz / pending.scale
+
+    def ask_common(self, tangent: Tangent | None, pending: Pending | None, readout: Readout) -> None:
+        """Ask for a = gᵀz and b = zᵀHz of the pending batch, z = dθ/dlog c of a common factor c of every lr."""
+        seen = self._along(tangent, pending)
+        if seen is not None:
+            z, g, hz = seen[0].sum(0), seen[1], seen[2].sum(0)
+            readout.ask("slope and curvature", torch.stack([g @ z, hz @ z]))
+
+    def add(self, tangent: Tangent | None, pending: Pending | None) -> None:
+        """Add this step's batch: slope and curvature of its own loss, whatever is done to its gradient afterwards."""
+        seen, signs = (
+            self._along(tangent, pending),
+            {bool(getattr(rule, "maximize", False)) for rule in self.transition.rules},
+        )
+        if seen is None or len(signs) > 1:
+            return
+        z, g, hz = seen
+        along = torch.cat([(z @ g).unsqueeze(-1), z @ hz.T], dim=1)
+        along = -along if self.transition.maximizes else along
+        self.sums = along if self.sums is None else self.sums + along
+
+    def forget(self) -> None:
+        self.sums = None
+
+    def ask_newton(self, readout: Readout) -> None:
+        """Ask for the a and B summed since the last `take_newton`."""
+        if self.sums is not None:
+            readout.ask("along", self.sums)
+
+    def take_newton(self, read: Mapping[str, list[float]] | None = None) -> Tensor:
+        """log c* of every lr by the steps since the last call [k of all]; NaN where it is not known.
+
+        read: with the answer to `ask_newton`; None: it is fetched here.
+        """
+        newton = torch.full((len(self.vector),), math.nan, dtype=torch.float64)
+        along, self.sums = self.sums, None
+        if along is None:
+            return newton
+        read = {"along": along.flatten().tolist()} if read is None else read
+        a, b = torch.tensor(read["along"], dtype=torch.float64).view(along.shape).tensor_split([1], dim=1)
+        a, b = a.squeeze(1), b.diagonal() + (b - b.diagonal().diag()).abs().sum(1)
+        best = torch.where(a >= 0, 0, torch.where(b > 0, torch.log1p(-a / b), math.inf))
+        places = [self.vector.moving[k] for k in self.vector.rows("lr")]
+        newton[places] = torch.where((a + b).isfinite(), best, math.nan)
+        return newton
+
+
+def _rows(x: Tensor, rows: Sequence[int]) -> Tensor:
+    """Rows of x; neighbours without an index, which would have to travel to the device."""
+    a, b = rows[0], rows[-1] + 1
+    return x[a:b] if list(rows) == list(range(a, b)) else torch.stack([x[j] for j in rows])

@@ -1,0 +1,90 @@
+"""What is recorded of a run at every hyperparameter step: values, losses, and whether the hypergradients are to be believed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from statistics import fmean
+
+from hypergrad.logging import Journal, short
+from hypergrad.online.best_weights import BestWeights
+from hypergrad.online.outer_optimizer import OuterOptimizer
+
+
+class Progress:
+    """Writes rows to the journal.
+
+    Args:
+        best: the best weights, where they are kept.
+        counts: what happened, for `tuner.stats`.
+    """
+
+    def __init__(self, journal: Journal, outer: OuterOptimizer, best: BestWeights | None, counts: Mapping[str, int]):
+        self.journal, self.outer, self.vector, self.best, self.counts = journal, outer, outer.vector, best, counts
+        self.losses: list[float] = []  # of the training steps since the last row
+
+    @property
+    def on(self) -> bool:
+        return self.journal.recorder is not None
+
+    def note_training_loss(self, loss: float) -> None:
+        self.losses.append(loss)
+
+    def record(self, t: int, val_loss: float, sizes: Mapping[int, float], first: bool) -> None:
+        """A row after t training steps.
+
+        Args:
+            sizes: norms of the tangents of θ over the norm of θ.
+            first: of the run.
+        """
+        losses, self.losses = self.losses, []
+        recorder, labels = self.journal.recorder, self.vector.labels
+        if recorder is None:
+            return
+        if not recorder.last and first:  # a run that begins, rather than one that goes on
+            recorder.begin(self._shown([recorder.hparams[f"{label} start"] for label in labels]))
+        row = self._shown(self.vector.value.tolist()) | {"loss/val": val_loss}
+        if self.best is not None:
+            row["loss/val_best"] = self.best.loss
+        if losses:
+            row["loss/train"] = fmean(losses)
+        self.journal.scalars(t, row | self._diagnosis(sizes))
+
+    def _shown(self, values: Sequence[float]) -> dict[str, float]:
+        """Values of all that is tuned, those that move by orders of magnitude also by their logarithm: charts are linear."""
+        row: dict[str, float] = {}
+        for name, x, kind in zip(short(self.vector.labels), values, self.vector.kinds, strict=True):
+            row[f"hyper/{name}"] = x
+            if kind.kind == "positive":
+                row[f"hyper/log10_{name}"] = math.log10(x)
+        return row
+
+    def _diagnosis(self, sizes: Mapping[int, float]) -> dict[str, float]:
+        """Whether the hypergradients dL/dφ are to be believed, and what they cost so far in gradients per training step."""
+        mean, noise, row, counts = self.outer.smoothed(), self.outer.noise(), {}, self.counts
+        names = short(self.vector.labels)
+        for j in self.vector.moving:
+            if math.isfinite(mean[j]):
+                band = {"": mean[j], "_low": mean[j] - noise[j], "_high": mean[j] + noise[j]}
+                row |= {f"val_hypergradient/{names[j]}{end}": float(x) for end, x in band.items()}
+        row |= {f"tangent/{names[j]}": size for j, size in sizes.items()}
+        row["run/cost_over_plain"] = gradient_evaluations(counts) / max(counts["steps"], 1)
+        row["run/rollbacks"] = counts["rollbacks"]
+        row["run/backtracks"] = counts["backtracks"]
+        row["run/steps_passed_over"] = counts["nonfinite_steps"] + counts["spikes"]
+        return row
+
+    def say_best(self, t: int) -> None:
+        """Record, after t steps, how the run ends and where it was best; once for each answer."""
+        sentence = None if self.best is None else self.best.sentence(t)
+        if sentence is not None:
+            self.journal.note_once(t, sentence, warn=False)
+
+
+def gradient_evaluations(stats: Mapping[str, int]) -> int:
+    """What `tuner.stats` amounts to in gradients of a loss; a Hessian-vector product counts as two of them.
+
+    A forward and a backward pass are 3 products with each weight matrix, a Hessian-vector product is 4 more. A validation loss
+    without its gradient, as in the last tenth of a run, is not counted; a second reading (see backtracking.py) counts as one.
+    """
+    return stats["gradients"] + 2 * stats["hessian_products"] + stats["val_evaluations"]

@@ -1,0 +1,108 @@
+"""Steps that are passed over, roll-backs and backtracks: what is done once a policy has judged that something went wrong."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from hypergrad.logging import Journal
+from hypergrad.online.outer_optimizer import OuterOptimizer
+from hypergrad.online.policies.backtracking import LossRecord
+from hypergrad.online.policies.divergence_guard import StepJudge
+from hypergrad.online.tangents import Tangents
+from hypergrad.optimizers.binding import State
+
+
+class Recovery:
+    """Acts on the verdicts of DivergenceGuard and Backtracking.
+
+    Args:
+        judge: judges every step; None: all are taken.
+        counts: what happened, for `tuner.stats`.
+    """
+
+    def __init__(
+        self,
+        judge: StepJudge | None,
+        outer: OuterOptimizer,
+        tangents: Tangents,
+        journal: Journal,
+        counts: dict[str, int],
+    ):
+        self.judge, self.outer, self.tangents, self.journal, self.counts = judge, outer, tangents, journal, counts
+        self.passed_over = 0  # steps, as bad batches or spikes
+        self.voids = 0  # steps that did nothing, for whatever reason
+
+    def doubts(self, loss: float) -> bool:
+        """Whether a loss, not judged yet, looks like the batch's own fault."""
+        return self.judge is not None and self.judge.doubts(loss)
+
+    def judged(self, t: int, state: State, finite: bool, loss: float | None, keep: bool, first: bool) -> bool:
+        """Whether step t may be taken. If not, weights may have been rolled back.
+
+        Args:
+            finite: whether the gradient is.
+            keep: note the state as a good one, where it is.
+            first: of the optimizers' steps that make this training step; then a state is kept also where there is none yet.
+        """
+        if self.judge is None:
+            return True
+        verdict = self.judge.judge(loss, finite, state.theta)
+        if verdict in ("false alarm", "bad data"):
+            self.counts["false_alarms"] += 1
+            self.outer.multiply("lr", self.judge.cut)
+            self.outer.cap("lr", math.inf)
+        if verdict == "false alarm":
+            return True
+        if verdict == "good":
+            if keep or (first and not self.judge.good):
+                self.judge.keep(state)
+            return True
+        self.tangents.drop_pending()
+        self.voids += 1
+        self.judge.mend_buffers()
+        if verdict == "spike":
+            self._pass_over(t, "spikes", "a loss was far above the first")
+        elif verdict != "blow-up" or not self.judge.roll_back():
+            self._pass_over(t, "nonfinite_steps", "a loss or gradient was not finite")
+        else:
+            self._cut_after_roll_back(t, self.judge.cut, loss)
+        return False
+
+    def _pass_over(self, t: int, count: str, why: str) -> None:
+        self.passed_over += 1
+        self.counts[count] += 1
+        self.journal.note_once(t, f"{why}: the step was passed over (tuner.stats['{count}']).")
+
+    def _cut_after_roll_back(self, t: int, by: float, loss: float | None) -> None:
+        self.counts["rollbacks"] += 1
+        cut = self._cut_lr(by)
+        then = f"lr divided by {by:g}" if cut else "lr is not tuned and stays: if this goes on, lower it"
+        shown = math.nan if loss is None else loss
+        self.journal.note(t, f"blow-up (loss {shown:.3g}): weights taken back to the last good ones, {then}.")
+
+    def _cut_lr(self, by: float) -> bool:
+        """lr divided, with a ceiling; tangents and averages start again. False where lr is not tuned."""
+        cut = self.outer.multiply("lr", 1 / by)
+        self.outer.cap("lr", by**0.5)
+        self.tangents.start_again()
+        return cut
+
+    def go_back(self, t: int, record: LossRecord, loss: float) -> None:
+        """The validation loss has risen to `loss`: weights back to where it was lowest, with a smaller lr."""
+        step, by = record.go(), record.policy.cut
+        if self.judge is not None:
+            self.judge.start_again(self.tangents.transition.read())
+        self._cut_lr(by)
+        self.counts["backtracks"] += 1
+        back = f"the validation loss rose to {loss:.3g}: weights taken back to those of step {step:,}, lr divided by {by:g}."
+        self.journal.note(t, back, warn=False)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"passed over": self.passed_over, "judge": None if self.judge is None else self.judge.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.passed_over = int(state["passed over"])
+        if self.judge is not None and state["judge"] is not None:
+            self.judge.load_state_dict(state["judge"])

@@ -1,0 +1,137 @@
+"""The first steps of a run: starts that the user typed are hints, and are replaced by what the first steps show."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hypergrad.logging import Journal
+from hypergrad.online.outer_optimizer import OuterOptimizer
+from hypergrad.online.param_groups import ParamGroupWriter
+from hypergrad.online.policies.lr_warm_start import LrSearch
+from hypergrad.online.policies.momentum_start import MomentumStart, largest_momentum
+from hypergrad.online.policies.policy import Policy, find
+from hypergrad.online.policies.weight_decay_sizing import WeightDecaySizing
+from hypergrad.online.tangents import Tangents
+from hypergrad.optimizers.binding import State, Values
+
+
+class Starts:
+    """Runs MomentumStart, LrWarmStart and WeightDecaySizing.
+
+    Args:
+        search: lr's warm start.
+        active: whether typed starts of lr, momentum and weight decay are hints.
+        total: steps of the run; None: not known.
+    """
+
+    def __init__(
+        self,
+        policies: Sequence[Policy],
+        search: LrSearch,
+        outer: OuterOptimizer,
+        tangents: Tangents,
+        writer: ParamGroupWriter,
+        journal: Journal,
+        total: int | None,
+        active: bool,
+    ):
+        self.search, self.outer, self.tangents, self.writer, self.journal = search, outer, tangents, writer, journal
+        self.vector, self.transition, self.total = outer.vector, tangents.transition, total
+        self.active = active
+        self.of_momentum, self.sizing = find(policies, MomentumStart), find(policies, WeightDecaySizing)
+        self.momentum: float | None = None  # the largest of the groups' before the first step; None: not looked at yet
+        self.sizes_due: list[int] = []  # the optimizers at whose next step weight decay is sized
+
+    def before_step(self, t: int, frozen: bool) -> None:
+        """Stop where nothing is to move, or a scheduler came after the tuner; before the first step, momentum's start."""
+        if not self.search.active and (not self.active or self.momentum is not None):
+            return
+        if frozen or any("initial_lr" in group for group in self.transition.groups):
+            self.search.stop()
+        elif self.momentum is None:
+            self._start_momentum(t)
+
+    def _start_momentum(self, t: int) -> None:
+        values, rules, vector = self.transition.values(), self.transition.rules, self.vector
+        for j, entry in enumerate(vector.entries):
+            if entry.name != "momentum" or entry.group is None or vector.given[j]:
+                continue
+            if self.of_momentum is not None and not getattr(rules[entry.group], "averages", False):
+                typed = float(vector.value[j])
+                m = self.of_momentum.first(typed, self.total)
+                if m != typed:
+                    vector.put(j, m)
+                    self.journal.note(t, f"{vector.labels[j]} starts from {m:.3g}.", warn=False)
+            values["momentum"][entry.group] = float(vector.value[j])
+        self.momentum = largest_momentum(values, rules)
+
+    # lr is its tuned value times a shape; the warm start sets their product, and at its end the value
+    def observe(self, t: int, doubtful: bool, slope: float, curvature: float) -> None:
+        """Before step t of the warm start: the lr that it is taken with. doubtful: the step will be passed over, lr stays."""
+        factor = 1.0 if doubtful else self.search.observe(slope, curvature, self.momentum or 0.0)
+        now = self.writer.shape(t) if self.search.active else 1.0
+        self.outer.multiply("lr", factor * self.writer.shape(t - 1) / now)
+        if not self.search.active:
+            self._size_all()
+            names = [f"{x:.3g}" for e, x in zip(self.vector.entries, self.vector.value) if e.name == "lr"]
+            self.journal.note(
+                t, f"lr starts from {', '.join(names)}: slope and curvature along the first steps.", warn=False
+            )
+
+    def make_small(self, state: State, push_again: Callable[[], None]) -> None:
+        """Make the first step tiny. Repeated, as a tangent far too large is not told from one at the cap.
+
+        Args:
+            push_again: write the values and take the tangents through the step once more.
+        """
+        norm = float(torch.linalg.vector_norm(state.theta))
+        for _ in range(20):
+            assert self.tangents.tangent is not None
+            moved = torch.linalg.vector_norm(self.tangents.tangent.theta[self.vector.rows("lr")].sum(0))
+            factor = self.search.first(float(moved), norm)
+            if abs(factor - 1) < 0.01:
+                break
+            self.outer.multiply("lr", factor)
+            push_again()
+        self.tangents.take_hits()
+
+    def begin_phase(self) -> None:
+        """Other numbers are tuned from now on. Where weight decay is one of them it is sized."""
+        moving = {self.vector.entries[j].name for j in self.vector.moving}
+        self.sizes_due = []
+        if self.active and "weight_decay" in moving:
+            self._size_all()
+
+    def _size_all(self) -> None:
+        self.sizes_due = list(range(len(self.transition.optimizers)))
+
+    def size_decay(
+        self, i: int, t: int, state: State, g: Tensor, active: tuple[bool, ...], values: Values, frozen: bool
+    ) -> None:
+        """At step t of optimizer i, where it is due: weight decay to a size that makes sense in what is left of the run."""
+        if i not in self.sizes_due:
+            return
+        self.sizes_due = [x for x in self.sizes_due if x != i]
+        if self.sizing is None or self.total is None or frozen:
+            return
+        left = sum(self.writer.shape(s) for s in range(t, self.total)) / self.writer.shape(t)
+        for sized in self.sizing.sized(self.vector, i, state, g, active, values, self.writer.slopes(t), left):
+            self.vector.multiply_number(sized.j, sized.factor)
+            if sized.bounds is not None:
+                self.vector.bound(sized.j, *sized.bounds)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "search": self.search.state_dict(),
+            "active": self.active,
+            "momentum": self.momentum,
+            "sizes due": list(self.sizes_due),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.search.load_state_dict(state["search"])
+        self.active, self.momentum, self.sizes_due = state["active"], state["momentum"], list(state["sizes due"])

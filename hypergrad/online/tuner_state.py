@@ -1,0 +1,86 @@
+"""What a tuner needs to go on: its state by policy and by part, with a version."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from hypergrad.online.loop import OnlineLoop
+
+VERSION = 2  # of the layout below; a state of another one is refused
+
+
+def state_of(loop: OnlineLoop, counts: Mapping[str, int]) -> dict[str, Any]:
+    """Tensors are not copied."""
+    hyper, record, best = loop.hyper, loop.hyper.record, loop.hyper.best
+    return {
+        "version": VERSION,
+        "sizes": list(loop.transition.sizes),
+        "steps": loop.t,
+        "stats": {**counts, **loop.tangents.counts},
+        "vector": loop.vector.state_dict(),
+        "policies": loop.outer.state_dict(),
+        "starts": loop.starts.state_dict(),
+        "recovery": loop.recovery.state_dict(),
+        "backtracking": None if record is None else record.state_dict(),
+        "param groups": loop.writer.state_dict(),
+        "tangents": loop.tangents.state_dict(),
+        "hyper steps": hyper.state_dict(),
+        "best": None if best is None else best.state_dict(),
+        "loop": loop.state_dict(),
+    }
+
+
+def load_state(loop: OnlineLoop, counts: dict[str, int], state: Mapping[str, Any]) -> None:
+    """Checked before anything is written."""
+    _check(loop, counts, state)
+    hyper, tangents = loop.hyper, loop.tangents
+    tangents.load_counts(state["stats"])
+    counts.update({k: v for k, v in state["stats"].items() if k in counts})
+    loop.recovery.load_state_dict(state["recovery"])
+    loop.starts.load_state_dict(state["starts"])
+    loop.outer.load_state_dict(state["policies"])
+    loop.vector.load_state_dict(state["vector"])
+    loop.writer.load_state_dict(state["param groups"])
+    loop.load_state_dict(state["loop"])
+    loop.choose_what_is_tuned()
+    tangents.load_state_dict(state["tangents"])
+    hyper.load_state_dict(state["hyper steps"])
+    if hyper.best is not None:
+        hyper.best.load_state_dict(state["best"])
+    if hyper.record is not None and state["backtracking"] is not None:
+        hyper.record.load_state_dict(state["backtracking"])
+
+
+def _check(loop: OnlineLoop, counts: Mapping[str, int], state: Mapping[str, Any]) -> None:
+    try:
+        sizes, names = list(state["sizes"]), list((state.get("vector") or state["coordinates"])["names"])
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError("this is not the state_dict of a hypergrad.Tuner.") from error
+    found = state.get("version", 1)
+    if found != VERSION:
+        raise ValueError(
+            f"this state_dict has version {found}, this hypergrad reads version {VERSION}: go on with the release that wrote it, "
+            "or begin anew from the present weights."
+        )
+    mine = state_of(loop, counts)
+    missing = _missing(mine, state)
+    if missing:
+        raise ValueError(f"this state_dict is incomplete: it lacks {', '.join(missing)}.")
+    if sizes != mine["sizes"]:
+        raise ValueError(
+            "this state_dict belongs to another model: the optimizer's parameters differ in number or size."
+        )
+    if names != mine["vector"]["names"]:
+        raise ValueError(
+            f"this state_dict tunes {names}, this tuner {mine['vector']['names']}: make the tuner with the same `tune`."
+        )
+
+
+def _missing(mine: Mapping[str, Any], state: Mapping[str, Any]) -> list[str]:
+    """What a state lacks, two levels deep."""
+    out = [name for name in mine if name not in state]
+    for name, part in mine.items():
+        if isinstance(part, Mapping) and name != "stats" and isinstance(state.get(name), Mapping):
+            out += [f"{name}/{key}" for key in part if key not in state[name]]
+    return out
