@@ -5,6 +5,7 @@ from hypergrad.checks.check import Report, check
 from hypergrad.core.hyperparameters import Hyperparameter
 from hypergrad.differentiate.hypergradient import hypergradient
 from hypergrad.differentiate.trajectory import Result
+from hypergrad.online import policies
 from hypergrad.online.population import Population
 from hypergrad.online.tuner import Tuner
 from hypergrad.whole_run.outer_loop import RunResult
@@ -22,6 +23,7 @@ __all__ = [
     "Tuner",
     "check",
     "hypergradient",
+    "policies",
     "schedules",
     "search",
     "solvers",

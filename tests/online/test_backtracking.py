@@ -13,17 +13,17 @@ from torch.nn.functional import cross_entropy
 
 import hypergrad
 from hypergrad.core.problem import Problem
-from hypergrad.online.backtracking import Backtracking
+from hypergrad.online.policies.backtracking import Backtracking, LossRecord
 from hypergrad.optimizers.transition import Transition
 
 TOTAL = 1000
 
 
-def made(before: float, total: int | None = None) -> tuple[Backtracking, nn.Linear, torch.optim.Optimizer]:
+def made(before: float, total: int | None = None) -> tuple[LossRecord, nn.Linear, torch.optim.Optimizer]:
     model = nn.Linear(2, 1, bias=False)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     transition = Transition([optimizer], frozenset({"lr"}))
-    return Backtracking(transition, Problem(model, transition.params, None), before, total), model, optimizer
+    return Backtracking().start(transition, Problem(model, transition.params, None), before, total), model, optimizer
 
 
 def weights(t: int) -> Tensor:
@@ -31,7 +31,7 @@ def weights(t: int) -> Tensor:
 
 
 def first_return(
-    back: Backtracking, losses: Sequence[float], truth: Callable[[Tensor], list[float]], every: int = 10
+    back: LossRecord, losses: Sequence[float], truth: Callable[[Tensor], list[float]], every: int = 10
 ) -> int | None:
     """The number of the reading at which training is to go back. `truth`: a second reading at given weights, PAIRS times."""
     for i, loss in enumerate(losses):
@@ -160,7 +160,7 @@ def test_second_readings_take_the_running_statistics_of_their_weights() -> None:
     run = Run(total_steps=300)
     run.train(0, 20)
     hyper, problem = run.tuner._hyper, run.tuner._problem
-    back = hyper.backtracking
+    back = hyper.record
     assert back is not None and back.theta is not None
     theta = torch.cat([p.detach().reshape(-1) for p in run.model.parameters()])
 

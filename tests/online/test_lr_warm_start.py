@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 import hypergrad
-from hypergrad.online.lr_warm_start import LITTLE, MUCH, SHARE
 from tests.online.test_tuner import data, mse, two_layers, validation
 
 CURVATURES = torch.tensor([1.0, 0.3, 0.1])
@@ -51,7 +50,7 @@ def test_it_is_a_share_of_the_lr_that_is_best_along_the_steps():
     model = Bowl()
     found = loop(model, torch.optim.SGD(model.parameters(), lr=1e-7), tune=("lr",)).values["lr"].item()
     best = float((CURVATURES**2).sum() / (CURVATURES**3).sum())
-    assert 0.25 * SHARE * best < found < 2 * SHARE * best
+    assert 0.125 * best < found < best
 
 
 @pytest.mark.parametrize("momentum", [0.5, 0.9])
@@ -127,7 +126,7 @@ def test_weight_decay_starts_where_it_decays_something_but_not_all(decay):
     steps, model = 400, Bowl()
     tuner = loop(model, torch.optim.SGD(model.parameters(), lr=1e-3, weight_decay=decay), steps=60, total_steps=steps)
     lr, wd = tuner.values["lr"].item(), tuner.values["weight_decay"].item()
-    assert 0.5 * LITTLE < lr * wd * steps / 2 < 2 * MUCH
+    assert 0.05 < lr * wd * steps / 2 < 1.0
 
 
 @pytest.mark.parametrize("decay", [1e-9, 1e3])
@@ -146,7 +145,7 @@ def test_weight_decay_of_each_of_two_optimizers_starts_where_it_makes_sense(deca
             optimizer.step()
     lr, wd = tuner.values["lr"], tuner.values["weight_decay"]
     decayed = lr * wd * torch.tensor([1 / (1 - 0.9), 1.0]) * steps / 2
-    assert bool((decayed > 0.5 * LITTLE).all() and (decayed < 2 * MUCH).all()), decayed
+    assert bool((decayed > 0.05).all() and (decayed < 1.0).all()), decayed
 
 
 def test_resumed_in_the_middle_it_goes_on():

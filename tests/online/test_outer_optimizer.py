@@ -8,39 +8,88 @@ import math
 import pytest
 import torch
 
-from hypergrad.online.outer_optimizer import DOWN, FURTHEST, GROW, LEAD, RELAX, SLOWEST, UPHILL, OuterOptimizer
+from hypergrad.core.hyperparameters import Hyperparameter
+from hypergrad.differentiate.wrt import Entry
+from hypergrad.online.outer_optimizer import OuterOptimizer
+from hypergrad.online.policies import DEFAULT
 
 ALL, NONE = torch.tensor([True]), torch.tensor([False])
 
 
-def walk(climbs: bool, gradients: list[float], hyper_lr: float = 0.1, newton: float | None = None) -> list[float]:
+class Numbers:
+    """What an outer optimizer reads and writes of a vector of numbers, with φ from 0 and no bounds."""
+
+    def __init__(self, lr: list[bool], scaled: list[bool] | None = None):
+        k = len(lr)
+        self.phi, self.moving, self.given = torch.zeros(k, dtype=torch.float64), list(range(k)), [False] * k
+        self.is_lr, self.scaled = torch.tensor(lr), torch.tensor([True] * k if scaled is None else scaled)
+        self.low, self.high = torch.full((k,), -math.inf), torch.full((k,), math.inf)
+        self.entries = [Entry("lr" if x else "weight_decay", (i,), i, "", None) for i, x in enumerate(lr)]
+        self.kinds = [Hyperparameter(kind="positive")] * k
+
+    def __len__(self) -> int:
+        return len(self.phi)
+
+    @property
+    def value(self) -> torch.Tensor:
+        return self.phi.exp()
+
+    def pairs(self, *_) -> list[tuple[int, int]]:
+        return []
+
+    def tuned_mask(self) -> torch.Tensor:
+        mask = torch.zeros(len(self), dtype=torch.bool)
+        mask[self.moving] = True
+        return mask
+
+    def called(self, name: str) -> torch.Tensor:
+        return torch.tensor([entry.name == name for entry in self.entries])
+
+    def multiplied(self, mine: torch.Tensor, factor: float) -> torch.Tensor:
+        return torch.where(mine, self.phi + math.log(factor), self.phi)
+
+    def apply(self, phi: torch.Tensor) -> None:
+        self.phi = phi
+
+
+class Stepper:
+    """An outer optimizer of such numbers."""
+
+    def __init__(self, lr: list[bool], hyper_lr: float = 0.1, scaled: list[bool] | None = None):
+        self.numbers = Numbers(lr, scaled)
+        self.outer = OuterOptimizer(self.numbers, DEFAULT, hyper_lr)  # type: ignore[arg-type]
+
+    def step(self, gradient: list[float], outgrown: torch.Tensor | None = None, newton: float = math.nan) -> float:
+        """φ of the first number after one step."""
+        k = len(self.numbers)
+        outgrown = torch.zeros(k, dtype=torch.bool) if outgrown is None else outgrown
+        log_c = torch.full((k,), newton, dtype=torch.float64)
+        self.outer.step(torch.tensor(gradient, dtype=torch.float64), outgrown, log_c)
+        return float(self.numbers.phi[0])
+
+
+def walk(lr: bool, gradients: list[float], hyper_lr: float = 0.1, newton: float = math.nan) -> list[float]:
     """φ along the gradients, from 0."""
-    descent, phi, path = OuterOptimizer([climbs], hyper_lr), torch.zeros(1, dtype=torch.float64), [0.0]
-    log_c = None if newton is None else torch.tensor([newton], dtype=torch.float64)
-    for g in gradients:
-        phi = descent.step(phi, torch.tensor([g], dtype=torch.float64), ALL, NONE, log_c)
-        path.append(float(phi))
-    return path
+    stepper = Stepper([lr], hyper_lr)
+    return [0.0, *(stepper.step([g], newton=newton) for g in gradients)]
 
 
 def test_first_step_is_hyper_lr_long():
     assert walk(False, [3.0])[1] == pytest.approx(-0.1)
     assert walk(True, [-3.0])[1] == pytest.approx(0.1)
-    assert walk(True, [3.0])[1] == pytest.approx(-0.1 * DOWN)
+    assert walk(True, [3.0])[1] == pytest.approx(-0.05)
 
 
 def test_lr_descends_at_half_the_pace_it_climbs_at_where_no_curvature_is_known():
     up, down = walk(True, [-1.0] * 12), walk(True, [1.0] * 12)
     assert up[-1] == pytest.approx(12 * 0.1)
-    assert down[-1] == pytest.approx(-12 * 0.1 * DOWN)
+    assert down[-1] == pytest.approx(-12 * 0.05)
 
 
-@pytest.mark.parametrize(
-    ("newton", "climb"), [(math.log(1.5), math.log(1.5)), (math.inf, FURTHEST * 0.1), (0.0, SLOWEST * 0.1)]
-)
+@pytest.mark.parametrize(("newton", "climb"), [(math.log(1.5), math.log(1.5)), (math.inf, 0.7), (0.0, 0.01)])
 def test_lr_climbs_by_newtons_step_within_bounds(newton, climb):
     assert walk(True, [-3.0], newton=newton)[-1] == pytest.approx(climb)
-    assert walk(True, [3.0], newton=newton)[-1] == pytest.approx(-0.1 * DOWN)  # it is for climbing only
+    assert walk(True, [3.0], newton=newton)[-1] == pytest.approx(-0.05)  # it is for climbing only
     assert walk(False, [-3.0], newton=newton)[-1] == pytest.approx(0.1)  # and for lr
 
 
@@ -48,38 +97,35 @@ def test_lr_descends_no_further_than_its_lead_below_its_mean():
     path = walk(True, [1.0] * 80, hyper_lr=1.0)
     for n in range(1, 80):
         mean = sum(math.exp(x) for x in path[:n]) / n
-        assert path[n] >= min(path[n - 1], math.log(mean / LEAD)) - 1e-9
-    assert path[-1] > math.log(1 / (LEAD * 80))
+        assert path[n] >= min(path[n - 1], math.log(mean / 4)) - 1e-9
+    assert path[-1] > math.log(1 / (4 * 80))
 
 
 def test_numbers_without_a_logarithm_go_as_far_as_they_like():
     bound = walk(False, [-1.0] * 80, hyper_lr=1.0)
-    descent, phi = OuterOptimizer([False], 1.0, [False]), torch.zeros(1, dtype=torch.float64)
+    free = Stepper([False], 1.0, [False])
     for _ in range(80):
-        phi = descent.step(phi, torch.tensor([-1.0]).double(), ALL, NONE)
-    assert float(phi) == pytest.approx(80)
+        phi = free.step([-1.0])
+    assert phi == pytest.approx(80)
     assert bound[-1] < 20
 
 
 def test_where_training_was_chaotic_is_a_ceiling_that_rises_slowly():
-    descent, phi, up = OuterOptimizer([True], 0.1), torch.zeros(1, dtype=torch.float64), torch.tensor([-1.0]).double()
+    """By 0.01 · 1.5ⁿ in the n-th step after it."""
+    stepper = Stepper([True])
     for _ in range(3):
-        phi = descent.step(phi, up, ALL, NONE)
-    top = float(descent.step(phi, up, ALL, ALL))
-    phi, ceiling = torch.tensor([top], dtype=torch.float64), top
+        stepper.step([-1.0])
+    top = ceiling = stepper.step([-1.0], ALL)
     for n in range(1, 30):
-        phi = descent.step(phi, up, ALL, NONE)
-        assert float(phi) <= ceiling + 1e-9
-        ceiling += 0.1 * RELAX * GROW**n
-    assert float(phi) > top + 0.2
+        phi = stepper.step([-1.0])
+        assert phi <= ceiling + 1e-9
+        ceiling += 0.01 * 1.5**n
+    assert phi > top + 0.2
 
 
 def test_a_step_down_in_chaos_is_one_however_far_lr_is_from_its_mean():
-    descent, phi, path = OuterOptimizer([True], 1.0), torch.zeros(1, dtype=torch.float64), [0.0]
-    for _ in range(20):
-        phi = descent.step(phi, torch.tensor([1.0]).double(), ALL, ALL)
-        path.append(float(phi))
-    assert path == pytest.approx([-float(n) for n in range(21)])
+    stepper = Stepper([True], 1.0)
+    assert [stepper.step([1.0], ALL) for _ in range(20)] == pytest.approx([-float(n) for n in range(1, 21)])
 
 
 def test_lr_does_not_climb_on_a_hypergradient_of_zero():
@@ -89,19 +135,21 @@ def test_lr_does_not_climb_on_a_hypergradient_of_zero():
 
 def test_multiplied_a_number_stays_free_to_move_and_is_not_climbing():
     """After a roll-back lr goes on from a quarter: what holds it is its mean, which is a quarter as well."""
-    descent, phi = OuterOptimizer([True], 0.1), torch.zeros(1, dtype=torch.float64)
+    stepper = Stepper([True])
     for _ in range(4):
-        phi = descent.step(phi, torch.tensor([-1.0]).double(), ALL, NONE, torch.tensor([math.inf]).double())
-    assert bool(descent.climbing(phi)) and float(phi) > math.log(UPHILL)
-    before, cut = float(descent.mean), phi - math.log(4)
-    descent.turn(ALL, 0.25)
-    descent.cap(ALL, cut + math.log(2))
-    assert float(descent.mean) == pytest.approx(before / 4)
-    assert float(descent.step(cut, torch.tensor([1.0]).double(), ALL, NONE)) < float(cut)
-    high = cut
+        phi = stepper.step([-1.0], newton=math.inf)
+    outer = stepper.outer
+    assert outer.climbing() and phi > math.log(1.3)
+    before = float(outer.state["MeanTrustRegion"]["mean"])
+    outer.multiply("lr", 0.25)
+    outer.cap("lr", 2.0)
+    cut = phi - math.log(4)
+    assert float(stepper.numbers.phi) == pytest.approx(cut)
+    assert float(outer.state["MeanTrustRegion"]["mean"]) == pytest.approx(before / 4)
+    assert stepper.step([1.0]) < cut
     for _ in range(3):
-        high = descent.step(high, torch.tensor([-1.0]).double(), ALL, NONE, torch.tensor([math.inf]).double())
-    assert float(cut) < float(high) < float(cut) + math.log(2) + 0.1
+        high = stepper.step([-1.0], newton=math.inf)
+    assert cut < high < cut + math.log(2) + 0.1
 
 
 def test_large_first_hypergradients_do_not_rule_for_long():
@@ -114,7 +162,7 @@ def test_lr_climbs_no_further_than_its_lead_over_its_mean():
     path = walk(True, [-1.0] * 60, hyper_lr=1.0)
     for n in range(1, 60):
         mean = sum(math.exp(x) for x in path[:n]) / n
-        assert path[n] <= max(path[n - 1], math.log(LEAD * mean)) + 1e-9
+        assert path[n] <= max(path[n - 1], math.log(4 * mean)) + 1e-9
 
 
 def test_lr_stops_climbing_at_the_first_disagreement():
@@ -123,23 +171,32 @@ def test_lr_stops_climbing_at_the_first_disagreement():
 
 
 def test_noise_slows_down():
-    generator = torch.Generator().manual_seed(0)
-    descent = OuterOptimizer([False], 0.1)
-    phi = torch.zeros(1, dtype=torch.float64)
+    generator, stepper = torch.Generator().manual_seed(0), Stepper([False])
     for _ in range(100):
-        phi = descent.step(phi, torch.randn(1, generator=generator, dtype=torch.float64), ALL, NONE)
-    assert float(descent.pace) < 3 * SLOWEST
+        stepper.step(torch.randn(1, generator=generator, dtype=torch.float64).tolist())
+    assert float(stepper.outer.state["AgreementPace"]["pace"]) < 0.3
 
 
-def test_what_is_not_tuned_stays_and_too_high_goes_down():
-    descent, phi = OuterOptimizer([True, True], 0.1), torch.zeros(2, dtype=torch.float64)
-    g = torch.tensor([-1.0, -1.0], dtype=torch.float64)
-    moved = descent.step(phi, g, torch.tensor([True, False]), torch.tensor([True, False]))
-    assert moved.tolist() == [pytest.approx(-0.1), 0.0]
+def test_what_is_not_tuned_stays_and_what_outgrew_the_weights_goes_down():
+    stepper = Stepper([True, True])
+    stepper.numbers.moving = [0]
+    stepper.step([-1.0, -1.0], torch.tensor([True, False]))
+    assert stepper.numbers.phi.tolist() == [pytest.approx(-0.1), 0.0]
 
 
 def test_nan_moves_nothing():
-    descent = OuterOptimizer([False], 0.1)
-    phi = descent.step(torch.zeros(1, dtype=torch.float64), torch.tensor([math.nan]).double(), ALL, NONE)
-    assert phi.tolist() == [0.0]
-    assert float(descent.count) == 0
+    stepper = Stepper([False])
+    assert stepper.step([math.nan]) == 0.0
+    assert float(stepper.outer.state["AdamOnPhi"]["count"]) == 0
+
+
+def test_a_number_begins_anew():
+    stepper = Stepper([True, True])
+    for _ in range(5):
+        stepper.step([-1.0, -1.0], torch.tensor([True, False]))
+    stepper.outer.restart(0)
+    for name, state in stepper.outer.state.items():
+        for key, x in state.items():
+            fresh = Stepper([True, True]).outer.state[name][key]
+            assert x[0] == fresh[0], (name, key)
+    assert stepper.outer.state["AdamOnPhi"]["count"].tolist() == [0.0, 5.0]

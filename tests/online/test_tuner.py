@@ -252,7 +252,7 @@ def test_lambda_schedule_is_multiplied_exactly_twice():
     opt = torch.optim.SGD(model.parameters(), lr=0.05)
     scheduler = torch.optim.lr_scheduler.LambdaLR(opt, lambda t: 1 / (1 + t))
     tuner = as_given(model, opt, validation(model), tune=("lr",), every=1000)
-    tuner._hyper_vector.move(torch.tensor([math.log(2.0)], dtype=torch.float64))
+    tuner._vector.apply(torch.tensor([math.log(2.0)], dtype=torch.float64))
     seen = []
     opt.register_step_pre_hook(lambda o, *_: seen.append(o.param_groups[0]["lr"]))
     for batch in data()[0][:4]:

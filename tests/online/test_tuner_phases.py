@@ -98,7 +98,7 @@ def test_lr_is_tuned_on_while_it_climbs_and_so_after_a_resume():
     for lr, hyper_lr in ((1e-3, 1e-9), (1e-6, 0.1)):
         model, moving = two_layers(), []
         for tuner in train(model, validation(model), lr=lr, hyper_lr=hyper_lr, warm_start=False):
-            moving.append(tuner._hyper_vector.entries[0].name == "lr" and 0 in tuner._hyper_vector.moving)
+            moving.append(tuner._vector.entries[0].name == "lr" and 0 in tuner._vector.moving)
         ends[lr] = moving.index(False) + 1
     assert ends == {1e-3: 12, 1e-6: 32}
 
@@ -109,8 +109,8 @@ def test_what_is_tuned_is_part_of_the_state():
     other = two_layers()
     fresh = next(train(other, validation(other), steps=1, lr=1e-6, warm_start=False))
     fresh.load_state_dict(states[-1])
-    assert fresh._hyper_vector.moving == states[-1]["hyper_vector"]["moving"] == [0]
+    assert fresh._vector.moving == states[-1]["vector"]["moving"] == [0]
     other = two_layers()
     early = next(train(other, validation(other), steps=1, warm_start=False))
-    early.load_state_dict(states[-1] | {"hyper_vector": states[-1]["hyper_vector"] | {"moving": [1]}})
-    assert early._hyper_vector.moving == [1]
+    early.load_state_dict(states[-1] | {"vector": states[-1]["vector"] | {"moving": [1]}})
+    assert early._vector.moving == [1]
