@@ -18,7 +18,7 @@ from hypergrad.core import host_copy
 from hypergrad.core.problem import Problem
 from hypergrad.online.best_weights import BestWeights
 from hypergrad.optimizers.transition import Transition
-from tests.online.test_tuner import float64
+from tests.online.live_loops import float64
 
 __all__ = ["float64"]  # the fixture
 EVERY, STEPS = 2, 20

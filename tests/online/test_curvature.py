@@ -10,7 +10,7 @@ import hypergrad
 from hypergrad.online.low_rank_hessian import GAP, KEEP, RANK, LowRankHessian
 from hypergrad.online.policies.lr_warm_start import LrSearch, LrWarmStart
 from hypergrad.online.progress import gradient_evaluations
-from tests.online.test_tuner import data, mse, two_layers, validation
+from tests.online.live_loops import data, mse, two_layers, validation
 
 CURVATURES = torch.tensor([1.0, 0.3, 0.1])
 RTOL = 1e-5  # float32, some tens of operations

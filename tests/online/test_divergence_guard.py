@@ -15,7 +15,7 @@ import hypergrad
 from hypergrad.core.problem import Problem
 from hypergrad.online.policies import DivergenceGuard
 from hypergrad.optimizers.transition import Transition
-from tests.online.test_tuner import as_given, data, float64, mse, sgd, two_layers, validation
+from tests.online.live_loops import as_given, data, float64, mse, sgd, two_layers, validation
 
 __all__ = ["float64"]  # the fixture
 STEPS = 300

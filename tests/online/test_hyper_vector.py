@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import hypergrad
-from tests.online.test_lr_warm_start import CURVATURES, Bowl
+from tests.online.live_loops import CURVATURES, Bowl
 
 STEPS = 12
 

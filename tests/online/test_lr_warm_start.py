@@ -6,23 +6,10 @@ import math
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import hypergrad
-from tests.online.test_tuner import data, mse, two_layers, validation
-
-CURVATURES = torch.tensor([1.0, 0.3, 0.1])
-
-
-class Bowl(nn.Module):
-    """½ Σ h θ²: every batch is the same, so that the best lr along the steps is known."""
-
-    def __init__(self):
-        super().__init__()
-        self.theta = nn.Parameter(torch.ones(3))
-
-    def forward(self) -> Tensor:
-        return 0.5 * (CURVATURES * self.theta**2).sum()
+from tests.online.live_loops import CURVATURES, Bowl, data, mse, two_layers, validation
 
 
 def loop(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int = 40, **options) -> hypergrad.Tuner:

@@ -13,8 +13,7 @@ from torch.optim.lr_scheduler import ExponentialLR, LambdaLR, OneCycleLR
 
 import hypergrad
 from hypergrad import Hyperparameter
-from tests.online.test_tuner import FD_RTOL, STEPS, data, float64, mse, sgd, two_layers, validation
-from tests.online.test_tuner_several_optimizers import slope
+from tests.online.live_loops import FD_RTOL, STEPS, data, float64, mse, sgd, slope, two_layers, validation
 
 __all__ = ["float64"]  # the fixture
 

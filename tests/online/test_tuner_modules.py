@@ -11,8 +11,18 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import hypergrad
-from tests.online.test_tuner import STEPS, as_given, data, float64, mse, two_layers, validation
-from tests.online.test_tuner_regressions import Backward, matches_differences, ordinary
+from tests.online.live_loops import (
+    STEPS,
+    Backward,
+    as_given,
+    data,
+    float64,
+    matches_differences,
+    mse,
+    ordinary,
+    two_layers,
+    validation,
+)
 
 __all__ = ["float64"]  # the fixture
 

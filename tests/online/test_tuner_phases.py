@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import hypergrad
-from tests.online.test_tuner import data, mse, two_layers, validation
+from tests.online.live_loops import data, mse, two_layers, validation
 
 TOTAL = 40
 

@@ -13,65 +13,23 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import hypergrad
-from tests.online.test_tuner import (
-    FD_RTOL,
+from tests.online.live_loops import (
     STEPS,
+    Backward,
     Loop,
     as_given,
     attach,
     data,
     float64,
+    matches_differences,
     mse,
+    ordinary,
     sgd,
     two_layers,
     validation,
 )
-from tests.online.test_tuner_several_optimizers import slope
 
 __all__ = ["float64"]  # the fixture
-Backward = Callable[[Tensor], None]
-Train = Callable[[nn.Module, Any, Backward], None]
-
-
-def matches_differences(
-    make: Callable[[], tuple[Any, Any]], train: Train, wrt: tuple[str, ...] = ("lr", "weight_decay"), **options: Any
-) -> hypergrad.Tuner:
-    """Assert that every hypergradient of a loop is the finite difference of that loop without a tuner."""
-
-    def ends_at(change: Callable[[Any], None]) -> float:
-        model, opt = make()
-        change(opt)
-        torch.manual_seed(7)
-        train(model, opt, Tensor.backward)
-        torch.manual_seed(11)
-        return validation(model)().item()
-
-    model, opt = make()
-    validate = validation(model)
-
-    def val_loss() -> Tensor:
-        torch.manual_seed(11)
-        return validate()
-
-    tuner = as_given(model, opt, val_loss, tune=wrt, **{"every": STEPS, "average": False, **options})
-    torch.manual_seed(7)
-    train(model, opt, tuner.backward)
-    assert tuner.stats["plain_steps"] == tuner.stats["changed_gradients"] == tuner.stats["capped"] == 0
-    for name, gradient in tuner.hypergradients.items():
-        for i, got in enumerate(gradient.tolist()):
-
-            def at(x: float, name: str = name, i: int = i) -> float:
-                return ends_at(lambda opt: opt.param_groups[i].update({name: opt.param_groups[i][name] + x}))
-
-            assert got == pytest.approx(slope(at), rel=FD_RTOL), (name, i)
-    return tuner
-
-
-def ordinary(model: nn.Module, opt: Any, backward: Backward, set_to_none: bool = True) -> None:
-    for batch in data()[0]:
-        opt.zero_grad(set_to_none=set_to_none)
-        backward(mse(model, batch))
-        opt.step()
 
 
 # ---- validation's random numbers

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import CosineAnnealingLR, ExponentialLR, LambdaLR, OneCycleLR, SequentialLR
 
 import hypergrad
-from tests.online.test_tuner import data, float64, mse, sgd, two_layers, validation
+from tests.online.live_loops import data, float64, mse, sgd, two_layers, validation
 
 __all__ = ["float64"]  # the fixture
 MIDDLE = 7

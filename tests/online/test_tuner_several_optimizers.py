@@ -13,17 +13,11 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import ExponentialLR, LambdaLR
 
 import hypergrad
-from tests.online.test_tuner import FD_RTOL, STEPS, as_given, data, float64, groups, mse, two_layers, validation
+from tests.online.live_loops import FD_RTOL, STEPS, as_given, data, float64, groups, mse, slope, two_layers, validation
 
 __all__ = ["float64"]  # the fixture
 Loop = Callable[[nn.Sequential, list[Any], Callable[[Tensor], None], Any], None]
 CLIP = 0.5
-
-
-def slope(f: Callable[[float], float], h: float = 2e-5) -> float:
-    """df/dx at 0: central differences, extrapolated."""
-    a, b = [(f(x) - f(-x)) / (2 * x) for x in (h, h / 2)]
-    return (4 * b - a) / 3
 
 
 def make() -> tuple[nn.Sequential, list[torch.optim.SGD]]:
