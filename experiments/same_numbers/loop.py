@@ -22,6 +22,7 @@ from experiments.same_numbers.record import Recorder, of_tuner, weights
 STEPS, QUICK = 150, 60
 BATCH = 16
 NAN_AT, HUGE_AT = (40, 41, 91, 92, 93), 90  # steps whose batch is NaN, or a hundred million times too large
+SEVENTH = 7  # of steps at which something is otherwise; of calls of the validation loss from the third on
 LOOK_EVERY = 25  # steps between looks at `averaged` and `best`
 
 Scheduler = Callable[[torch.optim.Optimizer, int], Any]
@@ -38,6 +39,9 @@ class Loop:
         accumulate: backward passes a step.
         zeros: gradients are set to zero, not to None.
         bad_batches: NaN and huge inputs at a few steps.
+        bad_validation: the validation loss is NaN at some calls.
+        plain_steps: every seventh step is by `loss.backward()`.
+        changed: every seventh step the gradients are halved and have noise added, of which the tuner is not told.
         groups: a param group for weights, one for biases.
         scheduler: `scheduler(optimizer, steps)`, made before the tuner.
         step: `tuner.step(batch)` in place of the loop.
@@ -56,6 +60,9 @@ class Loop:
     zeros: bool = False
     batch_norm: bool = False
     bad_batches: bool = False
+    bad_validation: bool = False
+    plain_steps: bool = False
+    changed: bool = False
     scaler: bool = False
     second: bool = False
     groups: bool = False
@@ -94,7 +101,7 @@ class Parts:
         self.loop, self.steps = loop, steps
         self.model = net(loop.batch_norm)
         self.params = [*self.model.parameters()]
-        self.train, self.val = rows(), rows(5)
+        self.train, self.val, self.validations = rows(), rows(5), 0
         self.optimizers = self._optimizers()
         self.schedulers = [] if loop.scheduler is None else [loop.scheduler(opt, steps) for opt in self.optimizers]
         self.scaler = torch.amp.GradScaler("cpu") if loop.scaler else None
@@ -118,7 +125,9 @@ class Parts:
         return [make(self.params)]
 
     def _val_loss(self) -> Tensor:
-        return cross_entropy(self.model(self.val[0]), self.val[1])
+        self.validations += 1
+        bad = self.loop.bad_validation and self.validations % SEVENTH == 3
+        return cross_entropy(self.model(self.val[0]), self.val[1]) * (float("nan") if bad else 1.0)
 
     def _loss(self, model: nn.Module, batch: Any, hypers: Any = None) -> Tensor:
         loss = cross_entropy(model(batch[0]), batch[1])
@@ -145,7 +154,12 @@ class Parts:
             optimizer.zero_grad(set_to_none=not self.loop.zeros)
         for _ in range(self.loop.accumulate):
             loss = self._loss(self.model, self._batch(t)) / self.loop.accumulate
-            self.tuner.backward(self.scaler.scale(loss) if self.scaler else loss)
+            backward = Tensor.backward if self.loop.plain_steps and t % SEVENTH == 0 else self.tuner.backward
+            backward(self.scaler.scale(loss) if self.scaler else loss)
+        if self.loop.changed and t % SEVENTH == 0:
+            for p in self.params:
+                assert p.grad is not None
+                p.grad.mul_(0.5).add_(torch.randn_like(p), alpha=1e-3)
         self._clip()
         for optimizer in self.optimizers:
             if self.scaler:

@@ -76,6 +76,13 @@ ROWS: dict[str, Loop] = {
     "cosine": Loop("adamw", total=False, scheduler=cosine),
     "one_cycle": Loop(total=False, scheduler=one_cycle),
     "one_cycle_of_lr_alone": Loop("adam", total=False, scheduler=one_cycle_of_lr_alone),
+    # what goes wrong, and what the tuner is not told
+    "bad_validation": Loop(bad_validation=True),
+    "bad_validation_open": Loop("adamw", total=False, bad_validation=True),
+    "plain_steps": Loop(plain_steps=True),
+    "plain_steps_free": Loop("adamw", total=False, plain_steps=True, tuner={"curvature": "free"}),
+    "changed": Loop(changed=True),
+    "changed_clip": Loop("adam", total=False, changed=True, clip=CLIP),
     # from a file, half-way
     "resume": Loop(resume=True),
     "resume_momentum": Loop(resume=True, tuner={"tune": ALL}),
