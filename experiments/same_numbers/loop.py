@@ -22,7 +22,7 @@ from experiments.same_numbers.record import Recorder, of_tuner, weights
 STEPS, QUICK = 150, 60
 BATCH = 16
 NAN_AT, HUGE_AT = (40, 41, 91, 92, 93), 90  # steps whose batch is NaN, or a hundred million times too large
-SEVENTH = 7  # of steps at which something is otherwise; of calls of the validation loss from the third on
+SEVENTH = 7  # of steps at which something is otherwise
 LOOK_EVERY = 25  # steps between looks at `averaged` and `best`
 
 Scheduler = Callable[[torch.optim.Optimizer, int], Any]
@@ -39,7 +39,7 @@ class Loop:
         accumulate: backward passes a step.
         zeros: gradients are set to zero, not to None.
         bad_batches: NaN and huge inputs at a few steps.
-        bad_validation: the validation loss is NaN at some calls.
+        bad_validation: the validation loss is NaN at ten steps of every thirty.
         plain_steps: every seventh step is by `loss.backward()`.
         changed: every seventh step the gradients are halved and have noise added, of which the tuner is not told.
         groups: a param group for weights, one for biases.
@@ -101,7 +101,7 @@ class Parts:
         self.loop, self.steps = loop, steps
         self.model = net(loop.batch_norm)
         self.params = [*self.model.parameters()]
-        self.train, self.val, self.validations = rows(), rows(5), 0
+        self.train, self.val, self.now = rows(), rows(5), 0
         self.optimizers = self._optimizers()
         self.schedulers = [] if loop.scheduler is None else [loop.scheduler(opt, steps) for opt in self.optimizers]
         self.scaler = torch.amp.GradScaler("cpu") if loop.scaler else None
@@ -125,8 +125,7 @@ class Parts:
         return [make(self.params)]
 
     def _val_loss(self) -> Tensor:
-        self.validations += 1
-        bad = self.loop.bad_validation and self.validations % SEVENTH == 3
+        bad = self.loop.bad_validation and self.now // 10 % 3 == 1
         return cross_entropy(self.model(self.val[0]), self.val[1]) * (float("nan") if bad else 1.0)
 
     def _loss(self, model: nn.Module, batch: Any, hypers: Any = None) -> Tensor:
@@ -147,6 +146,7 @@ class Parts:
 
     def take(self, t: int) -> float:
         """One training step; the loss of its last batch."""
+        self.now = t
         if self.loop.step:
             return self.tuner.step(self._batch(t)).item()
         loss = torch.tensor(0.0)
