@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 
-from hypergrad.search.entries import plain
 from hypergrad.search.extras import need
 from hypergrad.search.objective import Objective, Trial, WrongType, as_number, call, seed_of, seeded, takes_trial
 from hypergrad.search.training import is_run, train
+from hypergrad.search.values import plain
 
 WHAT = "a trainable of Ray Tune"
 FILE = "trial.pt"  # in a checkpoint of Ray: the objective's state, and how far it had come

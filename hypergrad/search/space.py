@@ -6,7 +6,8 @@ from collections.abc import Iterator, Mapping
 from numbers import Real
 from typing import Any
 
-from hypergrad.search.entries import Categorical, Entry, Float, Int, label_of, same
+from hypergrad.search.entries import Categorical, Entry, Float, Int
+from hypergrad.search.values import label_of, same
 
 Values = dict[str, Any]
 

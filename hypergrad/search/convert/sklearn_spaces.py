@@ -10,9 +10,10 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from hypergrad.search.entries import Categorical, Entry, Float, Int, same
+from hypergrad.search.entries import Categorical, Entry, Float, Int
 from hypergrad.search.extras import need
 from hypergrad.search.space import Space, as_entry, as_space
+from hypergrad.search.values import same
 
 Params = dict[str, Any]
 
