@@ -12,9 +12,8 @@ import pytest
 
 from hypergrad.search import optimize
 from hypergrad.search.ray_workers import Cluster
-from tests.search.problems import SPACE, bowl, deadly_bowl, quadratic, reporting_bowl
+from tests.search.problems import SMALL, SPACE, bowl, deadly_bowl, never, quadratic, reporting_bowl
 from tests.search.ray_warnings import QUIET
-from tests.search.test_optimize import SMALL, never
 
 pytest.importorskip("ray", reason="ray is not installed: pip install 'ray[tune]'")
 pytest.importorskip("optuna")

@@ -49,7 +49,7 @@ def _with_children(space: Space, parent: str, choice: Any, hp: Any) -> Any:
 
 
 def _label(name: str, choice: Any, space: Space) -> str:
-    """Hyperopt wants one label for one place."""
+    """The label of an entry below a choice: Hyperopt needs a different one in each branch."""
     values = next(iter((space[name].when or {}).values()))
     return name if len(values) == 1 else f"{name}@{choice}"
 
@@ -58,7 +58,7 @@ def to_hyperopt(space: Space | Mapping[str, Any]) -> dict[str, Any]:
     """name → expression of `hyperopt.hp`, for `fmin`; `flat(point)` in the objective gives the values.
 
     Raises:
-        ValueError: an entry hangs on several others, or on one that is no Categorical.
+        ValueError: an entry depends on several others, or on one that is no Categorical.
     """
     space, hp = as_space(space), need("hyperopt", _WHAT).hp
     for name, entry in space.items():
@@ -117,7 +117,8 @@ def from_hyperopt(expressions: Mapping[str, Any]) -> Space:
     """A space from a dict of expressions: `uniform`, `loguniform`, `quniform`, `randint`, `uniformint` and `choice`, nested too.
 
     Raises:
-        ValueError: another distribution (normal, pchoice, …): those have no bounds, or weights that a space does not know.
+        ValueError: another distribution (normal, pchoice, …): these have no bounds, or weights, which a space cannot
+            express.
     """
     need("hyperopt", _WHAT)
     entries: dict[str, Any] = {}

@@ -1,7 +1,7 @@
 """Optuna: distributions, and the values of its trials.
 
 Optuna has no logit scale: a logit entry `name` is searched as its logit, a linear entry called "logit(name)". Choices that are no
-plain values go by names, "0: Adam".
+plain values are stored by names, such as "0: Adam".
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ def to_optuna(space: Space | Mapping[str, Any]) -> dict[str, Any]:
     space = as_space(space)
     if space.conditional:
         raise ValueError(
-            "Optuna's distributions know no conditions: call hypergrad.search.suggest(space, trial) inside the objective."
+            "Optuna's distributions cannot be conditional: call hypergrad.search.suggest(space, trial) inside the objective."
         )
     return {key(name, entry): distribution(entry) for name, entry in space.items()}
 

@@ -19,7 +19,7 @@ Params = dict[str, Any]
 
 
 class Mapped:
-    """A distribution that scipy has not: `f` of one that it has. scikit-learn asks of a distribution for `rvs` alone."""
+    """A distribution that scipy does not have: uniform in an entry's scale. scikit-learn needs its `rvs` alone."""
 
     def __init__(self, entry: Float | Int):
         self.entry, self.unit = entry, need("scipy.stats", "a random draw").uniform()
