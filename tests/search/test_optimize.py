@@ -164,6 +164,7 @@ def test_a_descent_that_begins_in_chaos_comes_back() -> None:
 STORED = ["grid", "random", "tpe", "gp", "cma", "hyperband", "hyperopt"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strategy", STORED)
 def test_a_resumed_study_is_the_uninterrupted_one(strategy: str, tmp_path: Path) -> None:
     needs(strategy)
@@ -218,6 +219,7 @@ def test_a_storage_is_held_by_one_call_at_a_time(tmp_path: Path) -> None:
     assert quiet(nested, SPACE, "random", 2, storage=storage).best_value == 0.0
 
 
+@pytest.mark.slow
 def test_processes_and_threads_do_all_trials_once(tmp_path: Path) -> None:
     alone = quiet(bowl, SPACE, "random", 12)
     for workers, storage in (("processes", tmp_path / "s.journal"), ("threads", None), ("processes", None)):
@@ -544,6 +546,7 @@ for gone, strategy in (("optuna", "tpe"), ("cmaes", "cma"), ("sklearn", "random"
 """
 
 
+@pytest.mark.slow
 def test_the_search_imports_no_extra_and_names_a_missing_one_with_its_pip_line() -> None:
     done = subprocess.run([sys.executable, "-c", IN_A_FRESH_PROCESS], check=True, capture_output=True, text=True)
     brought, optuna, cmaes, sklearn = done.stdout.splitlines()

@@ -27,6 +27,7 @@ SPACE = {"lr": Float(1e-3, 1.0, "log")}
 pbt = partial(optimize, strategy="pbt", backend="ray", n_jobs=2, progress=False)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("cluster")
 def test_a_population_trains_and_its_worst_take_over_from_its_best(tmp_path: Path) -> None:
     storage = tmp_path / "s.journal"
@@ -66,12 +67,14 @@ def test_values_that_were_taken_over_at_the_last_report_are_no_result() -> None:
     assert member.future.result() is outcome and len(member.path) == 1 and outcome.cost.epochs == 1.0
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("cluster")
 def test_an_objective_that_keeps_nothing_is_told_what_to_call(tmp_path: Path) -> None:
     with pytest.raises(TypeError, match=r"trial\.checkpoint\(state\)"):
         pbt(keeps_nothing, SPACE, budget=2, storage=tmp_path / "s.journal")
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("cluster")
 def test_ray_tune_stops_and_goes_on_with_our_objective_and_its_tuner(tmp_path: Path) -> None:
     """ASHA over a trainable whose checkpoints hold a `hypergrad.Tuner`."""
