@@ -32,11 +32,11 @@ import torch
 from experiments import results
 from experiments.arguments import arg, command, parse
 from hypergrad.search import Float, Trial, optimize
-from hypergrad.search.ray_workers import ByClerk, Clerk, Cluster, connected
+from hypergrad.search.ray_workers import Cluster, RemoteReports, ReportActor, connected
+from hypergrad.search.records import Record
 from hypergrad.search.space import Space
-from hypergrad.search.storage import open_storage, open_study, quiet
+from hypergrad.search.storage import open_storage, open_study, quiet_optuna
 from hypergrad.search.strategies import make
-from hypergrad.search.study import Record
 
 Row = dict[str, Any]
 SPACE = {"lr": Float(1e-3, 0.3, "log"), "weight_decay": Float(1e-6, 1e-1, "log")}
@@ -186,17 +186,17 @@ def clerk_row(workers: int, seconds: float) -> Row:
     import ray
 
     def reports(clerk: Any, trial_id: int, seconds: float) -> int:
-        n, until, to = 0, time.perf_counter() + seconds, ByClerk(clerk, trial_id)
+        n, until, to = 0, time.perf_counter() + seconds, RemoteReports(clerk, trial_id)
         while time.perf_counter() < until:
             n += 1
             to.report(0.5, n)
         return n
 
-    with tempfile.TemporaryDirectory() as folder, connected(workers, Cluster()), quiet():
+    with tempfile.TemporaryDirectory() as folder, connected(workers, Cluster()), quiet_optuna():
         path = str(Path(folder) / "j")
         study = open_study(open_storage(path), {}, NO_PRUNER.pruner())
         trials = [study.ask()._trial_id for _ in range(workers)]
-        clerk, remote = ray.remote(num_cpus=0)(Clerk).remote(path, NO_PRUNER), ray.remote(reports)
+        clerk, remote = ray.remote(num_cpus=0)(ReportActor).remote(path, NO_PRUNER), ray.remote(reports)
         ray.get([remote.remote(clerk, trial, 0.2) for trial in trials])  # workers are started
         total = sum(ray.get([remote.remote(clerk, study.ask()._trial_id, seconds) for _ in trials]))
     return {"kind": "reports", "run": f"{workers} workers", "writers": workers, "per_second": total / seconds}

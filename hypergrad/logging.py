@@ -1,4 +1,4 @@
-"""What a run leaves behind: TensorBoard events and the same numbers as JSON lines, in one folder."""
+"""The log of a run: TensorBoard events and the same numbers as JSON lines, in one folder; and warnings."""
 
 from __future__ import annotations
 
@@ -39,9 +39,9 @@ class Recorder:
         self.step = 0
 
     def begin(self, values: Mapping[str, float]) -> None:
-        """Note what the tuned values, hyper/…, start from: at step 0, and as a level line beside what they become.
+        """Record the values, hyper/…, from which tuning starts: at step 0, and as a horizontal line in each chart.
 
-        The line is there because TensorBoard leaves outliers, such as a start, out of a chart's range.
+        The line is needed because TensorBoard leaves outliers, such as a start, out of a chart's range.
         """
         self.scalars(0, values)
         self.starts = {f"start/{name.removeprefix('hyper/')}": values[name] for name in charted(values)}
@@ -58,7 +58,7 @@ class Recorder:
         self.step = step
 
     def text(self, step: int, message: str) -> None:
-        """A sentence in TensorBoard's Text tab, and in the JSON lines."""
+        """Write a sentence to TensorBoard's Text tab and to the JSON lines."""
         self.writer.add_text("notes", message, step)
         self._line({"step": step, "note": message})
 
@@ -72,14 +72,19 @@ class Recorder:
         self.closed = True
         metrics = {tag: value for tag, value in self.last.items() if tag.startswith("loss/")}
         if metrics:
-            # run_name=".": the default would make a second run beside this one; global_step: the metrics are charts that
-            # exist, and get their last point once more
+            # run_name=".": the default would make a second run beside this one. global_step: the metrics are charts that exist
+            # already, and their last point is written once more.
             self.writer.add_hparams(self.hparams, metrics, run_name=".", global_step=self.step)
         self.writer.close()
 
 
 def short(labels: Sequence[str]) -> list[str]:
-    """lr/0 is lr where there is no lr/1."""
+    """Labels without the number of the param group where there is only one group: lr/0 becomes lr.
+
+    Example:
+        >>> short(["lr/0", "weight_decay/0", "weight_decay/1"])
+        ['lr', 'weight_decay/0', 'weight_decay/1']
+    """
     names = [label.split("/")[0] for label in labels]
     return [name if label == f"{name}/0" and names.count(name) == 1 else label for name, label in zip(names, labels)]
 
@@ -124,11 +129,17 @@ def layout(tags: Iterable[str]) -> dict[str, dict[str, list[Any]]]:
 
 
 class Journal:
-    """What a tuner has to say: scalars for the recorder, if there is one, and sentences that are also warnings."""
+    """The log and the warnings of one tuner.
+
+    Scalars and sentences go to a `Recorder` where there is a log_dir; sentences are also Python warnings.
+
+    Args:
+        log_dir, hparams: as of `Recorder`; without a log_dir there are only warnings.
+    """
 
     def __init__(self, log_dir: str | Path | None, hparams: Mapping[str, Any]):
         self.recorder = None if log_dir is None else Recorder(log_dir, hparams)
-        self.said: set[str] = set()
+        self.noted: set[str] = set()
         self.step, self.clock = 0, time.perf_counter()
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
@@ -145,8 +156,8 @@ class Journal:
             warnings.warn(message, stacklevel=4)
 
     def note_once(self, step: int, message: str, warn: bool = True) -> None:
-        if message not in self.said:
-            self.said.add(message)
+        if message not in self.noted:
+            self.noted.add(message)
             self.note(step, message, warn)
 
     def close(self) -> None:

@@ -1,8 +1,28 @@
 #!/usr/bin/env bash
-# Lint, types, tests. Arguments go to pytest: bash scripts/test.sh tests/experiments -k digits
+# Lint, types and tests.
+#   bash scripts/test.sh                   ruff, pyright, the examples in docstrings and the fast tests: 4 minutes on 2 cores
+#   bash scripts/test.sh --all             the same with the tests marked slow: 40 minutes on 2 cores; what .ci/run calls
+#   bash scripts/test.sh --release         before a release, by hand: scripts/release.py, which writes experiments/results/release.json
+#   bash scripts/test.sh tests/search -k x any other arguments go to pytest, which runs what they select in one process
 set -euo pipefail
 source "$(dirname "$0")/setup.sh"
 export OMP_NUM_THREADS=1
+if [ "${1:-}" = --release ]; then
+    exec python scripts/release.py "${@:2}"
+fi
 ruff check .
-pyright
-python -m pytest -q "$@"
+if [ $# -gt 0 ] && [ "$1" != --all ]; then
+    pyright
+    exec python -m pytest -q "$@"
+fi
+pyright & # on one core, beside the examples on the other
+types=$!
+examples=0
+python -m pytest -q --durations=0 --durations-min=5 --doctest-modules --doctest-ignore-import-errors hypergrad || examples=$?
+wait "$types"
+[ "$examples" -eq 0 ]
+# loadgroup: tests of one group (those that start Ray, see tests/conftest.py) run one after the other
+if [ "${1:-}" = --all ]; then
+    exec python -m pytest -q -n 2 --dist loadgroup "${@:2}"
+fi
+exec python -m pytest -q -n 2 --dist loadgroup -m "not slow"

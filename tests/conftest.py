@@ -1,4 +1,7 @@
-"""Settings of every test: one thread, seeded. Cases run on the device in HYPERGRAD_DEVICE (default cpu; see problems.py)."""
+"""Settings of every test: one thread, seeded. Cases run on the device in HYPERGRAD_DEVICE (default cpu; see problems.py).
+
+Tests that start Ray share one process under `pytest -n 2 --dist loadgroup`: a machine has one Ray at a time.
+"""
 
 import os
 from collections.abc import Iterator
@@ -9,6 +12,12 @@ import torch
 torch.set_num_threads(1)
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # on a GPU, a replayed step is to be the recorded one
 torch.backends.cudnn.deterministic = True
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.path.name.startswith("test_ray"):
+            item.add_marker(pytest.mark.xdist_group("ray"))
 
 
 @pytest.fixture(autouse=True)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from hypergrad.search.ask_and_tell import optimize
 from hypergrad.search.budget import Budget
 from hypergrad.search.convert import (
     from_hyperopt,
@@ -30,6 +29,7 @@ from hypergrad.search.gradient_steps import enqueue_hypergradient_step, hypergra
 from hypergrad.search.objective import Pruned, Trial
 from hypergrad.search.ranges import suggest_space
 from hypergrad.search.ray_tune import ray_trainable
+from hypergrad.search.run_study import optimize
 from hypergrad.search.space import Space
 from hypergrad.search.strategies import STRATEGIES
 from hypergrad.search.study import NoTrialCompleted, Study, Verification
@@ -79,3 +79,7 @@ def __getattr__(name: str) -> Any:
     from hypergrad.search.sklearn import HypergradSearchCV
 
     return HypergradSearchCV
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "HypergradSearchCV"]

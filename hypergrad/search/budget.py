@@ -10,7 +10,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Cost:
-    """What a trial, or all of them, took."""
+    """The cost of a trial, or of several."""
 
     trials: int = 0
     epochs: float = 0.0
@@ -29,7 +29,7 @@ class Cost:
 class Budget:
     """An upper limit on one or several of the things that trials cost. The first that is reached ends the study.
 
-    No trial begins once a limit is reached; one that has begun goes on to its end, unless it looks at `trial.exhausted`.
+    No trial begins once a limit is reached; one that has begun goes on to its end, unless the objective checks `trial.exhausted`.
     Trials of earlier calls that the storage holds count.
 
     Args:
@@ -37,7 +37,7 @@ class Budget:
         epochs: steps that trials report, `trial.report(value, step)`.
         gradient_evaluations: forward and backward passes of a batch; a Hessian-vector product counts as two. Counted where the
             objective returns a `Run`, or calls `trial.count(n)`.
-        seconds: of the clock, while a call of `optimize` runs.
+        seconds: of wall time, while a call of `optimize` runs.
 
     Raises:
         ValueError: no limit, or one that is not above 0.

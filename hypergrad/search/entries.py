@@ -1,11 +1,4 @@
-"""Entries of a space: numbers between bounds, and choices.
-
-A number x has a coordinate u between 0 and 1, by its scale,
-
-    u = (φ(x) − φ(low)) / (φ(high) − φ(low)),      φ(x) = x (linear), log x (log), log(x/(1 − x)) (logit)
-
-in which grids are even, random draws are uniform, and hypergradients step.
-"""
+"""Entries of a space: numbers between bounds, on a scale (`scales`), and choices."""
 
 from __future__ import annotations
 
@@ -15,27 +8,11 @@ from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import Any
 
-SCALES = ("linear", "log", "logit")
+from hypergrad.search.scales import SCALES, from_scale, to_scale
+from hypergrad.search.values import label_of, plain, same
+
 LARGEST_GRID = 10**6  # points
 When = Mapping[str, Any]
-
-
-def phi(x: float, scale: str) -> float:
-    match scale:
-        case "log":
-            return math.log(x)
-        case "logit":
-            return math.log(x) - math.log1p(-x)
-    return x
-
-
-def phi_inverse(phi: float, scale: str) -> float:
-    match scale:
-        case "log":
-            return math.exp(phi)
-        case "logit":
-            return 1 / (1 + math.exp(-phi)) if phi > -700 else math.exp(phi)
-    return phi
 
 
 class _Number:
@@ -80,14 +57,14 @@ class _Number:
 
     def to_unit(self, x: float) -> float:
         """The coordinate u of a value."""
-        low, high = phi(self.low, self.scale), phi(self.high, self.scale)
-        return (phi(x, self.scale) - low) / (high - low)
+        low, high = to_scale(self.low, self.scale), to_scale(self.high, self.scale)
+        return (to_scale(x, self.scale) - low) / (high - low)
 
     def _from_unit(self, u: float) -> float:
         if not 0 < u < 1:
             return self.low if u <= 0 else self.high
-        low, high = phi(self.low, self.scale), phi(self.high, self.scale)
-        return min(max(phi_inverse(low + u * (high - low), self.scale), self.low), self.high)
+        low, high = to_scale(self.low, self.scale), to_scale(self.high, self.scale)
+        return min(max(from_scale(low + u * (high - low), self.scale), self.low), self.high)
 
     def __contains__(self, x: Any) -> bool:
         return isinstance(x, Real) and not isinstance(x, bool) and self.low <= x <= self.high
@@ -99,7 +76,7 @@ class Float(_Number):
 
     Args:
         low, high: bounds, both included.
-        scale: "linear", "log" or "logit"; see the module's docstring.
+        scale: "linear", "log" or "logit", log(x/(1 − x)).
         step: of a grid from low; linear only. None: any number.
         points: of a grid even in the scale, for strategy="grid".
         start: where hypergradients begin; None: the middle of the scale.
@@ -145,7 +122,7 @@ class Float(_Number):
 
     def slope(self, x: float) -> float:
         """dx/du at a value."""
-        width = phi(self.high, self.scale) - phi(self.low, self.scale)
+        width = to_scale(self.high, self.scale) - to_scale(self.low, self.scale)
         return width * {"linear": 1.0, "log": x, "logit": x * (1 - x)}[self.scale]
 
     def grid(self) -> list[float]:
@@ -262,25 +239,6 @@ def labels(entry: Categorical) -> list[Any]:
     if simple and not any(a == b for i, a in enumerate(entry.choices) for b in entry.choices[:i]):
         return list(entry.choices)
     return [f"{i}: {label_of(choice)}" for i, choice in enumerate(entry.choices)]
-
-
-def same(a: Any, b: Any) -> bool:
-    """Equal and of one kind: True is not 1."""
-    if isinstance(a, bool) != isinstance(b, bool):
-        return False
-    equal = a is b or a == b
-    return bool(equal) if isinstance(equal, (bool, int)) else bool(getattr(equal, "all", lambda: False)())
-
-
-def plain(x: Any) -> Any:
-    """numpy's scalars as Python's."""
-    return x.item() if type(x).__module__ == "numpy" and getattr(x, "ndim", 1) == 0 else x
-
-
-def label_of(choice: Any) -> str:
-    if isinstance(choice, (bool, int, float, str, tuple, list, dict, type(None))):
-        return repr(choice)
-    return getattr(choice, "__qualname__", type(choice).__qualname__)
 
 
 def _conditions(when: Any) -> dict[str, tuple[Any, ...]] | None:

@@ -52,7 +52,7 @@ class _Minimised:
         trial = Trial(self.calls, values, seed_of(self.seed, self.calls))
         self.calls += 1
         outcome = evaluate(partial(result_of, self.objective), trial)
-        said = {"params": values, "notes": outcome.notes, "cost": vars(outcome.cost)}
+        details = {"params": values, "notes": outcome.notes, "cost": vars(outcome.cost)}
         if outcome.state == "complete":
-            return {"loss": outcome.value, "status": "ok"} | said
-        return {"status": "fail", "error": outcome.error or "the objective raised Pruned"} | said
+            return {"loss": outcome.value, "status": "ok"} | details
+        return {"status": "fail", "error": outcome.error or "the objective raised Pruned"} | details

@@ -23,7 +23,7 @@ GRADIENT, FROM = "hypergradient", "hypergradient step from trial"  # user attrib
 
 
 def note_hypergradient(trial: Any, gradients: Mapping[str, Any]) -> None:
-    """Keep dL/dvalue as a user attribute of an Optuna trial, for `enqueue_hypergradient_step`.
+    """Store dL/dvalue as a user attribute of an Optuna trial, for `enqueue_hypergradient_step`.
 
     Args:
         trial: of Optuna, inside its objective.
@@ -60,7 +60,7 @@ def hypergradient_step(study: Any, space: Space | Mapping[str, Any], step_size: 
 def enqueue_hypergradient_step(study: Any, space: Space | Mapping[str, Any], step_size: float = 0.1) -> bool:
     """Let the next trial of an Optuna study be a hypergradient step from its best one.
 
-    Samplers, pruners and other enqueued trials go on beside it; call it before `study.optimize`, or from a callback.
+    Samplers, pruners and other enqueued trials work as before; call it before `study.optimize`, or from a callback.
 
     Args:
         study, space, step_size: as `hypergradient_step` has them.

@@ -1,6 +1,6 @@
-"""What is minimised: an objective, and the trial it may speak to.
+"""What is minimised: an objective, and the trial to which it may report.
 
-An objective is a function `f(params)`, or `f(params, trial)` where it has something to say while it runs. It returns the
+An objective is a function `f(params)`, or `f(params, trial)` where it reports while it runs. It returns the
 validation loss, or the training run that leads to it, a `Run`. A run can be trained with the values it was built with, which is
 all that samplers need; and it can be differentiated, which is what strategies "hypergradient" and "hybrid" need.
 """
@@ -15,7 +15,7 @@ import random
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from numbers import Real
 from typing import Any
@@ -34,26 +34,33 @@ class Pruned(Exception):
 
 
 class Trial:
-    """What an objective with a second argument is given.
+    """The second argument of an objective: the values to try, and where to report losses and costs.
 
     Attributes:
         number: of the trial, from 0.
         params: the values it is to try, a dict.
-        decay: whether a run is trained with lr times a linear decay to zero, as that was from which these values were learned.
+        decay: whether a `Run` is trained with lr times a linear decay to zero, because its values were learned in such a run.
         seed: a number of its own, the same in every run of the same study. The global generators of random, numpy and torch are
             seeded with it while the trial runs (where trials do not run in threads).
     """
 
-    def __init__(self, number: int, params: dict[str, Any], seed: int, asked: Any = None, left: Left | None = None):
+    def __init__(
+        self,
+        number: int,
+        params: dict[str, Any],
+        seed: int,
+        reports: Any = None,
+        remaining: RemainingBudget | None = None,
+    ):
         self.number, self.params, self.seed, self.decay = number, dict(params), seed, False
         self.notes: dict[str, Any] = {}
         self.curve: list[tuple[int, float]] = []
-        self.asked, self._left = asked, left or Left()
+        self.reports, self._remaining = reports, remaining or RemainingBudget()
         self._epochs = self._gradients = 0.0
         self.began = time.perf_counter()
 
     def report(self, value: Any, step: int | None = None) -> None:
-        """Say how well training goes.
+        """Report the validation loss during training.
 
         Args:
             value: the validation loss so far.
@@ -65,24 +72,25 @@ class Trial:
             raise ValueError(
                 f"trial.report: steps count up from 1, got {step} after {[s for s, _ in self.curve[-1:]]}."
             )
-        self.look(value, step)
+        self.record(value, step)
         self._epochs = float(step)
 
-    def look(self, value: Any, step: int) -> None:
-        """As `report`, but nothing that a budget counts."""
+    def record(self, value: Any, step: int) -> None:
+        """As `report`, except that a budget in epochs does not count the step."""
         number = as_number(value, "trial.report was given")
         self.curve.append((step, number))
-        if self.asked is not None:
-            self.asked.report(number, step)
+        if self.reports is not None:
+            self.reports.report(number, step)
 
     def should_prune(self) -> bool:
-        """Whether the strategy gives this trial up: raise `Pruned()` then."""
-        return self.asked is not None and bool(self.curve) and self.asked.should_prune()
+        """Whether the strategy ends this trial early: raise `Pruned()` then."""
+        return self.reports is not None and bool(self.curve) and self.reports.should_prune()
 
     def checkpoint(self, state: Any) -> None:
-        """Hand over what training needs to go on from here; call it before `report`.
+        """Save the state from which training can go on; call it before `report`.
 
-        Strategy "pbt" and `ray_trainable` keep it and give it to `restore`, perhaps of another trial; for others it is nothing.
+        Strategy "pbt" and `ray_trainable` keep it, and `restore` returns it, perhaps in another trial. Other strategies ignore
+        it.
 
         Args:
             state: what torch.save writes, such as {"model": model.state_dict(), "optimizer": …, "tuner": tuner.state_dict(),
@@ -90,11 +98,11 @@ class Trial:
         """
 
     def restore(self) -> Any:
-        """The state that this trial goes on from; None: it begins anew. Values in `params` go before those in the state."""
+        """The state from which this trial goes on; None: it begins anew. Hyperparameters come from `params`, not from it."""
         return None
 
     def count(self, gradient_evaluations: float) -> None:
-        """Add to what a budget in gradient evaluations counts."""
+        """Add gradient evaluations, which a budget may limit."""
         self._gradients += gradient_evaluations
 
     def note(self, name: str, value: Any) -> None:
@@ -110,7 +118,7 @@ class Trial:
     @property
     def exhausted(self) -> bool:
         """Whether the study's budget (not counting trials) has run out while this trial runs."""
-        return self._left.reached(self.cost)
+        return self._remaining.reached(self.cost)
 
     @property
     def cost(self) -> Cost:
@@ -118,7 +126,7 @@ class Trial:
 
 
 class Reports:
-    """An Optuna trial that reports go to: each step once, as a trial that was cut off and is run again has some already."""
+    """Passes reports on to an Optuna trial, each step once: a trial that was cut off and is run again has some already."""
 
     def __init__(self, trial: Any):
         self.trial = trial
@@ -132,8 +140,8 @@ class Reports:
 
 
 @dataclass(frozen=True)
-class Left:
-    """What was left of a budget when a trial began."""
+class RemainingBudget:
+    """A budget, and what of it was spent when a trial began."""
 
     budget: Budget | None = None
     spent: Cost = field(default_factory=Cost)
@@ -157,15 +165,15 @@ class Outcome:
 
 
 def evaluate(run: Callable[[Trial], float], trial: Trial, isolated: bool = True) -> Outcome:
-    """Run a trial to its end, whatever that is; Ctrl-C and what is wrong with the objective itself go through.
+    """Run a trial; what it raises becomes part of its outcome, except Ctrl-C and `WrongType`.
 
     Args:
         run: gives the validation loss.
-        isolated: seed the global generators for the trial's time, and put them back.
+        isolated: seed the global random number generators while the trial runs, and restore them afterwards.
     """
     state, value, error = "complete", None, None
     trial.began = time.perf_counter()
-    with seeded(trial.seed) if isolated else _nothing():
+    with seeded(trial.seed) if isolated else nullcontext():
         try:
             value = as_number(run(trial), "the objective returned")
         except WrongType:
@@ -181,7 +189,7 @@ def evaluate(run: Callable[[Trial], float], trial: Trial, isolated: bool = True)
 
 
 class WrongType(TypeError):
-    """The objective is not one: this ends the study, at its first trial."""
+    """The objective returned or reported something that is no loss: this ends the study, at its first trial."""
 
 
 def as_number(value: Any, who: str) -> float:
@@ -237,14 +245,14 @@ def takes_trial(objective: Objective) -> bool:
     return len(required) == 2 or (len(positional) > 1 and positional[1].name == "trial")
 
 
-def call(objective: Objective, trial: Trial) -> Any:
+def call_objective(objective: Objective, trial: Trial) -> Any:
     """What an objective returns for a trial's values."""
     params = dict(trial.params)
     return objective(params, trial) if takes_trial(objective) else objective(params)
 
 
 def name_of(objective: Objective) -> str:
-    """The name that a stored study knows its objective by."""
+    """The name by which a stored study recognises its objective."""
     while isinstance(objective, functools.partial):
         objective = objective.func
     return getattr(objective, "__qualname__", type(objective).__qualname__)
@@ -252,7 +260,7 @@ def name_of(objective: Objective) -> str:
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Seed the global generators of random, numpy and torch, and put them back as they were."""
+    """Within this context the global generators of random, numpy and torch are seeded; afterwards they are as before."""
     python, numpy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() and torch.cuda.is_initialized() else None
     random.seed(seed)
@@ -266,11 +274,6 @@ def seeded(seed: int) -> Iterator[None]:
         torch.set_rng_state(cpu)
         if cuda is not None:
             torch.cuda.set_rng_state_all(cuda)
-
-
-@contextmanager
-def _nothing() -> Iterator[None]:
-    yield
 
 
 def seed_of(study: int, number: int) -> int:

@@ -6,30 +6,35 @@ import itertools
 import math
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from hypergrad.search.extras import need
-
-if TYPE_CHECKING:
-    from hypergrad.search.study import Record, Study
+from hypergrad.search.records import Record
 
 DOTS, LINE, GREY = "#9ab3c9", "#1f5f99", "#666666"
 
 
-def plot(study: Study, folder: Path) -> dict[str, Path]:
-    """Write the pictures that the study has trials enough for; name → file."""
+def plot(trials: list[Record], study: Any, folder: Path) -> dict[str, Path]:
+    """Write the pictures for which there are enough trials.
+
+    Args:
+        trials: of the study.
+        study: of Optuna, with the same trials.
+        folder: made if needed.
+
+    Returns:
+        name → file.
+    """
     need("matplotlib", "Study.plot")
     folder.mkdir(parents=True, exist_ok=True)
     done = [
-        each
-        for each in study.trials
-        if each.state == "complete" and each.value is not None and math.isfinite(each.value)
+        each for each in trials if each.state == "complete" and each.value is not None and math.isfinite(each.value)
     ]
     made: dict[str, Path] = {}
     if done:
         made["history"] = _progress(done, [each.number for each in done], "trial", folder / "history.png")
         unit = "gradient_evaluations" if any(each.cost.gradient_evaluations for each in done) else "seconds"
-        spent = {each.number: total for each, total in zip(study.trials, _running(study.trials, unit))}
+        spent = {each.number: total for each, total in zip(trials, _running(trials, unit))}
         label = unit.replace("_", " ") + ", all trials so far"
         made["cost"] = _progress(done, [spent[each.number] for each in done], label, folder / "cost.png")
     weights = importances(study) if len(done) > 1 else {}
@@ -38,14 +43,18 @@ def plot(study: Study, folder: Path) -> dict[str, Path]:
     return made
 
 
-def importances(study: Study) -> dict[str, float]:
-    """name → its share of the variance of the validation loss (fANOVA, by Optuna); of entries that every trial has."""
+def importances(study: Any) -> dict[str, float]:
+    """name → its share of the variance of the validation loss (fANOVA, by Optuna); of entries that every trial has.
+
+    Args:
+        study: of Optuna.
+    """
     optuna = need("optuna", "importances")
     evaluator = optuna.importance.FanovaImportanceEvaluator(seed=0)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of entries with a single value
         try:
-            return optuna.importance.get_param_importances(study.optuna, evaluator=evaluator)
+            return optuna.importance.get_param_importances(study, evaluator=evaluator)
         except (ValueError, RuntimeError):  # all values equal, or no entry that all trials have
             return {}
 
@@ -55,7 +64,7 @@ def _running(trials: list[Record], unit: str) -> list[float]:
 
 
 def _axes(width: float = 6.0, height: float = 3.6) -> tuple[Any, Any]:
-    from matplotlib.figure import Figure  # no pyplot: no window, no state
+    from matplotlib.figure import Figure  # not pyplot, which opens windows and keeps state
 
     figure = Figure(figsize=(width, height), layout="constrained")
     axes = figure.subplots()
@@ -64,7 +73,7 @@ def _axes(width: float = 6.0, height: float = 3.6) -> tuple[Any, Any]:
 
 
 def _progress(done: list[Record], x: list[float], label: str, path: Path) -> Path:
-    """Every trial a dot, the best so far a line."""
+    """A dot for each trial, and a line for the best value so far."""
     figure, axes = _axes()
     values = [each.value for each in done if each.value is not None]
     axes.scatter(x, values, s=14, color=DOTS, label="a trial")

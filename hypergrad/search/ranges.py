@@ -45,24 +45,24 @@ from hypergrad.optimizers.transition import Transition
 from hypergrad.search.entries import Float
 from hypergrad.search.space import Space
 
-PAIRS = 8  # of batches that are looked at
+PAIRS = 8  # of batches that are measured
 SPAN, HEADROOM = 1e3, 4.0
 RARELY, OFTEN = 1e-4, 1.0
 SIZING = WeightDecaySizing()
 WIDER = 3.0  # than its least to its most: the lr that is found need not be η*
-SETTLED, LONGEST = 1e-3, 500  # relative change of ‖d‖ from step to step; steps at most
+STEADY, LONGEST = 1e-3, 500  # relative change of ‖d‖ from step to step at which it is constant; steps at most
 NARROWEST = 30.0  # a range's ends are at least this factor apart
 
 
-class Look(NamedTuple):
-    """What the pairs of batches show: S, A, B, ‖g‖, ‖θ‖, and ‖d‖ on a steady gradient over that of the first step."""
+class Measurement(NamedTuple):
+    """What a pair of batches shows: S, A, B, ‖g‖, ‖θ‖, and ‖d‖ on a steady gradient over that of the first step."""
 
     own: float
     fresh: float
     curvature: float
     gradient: float
     weights: float
-    settled: float
+    growth: float
 
 
 def suggest_space(
@@ -76,7 +76,7 @@ def suggest_space(
 
     Args:
         model, optimizer, loss: as of `hypergrad.hypergradient`; left as they were found.
-        batches: a loader, or a list of batches; the first 9 are looked at.
+        batches: a loader, or a list of batches; the first 9 are used.
         steps: T, of the runs to be searched; None: ten times through `batches`.
 
     Returns:
@@ -105,26 +105,25 @@ def suggest_space(
         items = list(itertools.islice(iter(source), PAIRS + 1))
         if len(items) < 2:
             raise ValueError(f"batches has {len(items)}: at least 2 are needed, to tell signal from noise.")
-        look = _mean([_look(model, optimizers, loss, i, j) for i, j in itertools.pairwise(items)])
-    if not (all(map(math.isfinite, look)) and look.own > 0 and look.curvature > 0):
+        found = _mean([_measure(model, optimizers, loss, i, j) for i, j in itertools.pairwise(items)])
+    if not (all(map(math.isfinite, found)) and found.own > 0 and found.curvature > 0):
         raise ValueError(
-            f"no ranges can be read from these batches: slope {look.own:.3g}, curvature {look.curvature:.3g} along the "
+            f"no ranges can be read from these batches: slope {found.own:.3g}, curvature {found.curvature:.3g} along the "
             "optimizer's step. Is the model at a minimum, or the loss not finite?"
         )
     T = steps or 10 * len(source)  # type: ignore[arg-type]
     momentum = largest_momentum(transition.values(), transition.rules)
-    unit = 1 / look.settled
-    best = (
-        unit * max(look.fresh, look.own / len(items)) / look.curvature
-    )  # so few batches show no smaller signal than that
-    edge = unit * 2 * (1 + momentum) * look.own / look.curvature
-    low = max(unit * look.own / look.curvature / T, best / SPAN) * (1 - momentum)
+    unit = 1 / found.growth
+    signal = max(found.fresh, found.own / len(items))  # so few batches show no smaller signal than that
+    best = unit * signal / found.curvature
+    edge = unit * 2 * (1 + momentum) * found.own / found.curvature
+    low = max(unit * found.own / found.curvature / T, best / SPAN) * (1 - momentum)
     lr = _range(low, HEADROOM * edge, best * (1 - momentum))
     decay = transition.values().get("weight_decay", [])
     if all(w is None for w in decay):
         return Space({"lr": lr})
     if any(rule.second_moment_of_decay for rule in transition.rules):
-        size = look.gradient / look.weights if look.weights else 1.0
+        size = found.gradient / found.weights if found.weights else 1.0
         return Space({"lr": lr, "weight_decay": _range(RARELY * size, OFTEN * size, 1e-2 * size)})
     rate = best * T  # η* T: D for w = 1
     return Space(
@@ -141,29 +140,29 @@ def _range(low: float, high: float, start: float) -> Float:
     return Float(low, high, "log", start=min(max(start, low), high))
 
 
-def _mean(looks: list[Look]) -> Look:
-    return Look(*(sum(column) / len(looks) for column in zip(*looks)))
+def _mean(measurements: list[Measurement]) -> Measurement:
+    return Measurement(*(sum(column) / len(measurements) for column in zip(*measurements)))
 
 
-def _look(
+def _measure(
     model: torch.nn.Module, optimizers: list[torch.optim.Optimizer], loss: Callable[..., Tensor], i: Any, j: Any
-) -> Look:
+) -> Measurement:
     """One pair of batches; the caller puts buffers, gradients and random numbers back."""
     params = [p for opt in optimizers for group in opt.param_groups for p in group["params"] if p.requires_grad]
     g = torch.autograd.grad(loss(model, i), params, allow_unused=True)
     for p, x in zip(params, g):
         p.grad = x
-    d, settled = _direction(params, optimizers)
+    d, growth = _direction(params, optimizers)
     fresh = torch.autograd.grad(loss(model, j), params, create_graph=True, allow_unused=True)
     slope = sum(((x * y).sum() for x, y in zip(fresh, d) if x is not None), torch.zeros(()))
     product = torch.autograd.grad(slope, params, allow_unused=True) if slope.requires_grad else [None] * len(params)
-    return Look(
+    return Measurement(
         _dot(g, d),
         float(slope.detach()),
         abs(_dot(product, d)),
         _dot(g, g) ** 0.5,
         _dot(params, params) ** 0.5,
-        settled,
+        growth,
     )
 
 
@@ -181,7 +180,7 @@ def _direction(params: list[Tensor], optimizers: list[torch.optim.Optimizer]) ->
     for d in itertools.islice(_steps(params, optimizers, larger), LONGEST):
         first = d if not lengths else first
         lengths.append(_dot(d, d) ** 0.5)
-        if len(lengths) > 1 and not abs(lengths[-1] - lengths[-2]) > SETTLED * lengths[-1]:
+        if len(lengths) > 1 and not abs(lengths[-1] - lengths[-2]) > STEADY * lengths[-1]:
             break
     return first, lengths[-1] / lengths[0] if lengths[0] > 0 else 1.0
 
@@ -199,7 +198,7 @@ def _steps(params: list[Tensor], optimizers: list[torch.optim.Optimizer], larger
         group |= {name: x for name, x in still.items() if name in group} | {"lr": larger * group["lr"]}
     scale = max(float(group["lr"]) for group in groups)
     if not scale > 0:
-        raise ValueError("lr is 0 in every param group: set it to any positive number, it is only a unit here.")
+        raise ValueError("lr is 0 in every param group: set it to any positive number; its value does not matter here.")
     while True:
         before = [p.detach().clone() for p in params]
         for opt in twins:

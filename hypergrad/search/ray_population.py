@@ -1,7 +1,7 @@
-"""A population of trials inside one run of Ray Tune, as a runner of the search's loop.
+"""A population of trials inside one run of Ray Tune.
 
-The loop asks for all members at once; when the last one is there, Tune trains them. Results go to the study's storage as they
-come. Tune keeps checkpoints in a folder of its own; a member whose worker dies goes on from its last one.
+`AskAndTell` submits all members at once; after the last one Tune trains them. Every result is written to the study's storage when
+it arrives. Tune keeps checkpoints in a folder of its own; a member whose worker dies goes on from its last checkpoint.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ from hypergrad.search.ray_workers import Cluster, connected
 from hypergrad.search.strategies.population_based import PBT
 from hypergrad.search.workers import Runner
 
-WHAT = "strategy 'pbt'"
-KEPT = 4  # checkpoints of a member: others may still be copying one that is no longer the last
+NEEDED_BY = "strategy 'pbt'"
+CHECKPOINTS = 4  # kept of a member: others may still be copying one that is no longer the last
 
 
 @dataclass
 class Member:
-    """One trial of the study, and what Tune has said of it."""
+    """One trial of the study, and the results that Tune has given for it."""
 
-    own: Trial
+    trial: Trial
     reports: Reports
     future: Future[Outcome] = field(default_factory=Future)
     cost: Cost = field(default_factory=Cost)
@@ -41,8 +41,8 @@ class Member:
     last: tuple[float, dict[str, Any]] | None = None  # the loss reported last, and the values that it was trained with
     notes: dict[str, Any] = field(default_factory=dict)
 
-    def hear(self, result: dict[str, Any], retries: int) -> None:
-        """One result of Tune. It is told the end once: what comes after it does not count."""
+    def receive(self, result: dict[str, Any], retries: int) -> None:
+        """Take one result of Tune. Results after the last one, which ends the trial, are ignored."""
         if self.future.done():
             return
         if result.get("wrong"):
@@ -57,8 +57,8 @@ class Member:
             self.reports.report(result["loss"], result["epoch"])
             return
         error = result.get("error")
-        # One that took over another's weights at its last report ends with values that nothing was trained with: not theirs
-        # is the result, but that of the last report.
+        # A member that copied another's weights at its last report ends with values that nothing was trained with: its result is
+        # that of the last report.
         loss, config = self.last or (result["loss"], result["config"])
         self.end(None if error else loss, error, config, result["time_total_s"], retries)
 
@@ -72,16 +72,16 @@ class Member:
 
 
 class PopulationRunner(Runner):
-    """Waits for the population to be complete, then trains it, in a thread."""
+    """Trains the population in a thread, once all of its members are submitted."""
 
     def __init__(self, size: int, strategy: PBT, cluster: Cluster, seed: int):
         super().__init__(None, None, isolated=True)
         self.size, self.strategy, self.cluster, self.seed = size, strategy, cluster, seed
         self.members: list[Member] = []
-        self.thread, self.over = threading.Thread(), threading.Event()
+        self.thread, self.closed = threading.Thread(), threading.Event()
 
-    def submit(self, objective: Objective, strategy: Any, own: Trial, asked: Any) -> Future[Outcome]:
-        self.members.append(Member(own, Reports(asked)))
+    def submit(self, objective: Objective, strategy: Any, trial: Trial, optuna_trial: Any) -> Future[Outcome]:
+        self.members.append(Member(trial, Reports(optuna_trial)))
         if len(self.members) == self.size:
             self.thread = threading.Thread(target=self._train, args=(objective,), daemon=True)
             self.thread.start()
@@ -101,8 +101,8 @@ class PopulationRunner(Runner):
                     each.future.set_exception(error)
 
     def _tuner(self, objective: Objective, folder: str) -> Any:
-        tune, search = need("ray.tune", WHAT), need("ray.tune.search.basic_variant", WHAT)
-        trains = Trainable(objective, self.seed, tells=True, numbers=[each.own.number for each in self.members])
+        tune, search = need("ray.tune", NEEDED_BY), need("ray.tune.search.basic_variant", NEEDED_BY)
+        trains = Trainable(objective, self.seed, for_pbt=True, numbers=[each.trial.number for each in self.members])
 
         def objective_of_the_search(config: dict[str, Any]) -> None:
             trains(config)
@@ -113,44 +113,50 @@ class PopulationRunner(Runner):
             param_space=self.strategy.param_space,
             tune_config=tune.TuneConfig(
                 scheduler=self.strategy.scheduler(),
-                search_alg=search.BasicVariantGenerator(points_to_evaluate=[each.own.params for each in self.members]),
+                search_alg=search.BasicVariantGenerator(
+                    points_to_evaluate=[each.trial.params for each in self.members]
+                ),
                 num_samples=len(self.members),
                 reuse_actors=True,
             ),
             run_config=tune.RunConfig(
                 storage_path=folder,
                 verbose=0,
-                stop=_stopper(tune, self.over),
-                callbacks=[_teller(tune, self)],
+                stop=_stopper(tune, self.closed),
+                callbacks=[_result_callback(tune, self)],
                 failure_config=tune.FailureConfig(max_failures=int(self.cluster.retries)),
-                checkpoint_config=tune.CheckpointConfig(num_to_keep=KEPT),
+                checkpoint_config=tune.CheckpointConfig(num_to_keep=CHECKPOINTS),
             ),
         )
 
     def close(self) -> None:
-        self.over.set()
+        self.closed.set()
         if self.thread.is_alive():
             self.thread.join()
 
 
-def _stopper(tune: Any, over: threading.Event) -> Any:
-    class Over(tune.Stopper):
+def _stopper(tune: Any, closed: threading.Event) -> Any:
+    """Ends Tune's run once the runner is closed."""
+
+    class StopWhenClosed(tune.Stopper):
         def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
             return False
 
         def stop_all(self) -> bool:
-            return over.is_set()
+            return closed.is_set()
 
-        def __reduce__(self) -> Any:  # Tune writes down its arguments
+        def __reduce__(self) -> Any:  # Tune pickles its arguments
             return str, ()
 
-    return Over()
+    return StopWhenClosed()
 
 
-def _teller(tune: Any, runner: PopulationRunner) -> Any:
-    class Teller(tune.Callback):
+def _result_callback(tune: Any, runner: PopulationRunner) -> Any:
+    """Hands Tune's results to the members."""
+
+    class ResultCallback(tune.Callback):
         def on_trial_result(self, iteration: int, trials: Any, trial: Any, result: dict[str, Any], **info: Any) -> None:
-            runner.member(trial).hear(result, trial.num_failures)
+            runner.member(trial).receive(result, trial.num_failures)
 
         def on_trial_error(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
             seconds = float((trial.last_result or {}).get("time_total_s", 0.0))
@@ -160,11 +166,12 @@ def _teller(tune: Any, runner: PopulationRunner) -> Any:
         def __reduce__(self) -> Any:
             return str, ()
 
-    return Teller()
+    return ResultCallback()
 
 
 @contextmanager
 def population_runner(n_jobs: int, size: int, strategy: PBT, cluster: Cluster, seed: int) -> Iterator[PopulationRunner]:
+    """A runner of `size` members, as long as the context lasts."""
     with connected(n_jobs, cluster), quiet_tune():
         runner = PopulationRunner(size, strategy, cluster, seed)
         try:
@@ -173,13 +180,13 @@ def population_runner(n_jobs: int, size: int, strategy: PBT, cluster: Cluster, s
             runner.close()
 
 
-# no logs of every result (CSV, JSON, TensorBoard), no banner that names a folder which will be gone: the study has it all
+# no logs of every result (CSV, JSON, TensorBoard), and no banner that names a temporary folder: the study keeps all results
 QUIET = {"TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1", "RAY_AIR_NEW_OUTPUT": "0"}
 
 
 @contextmanager
 def quiet_tune() -> Iterator[None]:
-    """Ray Tune without what it writes and prints by itself."""
+    """Within this context Ray Tune neither writes logs nor prints tables."""
     logger, before = logging.getLogger("ray.tune"), {name: os.environ.get(name) for name in QUIET}
     level = logger.level
     os.environ |= QUIET

@@ -1,4 +1,4 @@
-"""An objective of this search as a trainable of Ray Tune, whose schedulers stop it, pause it, and hand weights on."""
+"""An objective of this search as a trainable of Ray Tune, whose schedulers stop it, pause it, or copy its weights."""
 
 from __future__ import annotations
 
@@ -13,44 +13,53 @@ from typing import Any
 
 import torch
 
-from hypergrad.search.entries import plain
 from hypergrad.search.extras import need
-from hypergrad.search.objective import Objective, Trial, WrongType, as_number, call, seed_of, seeded, takes_trial
+from hypergrad.search.objective import (
+    Objective,
+    Trial,
+    WrongType,
+    as_number,
+    call_objective,
+    seed_of,
+    seeded,
+    takes_trial,
+)
 from hypergrad.search.training import is_run, train
+from hypergrad.search.values import plain
 
-WHAT = "a trainable of Ray Tune"
+NEEDED_BY = "a trainable of Ray Tune"
 FILE = "trial.pt"  # in a checkpoint of Ray: the objective's state, and how far it had come
 
 
 class TuneTrial(Trial):
-    """A trial inside Ray Tune: what it reports goes to Tune's scheduler, with what it checkpointed before."""
+    """A trial inside Ray Tune: each report goes to Tune's scheduler, with the last state given to `checkpoint`."""
 
     def __init__(self, number: int, params: dict[str, Any], seed: int, must_restore: bool):
         super().__init__(number, params, seed)
-        self.tune, self.must_restore = need("ray.tune", WHAT), must_restore
+        self.tune, self.must_restore = need("ray.tune", NEEDED_BY), must_restore
         self.restored = None
-        if (kept := self.tune.get_checkpoint()) is not None:
-            with kept.as_directory() as folder:
+        if (saved := self.tune.get_checkpoint()) is not None:
+            with saved.as_directory() as folder:
                 known = torch.load(Path(folder) / FILE, weights_only=False)
             self.restored, self.curve = known["state"], known["curve"]
-            self.seed = seed_of(seed, len(self.curve))  # not the random numbers of the beginning again
+            self.seed = seed_of(seed, len(self.curve))  # other random numbers than those of its first steps
             self._epochs = float(self.curve[-1][0])
-        self.told, self.asked_for = (self._epochs, 0.0), False
+        self.reported, self.restore_called = (self._epochs, 0.0), False
         self.state: Any = None
 
     def checkpoint(self, state: Any) -> None:
         self.state = state
 
     def restore(self) -> Any:
-        self.asked_for = True
+        self.restore_called = True
         return self.restored
 
-    def look(self, value: Any, step: int) -> None:
+    def record(self, value: Any, step: int) -> None:
         number = as_number(value, "trial.report was given")
         self.curve.append((step, number))
-        if self.restored is not None and not self.asked_for:
+        if self.restored is not None and not self.restore_called:
             raise WrongType(
-                "this trial goes on from a checkpoint, but the objective did not ask for it: begin with "
+                "this trial goes on from a checkpoint, but the objective did not call trial.restore(): begin with "
                 "state = trial.restore(), and load it unless it is None."
             )
         if self.state is None:
@@ -63,12 +72,12 @@ class TuneTrial(Trial):
             return
         with tempfile.TemporaryDirectory() as folder:
             torch.save({"state": self.state, "curve": self.curve}, Path(folder) / FILE)
-            kept = self.tune.Checkpoint.from_directory(folder)
-            self.tune.report(self.metrics(number, step), checkpoint=kept)
+            saved = self.tune.Checkpoint.from_directory(folder)
+            self.tune.report(self.metrics(number, step), checkpoint=saved)
 
     def metrics(self, loss: float, step: int) -> dict[str, Any]:
-        """What Tune is told; costs are those since it was told last."""
-        (epochs, gradients), self.told = self.told, (float(step), self._gradients)
+        """The metrics of a report to Tune; costs are those since the last report."""
+        (epochs, gradients), self.reported = self.reported, (float(step), self._gradients)
         more = {"epochs_more": step - epochs, "gradients_more": self._gradients - gradients}
         return {"loss": loss, "epoch": step, "notes": dict(self.notes)} | more
 
@@ -90,8 +99,8 @@ def ray_trainable(objective: Objective, seed: int = 0) -> Callable[[Mapping[str,
         ImportError: Ray is missing; the message has the line for pip.
     """
     takes_trial(objective)
-    need("ray.tune", WHAT)
-    made = Trainable(objective, seed, tells=False)
+    need("ray.tune", NEEDED_BY)
+    made = Trainable(objective, seed, for_pbt=False)
 
     def trainable(config: Mapping[str, Any]) -> None:
         made(config)
@@ -103,30 +112,30 @@ class Trainable:
     """Called by Ray on a worker, once for each time that a trial begins or goes on.
 
     Args:
-        tells: hand over failures as results and insist on checkpoints, as strategy "pbt" wants it; else they are raised.
+        for_pbt: report failures as results and insist on checkpoints, as strategy "pbt" needs; else failures are raised.
         numbers: of the study's trials, in Tune's order; None: Tune's own.
     """
 
-    def __init__(self, objective: Objective, seed: int, tells: bool, numbers: list[int] | None = None):
-        self.objective, self.seed, self.tells, self.numbers = objective, seed, tells, numbers
+    def __init__(self, objective: Objective, seed: int, for_pbt: bool, numbers: list[int] | None = None):
+        self.objective, self.seed, self.for_pbt, self.numbers = objective, seed, for_pbt, numbers
 
     def __call__(self, config: Mapping[str, Any]) -> None:
-        tune = need("ray.tune", WHAT)
+        tune = need("ray.tune", NEEDED_BY)
         params = {name: plain(value) for name, value in config.items()}
         number = self._number(tune.get_context().get_trial_id())
-        if self.tells and (folder := os.environ.get("TUNE_ORIG_WORKING_DIR")):
-            os.chdir(folder)  # paths mean what they mean with every other strategy
+        if self.for_pbt and (folder := os.environ.get("TUNE_ORIG_WORKING_DIR")):
+            os.chdir(folder)  # relative paths mean the same as with every other strategy
         last: dict[str, Any] = {"done": True}
         try:
-            trial = TuneTrial(number, params, seed_of(self.seed, number), self.tells)
+            trial = TuneTrial(number, params, seed_of(self.seed, number), self.for_pbt)
             with seeded(trial.seed):
-                result = call(self.objective, trial)
+                result = call_objective(self.objective, trial)
                 value = as_number(train(result, trial) if is_run(result) else result, "the objective returned")
             if math.isnan(value) or value == -math.inf:
                 raise ValueError(f"the objective returned {value}.")
-            last |= trial.metrics(value, int(trial.told[0]))
+            last |= trial.metrics(value, int(trial.reported[0]))
         except Exception as error:
-            if not self.tells:
+            if not self.for_pbt:
                 raise
             wrong = str(error) if isinstance(error, WrongType) else ""
             last |= {"loss": math.inf, "error": traceback.format_exc(), "wrong": wrong}

@@ -1,9 +1,9 @@
-"""Trials on Ray: the loop asks and tells here, workers run what they are sent.
+"""Trials on a Ray cluster.
 
-Only two processes write to the study's storage, and neither runs a trial: the loop, and one actor on its node, the clerk, which
-takes down what trials report and asks the pruner for them. So a storage in a file need not be shared with the workers' machines,
-and a worker that is killed cannot leave the file locked. Its trial, which nobody has told the end of, is sent to another worker:
-same number, values and seed.
+Only two processes write to the study's storage, and neither runs a trial: the one that called `optimize`, and one actor on its
+node, `ReportActor`, which stores what trials report and asks the pruner for them. So a storage in a file need not be shared with
+the workers' machines, and a worker that is killed cannot leave the file locked. A trial whose worker died is sent to another
+worker with the same number, values and seed.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from typing import Any
 from hypergrad.search.budget import Cost
 from hypergrad.search.extras import need
 from hypergrad.search.objective import Objective, Outcome, Reports, Trial, evaluate, name_of
-from hypergrad.search.storage import NAME, open_storage, quiet
+from hypergrad.search.storage import NAME, open_storage, quiet_optuna
 from hypergrad.search.strategies.base import Strategy
 from hypergrad.search.workers import Runner
 
-WHAT = "backend 'ray'"
+NEEDED_BY = "backend 'ray'"
 
 
 @dataclass(frozen=True)
@@ -37,9 +37,9 @@ class Cluster:
         address: of a cluster, "auto" for the one this machine is in; None: the Ray that is initialised already, or the one in
             RAY_ADDRESS, or else one that is started on this machine for `n_jobs` trials and shut down at the end.
         num_cpus, num_gpus: of one trial; 0.25 GPUs let four trials share one.
-        retries: how often a trial is run again because its worker died; then it has failed.
+        retries: how often a trial is run again because its worker died; after that it has failed.
         storage_path: of strategy "pbt", where Ray Tune keeps checkpoints: a folder that all machines share, or a URL such as
-            "s3://bucket/study"; None: a temporary folder, which does for one machine.
+            "s3://bucket/study"; None: a temporary folder, which is enough on one machine.
 
     Raises:
         ValueError: a number that is negative, or retries that are not whole.
@@ -84,13 +84,13 @@ def as_cluster(cluster: Cluster | Mapping[str, Any] | None) -> Cluster:
 
 def check_sendable(objective: Objective, storage: Any) -> None:
     """An objective that Ray can send, and a storage that a second process can open."""
-    pickle = need("ray", WHAT).cloudpickle
+    pickle = need("ray", NEEDED_BY).cloudpickle
     try:
         pickle.dumps(objective)
     except Exception as error:
         raise ValueError(
-            f"backend 'ray' sends the objective to its workers, and {name_of(objective)} cannot be sent ({error}): let it make "
-            "or open inside what it needs (files, locks, generators)."
+            f"backend 'ray' sends the objective to its workers, and {name_of(objective)} cannot be sent ({error}): make or "
+            "open what it needs (files, locks, generators) inside it."
         ) from error
     optuna = need("optuna", "a search")
     if storage is None or isinstance(storage, optuna.storages.InMemoryStorage):
@@ -100,12 +100,12 @@ def check_sendable(objective: Objective, storage: Any) -> None:
         )
 
 
-class Clerk:
-    """Takes down what trials report. Reports are known by their step, so one that is sent twice counts once."""
+class ReportActor:
+    """Stores what trials on workers report. A report is identified by its step, so one that is sent twice counts once."""
 
     def __init__(self, storage: Any, strategy: Strategy):
         optuna = need("optuna", "a search")
-        with quiet():
+        with quiet_optuna():
             sampler = optuna.samplers.RandomSampler(seed=0)
             self.study = optuna.load_study(
                 study_name=NAME, storage=open_storage(storage), sampler=sampler, pruner=strategy.pruner()
@@ -115,53 +115,54 @@ class Clerk:
         return Reports(need("optuna", "a search").Trial(self.study, trial_id))
 
     def report(self, trial_id: int, value: float, step: int) -> None:
-        with quiet():
+        with quiet_optuna():
             self._trial(trial_id).report(value, step)
 
     def should_prune(self, trial_id: int) -> bool:
-        with quiet():
+        with quiet_optuna():
             return self._trial(trial_id).should_prune()
 
 
-class ByClerk:
-    """What a trial on a worker reports to."""
+class RemoteReports:
+    """The reports of a trial on a worker: sent to the actor."""
 
-    def __init__(self, clerk: Any, trial_id: int):
-        self.clerk, self.trial_id = clerk, trial_id
+    def __init__(self, actor: Any, trial_id: int):
+        self.actor, self.trial_id = actor, trial_id
 
     def report(self, value: float, step: int) -> None:
-        need("ray", WHAT).get(self.clerk.report.remote(self.trial_id, value, step))
+        need("ray", NEEDED_BY).get(self.actor.report.remote(self.trial_id, value, step))
 
     def should_prune(self) -> bool:
-        return need("ray", WHAT).get(self.clerk.should_prune.remote(self.trial_id))
+        return need("ray", NEEDED_BY).get(self.actor.should_prune.remote(self.trial_id))
 
 
-def _on_worker(sent: tuple[Objective, Strategy], own: Trial, clerk: Any, trial_id: int) -> Outcome:
+def _on_worker(sent: tuple[Objective, Strategy], trial: Trial, actor: Any, trial_id: int) -> Outcome:
     objective, strategy = sent
-    own.asked = ByClerk(clerk, trial_id)
-    return evaluate(partial(strategy.run, objective), own)
+    trial.reports = RemoteReports(actor, trial_id)
+    return evaluate(partial(strategy.run, objective), trial)
 
 
 class RayRunner(Runner):
-    """Sends trials to workers; a thread for each of them waits for its end."""
+    """Sends trials to workers; for each of them a thread waits until it ends."""
 
-    def __init__(self, pool: ThreadPoolExecutor, cluster: Cluster, clerk: Any):
+    def __init__(self, pool: ThreadPoolExecutor, cluster: Cluster, actor: Any):
         super().__init__(pool, None, isolated=True)
-        self.ray, self.cluster, self.clerk = need("ray", WHAT), cluster, clerk
+        self.ray, self.cluster, self.actor = need("ray", NEEDED_BY), cluster, actor
         self.task = self.ray.remote(max_retries=0, **cluster.resources)(_on_worker)
         self.sent: Any = None
         self.refs: set[Any] = set()
         self.closing = False
 
-    def submit(self, objective: Objective, strategy: Strategy, own: Trial, asked: Any) -> Future[Outcome]:
+    def submit(self, objective: Objective, strategy: Strategy, trial: Trial, optuna_trial: Any) -> Future[Outcome]:
         assert self.executor is not None
         self.sent = self.ray.put((objective, strategy)) if self.sent is None else self.sent
-        return self.executor.submit(self._until_it_ends, own, asked._trial_id)
+        return self.executor.submit(self._run, trial, optuna_trial._trial_id)
 
-    def _until_it_ends(self, own: Trial, trial_id: int) -> Outcome:
+    def _run(self, trial: Trial, trial_id: int) -> Outcome:
+        """Run a trial, again where its worker died."""
         errors, began = self.ray.exceptions, time.perf_counter()
         for attempt in range(int(self.cluster.retries) + 1):
-            ref = self.task.remote(self.sent, own, self.clerk, trial_id)
+            ref = self.task.remote(self.sent, trial, self.actor, trial_id)
             self.refs.add(ref)
             try:
                 outcome = self.ray.get(ref)
@@ -176,9 +177,9 @@ class RayRunner(Runner):
             finally:
                 self.refs.discard(ref)
         tries = int(self.cluster.retries) + 1
-        said = f"the worker of this trial died {tries} times (killed, or out of memory).\n{why}"
+        message = f"the worker of this trial died {tries} times (killed, or out of memory).\n{why}"
         cost = Cost(1, 0.0, 0.0, time.perf_counter() - began)
-        return Outcome("failed", None, cost, {}, [], said, retries=tries - 1)
+        return Outcome("failed", None, cost, {}, [], message, retries=tries - 1)
 
     def close(self) -> None:
         self.closing = True
@@ -186,19 +187,20 @@ class RayRunner(Runner):
             self.ray.cancel(ref, force=True)
         assert self.executor is not None
         self.executor.shutdown(cancel_futures=True)
-        self.ray.kill(self.clerk)
+        self.ray.kill(self.actor)
 
 
 @contextmanager
 def ray_runner(n_jobs: int, storage: Any, strategy: Strategy, cluster: Cluster) -> Iterator[RayRunner]:
-    ray = need("ray", WHAT)
+    """Workers on a Ray cluster, as long as the context lasts."""
+    ray = need("ray", NEEDED_BY)
     with connected(n_jobs, cluster):
-        place = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(
+        this_node = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(
             ray.get_runtime_context().get_node_id(), soft=False
         )
-        kept = str(Path(storage).absolute()) if is_path(storage) else storage
-        made = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1, scheduling_strategy=place)(Clerk)
-        runner = RayRunner(ThreadPoolExecutor(n_jobs), cluster, made.remote(kept, strategy))
+        reopened = str(Path(storage).absolute()) if is_path(storage) else storage
+        made = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1, scheduling_strategy=this_node)(ReportActor)
+        runner = RayRunner(ThreadPoolExecutor(n_jobs), cluster, made.remote(reopened, strategy))
         try:
             yield runner
         finally:
@@ -211,22 +213,22 @@ def is_path(storage: Any) -> bool:
 
 @contextmanager
 def connected(n_jobs: int, cluster: Cluster) -> Iterator[None]:
-    """Ray, as it is initialised already, or by the cluster's address, or started here for this time.
+    """Within this context Ray is initialised: it was already, or by the cluster's address, or on this machine for this time.
 
     Raises:
         ValueError: a Ray that is started here has no GPU, and trials want one: Ray would wait for it without end.
     """
-    ray = need("ray", WHAT)
+    ray = need("ray", NEEDED_BY)
     if ray.is_initialized():
         yield
         return
     address = cluster.address or os.environ.get("RAY_ADDRESS")
-    quietly = {"log_to_driver": False, "logging_level": "ERROR"}
+    options = {"log_to_driver": False, "logging_level": "ERROR"}
     if address:
-        ray.init(address=address, **quietly)
+        ray.init(address=address, **options)
     else:
         cpus = max(1, math.ceil(n_jobs * cluster.num_cpus))
-        ray.init(address="local", num_cpus=cpus, include_dashboard=False, **quietly)
+        ray.init(address="local", num_cpus=cpus, include_dashboard=False, **options)
     try:
         if not address and cluster.num_gpus > (found := ray.cluster_resources().get("GPU", 0)):
             raise ValueError(f"cluster: a trial wants {cluster.num_gpus} GPUs, and this machine has {found:g}.")

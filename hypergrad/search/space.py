@@ -6,7 +6,8 @@ from collections.abc import Iterator, Mapping
 from numbers import Real
 from typing import Any
 
-from hypergrad.search.entries import Categorical, Entry, Float, Int, label_of, same
+from hypergrad.search.entries import Categorical, Entry, Float, Int
+from hypergrad.search.values import label_of, same
 
 Values = dict[str, Any]
 
@@ -61,12 +62,12 @@ class Space(Mapping[str, Entry]):
         return any(entry.when for entry in self.entries.values())
 
     def is_active(self, name: str, values: Mapping[str, Any]) -> bool:
-        """Whether an entry is there, given the values of its parents."""
+        """Whether an entry's conditions hold, given the values of its parents."""
         conditions = (self.entries[name].when or {}).items()
         return all(p in values and any(same(values[p], v) for v in allowed) for p, allowed in conditions)
 
     def active(self, values: Mapping[str, Any]) -> list[str]:
-        """The entries that are there, given values of theirs or more."""
+        """The entries whose conditions hold, given their values; other values are ignored."""
         names: list[str] = []
         for name in self.entries:
             if self.is_active(name, {n: values[n] for n in names if n in values}):
@@ -82,7 +83,11 @@ class Space(Mapping[str, Entry]):
         return values
 
     def check(self, values: Mapping[str, Any]) -> Values:
-        """Values of exactly the entries that are there, or a ValueError."""
+        """The values in the order of the space.
+
+        Raises:
+            ValueError: an active entry has no value, one that is not active has one, or a value is outside its entry.
+        """
         names = self.active(values)
         if set(names) != set(values):
             missing, extra = sorted(set(names) - set(values)), sorted(set(values) - set(names))
@@ -93,7 +98,7 @@ class Space(Mapping[str, Entry]):
         return {name: values[name] for name in names}
 
     def describe(self) -> list[str]:
-        """The space in words that are the same in every process: what a stored study is recognised by."""
+        """The space as sentences that are the same in every process, by which a stored study is recognised."""
         return [_describe(name, entry) for name, entry in sorted(self.entries.items())]
 
 
@@ -128,6 +133,6 @@ def _parents_first(entries: dict[str, Entry]) -> dict[str, Entry]:
     while left:
         ready = [name for name, entry in left.items() if all(p in ordered for p in entry.when or {})]
         if not ready:
-            raise ValueError(f"conditions go round in a circle: {sorted(left)}.")
+            raise ValueError(f"conditions depend on each other in a circle: {sorted(left)}.")
         ordered |= {name: left.pop(name) for name in ready}
     return ordered

@@ -1,4 +1,4 @@
-"""Where a study is kept: an Optuna storage, by default a journal file, which one call of `optimize` at a time may write to."""
+"""Where a study is kept: a storage of Optuna, often a journal file, to which one call of `optimize` at a time may write."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 from hypergrad.search.extras import need
 
 NAME = "hypergrad.search"  # of the study in its storage
-IDENTITY = "hypergrad.search"  # the user attribute that says which study it is
+IDENTITY = "hypergrad.search"  # the user attribute that identifies the study
 
 
 def open_storage(storage: Any) -> Any:
@@ -43,7 +43,10 @@ def open_storage(storage: Any) -> Any:
 
 
 def open_study(storage: Any, identity: dict[str, Any], pruner: Any) -> Any:
-    """The study in a storage, begun where there is none.
+    """The study in a storage; a new one where the storage is empty.
+
+    Args:
+        identity: what tells one study from another.
 
     Raises:
         ValueError: it is another study; the message says what differs.
@@ -76,8 +79,8 @@ def open_study(storage: Any, identity: dict[str, Any], pruner: Any) -> Any:
 
 
 @contextmanager
-def alone(storage: Any) -> Iterator[None]:
-    """Hold a journal file for one call of `optimize`; what is not a file needs no holding."""
+def locked(storage: Any) -> Iterator[None]:
+    """Lock a journal file for one call of `optimize`. A storage that is not a file needs no lock."""
     if storage is None or not isinstance(storage, (str, os.PathLike)) or "://" in str(storage):
         yield
         return
@@ -98,8 +101,8 @@ def alone(storage: Any) -> Iterator[None]:
 
 
 @contextmanager
-def quiet() -> Iterator[None]:
-    """Optuna without its messages on stderr and without its warnings of what is experimental, as long as this lasts."""
+def quiet_optuna() -> Iterator[None]:
+    """Within this context Optuna neither prints messages on stderr nor warns of what is experimental."""
     optuna = need("optuna", "a search")
     before = optuna.logging.get_verbosity()
     optuna.logging.set_verbosity(logging.ERROR)

@@ -4,49 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 from hypergrad.search.budget import Cost
-from hypergrad.search.convert.optuna_spaces import decode
 from hypergrad.search.objective import Objective, Trial, as_number, seed_of, seeded
+from hypergrad.search.plots import plot
+from hypergrad.search.records import Record, record, table_row
 from hypergrad.search.space import Space, Values
 from hypergrad.search.training import result_of
-
-STATES = {
-    "COMPLETE": "complete",
-    "PRUNED": "pruned",
-    "FAIL": "failed",
-    "RUNNING": "interrupted",
-    "WAITING": "interrupted",
-}
-
-
-@dataclass(frozen=True)
-class Record:
-    """One trial.
-
-    Attributes:
-        number: from 0.
-        state: "complete", "pruned", "failed", or "interrupted": it will be run again when the study goes on.
-        params: its values; where hypergradients moved some, those they came to.
-        value: the validation loss, or None; of a pruned trial the last one that it reported.
-        cost: what it took.
-        error: the traceback of a failed one.
-        notes: what was kept with `trial.note`.
-        retries: how often it was run again because its worker died.
-    """
-
-    number: int
-    state: str
-    params: Values
-    value: float | None
-    cost: Cost
-    error: str | None = None
-    notes: dict[str, Any] = field(default_factory=dict)
-    retries: int = 0
 
 
 @dataclass(frozen=True)
@@ -70,7 +38,7 @@ class Verification:
 
 
 class NoTrialCompleted(ValueError):
-    """Every trial failed or was pruned: there is no best one. `study` has their tracebacks."""
+    """Every trial failed or was pruned, so no trial is the best. The attribute `study` has their tracebacks."""
 
     def __init__(self, study: Study):
         self.study = study
@@ -80,21 +48,16 @@ class NoTrialCompleted(ValueError):
 
 
 class Study:
-    """A search, as far as it has come.
+    """The trials of a search so far, and the best of them.
 
     Attributes:
-        optuna: the `optuna.Study` underneath, for its own plots and its dashboard.
+        optuna: the `optuna.Study` underneath, for Optuna's own plots and dashboard.
         interrupted: whether Ctrl-C ended it.
     """
 
     def __init__(self, optuna: Any, space: Space, objective: Objective, seed: int, interrupted: bool = False):
-        self.optuna, self.space, self.objective, self.seed, self.interrupted = (
-            optuna,
-            space,
-            objective,
-            seed,
-            interrupted,
-        )
+        self.optuna, self.space, self.objective = optuna, space, objective
+        self.seed, self.interrupted = seed, interrupted
 
     @property
     def trials(self) -> list[Record]:
@@ -126,7 +89,7 @@ class Study:
 
     def table(self) -> Any:
         """A row a trial: a pandas.DataFrame where pandas is installed, else a list of dicts."""
-        rows = [_row(each, list(self.space)) for each in self.trials]
+        rows = [table_row(each, list(self.space)) for each in self.trials]
         try:
             import pandas
         except ImportError:
@@ -159,9 +122,7 @@ class Study:
 
     def plot(self, folder: str | Path) -> dict[str, Path]:
         """PNGs of the history, of quality against cost, and of each entry's importance; name → file."""
-        from hypergrad.search.plots import plot
-
-        return plot(self, Path(folder))
+        return plot(self.trials, self.optuna, Path(folder))
 
     def __repr__(self) -> str:
         states = [each.state for each in self.trials]
@@ -169,34 +130,8 @@ class Study:
         return f"Study({counts})"
 
 
-def record(frozen: Any, space: Space) -> Record:
-    """A trial of Optuna as a Record."""
-    attrs = frozen.user_attrs
-    notes = dict(attrs.get("notes", {}))
-    params = decode(space, frozen.params) | notes.get("learned", {})
-    value = frozen.value if frozen.values else None
-    return Record(
-        frozen.number,
-        STATES[frozen.state.name],
-        params,
-        value,
-        Cost(**attrs.get("cost", {})),
-        attrs.get("error"),
-        notes,
-        attrs.get("retries", 0),
-    )
-
-
 def _again(objective: Objective, best: Record, seed: int) -> Any:
     trial = Trial(best.number, best.params, seed)
     trial.decay = best.notes.get("decay", False)
     with seeded(seed):
         return result_of(objective, trial)
-
-
-def _row(each: Record, names: list[str]) -> dict[str, Any]:
-    cost = {unit: getattr(each.cost, unit) for unit in ("seconds", "epochs", "gradient_evaluations")}
-    head: dict[str, Any] = {"trial": each.number, "state": each.state, "value": each.value}
-    params = {name: each.params.get(name) for name in names}
-    notes = {f"note {name}": value for name, value in each.notes.items()}
-    return head | params | cost | notes | {"retries": each.retries, "error": each.error}

@@ -1,4 +1,4 @@
-"""A training run as an objective: trained by its own optimizer, as the user would."""
+"""A `Run` as an objective: trained by its own optimizer, as in a loop of the user's."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from hypergrad.differentiate.hypergradient import as_optimizers
 from hypergrad.differentiate.schedule_gradients import Schedules
 from hypergrad.online.lr_shape import decay_to_zero
 from hypergrad.optimizers.transition import Transition
-from hypergrad.search.objective import Objective, Pruned, Trial, call
+from hypergrad.search.objective import Objective, Pruned, Trial, call_objective
 from hypergrad.whole_run.run import Run
 
-LOOKS = 10  # validation losses that a run reports to a pruner on its way
+REPORTS = 10  # a run is divided into so many parts; after each but the last a pruner gets the validation loss
 
 
 def is_run(result: Any) -> bool:
@@ -25,8 +25,8 @@ def is_run(result: Any) -> bool:
 
 
 def result_of(objective: Objective, trial: Trial) -> Any:
-    """What an objective gives for a trial's values; a run is trained."""
-    result = call(objective, trial)
+    """The objective's loss at a trial's values; where it returns a `Run`, that is trained."""
+    result = call_objective(objective, trial)
     return train(result, trial, decay=trial.decay) if is_run(result) else result
 
 
@@ -37,12 +37,13 @@ def train(
     hypers: dict[str, Tensor] | None = None,
     decay: bool = False,
 ) -> float:
-    """Train a run with the values it was built with; its validation loss.
+    """Train a run with the values it was built with, and return its validation loss.
 
-    A pruner sees the validation loss at every tenth of the run, and may end it. Gradient evaluations are counted, epochs are not.
+    After every tenth of the run a pruner gets the validation loss and may end the run. Gradient evaluations are counted; epochs
+    are not.
 
     Args:
-        backward: what is done with the loss of a batch: that of a tuner, which also moves values.
+        backward: called with the loss of every batch; `tuner.backward` where a tuner is to move values.
         hypers: tensors that the loss reads; None: the trial's values.
         decay: lr times a short warm-up and a linear decay to zero.
     """
@@ -54,14 +55,16 @@ def train(
     schedules, transition = schedules_of(run, hypers)
     columns = schedules.evaluate(len(items), transition) if run.schedules else []
     when = tuple(run.val_steps or (len(items),))
-    looks = {math.ceil(len(items) * i / LOOKS): i for i in range(1, LOOKS)}
-    looks.pop(len(items), None)
+    reports = {
+        math.ceil(len(items) * i / REPORTS): i for i in range(1, REPORTS)
+    }  # completed steps → number of the report
+    reports.pop(len(items), None)
     total = 0.0
     for t in range(len(items) + 1):
-        value = validation(run.val_loss, t) if t in when or t in looks else 0.0
+        value = validation(run.val_loss, t) if t in when or t in reports else 0.0
         total += when.count(t) * value
-        if t in looks:
-            trial.look(value, looks[t])
+        if t in reports:
+            trial.record(value, reports[t])
             if trial.should_prune():
                 raise Pruned
         if t < len(items):

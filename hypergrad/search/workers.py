@@ -1,4 +1,4 @@
-"""Where trials run: here, in threads, or in processes that speak to the study through its storage."""
+"""Where trials run: in this thread, in other threads, or in processes that share the study through its storage."""
 
 from __future__ import annotations
 
@@ -15,23 +15,29 @@ import torch
 
 from hypergrad.search.extras import need
 from hypergrad.search.objective import Objective, Outcome, Reports, Trial, evaluate, name_of
-from hypergrad.search.storage import NAME, open_storage, quiet
+from hypergrad.search.storage import NAME, open_storage, quiet_optuna
 from hypergrad.search.strategies.base import Strategy
 
 WORKERS = ("processes", "threads")
 
 
 class Runner:
-    """Runs trials where `executor` says; None: here and now."""
+    """Runs trials in an executor.
+
+    Args:
+        executor: None: trials run in `submit` itself.
+        storage: from which processes open the study.
+        isolated: whether the global random number generators are seeded for each trial.
+    """
 
     def __init__(self, executor: Executor | None, storage: Any, isolated: bool):
         self.executor, self.storage, self.isolated = executor, storage, isolated
 
-    def submit(self, objective: Objective, strategy: Strategy, own: Trial, asked: Any) -> Future[Outcome]:
+    def submit(self, objective: Objective, strategy: Strategy, trial: Trial, optuna_trial: Any) -> Future[Outcome]:
         if isinstance(self.executor, ProcessPoolExecutor):
-            return self.executor.submit(_in_process, self.storage, asked._trial_id, objective, strategy, own)
-        own.asked = Reports(asked)
-        work = partial(evaluate, partial(strategy.run, objective), own, self.isolated)
+            return self.executor.submit(_in_process, self.storage, optuna_trial._trial_id, objective, strategy, trial)
+        trial.reports = Reports(optuna_trial)
+        work = partial(evaluate, partial(strategy.run, objective), trial, self.isolated)
         if self.executor is not None:
             return self.executor.submit(work)
         done: Future[Outcome] = Future()
@@ -39,19 +45,20 @@ class Runner:
         return done
 
 
-def _in_process(storage: Any, trial_id: int, objective: Objective, strategy: Strategy, own: Trial) -> Outcome:
+def _in_process(storage: Any, trial_id: int, objective: Objective, strategy: Strategy, trial: Trial) -> Outcome:
     optuna = need("optuna", "a search")
-    with quiet():
+    with quiet_optuna():
         sampler = optuna.samplers.RandomSampler(seed=0)
         study = optuna.load_study(
             study_name=NAME, storage=open_storage(storage), sampler=sampler, pruner=strategy.pruner()
         )
-        own.asked = Reports(optuna.Trial(study, trial_id))
-        return evaluate(partial(strategy.run, objective), own)
+        trial.reports = Reports(optuna.Trial(study, trial_id))
+        return evaluate(partial(strategy.run, objective), trial)
 
 
 @contextmanager
-def runner(n_jobs: int, workers: str, storage: Any) -> Iterator[Runner]:
+def local_runner(n_jobs: int, workers: str, storage: Any) -> Iterator[Runner]:
+    """Workers on this machine, as long as the context lasts."""
     if n_jobs == 1:
         yield Runner(None, storage, isolated=True)
         return

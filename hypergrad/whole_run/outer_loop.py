@@ -12,16 +12,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hypergrad.whole_run.run import Found, Runs
+from hypergrad.whole_run.objective import Evaluation, WholeRunObjective
 from hypergrad.whole_run.step_rules import OuterSteps, Point, listed, vector
 
-CARRIED = 2.0  # the first step at a horizon, in the last one before it, and never more than the first of all
-LR_CUT = math.log(10)  # a start that is not finite, with nothing to go back to
+CARRIED = 2.0  # the first step at a horizon over the last step at the horizon before it; at most the very first step
+LR_CUT = math.log(10)  # by which log lr is lowered where the value or hypergradient of the start is not finite
 
 
 @dataclass
 class RunResult:
-    """What `tune_run` found.
+    """The result of `tune_run`.
 
     Attributes:
         values: name → tensor, shape [n_groups] for names of param groups, the tensor's own for those in the loss. The best at the
@@ -32,7 +32,7 @@ class RunResult:
             needed, or not finite), values, run_equivalents (so far). Values of different horizons are different objectives:
             compare within one.
         run_equivalents: cost of all of it in plain whole runs: (gradients + 2 × Hessian products) over steps of the run.
-        best_step: the row of `history` that `values` are of.
+        best_step: the row of `history` with `values`.
         stats: steps (of the whole run), seconds, gradient_evaluations, hessian_products, halvings, not_finite (evaluations),
             stopped (why it ended), warnings (sentences).
     """
@@ -46,33 +46,44 @@ class RunResult:
 
 
 class OuterLoop:
-    """Evaluations one after the other, from the shortest horizon to the last.
+    """Evaluations of the objective, from the shortest horizon to the last.
 
     Args:
-        runs: the objective.
+        objective: a function of φ.
         horizons: increasing shares of the run.
         outer, outer_lr: as of `OuterSteps`.
         outer_steps: evaluations in all.
+        state: a `state_dict` to go on from; None: from the beginning.
     """
 
-    def __init__(self, runs: Runs, horizons: tuple[float, ...], outer: str, outer_lr: float, outer_steps: int):
-        self.runs, self.horizons, self.outer_steps = runs, horizons, outer_steps
-        self.rule = outer, outer_lr, len(runs.hyper_vector)
-        self.phi, self.level, self.steps = runs.start[0], 0, OuterSteps(*self.rule)
-        self.safe: list[float] | None = None  # φ of an earlier horizon, which was finite
+    def __init__(
+        self,
+        objective: WholeRunObjective,
+        horizons: tuple[float, ...],
+        outer: str,
+        outer_lr: float,
+        outer_steps: int,
+        state: Mapping[str, Any] | None = None,
+    ):
+        self.objective, self.horizons, self.outer_steps = objective, horizons, outer_steps
+        self.rule = outer, outer_lr, len(objective.hyper_vector)
+        self.phi, self.level, self.steps = objective.start[0], 0, OuterSteps(*self.rule)
+        self.finite: list[float] | None = None  # the start, once a shorter horizon has been finite there
         self.last = listed(self.phi)  # the best φ of the last horizon that had one
         self.history: list[dict[str, Any]] = []
         self.counts = {"gradient_evaluations": 0, "hessian_products": 0, "halvings": 0, "not_finite": 0}
-        self.seconds, self.stopped, self.warnings = 0.0, "", list(runs.hyper_vector.notes)
+        self.seconds, self.stopped, self.warnings = 0.0, "", list(objective.hyper_vector.notes)
+        if state is not None:
+            self._restore(state)
 
     def done(self) -> bool:
         return bool(self.stopped) or len(self.history) >= self.outer_steps
 
-    def step(self) -> Found:
-        """One evaluation, and where the next one will be."""
+    def step(self) -> Evaluation:
+        """Evaluate φ, record it, and choose the next φ."""
         began, horizon = time.perf_counter(), self.horizons[self.level]
         best = self.steps.best
-        found = self.runs.evaluate(self.phi, horizon, best and best.value)
+        found = self.objective.evaluate(self.phi, horizon, best and best.value)
         point = Point(found.value, self.phi, found.gradient, len(self.history))
         better = self.steps.take(point)
         self.counts["gradient_evaluations"] += found.gradients
@@ -85,11 +96,11 @@ class OuterLoop:
                 "step": point.step,
                 "horizon": horizon,
                 "value": found.value,
-                "seed_values": found.of_seeds,
+                "seed_values": found.seed_values,
                 "best": better,
                 "size": float(self.steps.size.max()),
                 "gradient_norm": float(torch.linalg.vector_norm(found.gradient)) if point.is_finite() else None,
-                "values": {name: x.tolist() for name, x in self.runs.values(self.phi).items()},
+                "values": {name: x.tolist() for name, x in self.objective.values(self.phi).items()},
                 "run_equivalents": self.cost(),
             }
         )
@@ -105,18 +116,18 @@ class OuterLoop:
         )
 
     def _move(self) -> None:
-        """φ of the next evaluation, at the next horizon where this one is through."""
+        """Choose φ of the next evaluation, at the next horizon where this one has ended."""
         if self.steps.best is None:
             self._retreat()
             return
         self.last = listed(self.steps.best.phi)
-        phi = self.runs.within(self.steps.next())
+        phi = self.objective.clip(self.steps.next())
         stuck = bool((phi == self.steps.best.phi).all()) or self.steps.exhausted()
         if self.level == len(self.horizons) - 1:
             self.phi = phi
             self.stopped = "steps have become too small to matter" if stuck else ""
         elif stuck or self.steps.stalled() or self._share_is_used():
-            self.safe = listed(self.runs.start[0]) if self.level == 0 else self.safe
+            self.finite = listed(self.objective.start[0]) if self.level == 0 else self.finite
             size = min(1.0, CARRIED * float(self.steps.size.max()))
             self.level, self.phi, self.steps = self.level + 1, self.steps.best.phi, OuterSteps(*self.rule, size)
         else:
@@ -126,22 +137,23 @@ class OuterLoop:
         return len(self.history) >= self.outer_steps * (self.level + 1) // len(self.horizons)
 
     def _retreat(self) -> None:
-        """Nothing finite yet at this horizon: half way back to the start, or, at the first horizon, a tenth of lr."""
-        if self.safe is not None:
-            self.phi = (self.phi + vector(self.safe)) / 2
+        """Choose the next φ where nothing at this horizon was finite: half way to the start; at the first horizon lr over 10."""
+        if self.finite is not None:
+            self.phi = (self.phi + vector(self.finite)) / 2
             return
-        kinds = zip(self.runs.hyper_vector.entries, self.runs.hyper_vector.kinds, strict=True)
+        kinds = zip(self.objective.hyper_vector.entries, self.objective.hyper_vector.kinds, strict=True)
         lr = torch.tensor([entry.name == "lr" and h.kind == "positive" for entry, h in kinds])
-        cut = self.runs.within(torch.where(lr, self.phi - LR_CUT, self.phi))
+        cut = self.objective.clip(torch.where(lr, self.phi - LR_CUT, self.phi))
         if bool((cut == self.phi).all()):
             raise ValueError(
-                "the value or hypergradient of the start is not finite, so there is no direction to go in: start where a run of "
-                f"the first horizon, {self.horizons[0]:.3g}, ends finite (a smaller lr), or put a shorter one before it."
+                "the value or hypergradient of the start is not finite, so there is no step to take: start where a run of "
+                f"the first horizon, {self.horizons[0]:.3g}, ends finite (a smaller lr), or put a shorter horizon before it."
             )
         self.phi = cut
 
     def cost(self) -> float:
-        return self.runs.cost(self.counts["gradient_evaluations"], self.counts["hessian_products"])
+        """Cost so far, in plain whole runs."""
+        return self.objective.cost(self.counts["gradient_evaluations"], self.counts["hessian_products"])
 
     def result(self) -> RunResult:
         best = self.steps.best if self.level == len(self.horizons) - 1 else None
@@ -154,13 +166,13 @@ class OuterLoop:
         phi = vector(self.last) if best is None else best.phi
         same = [row["step"] for row in self.history if row["best"]]
         stats = self.counts | {
-            "steps": self.runs.steps,
+            "steps": self.objective.steps,
             "seconds": self.seconds,
             "stopped": self.stopped or "all outer steps are taken",
             "warnings": list(self.warnings),
         }
         return RunResult(
-            self.runs.values(phi),
+            self.objective.values(phi),
             math.nan if best is None else best.value,
             self.history,
             self.cost(),
@@ -169,13 +181,13 @@ class OuterLoop:
         )
 
     def state_dict(self) -> dict[str, Any]:
-        names = "level", "safe", "last", "history", "counts", "seconds", "stopped", "warnings"
+        names = "level", "finite", "last", "history", "counts", "seconds", "stopped", "warnings"
         return {name: getattr(self, name) for name in names} | {
             "phi": listed(self.phi),
             "steps": self.steps.state_dict(),
         }
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+    def _restore(self, state: Mapping[str, Any]) -> None:
         for name, x in state.items():
             if name not in ("phi", "steps"):
                 setattr(self, name, x)

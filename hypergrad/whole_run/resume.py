@@ -1,4 +1,4 @@
-"""What `tune_run` keeps of itself on disk, so that it can go on after a kill: one JSON file, replaced in one move."""
+"""The state of `tune_run` on disk, from which it goes on after a kill: one JSON file, replaced atomically."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ NAME = "tune_run.json"
 
 
 class ResumeFile:
-    """The file of one study in a folder.
+    """The file of one study.
 
     Args:
         log_dir: the folder; None: nothing is kept.
-        study: what tells one study from another, numbers and strings.
+        study: numbers and strings that identify the study.
     """
 
     def __init__(self, log_dir: str | Path | None, study: Mapping[str, Any]):
@@ -24,15 +24,15 @@ class ResumeFile:
         self.study = json.loads(json.dumps(study))
 
     def load(self, resume: bool) -> dict[str, Any] | None:
-        """What was saved last, or None where this is the beginning.
+        """The state saved last, or None where there is none.
 
         Raises:
-            ValueError: the file is torn, of another study, or there though `resume` is False.
+            ValueError: the file is damaged, of another study, or exists although `resume` is False.
         """
         if self.path is None or not self.path.is_file():
             return None
         if not resume:
-            raise ValueError(f"{self.path} is there already: pass resume=True to go on from it, or another log_dir.")
+            raise ValueError(f"{self.path} exists already: pass resume=True to go on from it, or another log_dir.")
         try:
             content = json.loads(self.path.read_text(encoding="utf-8"))
             known, state = content["study"], content["state"]
@@ -45,6 +45,7 @@ class ResumeFile:
         return state
 
     def save(self, state: Mapping[str, Any]) -> None:
+        """Write the state, so that the file is whole at every moment."""
         if self.path is None:
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,7 +1,7 @@
 """How far φ moves from one whole run to the next: SGD, Adam or sign steps, with a size that halves and grows.
 
 A value that is not worse than the best so far is the new best, and the step from it is longer by GROW. After a worse one the
-step is taken again from the best point, half as long. What is moved by, with g the hypergradient in φ:
+step is taken again from the best point, half as long. The step, with g the hypergradient in φ:
 
     sgd     η σ g
     adam    η σ m̂/√v̂                 Kingma & Ba 2015; after a worse value m starts again from the best point's g
@@ -21,13 +21,13 @@ from torch import Tensor
 RULES = ("adam", "sign", "sgd")
 BETA1, BETA2 = 0.8, 0.95  # of Adam: there are some twenty steps, not thousands
 GROW, HALF = 1.2, 0.5
-SMALLEST = 2.0**-12  # a step this much shorter than the first is no step
-LOOK, PROGRESS = 2, 0.02  # stalled: the last 2 values brought less than 2 % of what the horizon brought in all
+SMALLEST = 2.0**-12  # the descent ends once steps are this much shorter than the first
+WINDOW, PROGRESS = 2, 0.02  # stalled: the last 2 evaluations lowered the value by less than 2 % of the whole decrease
 
 
 @dataclass(frozen=True)
 class Point:
-    """One φ with what was found there: objective, hypergradient [k], and the number of the outer step."""
+    """The objective and hypergradient [k] at one φ, and the number of the outer step."""
 
     value: float
     phi: Tensor
@@ -57,7 +57,7 @@ class OuterSteps:
         self.bests: list[float] = []  # the best value after each evaluation
 
     def take(self, point: Point) -> bool:
-        """Take in what was found at a point. Whether it is the best so far; one that is not finite never is."""
+        """Update the state by an evaluation. Returns whether it is the best so far; one that is not finite never is."""
         better = point.is_finite() and (self.best is None or point.value <= self.best.value)
         if better:
             self._accept(point)
@@ -81,7 +81,7 @@ class OuterSteps:
         self.best = point
 
     def next(self) -> Tensor:
-        """The φ to be looked at next: a step from the best point."""
+        """The φ of the next evaluation: a step from the best point."""
         assert self.best is not None
         return self.best.phi - self.lr * self.size * self._direction(self.best.gradient)
 
@@ -94,10 +94,10 @@ class OuterSteps:
         return torch.where(v > 0, m / v.sqrt().clamp_min(1e-300), 0)
 
     def stalled(self) -> bool:
-        """Whether the last values brought next to nothing."""
-        if len(self.bests) <= LOOK:
+        """Whether the last evaluations lowered the value hardly at all."""
+        if len(self.bests) <= WINDOW:
             return False
-        return self.bests[-1 - LOOK] - self.bests[-1] <= PROGRESS * (self.bests[0] - self.bests[-1])
+        return self.bests[-1 - WINDOW] - self.bests[-1] <= PROGRESS * (self.bests[0] - self.bests[-1])
 
     def exhausted(self) -> bool:
         """Whether steps have become too short to matter."""

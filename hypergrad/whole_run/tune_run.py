@@ -17,13 +17,15 @@ from tqdm import tqdm
 
 from hypergrad.differentiate.modes import MODES, OPTIONS
 from hypergrad.logging import Recorder, short
+from hypergrad.online.hyper_vector import HyperVector
+from hypergrad.whole_run.objective import Evaluation, WholeRunObjective
 from hypergrad.whole_run.outer_loop import OuterLoop, RunResult
 from hypergrad.whole_run.resume import ResumeFile
-from hypergrad.whole_run.run import Found, Run, Runs
+from hypergrad.whole_run.run import Run
 from hypergrad.whole_run.step_rules import RULES
 
 FEW = 32  # numbers of one name that are recorded one by one
-ALSO = ("clip_norm", "clip_value", "ema")
+COMMON_OPTIONS = ("clip_norm", "clip_value", "ema")
 
 
 def tune_run(
@@ -62,13 +64,13 @@ def tune_run(
         seeds: of the runs averaged over.
         horizons: shares of the run, increasing; the last one's is the objective.
         mode: of `hypergradient`, as are `options`: every, clip_norm, clip_value, ema, solver, look_back.
-        log_dir: folder of TensorBoard events, metrics.jsonl and tune_run.json, from which a killed call goes on as if nothing
-            had happened. A call with more `outer_steps` goes on too.
-        resume: False: a file that is there already is an error.
+        log_dir: folder of TensorBoard events, metrics.jsonl and tune_run.json, from which a killed call goes on as if it had not
+            been killed. A call with more `outer_steps` goes on too.
+        resume: False: a file that exists already is an error.
         progress: True or False: a progress bar or none; None: one where stderr is a terminal.
 
     Raises:
-        ValueError: arguments that make no sense, a file of another study in `log_dir`, a start that is not finite.
+        ValueError: an argument out of range, a file of another study in `log_dir`, a start that is not finite.
 
     Source: whole runs, Maclaurin et al. 2015 (arXiv 1502.03492); sign steps, Micaelli & Storkey 2021 (arXiv 2007.15869).
 
@@ -85,24 +87,21 @@ def tune_run(
         1.0
     """
     _check(build, hypers, outer_steps, outer, outer_lr, seeds, horizons, mode, options)
-    runs = Runs(build, hypers, seeds, {"mode": mode} | options)
+    objective = WholeRunObjective(build, hypers, seeds, {"mode": mode} | options)
     study = {
-        "names": runs.hyper_vector.labels,
-        "start": runs.start[0].tolist(),
-        "bounds": torch.stack([runs.hyper_vector.low, runs.hyper_vector.high]).tolist(),
-        "kinds": [h.kind for h in runs.hyper_vector.kinds],
+        "names": objective.hyper_vector.labels,
+        "start": objective.start[0].tolist(),
+        "bounds": torch.stack([objective.hyper_vector.low, objective.hyper_vector.high]).tolist(),
+        "kinds": [h.kind for h in objective.hyper_vector.kinds],
         "outer": [outer, outer_lr],
         "seeds": list(seeds),
         "horizons": list(horizons),
         "mode": mode,
         "options": {name: x if isinstance(x, (int, float, str)) else _named(x) for name, x in options.items()},
-        "run": [runs.steps, runs.n],
+        "run": [objective.steps, objective.n],
     }
     file = ResumeFile(log_dir, study)
-    loop = OuterLoop(runs, tuple(horizons), outer, outer_lr, outer_steps)
-    saved = file.load(resume)
-    if saved is not None:
-        loop.load_state_dict(saved)
+    loop = OuterLoop(objective, tuple(horizons), outer, outer_lr, outer_steps, file.load(resume))
     record = (
         None if log_dir is None else Recorder(log_dir, {"outer": outer, "outer_lr": outer_lr, "mode": mode}, _pages)
     )
@@ -119,7 +118,7 @@ def tune_run(
             file.save(loop.state_dict())
             row = loop.history[-1]
             if record is not None:
-                record.scalars(row["step"], _scalars(runs, row, found))
+                record.scalars(row["step"], _scalars(objective.hyper_vector, row, found))
             bar.set_postfix(horizon=f"{row['horizon']:.3g}", value=f"{row['value']:.4g}")
             bar.update()
     finally:
@@ -129,7 +128,7 @@ def tune_run(
     return loop.result()
 
 
-# ---- the door
+# ---- arguments
 
 
 def _check(
@@ -164,7 +163,7 @@ def _check(
         raise ValueError(f"horizons must be increasing shares of the run, above 0 and at most 1, got {horizons!r}.")
     if mode not in MODES:
         raise ValueError(f"mode must be one of {', '.join(MODES)}, got {mode!r}.")
-    known = tuple(name for name in (*OPTIONS[mode], *ALSO) if name != "below")
+    known = tuple(name for name in (*OPTIONS[mode], *COMMON_OPTIONS) if name != "below")
     for name in options:
         if name not in known:
             raise ValueError(f"mode={mode!r} of tune_run does not take {name!r}; it takes {', '.join(known)}.")
@@ -181,9 +180,8 @@ def _named(x: Any) -> str:
 # ---- what is recorded
 
 
-def _scalars(runs: Runs, row: Mapping[str, Any], found: Found) -> dict[str, float]:
-    c = runs.hyper_vector
-    out = _curves("hyper", c.labels, c.value) | _curves("hypergradient", c.labels, found.gradient)
+def _scalars(vector: HyperVector, row: Mapping[str, Any], found: Evaluation) -> dict[str, float]:
+    out = _curves("hyper", vector.labels, vector.value) | _curves("hypergradient", vector.labels, found.gradient)
     run = {f"run/{name}": row[name] for name in ("horizon", "size", "run_equivalents")}
     return out | {"loss/val": row["value"]} | run
 

@@ -82,7 +82,11 @@ def test_loss_with_hypers_and_a_schedule() -> None:
     assert report and len(report.rows) == 2, str(report)
 
 
-@pytest.mark.parametrize("arguments", [{}, {"per": "parameter"}, KNOTS | {"per": "element"}, {"ema": 0.6}], ids=str)
+@pytest.mark.parametrize(
+    "arguments",
+    [{}, {"per": "parameter"}, KNOTS | {"per": "element"}, {"ema": 0.6}],
+    ids=["plain", "parameter", "schedule", "ema"],
+)
 def test_a_wrong_hypergradient_is_found(arguments: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """The loop that is differentiated is not the one that is trained."""
     step = StockRun._step

@@ -27,6 +27,7 @@ ROWS: dict[str, tuple[Any, dict[str, Any], tuple[str, ...]]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("taken", [0, 2])
 @pytest.mark.parametrize("name", ROWS)
 def test_a_users_float32_loop(name: str, taken: int) -> None:

@@ -175,6 +175,7 @@ def test_trap_function_whose_backward_is_not_its_derivative(mode: str) -> None:
     assert_matches(hypergradient(case, mode=mode), case)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("every", [5, 7, 100])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("name", ["AdamW", "RMSprop", "SGD"])

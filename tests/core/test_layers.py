@@ -14,6 +14,8 @@ from hypergrad import Result
 from tests.layers import LAYERS, LayerCase, outcome_of
 from tests.oracle import AGREE, hypergradient
 
+pytestmark = pytest.mark.slow
+
 MODES = ("unrolled", "forward")
 
 

@@ -39,6 +39,7 @@ def trained(device: str, keep_best: bool, average: bool = True) -> tuple[nn.Modu
     return model, val_loss, tuner, waits
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("average", [True, False])
 def test_it_lies_on_the_host_and_no_step_waits_for_it(average: bool) -> None:
     with stand_in():
@@ -59,6 +60,7 @@ def test_it_lies_on_the_host_and_no_step_waits_for_it(average: bool) -> None:
         torch.testing.assert_close(x, y, rtol=1e-12, atol=0)
 
 
+@pytest.mark.slow
 def test_a_state_waits_for_what_is_on_its_way() -> None:
     with stand_in():
         _, _, tuner, _ = trained(NAME, True)

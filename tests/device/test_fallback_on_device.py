@@ -51,6 +51,7 @@ class Foreign(Case):
         return nullcontext()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["Growing", "AdamP", "schedulefree SGD", "Prodigy"])
 def test_hypergradients(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.set_default_dtype(torch.float64)  # conftest.py puts it back
@@ -66,6 +67,7 @@ def test_hypergradients(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
         assert_matches(there["forward"], case)
 
 
+@pytest.mark.slow
 def test_a_tuner(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(self_check, "_KNOWN", {})
     found = []

@@ -18,6 +18,8 @@ from tests.device.stand_in import DEVICE, NAME, stand_in
 from tests.oracle import MODES_AGREE, assert_same, hypergradient
 from tests.problems import PROBLEMS
 
+pytestmark = pytest.mark.slow
+
 WAYS = {
     "forward": MODES["forward"],
     "graphs kept": MODES["graphs kept"],

@@ -19,6 +19,8 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR
 import hypergrad
 from tests.device.stand_in import DEVICE, NAME, stand_in
 
+pytestmark = pytest.mark.slow
+
 STEPS = 40
 EVERY = 10
 SAME = 1e-12  # relative: the same operations in float64, some of them in one kernel for several tensors

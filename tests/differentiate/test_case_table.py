@@ -19,12 +19,14 @@ CLIPPED = [Case("mlp", optimizer, clip_norm=0.245) for optimizer in (*EVERY_PROB
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("case", EVERY_OPTIMIZER, ids=str)
 def test_every_optimizer_in_every_mode(case: Case, mode: str) -> None:
     assert_matches(hypergradient(case, **MODES[mode]), case)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["forward", "graphs kept"])
 @pytest.mark.parametrize("case", EVERY_PROBLEM + CLIPPED, ids=str)
 def test_every_problem_and_clipping(case: Case, mode: str) -> None:

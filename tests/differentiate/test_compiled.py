@@ -54,6 +54,7 @@ def assert_agrees(found: Result, truth: Result, tolerance: float = SAME) -> None
     assert_same(found, truth, tolerance)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("optimizer", "mode"),
     [*((name, "every") for name in OPTIMIZERS), *((name, "forward") for name in ("momentum", "adamw", "radam"))],
@@ -63,6 +64,7 @@ def test_every_optimizer(optimizer: str, mode: str, traced: None) -> None:
     assert_agrees(hypergradient(case, compile=True, **MODES[mode]), hypergradient(case, **MODES[mode]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["segments", "forward"])
 @pytest.mark.parametrize("problem", PROBLEMS)
 def test_buffers_tied_unused_and_frozen_parameters_and_tensors_in_the_loss(
@@ -115,6 +117,7 @@ class Work:
         )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", MODES)
 def test_a_smaller_last_batch(mode: str, traced: None) -> None:
     work = Work(8, sizes=(8, 8, 8, 5))
@@ -155,6 +158,7 @@ def test_a_second_call_compiles_nothing_and_a_changed_loss_is_compiled_anew(trac
     assert_agrees(found, work(loss, every=2))
 
 
+@pytest.mark.slow
 def test_graphs_of_a_loss_that_changed_unseen_are_made_anew(traced: None) -> None:
     work, factor = Work(), {"of": 1.0}
 
@@ -296,6 +300,7 @@ def test_a_machine_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
 # ---- through inductor
 
 
+@pytest.mark.slow
 @needs_compiler
 def test_inductor_unrolled_in_float32() -> None:
     work = Work(dtype=torch.float32)
@@ -304,6 +309,7 @@ def test_inductor_unrolled_in_float32() -> None:
     assert found.stats["compile_seconds"] > 0
 
 
+@pytest.mark.slow
 @needs_compiler
 def test_inductor_forward_in_float64() -> None:
     work = Work()

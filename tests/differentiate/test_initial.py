@@ -45,6 +45,7 @@ def moved(run: Run, param: int, index: tuple[int, ...], delta: float) -> float:
     return Run(other, run.wrt, run.hypers, run.schedules, run.ema).stock()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", RUNS)
 def test_matches_the_stock_loop_from_elsewhere(name: str) -> None:
     run = RUNS[name]

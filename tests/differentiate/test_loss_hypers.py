@@ -134,6 +134,7 @@ class Built:
         return float(self.val_loss().detach())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "optimizer"), CASES)
 def test_matches_the_stock_loop(name: str, optimizer: str) -> None:
     row = ROWS[name]

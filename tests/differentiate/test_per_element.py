@@ -131,6 +131,7 @@ def some(array: Tensor) -> list[tuple[int, ...]]:
     return every[:: max(1, len(every) // MOST)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("how", "case"), EACH, ids=lambda x: str(x))
 def test_matches_the_stock_optimizer_with_a_group_for_each(how: str, case: Case) -> None:
     result = hypergradient(case, per=how)
@@ -158,11 +159,13 @@ AGAINST = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("how", "case"), AGAINST, ids=lambda x: str(x))
 def test_mode_against_mode(how: str, case: Case) -> None:
     assert_same(hypergradient(case, per=how, mode="forward"), hypergradient(case, per=how), MODES_AGREE)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["forward", "unrolled"])
 @pytest.mark.parametrize(("how", "case"), AGAINST, ids=lambda x: str(x))
 def test_sums_to_the_gradient_of_the_group(how: str, case: Case, mode: str) -> None:

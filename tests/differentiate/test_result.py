@@ -33,6 +33,7 @@ IN_THE_LOSS = [Case("loss_hypers", o, wrt=LOSS_HYPERS) for o in ("sgd", "momentu
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["forward", "graphs kept", "every second step"])
 @pytest.mark.parametrize("case", PER_STEP + VAL_STEPS + IN_THE_LOSS, ids=str)
 def test_matches_finite_differences(case: Case, mode: str) -> None:

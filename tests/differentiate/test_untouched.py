@@ -163,6 +163,7 @@ def watched(setup: Setup, alive: list[weakref.ref[Tensor]]) -> Callable[..., Ten
     return loss
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("no_gc")
 @pytest.mark.parametrize("problem", ["mlp", "cnn_batchnorm"])
 @pytest.mark.parametrize("mode", ALL_MODES)

@@ -24,6 +24,7 @@ def test_the_rule_does_not_see_the_subclass():
     assert own is None
 
 
+@pytest.mark.slow
 def test_rows_of_every_mode(tmp_path):
     optimizers = (bench_fallback.RULE, bench_fallback.OWN)
     cases = ("mlp_adam",)

@@ -15,6 +15,7 @@ from hypergrad.differentiate.compile import compiled
 OURS = [name for name in bench_modes.METHODS if name.startswith(("unrolled", "forward"))]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", ["mlp_sgd", "mlp_adam", "cnn_sgd", "tinygpt_adam"])
 @pytest.mark.parametrize("method", OURS)
 def test_every_mode_agrees_with_plain_code(method, case):
@@ -39,6 +40,7 @@ def test_the_differentiable_flag_agrees_where_it_is_said_to_be_right():
     assert not bench_modes.suits(bench_modes.FLAG, "mlp_sgd")
 
 
+@pytest.mark.slow
 def test_the_gpt_of_a_gpu_in_small(tmp_path):
     """The same code as the GPT of 124 million parameters."""
     methods = ("plain", "plain code, graph kept", bench_modes.FLAG, "unrolled, every √K", "forward")
@@ -67,6 +69,7 @@ def test_a_method_that_runs_out_of_memory_has_a_row_without_a_time(tmp_path, mon
     assert (plain["times_plain"], lost["times_plain"]) == (1.0, None)
 
 
+@pytest.mark.slow
 def test_rows_of_every_length_and_method(tmp_path):
     methods = ("plain", "plain code, graph kept", "forward")
     rows = bench_modes.main(
@@ -81,6 +84,7 @@ def test_rows_of_every_length_and_method(tmp_path):
     assert "| forward |" in TABLES["bench_modes"](result)
 
 
+@pytest.mark.slow
 def test_compiled_rows_stand_beside_the_same_methods_without(tmp_path, monkeypatch):
     monkeypatch.setattr(compiled, "BACKEND", "eager")
     args = bench_modes.Args(
@@ -96,6 +100,7 @@ def test_compiled_rows_stand_beside_the_same_methods_without(tmp_path, monkeypat
     assert "| forward, compiled |" in TABLES["bench_compiled"](result)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="the peak cannot be reset here")
 def test_graphs_take_memory_and_tangents_do_not():
     """At K = 40 graphs of an MLP take some 60 MiB, forward mode some 6."""
@@ -103,6 +108,7 @@ def test_graphs_take_memory_and_tangents_do_not():
     assert kept > 3 * flat > 0
 
 
+@pytest.mark.slow
 def test_long_run_has_plain_short_and_whole(stand_in, tmp_path):
     rows = long_run.main(
         long_run.Args(steps=20, width=8, rounds=1, data_dir=str(stand_in), out=str(tmp_path), offload="disk")
@@ -114,6 +120,7 @@ def test_long_run_has_plain_short_and_whole(stand_in, tmp_path):
     assert ratios["time_by_turns"] > 1
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:We've integrated functorch:FutureWarning")  # TorchOpt 0.7.3's own call
 @pytest.mark.parametrize("method", bench_implicit.METHODS)
 @pytest.mark.parametrize("case", ["mlp_sgd", "cnn_sgd"])

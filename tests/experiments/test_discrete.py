@@ -20,6 +20,7 @@ def test_quick_mode_compares_at_one_budget(tmp_path):
     assert written is not None and written["rows"] == rows
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", discrete.CASES)
 def test_runs_of_a_case_pass_as_many_examples_whatever_is_chosen(name):
     case = discrete.CASES[name]

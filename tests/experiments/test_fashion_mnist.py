@@ -121,6 +121,7 @@ def test_a_replay_is_of_training_and_validation_images(stand_in):
     assert plain.values[-1] == {"lr": pytest.approx(0.01 / 25), "momentum": 0.9, "weight_decay": 1e-3}
 
 
+@pytest.mark.slow
 def test_grid_winner_and_replays_are_rows_and_paths_a_file_of_their_own(stand_in, tmp_path, monkeypatch):
     monkeypatch.setattr(fashion_mnist, "GRID", {"lr": (1e-4, 0.03), "momentum": (0.0, 0.9), "weight_decay": (1e-3,)})
     words = ("--methods", "grid", "tuned", "--starts", "2", "--steps", "80", "--jobs", "1", "--data-dir", str(stand_in))

@@ -44,6 +44,7 @@ def test_without_a_gpu_it_says_so_and_ends_well(capsys):
     assert "no GPU" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 @without_gpu
 @pytest.mark.parametrize("words", [[], ["correct"], ["speed"]])
 def test_the_script_ends_before_any_set_up_without_a_gpu(words, tmp_path):
@@ -65,6 +66,7 @@ def test_an_unknown_tier_is_refused_with_the_known_ones():
         main(("fast",), Args(device="cpu"))
 
 
+@pytest.mark.slow
 def test_both_tiers_run_on_a_cpu_without_further_packages(tmp_path):
     words = ("--device", "cpu", "--quick", "--seconds", "200")
     done = subprocess.run(

@@ -27,6 +27,7 @@ def _quiet():
         yield
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("problem", [noisy_quadratic.PROBLEMS[0], noisy_quadratic.PROBLEMS[3]], ids=str)
 def test_noisy_quadratic(problem):
     """One seed, four starting values of lr: the loss differs between seeds by more than by its start."""
@@ -37,6 +38,7 @@ def test_noisy_quadratic(problem):
     keeps_the_promise(tuned, untuned)
 
 
+@pytest.mark.slow
 def test_mnist1d():
     task = WORKLOADS["mlp_mnist1d"]
     tuned, untuned = (
@@ -46,6 +48,7 @@ def test_mnist1d():
     keeps_the_promise(tuned, untuned)
 
 
+@pytest.mark.slow
 def test_fashion_mnist():
     try:
         data = datasets.fashion_mnist(None)

@@ -9,11 +9,13 @@ from experiments import ray_study  # noqa: E402
 from hypergrad.search.ray_workers import Cluster, connected  # noqa: E402
 
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.filterwarnings("ignore::ResourceWarning"),  # Ray's own processes
     pytest.mark.filterwarnings("ignore:Tip. In future versions of Ray:FutureWarning"),
 ]
 
 
+@pytest.mark.slow
 def test_twenty_trials_survive_a_killed_worker() -> None:
     if ray.is_initialized():
         ray.shutdown()
@@ -31,6 +33,7 @@ def test_a_trial_that_is_ended_twice_is_a_duplicate(tmp_path: Path) -> None:
     assert ray_study.endings(tmp_path / "j") == {0: 1, 1: 2}
 
 
+@pytest.mark.slow
 def test_entries_of_a_journal_are_counted() -> None:
     row = ray_study.journal_row(1, 0.1)
     assert row["writers"] == 1 and row["per_second"] > 0

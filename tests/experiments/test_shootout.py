@@ -81,6 +81,7 @@ def test_hypergradient_descent_grows_lr_by_the_product_of_gradients():
     assert w.tolist() == pytest.approx([2 - 0.1 - 3 * optimizer.lr, 1 - 0.2 + optimizer.lr], rel=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workload", ["diabetes", "gru_mnist1d", "cnn_fashion"])
 @pytest.mark.parametrize("name", [*OF_PACKAGES, "hd", "clarke"])
 def test_every_rival_moves_every_parameter(name, workload, request):

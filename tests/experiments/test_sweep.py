@@ -21,6 +21,7 @@ TODO = [{"n": n} for n in range(4)]
 ROWS = [{"n": 0, "square": None}, {"n": 1, "square": 1}, {"n": 2, "square": 4}, {"n": 3, "square": 9}]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("jobs", [1, 2])
 def test_every_item_has_its_row_and_numbers_that_are_not_finite_are_null(tmp_path, jobs):
     rows = sweep(square, TODO, tmp_path / "new/rows.jsonl", jobs)

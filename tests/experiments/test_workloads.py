@@ -36,6 +36,7 @@ def test_a_plain_run_lowers_the_loss_and_is_the_same_every_time(workload):
     assert set(RUNGS) < set(once)
 
 
+@pytest.mark.slow
 def test_a_tuned_run_moves_lr_in_every_group(workload):
     task = workload.build(0, steps=STEPS)
     row = train_tuned(task, 1e-4, 1e-4, every=2)
@@ -45,6 +46,7 @@ def test_a_tuned_run_moves_lr_in_every_group(workload):
     assert train_tuned(workload.build(0, steps=STEPS), 1e-4, 1e-4, every=2) | SAME == row | SAME
 
 
+@pytest.mark.slow
 def test_the_larger_version_trains_too(workload):
     small, large = workload.build(0), workload.build(0, full=True)
     assert large.steps > small.steps

@@ -122,6 +122,7 @@ class Run:
             self.optimizer.step()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{"total_steps": 300}, {}, {"total_steps": 300, "average": False}])
 def test_labels_that_cannot_be_learnt_do_no_harm(options: dict[str, Any]) -> None:
     run = Run(**options)
@@ -131,6 +132,7 @@ def test_labels_that_cannot_be_learnt_do_no_harm(options: dict[str, Any]) -> Non
     assert run.val_loss().item() < 1.15 * before  # without: twice that and more
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_from_a_state_bit_for_bit() -> None:
     whole = Run(total_steps=300)
     whole.train(0, 300)

@@ -167,6 +167,7 @@ def test_the_best_loss_is_had_again_with_the_best_weights(option: str, optimizer
     assert same(run.state(), before)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("random", [False, True])
 @pytest.mark.parametrize("option", OPTIONS)
 def test_training_is_the_same_bit_for_bit_with_best_weights_looked_at_and_without(option: str, random: bool) -> None:

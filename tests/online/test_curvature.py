@@ -75,6 +75,7 @@ def test_b_is_exact_where_it_was_measured_and_never_negative():
     assert bool(torch.isfinite(secant.times(torch.eye(20))).all())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("groups", [1, 2])
 def test_a_run_of_1200_steps_costs_at_most_15_percent_more_than_plain(groups: int):
     steps = 1200

@@ -268,6 +268,7 @@ def disturbed(
     return float(sum(mse(model, task(t)).detach() for t in range(2000, 2050))) / 50, tuner, first
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("at", [(2,), (30,), (80, 150), (30, 31)])
 def test_a_spike_is_passed_over_and_leaves_lr_alone(at: tuple[int, ...]) -> None:
     """One loss far too large is the batch's fault: rolled back, lr divided by 4 late in a run would never come back."""
@@ -287,6 +288,7 @@ def test_spikes_in_a_row_are_a_blow_up() -> None:
     assert guard.judge(1.0, True, torch.zeros(3)) == "good"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("at", [(0,), (0, 1, 2, 3), (1,), (5, 7)])
 def test_the_first_lr_is_found_in_spite_of_batches_that_are_not_finite(at: tuple[int, ...]) -> None:
     """From lr 100, with BatchNorm, whose running statistics a NaN batch spoils."""

@@ -46,6 +46,7 @@ def test_hypergradient_of_a_live_loop_is_that_of_finite_differences(name):
             assert float(gradient[tuple(index)]) == pytest.approx(expected, rel=FD_RTOL), (hyper, index)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [*LOOPS])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_frozen_tuner_trains_bit_identically(name, dtype):

@@ -153,6 +153,7 @@ LAYERS: dict[str, Callable[[], nn.Module]] = {name: getattr(nn, name) for name i
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("layer", LAYERS)
 def test_layer_trains_bit_identically_under_a_frozen_tuner(layer: str, dtype: torch.dtype) -> None:

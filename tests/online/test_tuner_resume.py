@@ -64,6 +64,7 @@ class Run:
                 self.scheduler.step()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tuner_first", [True, False])
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_run_with_a_scheduler_resumes_exactly(name: str, tuner_first: bool, tmp_path: Path) -> None:

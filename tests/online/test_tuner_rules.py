@@ -84,6 +84,7 @@ def train(
     return float(val_loss().detach()), model, optimizers, tuner
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MAKE)
 def test_a_learning_rate_typed_far_too_small_is_found(name: str) -> None:
     untuned, *_ = train(MAKE[name], STEPS, None)

@@ -210,6 +210,7 @@ def test_several_optimizers_clipped_each_by_itself_is_counted() -> None:
     assert tuner.stats["changed_gradients"] > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scaled", [False, True])
 def test_several_optimizers_survive_a_blow_up(scaled: bool) -> None:
     """Gradients are taken from all of them; a scaler that comes to the next one is not upset."""

@@ -49,6 +49,7 @@ RUNS: dict[str, Run] = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", RUNS)
 def test_matches_the_stock_loop_and_forward(name: str) -> None:
     run = RUNS[name]

@@ -69,6 +69,7 @@ def made(name: str) -> ForeignCase:
     return ForeignCase(THIRD_PARTY[name].problem, name)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("no_rules", "double")
 @pytest.mark.parametrize("name", [*TORCH, *THIRD_PARTY])
 def test_hypergradients_are_finite_differences_of_the_stock_loop(name: str) -> None:
@@ -100,6 +101,7 @@ def parameters() -> list[Tensor]:
     return [torch.randn(shape).requires_grad_() for shape in ((4, 3), (5,), (2, 4), (3,))]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("no_rules")
 @pytest.mark.parametrize("name", [*TORCH, *THIRD_PARTY])
 def test_a_replayed_step_is_the_stock_step(name: str) -> None:
@@ -196,6 +198,7 @@ def assert_unchanged(before: Any, now: Any) -> None:
         assert before == now
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["forward", "unrolled"])
 @pytest.mark.parametrize("stepped", [False, True])
 @pytest.mark.parametrize("lose", LOST)

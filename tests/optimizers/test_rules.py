@@ -190,6 +190,7 @@ class Step(torch.autograd.Function):
         return dp[0], *(out.get(name, ds[name])[0] for name in ctx.rule.slots)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script:FutureWarning")  # torch's own, on the first use of forward mode
 @pytest.mark.parametrize("seed", [0, 1])
 @pytest.mark.parametrize("t", [1, 4, 30])

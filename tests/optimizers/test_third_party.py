@@ -105,6 +105,7 @@ def test_a_subclass_made_before_its_base_class(monkeypatch: pytest.MonkeyPatch) 
     assert registry.rule_of(Overrides(parameters(torch.float32))) is None
 
 
+@pytest.mark.slow
 def test_no_other_package_is_imported() -> None:
     code = "import sys, hypergrad; print([m for m in ('pytorch_optimizer', 'lion_pytorch') if m in sys.modules])"
     assert (

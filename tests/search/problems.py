@@ -1,4 +1,4 @@
-"""Objectives of the search's tests, at the top of a module so that other processes can import them."""
+"""Spaces and objectives of the search's tests, at the top of a module so that other processes can import them."""
 
 from __future__ import annotations
 
@@ -11,10 +11,33 @@ from typing import Any
 import torch
 
 from hypergrad import Tuner
-from hypergrad.search import Categorical, Float, Int, Pruned, Run, Trial
+from hypergrad.search import Categorical, Float, Int, Pruned, Run, Space, Trial
 
 SPACE = {"lr": Float(1e-4, 1.0, "log", points=5), "k": Int(0, 6), "kind": Categorical(["a", "b"])}
 BEST = {"lr": 1e-2, "k": 3, "kind": "a"}
+SMALL = {
+    "lr": Float(1e-3, 1.5, "log", start=0.05),
+    "momentum": Float(0.01, 0.9, "logit", start=0.5),
+    "steps": Categorical([3, 5]),
+}
+ENTRIES = {
+    "linear": Float(-1.0, 2.0),
+    "log": Float(1e-4, 1.0, "log"),
+    "logit": Float(0.01, 0.99, "logit"),
+    "step": Float(0.5, 2.0, step=0.5),
+    "whole": Int(2, 9),
+    "whole_log": Int(1, 1000, "log"),
+    "whole_step": Int(3, 11, step=4),
+    "choices": Categorical(["x", "y", None, True, 2.5]),
+}
+CONDITIONAL = Space(
+    {
+        "optimizer": ["SGD", "Adam"],
+        "lr": Float(1e-4, 1.0, "log"),
+        "momentum": Float(0.5, 0.99, "logit", when={"optimizer": "SGD"}),
+        "beta2": Float(0.9, 0.9999, when={"optimizer": "Adam"}),
+    }
+)
 
 
 def bowl(p: dict[str, Any]) -> float:
@@ -120,3 +143,7 @@ def tuned_online(p: dict[str, Any], trial: Trial) -> float:
         trial.checkpoint({name: part.state_dict() for name, part in parts.items()} | {"epoch": epoch})
         trial.report(value, epoch)
     return value
+
+
+def never(p: dict[str, Any]) -> float:
+    raise AssertionError("a trial was run")

@@ -12,8 +12,7 @@ from hypergrad.search import Float, Space, hyperopt_objective, optimize, to_hype
 from hypergrad.search.convert.hyperopt_spaces import flat, labels_of
 from hypergrad.search.objective import Trial, seed_of
 from hypergrad.search.strategies import make
-from tests.search.problems import SPACE, bowl, noisy_bowl, quadratic
-from tests.search.test_convert import CONDITIONAL, ENTRIES
+from tests.search.problems import CONDITIONAL, ENTRIES, SPACE, bowl, noisy_bowl, quadratic
 
 hyperopt = pytest.importorskip("hyperopt")
 pytest.importorskip("optuna")

@@ -19,7 +19,18 @@ import hypergrad
 from hypergrad.search import Budget, Categorical, Float, Int, NoTrialCompleted, Pruned, Run, Study, Trial, optimize
 from hypergrad.search.objective import evaluate, seed_of
 from tests.search import problems
-from tests.search.problems import BEST, SPACE, bowl, fails_on_b, interrupted_bowl, noisy_bowl, quadratic, reporting_bowl
+from tests.search.problems import (
+    BEST,
+    SMALL,
+    SPACE,
+    bowl,
+    fails_on_b,
+    interrupted_bowl,
+    never,
+    noisy_bowl,
+    quadratic,
+    reporting_bowl,
+)
 
 pytest.importorskip("optuna")
 pytest.importorskip("sklearn")
@@ -38,11 +49,6 @@ FOUND: dict[str, tuple[Any, int | None, float]] = {
     "hyperopt": (bowl, 60, CLOSE),
     "hyperband": (reporting_bowl, 60, CLOSE),
     "asha": (reporting_bowl, 60, CLOSE),
-}
-SMALL = {
-    "lr": Float(1e-3, 1.5, "log", start=0.05),
-    "momentum": Float(0.01, 0.9, "logit", start=0.5),
-    "steps": Categorical([3, 5]),
 }
 
 
@@ -88,12 +94,12 @@ def test_hypergradients_descend(strategy: str, trials: int, bound: float) -> Non
 def test_the_first_descent_goes_down_the_true_gradient() -> None:
     """One step of θ²/2 from θ = 2 at lr η: L = 2 (1 − η)², so dL/du = −4 (1 − η) η log(high/low)."""
     from hypergrad.search.space import Space
-    from hypergrad.search.strategies.gradient import Hypergradient, moves
+    from hypergrad.search.strategies.gradient import Hypergradient, tuned_entries
 
     space = Space({"lr": Float(1e-3, 1.0, "log", start=0.1), "steps": [1]})
     trial = Trial(0, space.first(), 0)
     run, strategy = quadratic(trial.params, trial), Hypergradient(space, 0, {})
-    value, (slope,) = strategy._slope(run, trial, trial.params, moves(run, space, trial.params))
+    value, (slope,) = strategy._slope(run, trial, trial.params, tuned_entries(run, space, trial.params))
     assert value == pytest.approx(2 * 0.9**2)
     assert slope == pytest.approx(-4 * 0.9 * 0.1 * math.log(1e3))
     assert trial.cost.gradient_evaluations > 0
@@ -158,6 +164,7 @@ def test_a_descent_that_begins_in_chaos_comes_back() -> None:
 STORED = ["grid", "random", "tpe", "gp", "cma", "hyperband", "hyperopt"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strategy", STORED)
 def test_a_resumed_study_is_the_uninterrupted_one(strategy: str, tmp_path: Path) -> None:
     needs(strategy)
@@ -212,6 +219,7 @@ def test_a_storage_is_held_by_one_call_at_a_time(tmp_path: Path) -> None:
     assert quiet(nested, SPACE, "random", 2, storage=storage).best_value == 0.0
 
 
+@pytest.mark.slow
 def test_processes_and_threads_do_all_trials_once(tmp_path: Path) -> None:
     alone = quiet(bowl, SPACE, "random", 12)
     for workers, storage in (("processes", tmp_path / "s.journal"), ("threads", None), ("processes", None)):
@@ -382,7 +390,7 @@ def test_the_entry_that_matters_is_the_important_one() -> None:
     from hypergrad.search.plots import importances
 
     study = quiet(lambda p: 10 * p["x"] + 0.1 * p["y"], {"x": Float(0, 1), "y": Float(0, 1)}, "random", 40)
-    weights = importances(study)
+    weights = importances(study.optuna)
     assert weights["x"] > 0.9 > 0.1 > weights["y"]
 
 
@@ -413,10 +421,6 @@ def test_choices_of_any_type_and_conditions_are_searched_and_kept(tmp_path: Path
 
 
 # ---- bad input: before the first trial
-
-
-def never(p: dict[str, Any]) -> float:
-    raise AssertionError("a trial was run")
 
 
 def _with(**arguments: Any) -> Any:
@@ -542,6 +546,7 @@ for gone, strategy in (("optuna", "tpe"), ("cmaes", "cma"), ("sklearn", "random"
 """
 
 
+@pytest.mark.slow
 def test_the_search_imports_no_extra_and_names_a_missing_one_with_its_pip_line() -> None:
     done = subprocess.run([sys.executable, "-c", IN_A_FRESH_PROCESS], check=True, capture_output=True, text=True)
     brought, optuna, cmaes, sklearn = done.stdout.splitlines()
@@ -563,6 +568,7 @@ def test_a_trial_refuses_what_it_cannot_keep() -> None:
 
 
 def test_public_names_are_there_and_documented() -> None:
+    assert dir(hypergrad.search) == sorted([*hypergrad.search.__all__, "HypergradSearchCV"])
     for name in hypergrad.search.__all__:
         assert (getattr(hypergrad.search, name).__doc__ or "").strip(), name
     assert isinstance(quiet(bowl, SPACE, "random", 1), Study)

@@ -12,9 +12,8 @@ import pytest
 
 from hypergrad.search import optimize
 from hypergrad.search.ray_workers import Cluster
-from tests.search.problems import SPACE, bowl, deadly_bowl, quadratic, reporting_bowl
+from tests.search.problems import SMALL, SPACE, bowl, deadly_bowl, never, quadratic, reporting_bowl
 from tests.search.ray_warnings import QUIET
-from tests.search.test_optimize import SMALL, never
 
 pytest.importorskip("ray", reason="ray is not installed: pip install 'ray[tune]'")
 pytest.importorskip("optuna")
@@ -23,6 +22,7 @@ pytestmark = QUIET
 on_ray = partial(optimize, backend="ray", n_jobs=2, progress=False)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("cluster")
 def test_a_killed_worker_loses_nothing_and_nothing_is_counted_twice(tmp_path: Path) -> None:
     storage = tmp_path / "study.journal"
@@ -40,6 +40,7 @@ def test_a_killed_worker_loses_nothing_and_nothing_is_counted_twice(tmp_path: Pa
     assert list(study.table()["retries"]) == [x.retries for x in study.trials]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("cluster")
 def test_a_trial_whose_worker_always_dies_has_failed_and_the_study_goes_on(tmp_path: Path) -> None:
     objective, storage = partial(deadly_bowl, tmp_path, 1, 9), tmp_path / "study.journal"
@@ -61,6 +62,7 @@ STRATEGIES: dict[str, tuple[Any, Any, int]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("cluster")
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_strategies_are_distributed(strategy: str, tmp_path: Path) -> None:
@@ -74,6 +76,7 @@ def test_strategies_are_distributed(strategy: str, tmp_path: Path) -> None:
         assert [x.value for x in study.trials] == pytest.approx([x.value for x in here.trials], rel=1e-9)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("cluster")
 def test_what_is_wrong_with_the_objective_comes_back_as_it_is(tmp_path: Path) -> None:
     with pytest.raises(TypeError, match="returned None"):

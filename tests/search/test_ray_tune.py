@@ -16,9 +16,8 @@ from hypergrad.search.ray_population import Member
 from hypergrad.search.ray_tune import number_of
 from hypergrad.search.space import Space
 from hypergrad.search.strategies.population_based import PBT
-from tests.search.problems import bowl, keeps_nothing, tuned_online, valley
+from tests.search.problems import bowl, keeps_nothing, never, tuned_online, valley
 from tests.search.ray_warnings import QUIET
-from tests.search.test_optimize import never
 
 ray = pytest.importorskip("ray", reason="ray is not installed: pip install 'ray[tune]'")
 pytest.importorskip("optuna")
@@ -28,6 +27,7 @@ SPACE = {"lr": Float(1e-3, 1.0, "log")}
 pbt = partial(optimize, strategy="pbt", backend="ray", n_jobs=2, progress=False)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("cluster")
 def test_a_population_trains_and_its_worst_take_over_from_its_best(tmp_path: Path) -> None:
     storage = tmp_path / "s.journal"
@@ -59,20 +59,22 @@ def test_values_that_were_taken_over_at_the_last_report_are_no_result() -> None:
     study = optuna.create_study()
     member = Member(Kept(), Reports(study.ask()))
     told = {"epochs_more": 1.0, "gradients_more": 1.0, "notes": {}, "time_total_s": 1.0}
-    member.hear(told | {"loss": 7.0, "epoch": 1, "config": {"lr": 0.1}}, 0)
-    member.hear(told | {"loss": 1.0, "epoch": 1, "config": {"lr": 0.2}, "done": True, "epochs_more": 0.0}, 0)
+    member.receive(told | {"loss": 7.0, "epoch": 1, "config": {"lr": 0.1}}, 0)
+    member.receive(told | {"loss": 1.0, "epoch": 1, "config": {"lr": 0.2}, "done": True, "epochs_more": 0.0}, 0)
     outcome = member.future.result(timeout=0)
     assert (outcome.state, outcome.value, outcome.notes["learned"]) == ("complete", 7.0, {"lr": 0.1})
-    member.hear(told | {"loss": 0.0, "epoch": 2, "config": {"lr": 0.3}}, 0)  # after the end nothing counts
+    member.receive(told | {"loss": 0.0, "epoch": 2, "config": {"lr": 0.3}}, 0)  # after the end nothing counts
     assert member.future.result() is outcome and len(member.path) == 1 and outcome.cost.epochs == 1.0
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("cluster")
 def test_an_objective_that_keeps_nothing_is_told_what_to_call(tmp_path: Path) -> None:
     with pytest.raises(TypeError, match=r"trial\.checkpoint\(state\)"):
         pbt(keeps_nothing, SPACE, budget=2, storage=tmp_path / "s.journal")
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("cluster")
 def test_ray_tune_stops_and_goes_on_with_our_objective_and_its_tuner(tmp_path: Path) -> None:
     """ASHA over a trainable whose checkpoints hold a `hypergrad.Tuner`."""
@@ -152,7 +154,7 @@ BAD: dict[str, tuple[Any, str]] = {
     "a budget in epochs": (_with(budget={"epochs": 3}), "in trials, the population"),
     "a population of one": (_with(budget=1), "2 or more"),
     "no storage": (_with(storage=None), "storage='study.journal'"),
-    "conditions": (_with(space={"a": [1, 2], "b": Float(0, 1, when={"a": 1})}), "no conditions"),
+    "conditions": (_with(space={"a": [1, 2], "b": Float(0, 1, when={"a": 1})}), "use another strategy"),
     "nothing to perturb": (_with(space={"a": Categorical([1])}), "nothing to perturb"),
     "an option that Ray has not": (_with(options={"x": 1}), "PopulationBasedTraining"),
     "a quantile of 0.9": (_with(options={"quantile_fraction": 0.9}), "quantile_fraction"),

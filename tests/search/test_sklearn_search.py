@@ -73,6 +73,7 @@ AGREEMENT: dict[str, tuple[Any, Any, Any, int, str]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", AGREEMENT)
 def test_agrees_with_a_grid(name: str) -> None:
     estimator, (x, y), space, points, scoring = AGREEMENT[name]
@@ -292,6 +293,7 @@ OURS: dict[str, tuple[Any, Any]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", OURS)
 @pytest.mark.parametrize("name", SEARCHES)
 def test_our_estimators_inside_scikit_learns_searches(name: str, kind: str) -> None:
@@ -302,6 +304,7 @@ def test_our_estimators_inside_scikit_learns_searches(name: str, kind: str) -> N
     assert search.score(*data) > (0.3 if kind == "regressor" else 0.8)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [MLPClassifier, MLPRegressor])
 def test_estimators_keep_scikit_learns_contract(kind: type) -> None:
     with warnings.catch_warnings():
@@ -311,6 +314,7 @@ def test_estimators_keep_scikit_learns_contract(kind: type) -> None:
             assert check["status"] == "passed" or skipped, (check["check_name"], check["exception"])
 
 
+@pytest.mark.slow
 def test_the_public_name_comes_when_asked_for() -> None:
     code = (
         "import sys, hypergrad.search as s\n"

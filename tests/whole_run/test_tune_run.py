@@ -11,7 +11,7 @@ from torch import nn
 import hypergrad
 from hypergrad import Hyperparameter, Run, tune_run
 from hypergrad.whole_run.resume import NAME
-from hypergrad.whole_run.step_rules import GROW, HALF, OuterSteps, Point
+from hypergrad.whole_run.step_rules import OuterSteps, Point
 
 CURVATURE = torch.tensor([1.0, 0.25], dtype=torch.float64)
 
@@ -118,7 +118,7 @@ def test_a_worse_value_halves_the_step_goes_back_and_has_no_way_back():
     first, second, third = found.history
     assert [row["values"]["lr"][0] for row in found.history] == pytest.approx([0.5, 4.0, 0.5 * 8**0.5])
     assert (first["best"], second["best"]) == (True, False)
-    assert (first["size"], second["size"]) == (1.0, HALF)
+    assert (first["size"], second["size"]) == (1.0, 0.5)
     assert second["run_equivalents"] - first["run_equivalents"] == 1
     assert second["gradient_norm"] is None
     assert found.stats["halvings"] >= 1
@@ -133,7 +133,7 @@ def test_signs_have_a_length_each():
     steps.take(Point(2.0, zero, torch.tensor([1.0, -1.0, 0.0], dtype=torch.float64), 0))
     assert steps.next().tolist() == [-1.0, 1.0, 0.0]
     steps.take(Point(1.0, zero, torch.tensor([2.0, 3.0, 0.0], dtype=torch.float64), 1))
-    assert steps.next().tolist() == [-GROW, -HALF, 0.0]
+    assert steps.next().tolist() == [-1.2, -0.5, 0.0]
 
 
 def blowing_up(seed):
@@ -159,7 +159,7 @@ def test_a_start_that_is_not_finite_takes_a_tenth_of_lr_or_is_refused():
         found = tune_run(blowing_up, {"lr": 5.0}, outer_steps=3, horizons=(1.0,))
     assert [round(row["values"]["lr"][0], 9) for row in found.history[:2]] == [5.0, 0.5]
     assert math.isfinite(found.value)
-    with pytest.raises(ValueError, match="start is not finite, so there is no direction"):
+    with pytest.raises(ValueError, match="start is not finite, so there is no step to take"):
         tune_run(blowing_up, {"lr": Hyperparameter(5.0, kind="free")}, outer_steps=3, horizons=(1.0,))
 
 
@@ -326,7 +326,7 @@ def test_a_file_of_another_study_is_refused(tmp_path, change, message):
 def test_a_torn_file_and_resume_false_are_said(tmp_path):
     own = {"build": quadratic, "hypers": {"lr": 0.02}, "outer_steps": 1, "horizons": (1.0,), "log_dir": tmp_path}
     tune_run(**own)
-    with pytest.raises(ValueError, match="there already: pass resume=True"):
+    with pytest.raises(ValueError, match="already: pass resume=True"):
         tune_run(**own, resume=False)
     (tmp_path / NAME).write_text('{"study": {')
     with pytest.raises(ValueError, match=r"cannot be read .* delete it"):

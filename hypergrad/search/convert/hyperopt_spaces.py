@@ -10,9 +10,11 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from hypergrad.search.entries import Categorical, Entry, Float, Int, phi, phi_inverse, plain, same
+from hypergrad.search.entries import Categorical, Entry, Float, Int
 from hypergrad.search.extras import need
+from hypergrad.search.scales import from_scale, to_scale
 from hypergrad.search.space import Space, Values, as_space
+from hypergrad.search.values import plain, same
 
 _WHAT = "a space of Hyperopt"
 _VALUE = "value"  # beside its children in the dict of a choice
@@ -21,7 +23,7 @@ _VALUE = "value"  # beside its children in the dict of a choice
 def _expression(name: str, entry: Entry, space: Space, hp: Any) -> Any:
     if isinstance(entry, Categorical):
         return hp.choice(name, [_with_children(space, name, choice, hp) for choice in entry.choices])
-    low, high = phi(entry.low, entry.scale), phi(entry.high, entry.scale)
+    low, high = to_scale(entry.low, entry.scale), to_scale(entry.high, entry.scale)
     if isinstance(entry, Float):
         match entry.scale:
             case "logit":
@@ -47,7 +49,7 @@ def _with_children(space: Space, parent: str, choice: Any, hp: Any) -> Any:
 
 
 def _label(name: str, choice: Any, space: Space) -> str:
-    """Hyperopt wants one label for one place."""
+    """The label of an entry below a choice: Hyperopt needs a different one in each branch."""
     values = next(iter((space[name].when or {}).values()))
     return name if len(values) == 1 else f"{name}@{choice}"
 
@@ -56,7 +58,7 @@ def to_hyperopt(space: Space | Mapping[str, Any]) -> dict[str, Any]:
     """name → expression of `hyperopt.hp`, for `fmin`; `flat(point)` in the objective gives the values.
 
     Raises:
-        ValueError: an entry hangs on several others, or on one that is no Categorical.
+        ValueError: an entry depends on several others, or on one that is no Categorical.
     """
     space, hp = as_space(space), need("hyperopt", _WHAT).hp
     for name, entry in space.items():
@@ -103,7 +105,7 @@ def labels_of(space: Space, values: Mapping[str, Any]) -> Values:
         if isinstance(entry, Categorical):
             found[label] = entry.index(value)
         elif isinstance(entry, Float) and entry.scale == "logit":
-            found[f"logit({label})"] = phi(value, "logit")
+            found[f"logit({label})"] = to_scale(value, "logit")
         elif _is_choice(entry):
             found[label] = min(range(len(entry.grid())), key=lambda i: abs(entry.grid()[i] - value))
         else:
@@ -115,7 +117,8 @@ def from_hyperopt(expressions: Mapping[str, Any]) -> Space:
     """A space from a dict of expressions: `uniform`, `loguniform`, `quniform`, `randint`, `uniformint` and `choice`, nested too.
 
     Raises:
-        ValueError: another distribution (normal, pchoice, …): those have no bounds, or weights that a space does not know.
+        ValueError: another distribution (normal, pchoice, …): these have no bounds, or weights, which a space cannot
+            express.
     """
     need("hyperopt", _WHAT)
     entries: dict[str, Any] = {}
@@ -148,7 +151,7 @@ def _entry(name: str, expression: Any) -> tuple[Entry, list[tuple[Any, Mapping[s
     numbers = [arg.obj for arg in node.pos_args] + [arg.obj for _, arg in node.named_args if arg.name == "literal"]
     match node.name:
         case "uniform" if label == f"logit({name})":
-            low, high = (float(f"{phi_inverse(x, 'logit'):.15g}") for x in numbers[:2])
+            low, high = (float(f"{from_scale(x, 'logit'):.15g}") for x in numbers[:2])
             return Float(low, high, "logit"), []
         case "uniform":
             return Float(*numbers[:2]), []

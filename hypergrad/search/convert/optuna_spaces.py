@@ -1,7 +1,7 @@
 """Optuna: distributions, and the values of its trials.
 
 Optuna has no logit scale: a logit entry `name` is searched as its logit, a linear entry called "logit(name)". Choices that are no
-plain values go by names, "0: Adam".
+plain values are stored by names, such as "0: Adam".
 """
 
 from __future__ import annotations
@@ -9,8 +9,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from hypergrad.search.entries import Categorical, Entry, Float, Int, labels, phi, phi_inverse
+from hypergrad.search.entries import Categorical, Entry, Float, Int, labels
 from hypergrad.search.extras import need
+from hypergrad.search.scales import from_scale, to_scale
 from hypergrad.search.space import Space, Values, as_space
 
 _LOGIT = ("logit(", ")")
@@ -30,7 +31,7 @@ def distribution(entry: Entry) -> Any:
         high = entry.high if entry.scale == "log" else entry.last
         return d.IntDistribution(entry.low, high, log=entry.scale == "log", step=entry.step)
     if entry.scale == "logit":
-        return d.FloatDistribution(phi(entry.low, "logit"), phi(entry.high, "logit"))
+        return d.FloatDistribution(to_scale(entry.low, "logit"), to_scale(entry.high, "logit"))
     high = entry.high if entry.step is None else entry.grid()[-1]
     return d.FloatDistribution(entry.low, high, log=entry.scale == "log", step=entry.step)
 
@@ -80,14 +81,14 @@ def _suggest(trial: Any, name: str, entry: Entry) -> Any:
 def _inside(entry: Entry, value: Any) -> Any:
     if isinstance(entry, Categorical):
         return labels(entry)[entry.index(value)]
-    return phi(value, "logit") if entry.scale == "logit" else value
+    return to_scale(value, "logit") if entry.scale == "logit" else value
 
 
 def _outside(entry: Entry, param: Any) -> Any:
     if isinstance(entry, Categorical):
         return entry.choices[labels(entry).index(param)]
     if entry.scale == "logit":
-        return min(max(float(f"{phi_inverse(param, 'logit'):.15g}"), entry.low), entry.high)
+        return min(max(float(f"{from_scale(param, 'logit'):.15g}"), entry.low), entry.high)
     return param
 
 
@@ -100,7 +101,7 @@ def to_optuna(space: Space | Mapping[str, Any]) -> dict[str, Any]:
     space = as_space(space)
     if space.conditional:
         raise ValueError(
-            "Optuna's distributions know no conditions: call hypergrad.search.suggest(space, trial) inside the objective."
+            "Optuna's distributions cannot be conditional: call hypergrad.search.suggest(space, trial) inside the objective."
         )
     return {key(name, entry): distribution(entry) for name, entry in space.items()}
 
@@ -125,7 +126,7 @@ def from_optuna(distributions: Mapping[str, Any]) -> Space:
         elif isinstance(each, d.IntDistribution):
             entries[name] = Int(each.low, each.high, "log" if each.log else "linear", step=each.step)
         elif name.startswith(_LOGIT[0]) and name.endswith(_LOGIT[1]):
-            low, high = (float(f"{phi_inverse(x, 'logit'):.15g}") for x in (each.low, each.high))
+            low, high = (float(f"{from_scale(x, 'logit'):.15g}") for x in (each.low, each.high))
             entries[name[len(_LOGIT[0]) : -len(_LOGIT[1])]] = Float(low, high, "logit")
         else:
             entries[name] = Float(each.low, each.high, "log" if each.log else "linear", step=each.step)

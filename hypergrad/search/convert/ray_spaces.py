@@ -48,9 +48,7 @@ def to_ray(space: Space | Mapping[str, Any]) -> dict[str, Any]:
     """
     space, tune = as_space(space), need("ray.tune", _WHAT)
     if space.conditional:
-        raise ValueError(
-            "Ray Tune's spaces know no conditions: use the search's own strategies for a conditional space."
-        )
+        raise ValueError("Ray Tune's spaces cannot be conditional: use another strategy of hypergrad.search.optimize.")
     return {name: _sample_space(entry, tune) for name, entry in space.items()}
 
 

@@ -10,15 +10,16 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from hypergrad.search.entries import Categorical, Entry, Float, Int, same
+from hypergrad.search.entries import Categorical, Entry, Float, Int
 from hypergrad.search.extras import need
 from hypergrad.search.space import Space, as_entry, as_space
+from hypergrad.search.values import same
 
 Params = dict[str, Any]
 
 
 class Mapped:
-    """A distribution that scipy has not: `f` of one that it has. scikit-learn asks of a distribution for `rvs` alone."""
+    """A distribution that scipy does not have: uniform in an entry's scale. scikit-learn needs its `rvs` alone."""
 
     def __init__(self, entry: Float | Int):
         self.entry, self.unit = entry, need("scipy.stats", "a random draw").uniform()

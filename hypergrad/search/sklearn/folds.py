@@ -54,7 +54,7 @@ class Folds:
         self.candidates: list[Candidate] = []
 
     def fit(self, u: Point) -> Candidate:
-        """Fit, score and judge the values at u."""
+        """Fit the values at u on every fold, and score them."""
         params = {name: entry.from_unit(float(x)) for (name, entry), x in zip(self.entries.items(), u, strict=True)}
         scores = cross_validate(
             with_params(self.estimator, params),
@@ -91,7 +91,7 @@ class Folds:
         ]
 
     def results(self) -> dict[str, Any]:
-        """One entry a candidate: the columns that GridSearchCV has not."""
+        """One entry a candidate: the columns that GridSearchCV does not have."""
         losses = np.array([each.losses for each in self.candidates])
         mean = losses.mean(1)
         of_slopes = {

@@ -1,6 +1,6 @@
-"""OuterOptimizer in the unit cube: a few points spread over it, then L-BFGS-B of scipy from the best of them.
+"""Descent in the unit cube: a few points spread over it, then L-BFGS-B of scipy from the best of them.
 
-The scan finds the valley, and a start off the plateaus on which a gradient is 0 (a lasso without a coefficient). L-BFGS-B's first
+The spread points give a start near a minimum, and not where the gradient is 0 (a lasso without a coefficient). L-BFGS-B's first
 step is −∇f itself, so f is multiplied by FIRST/‖∇f‖ of the start: the first step is a tenth of the range.
 """
 
@@ -19,7 +19,7 @@ Point = NDArray[np.float64]
 
 
 class _Spent(Exception):
-    """The last evaluation that there was has been made."""
+    """All evaluations that the caller allowed are used."""
 
 
 def starts(dim: int, count: int, seed: int) -> list[Point]:

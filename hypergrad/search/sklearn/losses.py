@@ -1,4 +1,4 @@
-"""Losses of decision values [n, k] and targets: what models are trained on, and what held-out data are judged by.
+"""Losses of decision values [n, k] and targets: what models are trained on, and the losses of held-out data.
 
 Each gives one number a sample, or a sample and column. A training objective sums them; a held-out loss is their mean.
 For classes, k = 1 where there are two and the target is the column of `classes_` [n]; for numbers the target is [n, k].

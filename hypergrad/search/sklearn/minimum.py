@@ -76,8 +76,8 @@ def at_minimum(
     (v,) = torch.autograd.grad(value, z)
     (g,) = torch.autograd.grad(minimum.objective(theta.scatter(0, index, z), h), z, create_graph=True)
     solved = _solve(g, z, v)
-    step_vjp = torch.autograd.grad(g, [h[name] for name in wrt], solved, allow_unused=True)
-    gradients = {name: 0.0 if p is None else -float(p) for name, p in zip(wrt, step_vjp, strict=True)}
+    products = torch.autograd.grad(g, [h[name] for name in wrt], solved, allow_unused=True)
+    gradients = {name: 0.0 if p is None else -float(p) for name, p in zip(wrt, products, strict=True)}
     return HeldOut(float(value.detach()), gradients, float(solved @ g.detach()))
 
 

@@ -1,4 +1,4 @@
-"""What a strategy is: it chooses the values of a trial, runs it, and may give it up early."""
+"""The base class of strategies: a strategy chooses the values of a trial, runs it, and may end it early."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Strategy:
         size: how many different trials there are; None: no end.
     """
 
-    takes: ClassVar[tuple[str, ...]] = ()  # names of options, where they are not those of a library's class
+    takes: ClassVar[tuple[str, ...]] = ()  # names of the options; not of those that are passed on to a library's class
     needs_run: ClassVar[bool] = False  # whether the objective must return a Run
     needs_reports: ClassVar[bool] = False  # whether it must report
     size: int | None = None
@@ -48,7 +48,7 @@ class Strategy:
         return self.seeded("RandomSampler", number)
 
     def pruner(self) -> Any:
-        """The Optuna pruner that trials ask."""
+        """The Optuna pruner that decides which trials end early."""
         return need("optuna", "a search").pruners.NopPruner()
 
     def run(self, objective: Objective, trial: Trial) -> Any:

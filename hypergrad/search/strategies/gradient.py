@@ -25,7 +25,7 @@ from hypergrad.differentiate.hypergradient import as_optimizers, hypergradient
 from hypergrad.optimizers.rule import PARTS
 from hypergrad.optimizers.transition import Transition
 from hypergrad.search.entries import Float
-from hypergrad.search.objective import Objective, Trial, WrongType, call, seeded
+from hypergrad.search.objective import Objective, Trial, WrongType, call_objective, seeded
 from hypergrad.search.space import Space, Values
 from hypergrad.search.strategies.base import Strategy
 from hypergrad.search.strategies.grid import Random
@@ -39,32 +39,38 @@ _PART_OF = {part: (name, i) for name, names in PARTS.items() for i, part in enum
 
 
 @dataclass(frozen=True)
-class Moved:
-    """An entry that hypergradients move: what the run calls it, and its ratio in each param group, or None in the loss."""
+class TunedEntry:
+    """An entry of the space that hypergradients move, as a hyperparameter of the run.
+
+    Attributes:
+        name: of the hyperparameter in the run.
+        part: its index in a tuple, as of beta1 in betas; None: it is the whole value.
+        ratios: the value in each param group over that of the entry; None: the loss or a schedule reads it.
+    """
 
     name: str
     part: int | None = None
     ratios: tuple[float, ...] | None = None
 
 
-class Moving(Strategy):
+class HypergradientStrategy(Strategy):
     """What all strategies share in which hypergradients move some entries of a trial."""
 
     needs_run = True
-    least: ClassVar[int] = 0  # entries that must have a derivative
+    fewest: ClassVar[int] = 0  # how many entries must have a derivative
 
     def __init__(self, space: Space, seed: int, options: Mapping[str, Any]):
         super().__init__(space, seed, options)
-        if self.least and not any(_may_move(entry) for entry in space.values()):
+        if self.fewest and not any(_may_move(entry) for entry in space.values()):
             raise ValueError(
-                "no entry of the space can be moved by a hypergradient: that takes a Float without a step and without "
+                "no entry of the space can be tuned by a hypergradient: that takes a Float without a step and without "
                 "differentiable=False. For this space use 'tpe', 'random' or 'grid'."
             )
 
     def _built(self, objective: Objective, trial: Trial, values: Values) -> Run:
         trial.params = dict(values)
         with seeded(trial.seed):
-            run = call(objective, trial)
+            run = call_objective(objective, trial)
         if not is_run(run):
             raise WrongType(
                 f"this strategy differentiates the training run: the objective must return hypergrad.Run(model, optimizer, "
@@ -72,14 +78,14 @@ class Moving(Strategy):
             )
         return run._replace(batches=list(run.batches))
 
-    def _moves(self, run: Run, values: Values) -> dict[str, Moved]:
-        moved = moves(run, self.space, values)
-        if len(moved) < self.least:
+    def _tuned(self, run: Run, values: Values) -> dict[str, TunedEntry]:
+        tuned = tuned_entries(run, self.space, values)
+        if len(tuned) < self.fewest:
             raise WrongType(
                 f"no entry of the space is a hyperparameter of the run with a derivative: its param groups have "
-                f"{sorted(_columns(run))}. Name entries so, or read them from the loss's third argument."
+                f"{sorted(_columns(run))}. Name entries like these, or read them from the loss's third argument."
             )
-        return moved
+        return tuned
 
     def _float(self, name: str) -> Float:
         entry = self.space[name]
@@ -87,7 +93,7 @@ class Moving(Strategy):
         return entry
 
 
-class OuterOptimizer(Moving):
+class WholeRunDescent(HypergradientStrategy):
     """One trial is one descent over whole runs.
 
     Options:
@@ -113,39 +119,41 @@ class OuterOptimizer(Moving):
             raise ValueError(f"options: mode must be 'unrolled' or 'forward', got {self.mode!r}.")
 
     def run(self, objective: Objective, trial: Trial) -> float:
-        """Descend from the trial's values; the best validation loss. Where it was is noted as `learned`."""
+        """Descend from the trial's values; the best validation loss. The values that gave it are noted as `learned`."""
         values, path = dict(trial.params), []
         run = self._built(objective, trial, values)
-        moved = self._moves(run, values)
-        if not moved:
+        tuned = self._tuned(run, values)
+        if not tuned:
             return train(run, trial)
-        rule, u = OuterSteps("adam", self.step_size, len(moved)), self._coordinates(values, moved)
+        rule, u = OuterSteps("adam", self.step_size, len(tuned)), self._coordinates(values, tuned)
         for step in range(self.steps):
             last = step == self.steps - 1 or trial.exhausted
             value, gradient = (
-                (train(run, trial), [0.0] * len(moved)) if last else self._slope(run, trial, values, moved)
+                (train(run, trial), [0.0] * len(tuned)) if last else self._slope(run, trial, values, tuned)
             )
             rule.take(Point(value, u, torch.tensor(gradient, dtype=torch.float64), step))
-            path.append({"value": value if math.isfinite(value) else None} | {name: values[name] for name in moved})
+            path.append({"value": value if math.isfinite(value) else None} | {name: values[name] for name in tuned})
             if last:
                 break
             u = (u / 2 if rule.best is None else rule.next()).clamp(
                 0, 1
             )  # nothing finite yet: towards the lower bounds
-            values |= {n: self._float(n).from_unit(float(x)) for n, x in zip(moved, u)}
+            values |= {n: self._float(n).from_unit(float(x)) for n, x in zip(tuned, u)}
             run = self._built(objective, trial, values)
-            moved = _still(moves(run, self.space, values), moved)
+            tuned = _unchanged(tuned_entries(run, self.space, values), tuned)
         trial.note("path", path)
         if rule.best is None:
             raise ValueError(f"none of the {len(path)} runs ended with a finite validation loss: {path}.")
         best = path[rule.best.step]
-        trial.note("learned", {name: best[name] for name in moved})
+        trial.note("learned", {name: best[name] for name in tuned})
         return rule.best.value
 
-    def _coordinates(self, values: Values, moved: Mapping[str, Moved]) -> torch.Tensor:
-        return torch.tensor([self._float(name).to_unit(values[name]) for name in moved], dtype=torch.float64)
+    def _coordinates(self, values: Values, tuned: Mapping[str, TunedEntry]) -> torch.Tensor:
+        return torch.tensor([self._float(name).to_unit(values[name]) for name in tuned], dtype=torch.float64)
 
-    def _slope(self, run: Run, trial: Trial, values: Values, moved: Mapping[str, Moved]) -> tuple[float, list[float]]:
+    def _slope(
+        self, run: Run, trial: Trial, values: Values, tuned: Mapping[str, TunedEntry]
+    ) -> tuple[float, list[float]]:
         """Validation loss and dL/du of the run."""
         result = hypergradient(
             run.model,
@@ -153,7 +161,7 @@ class OuterOptimizer(Moving):
             run.loss,
             run.batches,
             run.val_loss,
-            wrt=tuple(dict.fromkeys(each.name for each in moved.values())),
+            wrt=tuple(dict.fromkeys(each.name for each in tuned.values())),
             mode=self.mode,
             hypers=hypers_of(run, values) or None,
             val_steps=run.val_steps,
@@ -161,7 +169,7 @@ class OuterOptimizer(Moving):
         )
         trial.count(result.stats["gradient_evaluations"] + COST_OF_PRODUCT * result.stats["hessian_products"])
         slopes = []
-        for name, each in moved.items():
+        for name, each in tuned.items():
             g = result.gradients[each.name].double()
             if each.ratios is not None:  # dL/dx = Σ_g r_g ∂L/∂x_g
                 g = (g if each.part is None else g[:, each.part]) @ torch.tensor(each.ratios, dtype=torch.float64).to(g)
@@ -186,22 +194,22 @@ class Sampled(Strategy):
         name = options.get("sampler", "tpe")
         if name not in self.samplers:
             raise ValueError(f"options: sampler must be one of {', '.join(self.samplers)}, got {name!r}.")
-        self.chooses = self.samplers[name](space, seed, {})
+        self.chooser = self.samplers[name](space, seed, {})
 
     def sampler(self, number: int) -> Any:
-        return self.chooses.sampler(number)
+        return self.chooser.sampler(number)
 
 
-class Hypergradient(FromStart, OuterOptimizer):
-    """Descents alone."""
+class Hypergradient(FromStart, WholeRunDescent):
+    """Descents from the start of the space, the next ones from random points."""
 
-    least, defaults = 1, {"steps": 10, "step_size": 0.1, "mode": "unrolled"}
+    fewest, defaults = 1, {"steps": 10, "step_size": 0.1, "mode": "unrolled"}
 
 
-class Hybrid(Sampled, OuterOptimizer):
-    """A sampler chooses, and descents go on from there."""
+class Hybrid(Sampled, WholeRunDescent):
+    """Descents from points that a sampler chooses."""
 
-    takes = (*OuterOptimizer.takes, "sampler")
+    takes = (*WholeRunDescent.takes, "sampler")
     defaults: ClassVar[dict[str, Any]] = {"steps": 4, "step_size": 0.1, "mode": "unrolled"}
 
 
@@ -214,12 +222,12 @@ def _columns(run: Run) -> dict[str, list[Any]]:
     return dict(Transition(as_optimizers(run.optimizer), frozenset()).values())
 
 
-def moves(run: Run, space: Space, values: Values) -> dict[str, Moved]:
+def tuned_entries(run: Run, space: Space, values: Values) -> dict[str, TunedEntry]:
     """The entries that a hypergradient of this run moves: names of its param groups, beta1 and beta2, and what its loss or its
     schedules read.
 
     Raises:
-        ValueError: an entry that says differentiable=True and is none of these.
+        ValueError: an entry with differentiable=True and is none of these.
     """
     columns, found = {n: c for n, c in _columns(run).items() if n not in (run.schedules or ())}, {}
     candidates = [name for name in space.active(values) if _may_move(space[name])]
@@ -228,9 +236,11 @@ def moves(run: Run, space: Space, values: Values) -> dict[str, Moved]:
         group_name, part = _PART_OF.get(name, (name, None))
         if group_name in columns:
             numbers = [x if part is None or x is None else x[part] for x in columns[group_name]]
-            found[name] = Moved(group_name, part, tuple(0.0 if x is None else _ratio(x, values[name]) for x in numbers))
+            found[name] = TunedEntry(
+                group_name, part, tuple(0.0 if x is None else _ratio(x, values[name]) for x in numbers)
+            )
         elif name in read:
-            found[name] = Moved(name)
+            found[name] = TunedEntry(name)
         elif space[name].differentiable:  # type: ignore[union-attr]
             raise ValueError(
                 f"{name!r} is differentiable=True, but the run's param groups have {sorted(columns)} and its loss does not "
@@ -259,7 +269,7 @@ def _read_by_the_run(run: Run, values: Values, names: list[str]) -> set[str]:
     return {name for name, g in zip(names, grads) if g is not None}
 
 
-def _still(now: dict[str, Moved], before: dict[str, Moved]) -> dict[str, Moved]:
+def _unchanged(now: dict[str, TunedEntry], before: dict[str, TunedEntry]) -> dict[str, TunedEntry]:
     """The same entries, with the ratios they had: else their derivative was of something else."""
     for name, old in before.items():
         new = now.get(name)
@@ -272,6 +282,6 @@ def _still(now: dict[str, Moved], before: dict[str, Moved]) -> dict[str, Moved]:
         if not close:
             raise ValueError(
                 f"{name!r} does not move in proportion with the param groups' {old.name}: let the objective put its value there, "
-                "or a multiple of it, or say differentiable=False."
+                "or a multiple of it, or set differentiable=False."
             )
     return {name: now[name] for name in before}

@@ -8,10 +8,11 @@ from functools import cached_property
 from typing import Any
 
 from hypergrad.search.convert import to_param_distributions, to_param_grid
-from hypergrad.search.entries import LARGEST_GRID, plain
+from hypergrad.search.entries import LARGEST_GRID
 from hypergrad.search.extras import need
 from hypergrad.search.space import Space, Values
 from hypergrad.search.strategies.base import Strategy
+from hypergrad.search.values import plain
 
 
 class Grid(Strategy):

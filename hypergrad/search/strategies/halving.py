@@ -1,9 +1,9 @@
-"""Trials that are given up early: Optuna's pruners over random draws.
+"""Trials that are ended early: Optuna's pruners over random draws.
 
-ASHA         of trials that come to a rung the best 1/η go on         Li et al., MLSys 2020 (arXiv 1810.05934)
-Hyperband    several such ladders, which begin at different rungs     Li et al., JMLR 2018 (arXiv 1603.06560)
+ASHA         of the trials that reach a rung the best 1/η go on         Li et al., MLSys 2020 (arXiv 1810.05934)
+Hyperband    several such sequences of rungs, which begin at different ones     Li et al., JMLR 2018 (arXiv 1603.06560)
 
-It must report, `trial.report(value, step)`, and raise `Pruned()` where `trial.should_prune()`. A `Run` does so itself.
+An objective must call `trial.report(value, step)`, and raise `Pruned()` where `trial.should_prune()`. A `Run` does so itself.
 """
 
 from __future__ import annotations

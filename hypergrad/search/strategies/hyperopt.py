@@ -1,7 +1,8 @@
 """Hyperopt's TPE, Bergstra et al., NeurIPS 2011, by its own authors.
 
-Hyperopt keeps its trials in documents: label → value, with the index for a choice. Each time they are made anew from the study's
-trials; so a study resumes, and runs on a cluster, as with any other sampler. A trial that runs or failed has no loss.
+Hyperopt keeps its trials in documents: label → value, with the index for a choice. They are made anew from the study's trials
+for every new trial; so a study resumes, and runs on a cluster, as with any other sampler. A trial that runs or failed
+has no loss.
 """
 
 from __future__ import annotations
@@ -61,7 +62,7 @@ class Hyperopt(Strategy):
 
 
 def _sampler(strategy: Hyperopt, number: int) -> Any:
-    """A sampler of Optuna that asks Hyperopt."""
+    """A sampler of Optuna whose values are those that Hyperopt proposes."""
     optuna = need("optuna", "a search")
     space, seed = strategy.space, seed_of(strategy.seed, number)
 

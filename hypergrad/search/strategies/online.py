@@ -6,7 +6,7 @@ entry x, and x_g the number that the tuner has brought it to, the entry's learne
     x = exp mean_g log(x_g / r_g)          over the groups in which r_g is not 0
 
 and stands for the run in `best_params`. lr is the scale of a short warm-up and a linear decay to zero over the run
-(`hypergrad.online.phases`), and is trained so again by `Study.verify`. "hypergradient-online" begins the first trial at the
+(`hypergrad.online.lr_shape`), and is trained so again by `Study.verify`. "hypergradient-online" begins the first trial at the
 space's own start and the next ones at random; with "hybrid-online" a sampler of Optuna chooses every start, and what has no
 derivative.
 """
@@ -26,17 +26,17 @@ from hypergrad.online.tuner_arguments import check_curvature, check_numbers
 from hypergrad.optimizers.rule import PARTS
 from hypergrad.search.objective import Objective, Trial
 from hypergrad.search.space import Space, Values
-from hypergrad.search.strategies.gradient import FromStart, Moved, Moving, Sampled
+from hypergrad.search.strategies.gradient import FromStart, HypergradientStrategy, Sampled, TunedEntry
 from hypergrad.search.training import hypers_of, train
 
 KINDS = {"linear": "free", "log": "positive", "logit": "unit"}  # of what the loss reads, by the entry's scale
 
 
-class Online(Moving):
+class Online(HypergradientStrategy):
     """One trial is one run that is tuned while it trains.
 
     Options are arguments of `hypergrad.Tuner`: every, hyper_lr, average, warm_start, curvature. Of beta1 and beta2 both are
-    moved, or none.
+    tuned, or none.
     """
 
     takes: ClassVar[tuple[str, ...]] = ("every", "hyper_lr", "average", "warm_start", "curvature")
@@ -47,21 +47,21 @@ class Online(Moving):
         check_curvature(options.get("curvature", "exact"), "forward", None)
 
     def run(self, objective: Objective, trial: Trial) -> float:
-        """Train and tune a run; its validation loss. What the entries have come to is noted as `learned`."""
+        """Train and tune a run; its validation loss. The values that the entries end at are noted as `learned`."""
         values = dict(trial.params)
         run = self._built(objective, trial, values)
         if run.schedules:
             raise ValueError("schedules of a run cannot be tuned online: use strategy 'hypergradient' or 'hybrid'.")
-        moved = _whole(self._moves(run, values))
+        tuned = _whole_tuples(self._tuned(run, values))
         trial.note("decay", True)
-        if not moved:
+        if not tuned:
             return train(run, trial, decay=True)
-        hypers = self._starts(values, moved)
+        hypers = self._starts(values, tuned)
         tuner = Tuner(
             run.model,
             run.optimizer,
             run.val_loss,
-            tune=self._bounds(moved),
+            tune=self._bounds(tuned),
             hypers=hypers or None,
             total_steps=len(list(run.batches)),
             seed=trial.seed,
@@ -70,22 +70,22 @@ class Online(Moving):
         try:
             value = train(run, trial, tuner.backward, hypers_of(run, values) | tuner.hypers)
             trial.count(gradient_evaluations(tuner.stats) - tuner.stats["steps"])
-            trial.note("learned", _learned(tuner.values, moved))
+            trial.note("learned", _learned(tuner.values, tuned))
         finally:
             tuner.close()
         return value
 
-    def _starts(self, values: Values, moved: Mapping[str, Moved]) -> dict[str, Hyperparameter]:
+    def _starts(self, values: Values, tuned: Mapping[str, TunedEntry]) -> dict[str, Hyperparameter]:
         out = {}
-        for name in (n for n, each in moved.items() if each.ratios is None):
+        for name in (n for n, each in tuned.items() if each.ratios is None):
             entry = self._float(name)
             out[name] = Hyperparameter(values[name], (entry.low, entry.high), KINDS[entry.scale])
         return out
 
-    def _bounds(self, moved: Mapping[str, Moved]) -> dict[str, Hyperparameter]:
-        """Of each name in the param groups: those of its entry, in the group where they are widest."""
+    def _bounds(self, tuned: Mapping[str, TunedEntry]) -> dict[str, Hyperparameter]:
+        """Bounds of each name in the param groups: the widest that its entry has in any group."""
         ends: dict[str, list[float]] = {}
-        for name, each in moved.items():
+        for name, each in tuned.items():
             entry = self._float(name)
             ends.setdefault(each.name, []).extend(
                 r * x for r in each.ratios or () if r for x in (entry.low, entry.high)
@@ -94,28 +94,28 @@ class Online(Moving):
 
 
 class HypergradientOnline(FromStart, Online):
-    """Runs alone."""
+    """Runs from the start of the space, the next ones from random points."""
 
-    least = 1
+    fewest = 1
 
 
 class HybridOnline(Sampled, Online):
-    """A sampler chooses, and each of its trials is tuned while it trains."""
+    """Runs from points that a sampler chooses, each tuned while it trains."""
 
     takes = (*Online.takes, "sampler")
 
 
-def _whole(moved: Mapping[str, Moved]) -> dict[str, Moved]:
-    """Without a part, such as beta1, whose other parts are no entries: a tuner moves all parts of a name."""
-    names = [each.name for each in moved.values()]
+def _whole_tuples(tuned: Mapping[str, TunedEntry]) -> dict[str, TunedEntry]:
+    """The entries without those such as beta1 whose tuple has parts that are no entries: a tuner moves all parts of a tuple."""
+    names = [each.name for each in tuned.values()]
     return {
-        n: each for n, each in moved.items() if each.part is None or names.count(each.name) == len(PARTS[each.name])
+        n: each for n, each in tuned.items() if each.part is None or names.count(each.name) == len(PARTS[each.name])
     }
 
 
-def _learned(found: Mapping[str, Tensor], moved: Mapping[str, Moved]) -> Values:
+def _learned(found: Mapping[str, Tensor], tuned: Mapping[str, TunedEntry]) -> Values:
     out: Values = {}
-    for name, each in moved.items():
+    for name, each in tuned.items():
         numbers = found[each.name]
         if each.ratios is None:
             out[name] = float(numbers)

@@ -1,8 +1,8 @@
 """Population-based training, Jaderberg et al. 2017 (arXiv 1711.09846): Ray Tune's scheduler.
 
 A population trains side by side. Every few reports a member among the worst takes over weights and values of one among the best,
-and its values are perturbed: times 1.2 or 0.8, or a neighbouring choice, or drawn anew; kept between the bounds. What comes out
-is a schedule of values, which `notes["path"]` has; a trial's `value` is the last that was reported, `params` those it was with.
+and its values are perturbed: times 1.2 or 0.8, or a neighbouring choice, or drawn anew; kept between the bounds. The
+result is a schedule of values, in `notes["path"]`; a trial's `value` is the last one reported, `params` the values in force then.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from hypergrad.search.strategies.grid import Random
 class PBT(Random):
     """Options are those of `ray.tune.schedulers.PopulationBasedTraining`; intervals are counted in reports.
 
-    The budget, in trials, is the population. The objective says how long it trains; it must call `trial.checkpoint(state)` before
-    each `trial.report`, and begin with `trial.restore()`.
+    The budget, in trials, is the population. The objective decides how long it trains; it must call `trial.checkpoint(state)`
+    before each `trial.report`, and begin with `trial.restore()`.
     """
 
     fixed: ClassVar[dict[str, Any]] = {"time_attr": "training_iteration", "perturbation_interval": 2}
