@@ -69,7 +69,7 @@ def searched(record: Recorder, quick: bool, *, strategy: str, trains: bool) -> N
         space: dict[str, Any] = {
             "lr": search.Float(1e-3, 1.0, "log", start=0.01),
             "momentum": search.Float(0.01, 0.95, "logit", start=0.5),
-            "steps": search.Categorical([10, 20]),
+            "steps": search.Categorical([40, 80]),
         }
     else:
         space = {"lr": search.Float(1e-4, 1.0, "log"), "k": search.Int(0, 6), "kind": search.Categorical(["a", "b"])}
