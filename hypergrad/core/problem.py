@@ -195,6 +195,9 @@ class Problem:
     def _note(self, of_hypers: Sequence[Tensor | None]) -> None:
         self.read |= {name for name, g in zip(self.hypers, of_hypers, strict=True) if g is not None}
 
+    def stop_following_running_stats(self) -> None:
+        self.stats = None
+
     def follow_running_stats(self, val_loss: Callable[..., Tensor], t: int) -> None:
         """Make running statistics part of the state where the validation loss reads them."""
         stats = RunningStats(self.model)

@@ -12,30 +12,15 @@ import torch
 from torch import Tensor
 
 from hypergrad.core.graph import check_scalar
-from hypergrad.core.hyperparameters import as_hyperparameter
 from hypergrad.core.problem import Problem
 from hypergrad.differentiate.hypergradient import Optimizers, as_optimizers, check_names, clipping, leaves
-from hypergrad.logging import Journal
-from hypergrad.online.best_weights import BestWeights
 from hypergrad.online.hooks import attach, check_free
-from hypergrad.online.hyper_step import HyperSteps
-from hypergrad.online.hyper_vector import HyperVector, specification
-from hypergrad.online.loop import OnlineLoop
-from hypergrad.online.low_rank_hessian import EVERY, LowRankHessian
-from hypergrad.online.outer_optimizer import OuterOptimizer
-from hypergrad.online.param_groups import ParamGroupWriter
+from hypergrad.online.hyper_vector import specification
+from hypergrad.online.low_rank_hessian import EVERY
 from hypergrad.online.policies import DEFAULT, check
-from hypergrad.online.policies.backtracking import Backtracking
-from hypergrad.online.policies.divergence_guard import DivergenceGuard
-from hypergrad.online.policies.lr_warm_start import LrSearch, LrWarmStart
-from hypergrad.online.policies.phases import Phases
-from hypergrad.online.policies.policy import Policy, find
-from hypergrad.online.progress import Progress
-from hypergrad.online.recovery import Recovery
-from hypergrad.online.replay_window import ReplayWindow
-from hypergrad.online.starts import Starts
-from hypergrad.online.tangents import Tangents
+from hypergrad.online.policies.policy import Policy
 from hypergrad.online.tuner_arguments import check_curvature, check_names_to_tune, check_numbers
+from hypergrad.online.tuner_parts import Options, build
 from hypergrad.online.tuner_state import load_state, state_of
 from hypergrad.optimizers.transition import Transition
 
@@ -157,41 +142,19 @@ class Tuner:
         check_free(self.optimizers)
         if scaler is not None and not hasattr(scaler, "get_scale"):
             raise TypeError(f"scaler must be a torch.amp.GradScaler, got {type(scaler).__name__}.")
+        self.hypers = tensors
         transition = Transition(self.optimizers, frozenset(written))
         check_names([*written, *tensors], transition.values(), tensors)
-        spec = {name: as_hyperparameter(name, x) for name, x in written.items()}
-        of_loss = {name: as_hyperparameter(name, x) for name, x in (hypers or {}).items()}
-        self.hypers = tensors
-        self._transition, self._problem = transition, Problem(model, transition.params, loss, tensors)
-        self._vector = vector = HyperVector(transition, spec, of_loss, tensors)
-        writer = ParamGroupWriter(transition, vector, total_steps)
-        before, notes = self._try(val_loss)
-        starts_are_hints = warm_start and mode == "forward" and writer.writes_lr_alone()
-        search = LrSearch(find(policies, LrWarmStart), starts_are_hints)
-        low_rank = LowRankHessian(search) if curvature == "free" else None
-        tangents = Tangents(transition, vector, model, scaler, clip_norm, low_rank)
-        outer = OuterOptimizer(vector, policies, hyper_lr)
-        self._counts: dict[str, int] = dict.fromkeys(_COUNTED, 0)
-        self._journal = Journal(log_dir, self._hparams(every, hyper_lr, seed))
-        record, back = None, find(policies, Backtracking)
-        if back and mode == "forward" and any(e.name == "lr" and e.group is not None for e in vector.entries):
-            record = back.start(transition, self._problem, before, total_steps)
-        self._best = BestWeights(transition, self._problem) if keep_best else None
-        if self._best is not None:
-            self._best.read(0, before)
-        progress = Progress(self._journal, outer, self._best, self._counts)
-        self._hyper = HyperSteps(
-            self._problem, outer, tangents, progress, val_loss, average, int(seed), self._best, record, self._counts
+        options = Options(mode, horizon, every, hyper_lr, total_steps, average, warm_start, curvature, int(seed))
+        problem = Problem(model, transition.params, loss, tensors)
+        self._parts = build(
+            problem, transition, val_loss, written, hypers, options, clip_norm, scaler, log_dir, keep_best, policies
         )
-        guard = find(policies, DivergenceGuard)
-        judge = None if guard is None else guard.start(transition, self._problem, before)
-        recovery = Recovery(judge, outer, tangents, self._journal, self._counts)
-        starts = Starts(policies, search, outer, tangents, writer, self._journal, total_steps, starts_are_hints)
-        phases = find(policies, Phases)
-        self._loop = OnlineLoop(self._hyper, writer, starts, recovery, phases, mode, every, total_steps)
-        self._window = ReplayWindow(self._loop, horizon)
+        self._transition, self._problem, self._vector = transition, problem, self._parts.loop.vector
+        self._loop, self._window, self._journal = self._parts.loop, self._parts.window, self._parts.loop.journal
+        self._hyper, self._best, self._counts = self._loop.hyper, self._loop.hyper.best, self._loop.counts
         self._closed = False
-        for note in [*vector.notes, *notes]:
+        for note in self._parts.notes:
             self._journal.note(0, note)
         self._detach = attach(self._loop, self.optimizers, "before_step", "after_step")
 
@@ -307,49 +270,3 @@ class Tuner:
         """Go on from a state. Raises ValueError where it is that of another version, model or choice of hyperparameters."""
         load_state(self._loop, self._counts, state)
         self._window.reset()
-
-    def _hparams(self, every: int, hyper_lr: float, seed: int) -> dict[str, Any]:
-        values = self._vector.value.tolist()
-        starts = {f"{label} start": x for label, x in zip(self._vector.labels, values, strict=True)}
-        kinds = ", ".join(type(opt).__name__ for opt in self.optimizers)
-        return {
-            "optimizer": kinds,
-            "mode": self.mode,
-            "every": every,
-            "hyper_lr": hyper_lr,
-            "seed": seed,
-            **starts,
-        }
-
-    def _try(self, val_loss: Callable[..., Tensor]) -> tuple[float, list[str]]:
-        """Call the validation loss once, so that a wrong one is said before anything starts. Its value, and notes."""
-        try:
-            value = float(self._problem.validate(val_loss, 0).value)
-        except NameError:  # it reads the tuner, which does not exist yet
-            return math.nan, []
-        self._problem.follow_running_stats(val_loss, 0)
-        if self._problem.stats is None or self.mode != "forward":
-            return value, []
-        self._problem.stats = None
-        return value, [
-            "val_loss runs BatchNorm in eval mode: the path from weights to running statistics is not part of the hypergradients "
-            "that tuner.backward carries along. Validate in train mode, or use tuner.step with mode='unrolled', which has it."
-        ]
-
-
-_COUNTED = (
-    "steps",
-    "hyper_steps",
-    "val_evaluations",
-    "gradients",
-    "hessian_products",
-    "plain_steps",
-    "changed_gradients",
-    "nonfinite_steps",
-    "spikes",
-    "nonfinite_hypergradients",
-    "rollbacks",
-    "backtracks",
-    "false_alarms",
-    "capped",
-)

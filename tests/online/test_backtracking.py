@@ -80,6 +80,17 @@ def test_a_loss_that_is_not_finite_is_no_reading() -> None:
     assert back.best == 0.9
 
 
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("at", ["now", "then"])
+def test_second_readings_that_are_not_finite_decide_nothing(bad: float, at: str) -> None:
+    back, _, _ = made(before=2.0)
+    found = ([1.0, bad, 1.0, 1.0], [0.4] * 4) if at == "now" else ([1.0] * 4, [0.4, bad, 0.4, 0.4])
+    for i, loss in enumerate([1.0, 0.5, 0.4, 1.0]):
+        assert not back.read(10 * (i + 1), loss, weights(i), [0], lambda _: found)
+    assert back.best == 0.4 and not back.read(50, 1.0, weights(4), [0], lambda _: pytest.fail("it waits"))
+    assert back.read(60, 1.0, weights(5), [0], lambda _: ([1.0] * 4, [0.4] * 4))
+
+
 def test_readings_of_another_turn_do_not_compare() -> None:
     back, _, _ = made(before=float("nan"))
     for t, loss in enumerate([0.5, 0.4, 0.3]):

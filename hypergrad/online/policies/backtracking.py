@@ -134,6 +134,9 @@ class LossRecord:
         ):
             return False
         now, then = read_both(self.theta)
+        if not all(map(math.isfinite, [*now, *then])):  # nothing is known of it
+            self.wait = self.policy.wait
+            return False
         off, level = [a - b for a, b in zip(now, then, strict=True)], fmean(then)
         if fmean(off) > max(self.policy.sure * stdev(off) / math.sqrt(len(off)), self._least(level)):
             return True
