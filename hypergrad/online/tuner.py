@@ -14,7 +14,7 @@ from torch import Tensor
 from hypergrad.core.graph import check_scalar
 from hypergrad.core.hyperparameters import as_hyperparameter
 from hypergrad.core.problem import Problem
-from hypergrad.differentiate.hypergradient import Optimizers, as_optimizers, check_names, clipping, leaves
+from hypergrad.differentiate.arguments import Optimizers, as_optimizers, check_names, clipping, leaves
 from hypergrad.logging import Journal
 from hypergrad.online.backtracking import Backtracking
 from hypergrad.online.best_weights import BestWeights

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from hypergrad.core import multi_tensor
+from hypergrad.optimizers.group_values import floats
 from hypergrad.optimizers.registry import rule_of
 from hypergrad.optimizers.rule import Tensors, UpdateRule, parts
 from hypergrad.optimizers.traced.fallback import Fallback
@@ -234,7 +235,7 @@ class Binding:
         known = known or {}
         return {
             name: [
-                (known[name, i] if (name, i) in known else _number(group.get(name)))
+                (known[name, i] if (name, i) in known else floats(group.get(name)))
                 if set(parts(name)) <= set(rule.hyperparameters)
                 else None
                 for i, (group, rule) in enumerate(zip(self.groups, self.rules, strict=True))
@@ -252,12 +253,6 @@ class Binding:
         if rules != self.rules:
             self.rules = rules
             self._lay_out_slots()
-
-
-def _number(value: Any) -> Any:
-    if isinstance(value, (tuple, list)):
-        return tuple(float(v) for v in value)
-    return None if value is None else float(value)
 
 
 def _check_params(params: Sequence[Tensor]) -> None:

@@ -11,7 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from hypergrad.core.graph import survey
-from hypergrad.core.problem import Problem, Rng, takes_step
+from hypergrad.core.problem import Problem
+from hypergrad.core.restore import Rng
+from hypergrad.core.signatures import takes_step
 from tests.cases import Case
 from tests.problems import DEVICE, randn
 

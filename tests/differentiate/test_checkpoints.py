@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 import hypergrad
-from hypergrad.differentiate import checkpoints as checkpoints
+from hypergrad.differentiate import offload
 from tests.problems import DEVICE, ce, randint, randn
 
 STEPS = 23
@@ -89,17 +89,17 @@ def test_graphs_whose_gradients_are_not_torchs_to_the_last_bit_are_not_kept_in_r
 
 def test_snapshots_leave_the_device(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     most, written = 0, 0
-    away = checkpoints.FarStack._away
+    away = offload.OffloadedStack._away
 
     def counted(self: Any, *args: Any) -> Any:
         nonlocal most, written
-        most, written = max(most, len(self.near)), written + 1
+        most, written = max(most, len(self.on_device)), written + 1
         return away(self, *args)
 
-    monkeypatch.setattr(checkpoints.FarStack, "_away", counted)
+    monkeypatch.setattr(offload.OffloadedStack, "_away", counted)
     hypergrad.hypergradient(**setup(), offload=tmp_path, every=1)
-    assert written == STEPS + 1 - checkpoints.NEAR
-    assert most <= checkpoints.NEAR + 1
+    assert written == STEPS + 1 - offload.ON_DEVICE
+    assert most <= offload.ON_DEVICE + 1
 
 
 @pytest.mark.parametrize(("free", "segments"), [(1e9, 12), (35_000, 8), (22_000, 6)])
@@ -107,14 +107,14 @@ def test_snapshots_on_disk_leave_half_of_the_room_free(
     free: float, segments: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """A state is 3 × 72 numbers of 8 bytes (AdamW), and 13 of BatchNorm's: 23 of them are 42 kB."""
-    monkeypatch.setattr(checkpoints.shutil, "disk_usage", lambda _: SimpleNamespace(free=free))
-    with checkpoints.Stacks(tmp_path, torch.device("cpu")) as stacks:
+    monkeypatch.setattr(offload.shutil, "disk_usage", lambda _: SimpleNamespace(free=free))
+    with offload.Stacks(tmp_path, torch.device("cpu")) as stacks:
         every = stacks.default_every(STEPS, 8 * (3 * 72 + 13))
     assert -(-STEPS // every) == segments
 
 
 def test_snapshots_that_do_not_fit_are_refused_before_any_work(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(checkpoints.shutil, "disk_usage", lambda _: SimpleNamespace(free=15_000))
+    monkeypatch.setattr(offload.shutil, "disk_usage", lambda _: SimpleNamespace(free=15_000))
     run = setup()
     before = [x.clone() for x in run["model"].state_dict().values()]
     with pytest.raises(ValueError, match="more than half of what is free"):

@@ -14,11 +14,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from hypergrad.optimizers.group_values import floats
 from hypergrad.optimizers.rule import Tensors, parts
 from hypergrad.optimizers.span import Span
 from hypergrad.optimizers.traced.memory import Memory, flat, marks_of, shaped, take_apart, write_back
 from hypergrad.optimizers.traced.own_step import Inputs, Key, Outcome, take, trace
-from hypergrad.optimizers.traced.self_check import hyperparameters_of, plain
+from hypergrad.optimizers.traced.self_check import hyperparameters_of
 
 
 @dataclass(frozen=True)
@@ -101,7 +102,7 @@ class Fallback:
         """What a step from this state is a function of."""
         grads = zip(self._split(g), active[self.param :], strict=False)
         here = {
-            (i, name): values[name][self.group + i] if name in values else plain(group[name])
+            (i, name): values[name][self.group + i] if name in values else floats(group[name])
             for i, group in enumerate(self.optimizer.param_groups)
             for name in self.names & group.keys()
         }

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hypergrad.core.finite_differences import central, one_sided
 from hypergrad.optimizers.traced.memory import Memory, label
 from hypergrad.optimizers.traced.own_step import Inputs, Key, Traced, take_unrounded, trace
 
@@ -182,13 +183,10 @@ def _moved(inputs: Inputs, direction: Mapping[Key, Any], h: float) -> Inputs:
     return replace(inputs, params=params, grads=grads, memory=Memory(reals, inputs.memory.rest), values=values)
 
 
-def _differences(f: Callable[[float], Tensor], h: float, one_sided: bool) -> list[Tensor]:
-    """Differences of second order at 0: to the right, to the left, and their mean, the central one."""
-    right = (-3 * f(0) + 4 * f(h / 2) - f(h)) / h
-    if one_sided:
-        return [right]
-    left = (3 * f(0) - 4 * f(-h / 2) + f(-h)) / h
-    return [right, left, (f(h) - f(-h)) / (2 * h)]
+def _differences(f: Callable[[float], Tensor], h: float, right_only: bool) -> list[Tensor]:
+    """Differences at 0 from the right, from the left, and central."""
+    right = one_sided(f, h)
+    return [right] if right_only else [right, one_sided(f, -h), central(f, h)]
 
 
 # At a kink (max(lr, lr_max) of equal numbers) each element of a derivative is that of one side. A difference is *told* if it

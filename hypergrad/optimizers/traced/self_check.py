@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hypergrad.optimizers.group_values import floats
 from hypergrad.optimizers.rule import parts
 from hypergrad.optimizers.traced.jacobian_check import Lost, Seen, compare, randn
 from hypergrad.optimizers.traced.memory import Memory, take_apart
@@ -56,11 +57,6 @@ def candidates(optimizer: torch.optim.Optimizer, tuned: Names) -> Names:
         if fits:
             found.add(name)
     return frozenset(found)
-
-
-def plain(x: Any) -> Any:
-    """A hyperparameter as a float, a tuple of floats or None."""
-    return tuple(map(float, x)) if isinstance(x, (tuple, list)) else None if x is None else float(x)
 
 
 def _is_number(x: Any) -> bool:
@@ -171,5 +167,5 @@ def _small(optimizer: torch.optim.Optimizer, names: Names, random: torch.Generat
         params.append(_double(p) if stepped else randn(fresh, random))
     groups = twin.param_groups
     values = {(g, name): group[name] for g, group in enumerate(groups) for name in names if name in group}
-    values = {key: plain(x) for key, x in values.items()}
+    values = {key: floats(x) for key, x in values.items()}
     return Inputs(type(optimizer), live, params, [None] * len(params), memory, values, names)
