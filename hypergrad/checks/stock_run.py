@@ -117,9 +117,9 @@ class StockRun:
 
     def _train(self, at: Moved, delta: float, tensors: Tensors) -> float:
         twins = [twin(opt) for opt in self.optimizers]
-        beside = [twin(opt) for opt in self.optimizers] if at.owner else []
-        others = twins if beside else []  # whose numbers are as they are
-        moved = beside or twins
+        seconds = [twin(opt) for opt in self.optimizers] if at.owner else []
+        others = twins if seconds else []  # whose numbers are not moved
+        moved = seconds or twins
         if at.name == "initial_accumulator_value" and at.group is not None:  # Adagrad reads it in its constructor
             i, g = self.groups[at.group]
             for state in (moved[i].state[p] for p in moved[i].param_groups[g]["params"]):
@@ -134,7 +134,7 @@ class StockRun:
             self._write(others, now)
             self._write(moved, now, at, delta)
             self._gradients(item, tensors, single)
-            self._step(twins, beside, at)
+            self._step(twins, seconds, at)
             if average is not None:
                 for a, p in zip(average, self.params, strict=True):
                     a.lerp_(p.detach(), 1 - single[EMA])  # type: ignore[operator]
@@ -165,15 +165,15 @@ class StockRun:
         if single["clip_value"] is not None:
             torch.nn.utils.clip_grad_value_(self.params, single["clip_value"])
 
-    def _step(self, twins: list[Any], beside: list[Any], at: Moved) -> None:
-        before = [p.detach().clone() for p in self.params] if beside else []
+    def _step(self, twins: list[Any], seconds: list[Any], at: Moved) -> None:
+        before = [p.detach().clone() for p in self.params] if seconds else []
         for opt in twins:
             opt.step()
-        if not beside or at.owner is None:
+        if not seconds or at.owner is None:
             return
         after, (parameter, element) = [p.detach().clone() for p in self.params], at.owner
         self._load(before)
-        for opt in beside:
+        for opt in seconds:
             opt.step()
         own = self.params[parameter].detach().clone()
         if element is None:

@@ -1,4 +1,4 @@
-"""One hyperparameter: where it may lie, and the coordinate in which it is moved.
+"""One hyperparameter: its range, and the coordinate in which it is moved.
 
 positive        φ = log x              lr, weight_decay, eps, lr_decay, momentum_decay, clipping thresholds
 unit            φ = log(x/(1 − x))     momentum, dampening
@@ -83,7 +83,7 @@ class Hyperparameter:
             raise ValueError(f"start {self.start} is outside its bounds {self.bounds}.")
 
     def named(self, name: str) -> Hyperparameter:
-        """The same with the kind that goes with a name, checked again."""
+        """The same with the kind of a name, validated again."""
         return Hyperparameter(self.start, self.bounds, self.kind or KIND_OF.get(name, "free"))
 
     @property

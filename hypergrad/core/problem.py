@@ -50,9 +50,7 @@ class Problem:
     ):
         self.model, self.params, self.loss = model, list(params), loss
         self.hypers = hypers or {}
-        self.extra = (
-            (self.hypers,) if self.hypers and pass_hypers else ()
-        )  # arguments of the loss beside model and batch
+        self.extra = (self.hypers,) if self.hypers and pass_hypers else ()  # further arguments of the loss
         self.read: set[str] = set()  # keys of `hypers` that a loss was found to depend on
         self.held_buffers = Buffers(model)
         self.device = self.params[0].device
@@ -76,7 +74,7 @@ class Problem:
         self.held_buffers.write(saved, silently)
 
     def untouched(self) -> AbstractContextManager[None]:
-        """Put parameters, buffers and random numbers back on the way out, whatever happens inside."""
+        """Put parameters, buffers and random numbers back at the end, whatever happens inside."""
         return untouched(self.params, self.held_buffers, self.device)
 
     # ---- losses

@@ -1,6 +1,6 @@
-"""A user's objects are put back: random numbers, parameters, buffers, gradients, and what modules hold.
+"""Contexts that put a user's objects back: random numbers, parameters, buffers, gradients, and the tensors that modules hold.
 
-Every part of the library that runs a user's code on the user's own model does so inside one of these contexts.
+A user's code runs inside them on the user's own model.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class Buffers:
         return [Saved(b, x) for b, x in zip(present, multi_tensor.copies(present), strict=True)]
 
     def write(self, saved: Sequence[Saved], silently: bool = False) -> None:
-        """Put the tensors and their values back. silently: autograd graphs that hold them do not notice (see `Binding.load`)."""
+        """Put the tensors and their values back. silently: see `Binding.load`."""
         for (module, name), (tensor, _) in zip(self.places, saved, strict=True):
             module._buffers[name] = tensor
         multi_tensor.write([tensor.data if silently else tensor for tensor, _ in saved], [value for _, value in saved])
@@ -81,7 +81,7 @@ def all_params(model: torch.nn.Module, optimizers: Sequence[torch.optim.Optimize
 
 @contextmanager
 def untouched(params: Sequence[Tensor], buffers: Buffers, device: torch.device) -> Iterator[None]:
-    """Put values of parameters, buffers and random numbers back on the way out, whatever happens inside."""
+    """Put values of parameters, buffers and random numbers back at the end, whatever happens inside."""
     theta, saved, rng = multi_tensor.copies(params), buffers.read(), Rng(device)
     try:
         yield
@@ -106,7 +106,7 @@ def as_found(model: torch.nn.Module, optimizers: Sequence[torch.optim.Optimizer]
 
 @contextmanager
 def swapped(slots: Sequence[Slot], tensors: Sequence[Tensor]) -> Iterator[None]:
-    """Let modules hold other tensors, and put back the very same ones on the way out."""
+    """Let modules hold other tensors, and put the same ones as before back at the end."""
     old = [where[name] for where, name in slots]
     try:
         for (where, name), x in zip(slots, tensors, strict=True):

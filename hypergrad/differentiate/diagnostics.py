@@ -60,7 +60,7 @@ class Diagnostics:
             )
 
     def _check_chaos(self, norms: Sequence[float], usual: float) -> None:
-        """Warn where the tangent or adjoint grew beyond use. `usual`: the growth that goes with the number of steps alone."""
+        """Warn where the tangent or adjoint grew too far to be of use. `usual`: the growth that K steps alone explain."""
         found = [x for x in norms if math.isfinite(x) and x > 0]
         growth = max(found) / found[0] / usual if found else 0.0
         overflowed = not all(map(math.isfinite, norms))

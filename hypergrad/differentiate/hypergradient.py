@@ -107,8 +107,8 @@ def hypergradient(
         ValueError: unknown names, no batches, losses that are not scalars or do not depend on the parameters, a derivative
             that does not exist (SGD momentum at exactly 0 with dampening or nesterov, Adafactor's d at exactly 1, coupled weight
             decay of Lion at exactly 0).
-        NotImplementedError: optimizers, flags and layers that cannot be differentiated (docs/layers.md); the message names a
-            way out.
+        NotImplementedError: optimizers, flags and layers that cannot be differentiated (docs/layers.md); the message says
+            what to do instead.
 
     Example:
         One step of gradient descent on θ²/2 from θ = 2 at lr η: L = (2 − 2η)²/2, dL/dη = −2 (2 − 2η) = −3.6 at η = 0.1.

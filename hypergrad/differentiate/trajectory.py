@@ -139,7 +139,7 @@ class Trajectory:
         """dL/dθ₀ of each parameter from the adjoint before the first step. The average starts at θ₀."""
         theta = lam.theta + lam.slots[EMA] if self.averaged else lam.theta
         pairs = zip(self.transition.params, self.transition.split(theta), strict=True)
-        return [x if p.requires_grad else None for p, x in pairs]  # autograd does not look into frozen ones
+        return [x if p.requires_grad else None for p, x in pairs]  # autograd computes none for frozen ones
 
     def add_direct(self, gradients: Tensors, direct: Tensors) -> None:
         """Add the direct dependence of the validation loss on tensors in the training loss, once."""

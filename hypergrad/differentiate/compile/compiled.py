@@ -6,7 +6,7 @@ error is raised. The first step of a kind (of a shape of batches, or with t = 1)
 only one of the trajectory.
 
 The vjp takes the gradient of its step as an argument: what only the gradient needs is then not computed again. Gradients are
-kept beside the states of a segment.
+kept with the states of a segment.
 """
 
 from __future__ import annotations
@@ -234,7 +234,7 @@ class CompiledStepper:
     # ---- checks of graphs against the eager code
 
     def _agrees(self, graph: Graph, found: Any, eager: Callable[[], Any]) -> bool:
-        """Whether a graph may be used here. False: it is of an earlier call and does not hold any more; all are made anew."""
+        """Whether a graph may be used here. False: it is of an earlier call and no longer right; all are made again."""
         if graph.agreed >= AGREED:
             return True
         truth = eager()

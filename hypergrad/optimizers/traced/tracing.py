@@ -6,8 +6,8 @@
     x.add_(y, alpha=a), … with traced a   x.copy_(x + a y), …: an argument `alpha` of type float would lose the graph
     f(x, a) with traced a                 f(x, a.t)
     √x and xᵉ, 0 < e < 1, at x = 0        have the derivative 0, as in every rule here (see adam.py)
-    torch._foreach_f(xs, …)               is f of every tensor in turn
-    x.bfloat16(), dtype=torch.float32     lower than `dtype`: passed over, for a derivative of the step without that rounding
+    torch._foreach_f(xs, …)               is f of each tensor
+    x.bfloat16(), dtype=torch.float32     lower than `dtype`: ignored, for a derivative of the step without that rounding
 
 Tensors may be changed in place after they were saved for the backward pass: what is saved is a copy.
 """
@@ -124,7 +124,7 @@ class Promoted(TorchFunctionMode):
 
 
 class Tracing(Promoted):
-    """See the module. Enter it by `tracing`."""
+    """See the module. Entered by `tracing`."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
         func, args, kwargs = self.promoted(func, args, dict(kwargs or {}))
@@ -194,7 +194,7 @@ def _with_tensors(func: Any, name: str, args: Any, kwargs: Any) -> Any:
 
 @contextmanager
 def tracing(dtype: torch.dtype) -> Iterator[None]:
-    """Operations in this context are recorded, whatever the code in it does to prevent that."""
+    """Operations inside are recorded, also under no_grad and on detached tensors."""
     saved = torch.autograd.graph.saved_tensors_hooks(lambda x: x.clone(), lambda x: x)
     with traced_math(), torch.enable_grad(), saved, Tracing(dtype):
         yield
