@@ -16,6 +16,7 @@ from hypergrad.differentiate.compile.compiled import compiled
 from hypergrad.differentiate.eager import EagerStepper
 from hypergrad.differentiate.modes import MODES, OPTIONS
 from hypergrad.differentiate.schedule_gradients import Function, Schedules
+from hypergrad.differentiate.stepper import Stepper
 from hypergrad.differentiate.trajectory import Result, Trajectory
 from hypergrad.differentiate.wrt import Directions
 from hypergrad.optimizers.ema import Averaged, check_decay
@@ -157,7 +158,7 @@ def hypergradient(
         raise ValueError(f"val_steps must be numbers of completed steps from 0 to {steps}, got {val_steps}.")
     every_steps = scheduled.evaluate(steps, transition)
     trajectory = Trajectory(problem, transition, items, every_steps, directions, val_loss, when)
-    stepper = compiled(trajectory, mode) if compile else EagerStepper(trajectory)
+    stepper: Stepper = compiled(trajectory, mode) if compile else EagerStepper(trajectory)
     result = run(trajectory, stepper, **mode_options)
     result.stats |= stepper.stats()
     return result
