@@ -2,7 +2,7 @@
 
 positive        φ = log x              lr, weight_decay, eps, lr_decay, momentum_decay, clipping thresholds
 unit            φ = log(x/(1 − x))     momentum, dampening
-unit_high       φ = log(1 − x), −      betas, alpha, rho: values close to 1 whose distance from 1 matters
+unit_high       φ = −log(1 − x)        betas, alpha, rho: values close to 1 whose distance from 1 matters
 free            φ = x                  anything else
 """
 

@@ -34,7 +34,7 @@ from hypergrad.optimizers.binding import State
 from hypergrad.optimizers.transition import Tangent
 
 BACKEND = "inductor"
-AGREED = 2  # times that a graph must agree with the eager code, until it is used without it
+AGREED = 2  # times that a graph must agree with the eager code, before it is used without
 
 
 # Graphs of earlier calls, for the same optimizer, model and loss. Nothing here keeps one of the three alive.
