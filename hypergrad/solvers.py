@@ -115,7 +115,7 @@ def nystrom(
     """Approximate (A + ρI)⁻¹ b with A's Nyström approximation of low rank: min(rank, n) products, none of which needs another.
 
     Hataya & Yamada 2023, arXiv 2302.09726, eq. 6. Good where A's spectrum falls off within `rank`, to `shift`: eigenvalues
-    behind it count as that. At full rank it is (A + ρI)⁻¹ b itself.
+    after these count as that. At full rank it is (A + ρI)⁻¹ b itself.
 
     Args:
         matvec: x ↦ A x, A symmetric positive semi-definite.

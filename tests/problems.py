@@ -22,7 +22,7 @@ STEPS = 6
 
 @dataclass
 class Setup:
-    """What a user has in hand before a trajectory of training."""
+    """What a user has before a trajectory of training."""
 
     model: nn.Module
     groups: list[list[Tensor]]

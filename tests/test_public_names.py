@@ -20,12 +20,12 @@ def test_names_are_there_and_documented() -> None:
 
 
 def test_every_mode_has_one_signature() -> None:
-    """A mode takes a trajectory and its own options, and gives a Result."""
+    """A mode takes a trajectory, a stepper and its own options, and gives a Result."""
     for name, mode in MODES.items():
         parameters = list(inspect.signature(mode).parameters.values())
-        assert parameters[0].name == "trajectory"
-        assert tuple(p.name for p in parameters[1:]) == OPTIONS[name]
-        assert all(p.default is not inspect.Parameter.empty for p in parameters[1:])
+        assert [p.name for p in parameters[:2]] == ["trajectory", "stepper"]
+        assert tuple(p.name for p in parameters[2:]) == OPTIONS[name]
+        assert all(p.default is not inspect.Parameter.empty for p in parameters[2:])
         assert inspect.signature(mode).return_annotation == "Result"
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -16,9 +17,11 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from hypergrad.checks.precision import Promote, in_float64, to_double
-from hypergrad.checks.stock_run import Moved, StockRun, as_found
-from hypergrad.core.problem import Rng
-from hypergrad.differentiate.hypergradient import Optimizers, as_optimizers, granularity, hypergradient, leaves
+from hypergrad.checks.stock_run import Moved, StockRun
+from hypergrad.core.finite_differences import central, extrapolated, one_sided
+from hypergrad.core.restore import Rng, as_found
+from hypergrad.differentiate.arguments import Optimizers, as_optimizers, granularity, leaves
+from hypergrad.differentiate.hypergradient import hypergradient
 from hypergrad.differentiate.schedule_gradients import Function
 
 RTOL = 1e-5  # agreement asked for; Richardson differences of a smooth loss reach 1e-8
@@ -97,8 +100,8 @@ def check(
             element, evenly spaced.
 
     Returns:
-        Report: true if all agree to 1e-5; `print(report)` shows the table. A row that is off with `smooth` False tells of a
-        loss with kinks or of a chaotic run at that place rather than of a wrong hypergradient.
+        Report: true if all agree to 1e-5; `print(report)` shows the table. A row that is off with `smooth` False means a loss
+        with kinks or a chaotic run at that place rather than a wrong hypergradient.
 
     Raises:
         ValueError: val_loss or the training loss is not deterministic.
@@ -148,21 +151,16 @@ def _indices(gradient: Tensor, limit: int | None) -> Iterator[tuple[int, ...]]:
         yield tuple(int(i) for i in np.unravel_index(flat, gradient.shape))
 
 
-# Richardson: (4 D(h/2) − D(h))/3 has an error of order h⁴. Where D(h) and D(h/2) differ by much, L is not smooth.
+# Where D(h) and D(h/2) differ by much, L is not smooth.
 def _compare(run: StockRun, at: Moved, ours: float, value: float) -> Row:
     x = run.read(at)
     h = STEP * max(abs(x), 1e-3)
-
-    def central(d: float) -> float:
-        return (run(at, d) - run(at, -d)) / (2 * d)
-
-    one_sided = x - h < 0 and run.needs_nonnegative(at.name)
-    if one_sided:
-        base = run(at, 0.0)
-        d1, d2 = ((-3 * base + 4 * run(at, d) - run(at, 2 * d)) / (2 * d) for d in (h, h / 2))
+    loss = cache(lambda delta: run(at, delta))
+    if x - h < 0 and run.needs_nonnegative(at.name):
+        d1, d2 = one_sided(loss, 2 * h), one_sided(loss, h)
     else:
-        d1, d2 = central(h), central(h / 2)
-    difference = (4 * d2 - d1) / 3
+        d1, d2 = central(loss, h), central(loss, h / 2)
+    difference = extrapolated(d1, d2)
     noise = 1e-14 * abs(value) / h
     scale = max(abs(difference), abs(ours), 1e-300)
     error = abs(difference - ours)
@@ -188,7 +186,7 @@ def _explain(rows: list[Row]) -> list[str]:
 def _check_deterministic(run: StockRun) -> None:
     with as_found(run.model, run.optimizers):
         first, second = (run.validate(run.val_steps[-1]) for _ in range(2))
-        # random numbers were put back between the two, so what differs is drawn from elsewhere
+        # random numbers were put back between the two: the difference comes from elsewhere
         if first != second and not (first != first and second != second):
             raise ValueError(
                 f"val_loss is not deterministic ({first:.17g}, then {second:.17g}): let it use one fixed batch, and no data "

@@ -12,12 +12,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_map
 
-from hypergrad.core.problem import Rng
-
-
-def all_params(model: torch.nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> list[Tensor]:
-    held = [p for opt in optimizers for group in opt.param_groups for p in group["params"]]
-    return list({id(p): p for p in [*held, *model.parameters()]}.values())
+from hypergrad.core.restore import Buffers, Rng, all_params, swapped
 
 
 def to_double(x: Any) -> Any:
@@ -26,10 +21,10 @@ def to_double(x: Any) -> Any:
 
 @contextmanager
 def in_float64(model: torch.nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> Iterator[None]:
-    """Parameters, buffers and optimizer state in float64; the very same tensors back on the way out."""
+    """Parameters, buffers and optimizer state in float64; the very same tensors are put back on the way out."""
     params, default = all_params(model, optimizers), torch.get_default_dtype()
-    data, grads = [p.data for p in params], [p.grad for p in params]
-    buffers = [(m, name, b) for m in model.modules() for name, b in m._buffers.items() if b is not None]
+    data, grads, buffers = [p.data for p in params], [p.grad for p in params], Buffers(model)
+    doubled = [b.double() if b.is_floating_point() else b.clone() for b in buffers.now()]
     states = [opt.state for opt in optimizers]
     rng = Rng(params[0].device)
     try:
@@ -37,19 +32,16 @@ def in_float64(model: torch.nn.Module, optimizers: Sequence[torch.optim.Optimize
         for p in params:
             p.grad = None
             p.data = p.data.double().clone()
-        for module, name, b in buffers:
-            module._buffers[name] = b.double() if b.is_floating_point() else b.clone()
         for opt, state in zip(optimizers, states, strict=True):
             opt.state = defaultdict(dict, {p: {k: _doubled(k, x) for k, x in s.items()} for p, s in state.items()})
-        yield
+        with swapped(buffers.slots, doubled):
+            yield
     finally:
         torch.set_default_dtype(default)
         for p, x, grad in zip(params, data, grads, strict=True):
             p.grad = None
             p.data = x
             p.grad = grad
-        for module, name, b in buffers:
-            module._buffers[name] = b
         for opt, state in zip(optimizers, states, strict=True):
             opt.state = state
         rng.restore()
@@ -60,7 +52,7 @@ def _doubled(name: str, x: Any) -> Any:
 
 
 class Promote(TorchFunctionMode):
-    """Every operation gets float64 in place of lower precision, and casts to lower precision are passed over."""
+    """Operations get float64 in place of lower precision; casts to lower precision give float64."""
 
     _CASTS = frozenset({Tensor.float, Tensor.half, Tensor.bfloat16})
 
@@ -68,7 +60,7 @@ class Promote(TorchFunctionMode):
         kwargs = dict(kwargs or {})
         if func in self._CASTS:
             copies, func = func is not Tensor.float, Tensor.double
-            if copies:  # what is done to it in place is not done to the original
+            if copies:  # an in-place operation on it must not change the original
                 args = (args[0].clone(), *args[1:])
         args, kwargs = tree_map(_promoted, (args, kwargs))
         if func is Tensor.to or func is Tensor.type:
@@ -86,7 +78,7 @@ class Promote(TorchFunctionMode):
 
 
 def _promoted(x: Any) -> Any:
-    """A float tensor of lower precision in float64. Leaves that want a gradient are somebody's parameters: untouched."""
+    """A float tensor of lower precision in float64. Leaves that require a gradient are parameters, and stay as they are."""
     if isinstance(x, Tensor) and x.dtype in _LOWER and not (x.requires_grad and x.is_leaf):
         return x.double()
     return x

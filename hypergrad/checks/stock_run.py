@@ -1,15 +1,15 @@
 """A user's loop with torch's own optimizer, one number of it moved: what `check` takes differences of.
 
-A number of one parameter or element is moved by a second optimizer beside the first, which has it in the whole param group. An
-update acts on each parameter, an elementwise one on each element, by itself: what belongs to that one is taken from the second.
+The number of one parameter or element is moved by means of a second optimizer, which has the moved number in the whole param
+group. An update acts on each parameter (an elementwise one on each element) by itself, so that this parameter's or element's new
+value is taken from the second optimizer, all others from the first.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_right
 from collections import OrderedDict, defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from hypergrad.checks.precision import all_params
-from hypergrad.core.problem import Rng, takes_hypers, takes_step
+from hypergrad.core.restore import Buffers, as_found, untouched
+from hypergrad.core.signatures import takes_hypers, takes_step
 from hypergrad.differentiate.schedule_gradients import Function, stacked
 from hypergrad.optimizers.ema import EMA
 from hypergrad.optimizers.rule import Tensors, parts
@@ -27,7 +27,7 @@ from hypergrad.optimizers.rule import Tensors, parts
 
 @dataclass(frozen=True)
 class Moved:
-    """The number that is moved: of hypers, of no group (`group` None), of a param group, or of what `owner` says.
+    """The number that is moved: of hypers, of no group (`group` None), of a param group, or of one `owner`.
 
     Attributes:
         index: its place in the gradient.
@@ -117,9 +117,9 @@ class StockRun:
 
     def _train(self, at: Moved, delta: float, tensors: Tensors) -> float:
         twins = [twin(opt) for opt in self.optimizers]
-        beside = [twin(opt) for opt in self.optimizers] if at.owner else []
-        others = twins if beside else []  # whose numbers are as they are
-        moved = beside or twins
+        seconds = [twin(opt) for opt in self.optimizers] if at.owner else []
+        others = twins if seconds else []  # whose numbers are not moved
+        moved = seconds or twins
         if at.name == "initial_accumulator_value" and at.group is not None:  # Adagrad reads it in its constructor
             i, g = self.groups[at.group]
             for state in (moved[i].state[p] for p in moved[i].param_groups[g]["params"]):
@@ -134,7 +134,7 @@ class StockRun:
             self._write(others, now)
             self._write(moved, now, at, delta)
             self._gradients(item, tensors, single)
-            self._step(twins, beside, at)
+            self._step(twins, seconds, at)
             if average is not None:
                 for a, p in zip(average, self.params, strict=True):
                     a.lerp_(p.detach(), 1 - single[EMA])  # type: ignore[operator]
@@ -165,15 +165,15 @@ class StockRun:
         if single["clip_value"] is not None:
             torch.nn.utils.clip_grad_value_(self.params, single["clip_value"])
 
-    def _step(self, twins: list[Any], beside: list[Any], at: Moved) -> None:
-        before = [p.detach().clone() for p in self.params] if beside else []
+    def _step(self, twins: list[Any], seconds: list[Any], at: Moved) -> None:
+        before = [p.detach().clone() for p in self.params] if seconds else []
         for opt in twins:
             opt.step()
-        if not beside or at.owner is None:
+        if not seconds or at.owner is None:
             return
         after, (parameter, element) = [p.detach().clone() for p in self.params], at.owner
         self._load(before)
-        for opt in beside:
+        for opt in seconds:
             opt.step()
         own = self.params[parameter].detach().clone()
         if element is None:
@@ -194,21 +194,14 @@ class StockRun:
     @torch.no_grad()
     def validate(self, t: int, average: list[Tensor] | None = None) -> float:
         """The validation loss now, at the averaged weights where there are any."""
-        buffers, rng = [b.clone() for b in self.model.buffers()], Rng(next(iter(self.model.parameters())).device)
-        weights = [p.clone() for p in self.params] if average else []
-        if average:
-            self._load(average)
-        value = float(self.val_loss(t) if takes_step(self.val_loss) else self.val_loss())
-        if average:
-            self._load(weights)
-        for b, saved in zip(self.model.buffers(), buffers, strict=True):
-            b.copy_(saved)
-        rng.restore()
-        return value
+        with untouched(self.params if average else (), Buffers(self.model), self.params[0].device):
+            if average:
+                self._load(average)
+            return float(self.val_loss(t) if takes_step(self.val_loss) else self.val_loss())
 
 
 def twin(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
-    """The same stock optimizer on the same parameters, with groups and state of its own and without anybody's hooks."""
+    """The same stock optimizer on the same parameters, with groups and state of its own and without hooks."""
     other = object.__new__(type(optimizer))  # copy.copy would write to its defaults
     other.__dict__ = {
         k: v for k, v in optimizer.__dict__.items() if k != "step"
@@ -222,21 +215,3 @@ def twin(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
 
 def _copied(x: Any) -> Any:
     return x.clone() if isinstance(x, Tensor) else x
-
-
-@contextmanager
-def as_found(model: torch.nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> Iterator[None]:
-    """Put values of parameters, gradients, buffers and random numbers back on the way out."""
-    params = all_params(model, optimizers)
-    values, grads = [p.detach().clone() for p in params], [p.grad for p in params]
-    buffers, rng = [b.clone() for b in model.buffers()], Rng(params[0].device)
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for p, value, grad in zip(params, values, grads, strict=True):
-                p.copy_(value)
-                p.grad = grad
-            for b, saved in zip(model.buffers(), buffers, strict=True):
-                b.copy_(saved)
-        rng.restore()

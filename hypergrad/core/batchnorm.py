@@ -3,7 +3,7 @@
 Training updates them by b' = d ∘ b + S(θ), d = 1 − momentum, S = momentum · (batch mean, unbiased variance); validation in
 eval() mode reads them. Leaving out that path was measured to put a hypergradient off by 79 %.
 
-Both derivatives of S come out of the Hessian product that is formed anyway: add ⟨S(θ), u⟩ to the training loss with a leaf
+The Hessian product that is formed anyway gives both derivatives of S: add ⟨S(θ), u⟩ to the training loss with a leaf
 u = 0. Then the mixed derivative of ∇_θ(ℓ + ⟨S, u⟩) in u along z is J_S z, and ∂/∂u of the loss is S itself, whose product with
 an adjoint joins that of the gradient.
 """
@@ -34,7 +34,7 @@ class RunningStats:
     def watch_training(self) -> Iterator[_Update]:
         """Collect S and d of the forward passes inside."""
         update = _Update(self.layers)
-        handles = [m.register_forward_pre_hook(update.see) for m in self.layers]
+        handles = [m.register_forward_pre_hook(update.observe) for m in self.layers]
         try:
             yield update
         finally:
@@ -89,7 +89,7 @@ class _Update:
         self.decay = dict.fromkeys(layers, 1.0)
         self.added: dict[_BatchNorm, tuple[Tensor, Tensor]] = {}
 
-    def see(self, module: _BatchNorm, inputs: tuple[Tensor, ...]) -> None:
+    def observe(self, module: _BatchNorm, inputs: tuple[Tensor, ...]) -> None:
         if not module.training:
             return
         x, m = inputs[0], module.momentum

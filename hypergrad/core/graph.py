@@ -1,8 +1,8 @@
 """The gradient of a loss with the graph kept, and products of its Hessian with vectors, by double backward.
 
 Double backward is the one primitive of second order in this package. It has the widest coverage and the least cost in
-eager mode, but a few things in torch cannot be differentiated twice and say so late, or not at all; they are found here
-by looking at the graph and end in an error that names the layer and the way out.
+eager mode, but a few things in torch cannot be differentiated twice and raise late, or not at all. They are found here in the
+graph, and end in an error that names the layer and what to do.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor
 
 _COMPILED = ("a module under torch.compile", "give hypergrad the uncompiled module (`model._orig_mod`)")
 # what torch says when a second derivative is missing -> the layer (None: the operation that torch names), and what to do
-_WAYS_OUT: dict[str, tuple[str | None, str]] = {
+_REMEDIES: dict[str, tuple[str | None, str]] = {
     "scaled_dot_product": (
         "scaled_dot_product_attention (also inside nn.MultiheadAttention and nn.Transformer)",
         "wrap the forward pass in `torch.nn.attention.sdpa_kernel(SDPBackend.MATH)`",
@@ -40,14 +40,14 @@ _INEXACT = frozenset({"SiluBackward0", "MishBackward0", "NativeGroupNormBackward
 
 
 class Survey(NamedTuple):
-    """What is at the ends of a loss's graph, and on the way."""
+    """What a loss's graph holds."""
 
     leaves: list[Tensor]
-    exact: bool  # the gradient with its graph kept is bit for bit that without
+    exact: bool  # the gradient is the same bit for bit, with its graph kept or not
 
 
 def nodes_of(*roots: Any) -> Iterator[Any]:
-    """Every autograd node below the given ones, each once."""
+    """The given autograd nodes and all that they depend on, each once."""
     seen, stack = set(), [root for root in roots if root is not None]
     while stack:
         node = stack.pop()
@@ -128,7 +128,7 @@ def _saved_names(node: type) -> list[str]:
 def saved_bytes(*roots: Tensor | None) -> int:
     """Bytes of all that graphs keep of intermediate results, each storage once, leaves (parameters, batches) left out.
 
-    What a hook keeps in its own way, such as checkpointing, is not counted.
+    What saved-tensor hooks keep, such as those of checkpointing, is not counted.
     """
     sizes: dict[int, int] = {}
     for node in nodes_of(*(x.grad_fn for x in roots if x is not None)):
@@ -148,7 +148,7 @@ class Linearization:
         loss: a scalar with its graph.
         params: leaves; the rows and columns of the Hessian.
         extra: more leaves that count as columns (hyperparameters in the loss), or whose gradient is wanted.
-        products: False where no product will be asked for; the graph is then freed at once.
+        products: False where no product is needed; the graph is then freed at once.
         retain: keep it all the same.
     """
 
@@ -189,7 +189,7 @@ class Linearization:
         Args:
             vectors: one tensor a parameter; None is zero.
             extra: one tensor an extra leaf; None is zero.
-            into_extra: also return the rows of the extra leaves, behind those of the parameters.
+            into_extra: also return the rows of the extra leaves, after those of the parameters.
             retain: False on the last product, to free the graph.
         """
         pairs = list(zip(self.grads, vectors, strict=True))
@@ -219,8 +219,8 @@ class Linearization:
         us = [torch.zeros_like(g, requires_grad=True) for g in outputs]
         inputs, tangents = [*self.params, *self.extra], [*vectors, *(extra or [None] * len(self.extra))]
         with _explained(), without_hooks(inputs):
-            step_vjp = grad_or_none(outputs, inputs, us, create_graph=True) if outputs else [None] * len(inputs)
-            pairs = [(x, v) for x, v in zip(step_vjp, tangents, strict=True) if v is not None and x is not None]
+            vjp = grad_or_none(outputs, inputs, us, create_graph=True) if outputs else [None] * len(inputs)
+            pairs = [(x, v) for x, v in zip(vjp, tangents, strict=True) if v is not None and x is not None]
             pairs = [(x, v) for x, v in pairs if x.requires_grad]
             found = grad_or_none([x for x, _ in pairs], us, [v for _, v in pairs]) if pairs else [None] * len(us)
             if not retain:
@@ -240,11 +240,11 @@ class Linearization:
 
 @contextmanager
 def _explained() -> Iterator[None]:
-    """Say the way out where torch has no second derivative."""
+    """Raise with the remedy where torch has no second derivative."""
     try:
         yield
     except (RuntimeError, NotImplementedError) as error:
-        for symptom, (layer, remedy) in _WAYS_OUT.items():
+        for symptom, (layer, remedy) in _REMEDIES.items():
             if symptom in str(error):
                 named = re.search(r"aten::_?(\w+)|'_?(\w+)'", str(error))
                 layer = layer or (str(named[1] or named[2]).removesuffix("_backward") if named else "an operation")
@@ -254,8 +254,8 @@ def _explained() -> Iterator[None]:
 
 @contextmanager
 def without_hooks(leaves: Sequence[Tensor]) -> Iterator[None]:
-    """Keep hooks on leaves from acting: on a product, where what they did to the gradient is in its graph already; on the
-    gradient of a validation loss, which takes no step."""
+    """Without the hooks on leaves: for products, as the graph of the gradient holds already what hooks did to it; for the
+    gradient of a validation loss, which is not that of a step."""
     hooks = [h for x in leaves if x.is_leaf and (h := getattr(x, "_backward_hooks", None))]
     saved = [dict(h) for h in hooks]
     try:

@@ -1,4 +1,4 @@
-"""One copy of a few tensors in host memory, written again and again; from a GPU without waiting for it."""
+"""A copy of a few tensors in host memory that is overwritten again and again; from a GPU without waiting for it."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-ASYNCHRONOUS = frozenset({"cuda"})  # devices that copy into pinned host memory while Python goes on
+ASYNCHRONOUS = frozenset({"cuda"})  # devices that copy into pinned host memory asynchronously
 
 
 class HostCopy:
     """Values of tensors, in memory of its own that is allocated by the first `write`.
 
     Args:
-        device: where the tensors mostly lie; for a GPU the memory is pinned.
+        device: where most of the tensors are; for a GPU the memory is pinned.
 
     Example:
         >>> x = torch.ones(2)
@@ -31,12 +31,12 @@ class HostCopy:
     def write(self, tensors: Sequence[Tensor]) -> None:
         """Keep these values in place of the last ones. From a GPU they arrive in the order of its current stream."""
         if [(x.shape, x.dtype) for x in tensors] != [(x.shape, x.dtype) for x in self.kept]:
-            self.read()  # nothing is on its way into memory that is given up
+            self.read()  # no copy into the memory that is given up is pending
             self.kept = [torch.empty(x.shape, dtype=x.dtype, pin_memory=self.pinned) for x in tensors]
         for kept, x in zip(self.kept, tensors, strict=True):
             kept.copy_(x.detach(), non_blocking=self.pinned)
         devices = {x.device for x in tensors if x.device.type in ASYNCHRONOUS}
-        self.arrived = _mark(devices.pop()) if devices else None
+        self.arrived = _event(devices.pop()) if devices else None
 
     def read(self) -> list[Tensor]:
         """The values, on the host: the copy's own memory, which the next `write` overwrites. Waits until they are there."""
@@ -46,8 +46,8 @@ class HostCopy:
         return self.kept
 
 
-def _mark(device: torch.device) -> torch.cuda.Event:
-    """An event behind all that was asked of the device's current stream so far."""
+def _event(device: torch.device) -> torch.cuda.Event:
+    """An event after all present work of the device's current stream."""
     event = torch.cuda.Event()
     event.record(torch.cuda.current_stream(device))
     return event

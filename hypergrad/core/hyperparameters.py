@@ -1,8 +1,8 @@
-"""One hyperparameter: where it may lie, and the coordinate in which it is moved.
+"""One hyperparameter: its range, and the coordinate in which it is moved.
 
 positive        φ = log x              lr, weight_decay, eps, lr_decay, momentum_decay, clipping thresholds
 unit            φ = log(x/(1 − x))     momentum, dampening
-unit_high       φ = log(1 − x), −      betas, alpha, rho: values close to 1 whose distance from 1 matters
+unit_high       φ = −log(1 − x)        betas, alpha, rho: values close to 1 whose distance from 1 matters
 free            φ = x                  anything else
 """
 
@@ -83,7 +83,7 @@ class Hyperparameter:
             raise ValueError(f"start {self.start} is outside its bounds {self.bounds}.")
 
     def named(self, name: str) -> Hyperparameter:
-        """The same with the kind that goes with a name, checked again."""
+        """The same with the kind of a name, validated again."""
         return Hyperparameter(self.start, self.bounds, self.kind or KIND_OF.get(name, "free"))
 
     @property

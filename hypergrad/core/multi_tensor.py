@@ -1,4 +1,4 @@
-"""Many tensors at once: torch's foreach operations, whose number of kernels does not grow with that of the tensors.
+"""Many tensors at once: torch's foreach operations, whose number of kernels does not grow with the number of tensors.
 
 On a GPU a kernel costs some microseconds to launch, however small it is.
 """

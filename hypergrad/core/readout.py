@@ -1,7 +1,7 @@
-"""Numbers that the host decides by, brought over from the device all together.
+"""Numbers that decisions on the host need, copied from the device all at once.
 
-Every `float(x)` of a tensor on a GPU makes Python wait until the GPU has done all that was asked of it. So what a step needs is
-asked for first and fetched once.
+Every `float(x)` of a tensor on a GPU makes Python wait until the GPU has finished its queue. So what a step needs is collected
+first and fetched once.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 class Readout:
-    """A few numbers on their way to the host.
+    """A few numbers to be copied to the host.
 
     Example:
         >>> readout = Readout()

@@ -8,16 +8,12 @@ import sys
 import time
 import warnings
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from hypergrad.differentiate.series import Series
-from hypergrad.optimizers.binding import State
-
-if TYPE_CHECKING:
-    from hypergrad.differentiate.trajectory import Trajectory
 
 CHAOS = 1e3  # growth of the norm beyond which a hypergradient is of little use
 SMOOTHER = (
@@ -34,8 +30,9 @@ class Diagnostics:
         self.gradients = self.products = 0
         self.norms = Series()  # of the tangent or adjoint, step after step; they stay on the device to the end
         self.ill_conditioned: Tensor | None = None  # [n_groups] bool, the same
-        self.moved: list[str] | None = None  # buffers that training changes, where a mode has looked at its end
-        self.extra: dict[str, Any] = {"warnings": []}
+        self.moved: list[str] | None = None  # buffers that training changes, where the mode found out
+        self.warnings: list[str] = []
+        self.extra: dict[str, Any] = {"warnings": self.warnings}  # further entries of `Result.stats`
         self.base = self._peak()
 
     def _peak(self) -> int:
@@ -44,56 +41,57 @@ class Diagnostics:
         unit = 1 if sys.platform == "darwin" else 1024
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
+    def warn(self, sentence: str) -> None:
+        """Add a sentence to `Result.stats["warnings"]`."""
+        self.warnings.append(sentence)
+
     def norm(self, x: Tensor, known: Tensor | None = None) -> None:
-        """Note the norm of the tangent or adjoint after one more step. `known`: it, where it was computed already."""
+        """Record the norm of the tangent or adjoint after one more step. `known`: it, where it was computed already."""
         self.norms.append(torch.linalg.vector_norm(x).detach() if known is None else known.detach())
 
     def not_replayed(self, t: int) -> None:
-        """Note that weights were not the same, bit for bit, when step t came to be played again."""
+        """Record that replaying did not give the same weights before step t, bit for bit."""
         first = self.extra["replayed_exactly"]
         self.extra["replayed_exactly"] = False
         if first and (self.device.type == "cpu" or torch.are_deterministic_algorithms_enabled()):
-            self.extra["warnings"].append(
-                f"the steps before step {t} were not the same, bit for bit, when they were played again, though losses agree to "
-                "0.1 %: something in the training loss is not deterministic. mode='forward' plays nothing again."
+            self.warn(
+                f"the steps before step {t} were not the same, bit for bit, when they were replayed, though losses agree to "
+                "0.1 %: something in the training loss is not deterministic. mode='forward' replays nothing."
             )
 
-    def look_for_chaos(self, norms: Sequence[float], usual: float) -> None:
-        """Say where tangent or adjoint grew beyond use. `usual`: the growth that goes with the number of steps alone."""
+    def _check_chaos(self, norms: Sequence[float], usual: float) -> None:
+        """Warn where the tangent or adjoint grew too far to be of use. `usual`: the growth that K steps alone explain."""
         found = [x for x in norms if math.isfinite(x) and x > 0]
         growth = max(found) / found[0] / usual if found else 0.0
         overflowed = not all(map(math.isfinite, norms))
         if growth > CHAOS or overflowed:
             how = "overflowed" if overflowed else f"grew by a factor {growth:.1e}"
-            self.extra["warnings"].append(
+            self.warn(
                 f"training is chaotic here: its derivative {how} in {len(norms)} steps. The hypergradient is that of a "
                 f"function which looks like noise at any step of useful size. {SMOOTHER}"
             )
 
-    def look_for_ill_conditioning(self, trajectory: Trajectory, state: State, g: Tensor, t: int) -> None:
-        """Note where the derivative in weight_decay is about lr·θ/eps: coupled decay at 0, gradients exactly 0."""
-        if not trajectory.directions.differentiates("weight_decay"):
-            return
-        flags = trajectory.transition.ill_conditioned_decay(state, g, trajectory.values[t])
+    def observe_conditioning(self, flags: Tensor | None) -> None:
+        """Record one step's flags of `Trajectory.ill_conditioned_decay`: coupled decay at 0, gradients exactly 0."""
         if flags is not None:
             self.ill_conditioned = flags if self.ill_conditioned is None else self.ill_conditioned | flags
 
-    def _say_ill_conditioning(self) -> None:
+    def _warn_of_ill_conditioning(self) -> None:
         flags = [] if self.ill_conditioned is None else self.ill_conditioned.tolist()
         groups = [i for i, flag in enumerate(flags) if flag]
         if groups:
             self.extra["ill_conditioned"] = ["weight_decay"]
-            self.extra["warnings"].append(
+            self.warn(
                 f"the derivative in weight_decay is ill-conditioned in param groups {groups}: with coupled decay at 0 and "
                 "gradients that are exactly 0 it is about lr * p / eps. Use a weight decay above 0, a larger eps, or AdamW."
             )
-            warnings.warn(self.extra["warnings"][-1], stacklevel=4)
+            warnings.warn(self.warnings[-1], stacklevel=4)
 
     def stats(self, steps: int, usual: float = 1.0) -> dict[str, Any]:
         norms = self.norms.tolist()
         found = [x for x in norms if math.isfinite(x) and x > 0]
-        self._say_ill_conditioning()
-        self.look_for_chaos(norms, usual)
+        self._warn_of_ill_conditioning()
+        self._check_chaos(norms, usual)
         growth = math.log(found[-1] / found[0]) / (len(found) - 1) if len(found) > 1 else math.nan
         return {
             "steps": steps,

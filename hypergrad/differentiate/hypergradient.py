@@ -8,20 +8,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hypergrad.core.hyperparameters import Hyperparameter
-from hypergrad.core.problem import Problem, Rng, takes_hypers
+from hypergrad.core.problem import Problem
+from hypergrad.core.restore import Rng
+from hypergrad.core.signatures import takes_hypers
+from hypergrad.differentiate.arguments import Optimizers, as_optimizers, check_names, clipping, granularity, leaves
 from hypergrad.differentiate.compile.compiled import compiled
-from hypergrad.differentiate.modes import MODES, OPTIONS, Result
-from hypergrad.differentiate.per_element import HOW
-from hypergrad.differentiate.schedule_gradients import Function, Schedules, check_finite
-from hypergrad.differentiate.trajectory import Trajectory
+from hypergrad.differentiate.eager import EagerStepper
+from hypergrad.differentiate.modes import MODES, OPTIONS
+from hypergrad.differentiate.schedule_gradients import Function, Schedules
+from hypergrad.differentiate.stepper import Stepper
+from hypergrad.differentiate.trajectory import Result, Trajectory
 from hypergrad.differentiate.wrt import Directions
-from hypergrad.optimizers.binding import Values
-from hypergrad.optimizers.ema import EMA, Averaged, check_decay
-from hypergrad.optimizers.rule import Tensors, parts
-from hypergrad.optimizers.transition import CLIPS, Transition
-
-Optimizers = torch.optim.Optimizer | Sequence[torch.optim.Optimizer]
+from hypergrad.optimizers.ema import Averaged, check_decay
+from hypergrad.optimizers.transition import Transition
 
 
 def hypergradient(
@@ -59,7 +58,7 @@ def hypergradient(
         loss: `loss(model, batch)` → scalar; `loss(model, batch, hypers)` where `hypers` is given. With `schedules` either:
             `hypers` is passed where a third positional argument is required, or is `None` by default.
         batches: one batch a step; K in all. A lazy sequence (`len(batches)`, `batches[t]`) is asked for batch t whenever step t
-            is played, and must give the same one.
+            is computed, and must give the same one.
         val_loss: `val_loss()` → scalar, computed with the model's own parameters, deterministic; called as `val_loss(t)`,
             t the number of steps done, where it has a required argument, or one `t=None`.
         wrt: names in param_groups (lr, weight_decay, momentum, dampening, betas, alpha, eps, rho, lr_decay, momentum_decay,
@@ -76,8 +75,8 @@ def hypergradient(
         clip_value: threshold of `clip_grad_value_`.
         schedules: name in param_groups, "clip_norm", "clip_value" or "ema" → function f(step, hypers), step = 0 … K − 1, that
             returns the value itself, not a factor as LambdaLR's function does (of that, `lambda t, h: base_lr * lr_lambda(t)`):
-            a number, a scalar tensor, or one for each param group; for betas a pair, or a pair for each group. It stands in
-            for the number in param_groups. Tensors of `hypers` that it computes with get a gradient through it, by autograd.
+            a number, a scalar tensor, or one for each param group; for betas a pair, or a pair for each group. It replaces
+            the number in param_groups. Tensors of `hypers` that it computes with get a gradient through it, by autograd.
             `hypergrad.schedules` has shapes of schedules.
         per: "group"; "parameter", one derivative for each parameter tensor; or "element", one for each element (of update rules
             that act elementwise); or a mapping from names in param_groups to these. For "element" gradients have shape [n], or
@@ -87,14 +86,14 @@ def hypergradient(
             computed with the averaged weights in the model (and the buffers of training). Not for mode="implicit".
         compile: steps and their derivatives by torch.compile (mode="unrolled" and "forward"; needs a C++ compiler on CPU).
             The first call compiles for ten seconds to a minute, later ones with the same model, optimizer and loss do not. What
-            Python code in the loss does is taken to be the same at every step; this is looked at against the eager code
+            Python code in the loss does is taken to be the same at every step; this is checked against the eager code
             (docs/modes.md). Graphs of steps are not kept: where a state and a gradient of every step fit into `graph_memory`,
             these are.
         options: mode="unrolled": `graph_memory`, bytes that graphs of steps may take up (default 1 GiB): all are kept where they
-            fit, else those that do of the steps that are played again; `every`, steps between checkpoints (default √K; no graphs
+            fit, else as many as fit of the steps that are replayed; `every`, steps between checkpoints (default √K; no graphs
             are kept where it is given); `offload`, where all checkpoints but the newest few go: "host" memory of a GPU's machine,
             "disk" (a temporary folder) or a folder; device memory is then independent of K; `below`, a value: where the
-            validation loss is not at most this, gradients are NaN, and were not computed.
+            validation loss is not at most this, gradients are not computed, and are NaN.
             mode="implicit": `solver`, a function solve(matvec, b) such as `hypergrad.solvers.neumann` or `nystrom` (default cg; a
             `hypergrad.solvers.WarmStart` starts from the last call's answer), or `look_back`, a number of terms of the update
             map's own series.
@@ -109,8 +108,8 @@ def hypergradient(
         ValueError: unknown names, no batches, losses that are not scalars or do not depend on the parameters, a derivative
             that does not exist (SGD momentum at exactly 0 with dampening or nesterov, Adafactor's d at exactly 1, coupled weight
             decay of Lion at exactly 0).
-        NotImplementedError: optimizers, flags and layers that cannot be differentiated (docs/layers.md); the message names a
-            way out.
+        NotImplementedError: optimizers, flags and layers that cannot be differentiated (docs/layers.md); the message says
+            what to do instead.
 
     Example:
         One step of gradient descent on θ²/2 from θ = 2 at lr η: L = (2 − 2η)²/2, dL/dη = −2 (2 − 2η) = −3.6 at η = 0.1.
@@ -159,11 +158,9 @@ def hypergradient(
         raise ValueError(f"val_steps must be numbers of completed steps from 0 to {steps}, got {val_steps}.")
     every_steps = scheduled.evaluate(steps, transition)
     trajectory = Trajectory(problem, transition, items, every_steps, directions, val_loss, when)
-    if not compile:
-        return run(trajectory, **mode_options)
-    trajectory.compiled = compiled(trajectory, mode)
-    result = run(trajectory, **mode_options)
-    result.stats |= trajectory.compiled.stats()
+    stepper: Stepper = compiled(trajectory, mode) if compile else EagerStepper(trajectory)
+    result = run(trajectory, stepper, **mode_options)
+    result.stats |= stepper.stats()
     return result
 
 
@@ -178,89 +175,12 @@ def _choose(
             raise ValueError(f"mode={mode!r} does not take {name!r}; it takes {takes}.")
     if mode == "implicit" and (per_step or val_steps is not None):
         raise NotImplementedError(
-            "mode='implicit' differentiates the point reached, not the way there: per_step and val_steps need "
+            "mode='implicit' differentiates the point reached, not the steps to it: per_step and val_steps need "
             "mode='unrolled' or 'forward'."
         )
     if mode == "implicit" and ema is not None:
         raise NotImplementedError(
-            "mode='implicit' differentiates the point reached, not the average of the weights on the way there: ema needs "
+            "mode='implicit' differentiates the point reached, not the average of the weights over the steps to it: ema needs "
             "mode='unrolled' or 'forward'."
         )
     return MODES[mode], options
-
-
-def as_optimizers(optimizer: Optimizers) -> list[torch.optim.Optimizer]:
-    optimizers = list(optimizer) if isinstance(optimizer, (list, tuple)) else [optimizer]
-    for opt in optimizers:
-        if not isinstance(opt, torch.optim.Optimizer):
-            raise TypeError(f"optimizer must be a torch.optim.Optimizer or a list of them, got {type(opt).__name__}.")
-    if not optimizers:
-        raise ValueError("the list of optimizers is empty.")
-    return optimizers  # type: ignore[return-value]
-
-
-def leaves(hypers: Mapping[str, Any] | None) -> Tensors:
-    """Leaf copies of the tensors that a loss reads."""
-    out = {}
-    for name, value in (hypers or {}).items():
-        start = value.start if isinstance(value, Hyperparameter) else value
-        if start is None:
-            raise ValueError(f"hypers[{name!r}] needs a start: hypergrad.Hyperparameter(start=...).")
-        x = torch.as_tensor(start).detach().clone()
-        x = x if x.is_floating_point() else x.to(torch.get_default_dtype())
-        if not bool(torch.isfinite(x).all()):
-            raise ValueError(f"hypers[{name!r}] is not finite.")
-        out[name] = x.requires_grad_()
-    return out
-
-
-def clipping(clip_norm: float | None, clip_value: float | None) -> tuple[str | None, float]:
-    if clip_norm is not None and clip_value is not None:
-        raise ValueError("pass clip_norm or clip_value, not both.")
-    for name, m in (("clip_norm", clip_norm), ("clip_value", clip_value)):
-        if m is not None:
-            if not m > 0:
-                raise ValueError(f"{name} must be a positive number, got {m}.")
-            return name, float(m)
-    return None, 0.0
-
-
-def granularity(per: str | Mapping[str, str], names: Sequence[str]) -> dict[str, str]:
-    """name -> "group", "parameter" or "element", of the names in param_groups. `names`: those that are differentiated."""
-    single = {*CLIPS, EMA}
-    if isinstance(per, str):
-        per = {name: per for name in names if name not in single} or {"": per}
-    out = {}
-    for name, how in per.items():
-        if how not in HOW:
-            raise ValueError(f"per must be one of {', '.join(HOW)}, or a mapping from names to these, got {how!r}.")
-        if name and (name in single or name not in names):
-            known = [x for x in names if x not in single]
-            raise ValueError(f"per[{name!r}]: not a name in param_groups that stands in wrt; there are {known}.")
-        out[name] = how
-    return {name: how for name, how in out.items() if name}
-
-
-def check_names(names: Sequence[str], values: Values, hypers: Tensors) -> None:
-    """Every name is that of a hyperparameter that exists."""
-    if not names:
-        raise ValueError("no hyperparameters named: pass for example ('lr', 'weight_decay').")
-    if len(set(names)) != len(names):
-        raise ValueError(f"a hyperparameter is named twice in {tuple(names)}.")
-    for name in names:
-        if not isinstance(name, str):
-            raise TypeError(f"hyperparameters are named by strings, got {type(name).__name__}.")
-        if name in hypers and name in values:
-            raise ValueError(f"{name!r} is a key of hypers and a name in param_groups: rename the key of hypers.")
-        if name in hypers:
-            continue
-        if name in values:
-            check_finite(name, values[name])
-            continue
-        if name in (*CLIPS, EMA):
-            raise ValueError(f"to differentiate in {name!r}, pass {name}=<number>.")
-        if any(name in parts(known) for known in values):
-            whole = next(known for known in values if name in parts(known))
-            raise ValueError(f"name all of them: {whole!r}, not {name!r}.")
-        known = [*values, *hypers]
-        raise ValueError(f"no param group has a hyperparameter {name!r} that can be differentiated; there are {known}.")

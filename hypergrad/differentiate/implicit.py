@@ -1,4 +1,4 @@
-"""Implicit mode: differentiate the point that training has come to, not the way there.
+"""Implicit mode: differentiate the point that training has reached, not the steps to it.
 
 At a minimum θ* of F(θ, h) = ℓ(θ, h) + Σ_groups w/2 ‖θ‖² the implicit function theorem gives
 
@@ -21,15 +21,19 @@ import torch
 from torch import Tensor
 
 from hypergrad.differentiate.diagnostics import Diagnostics
-from hypergrad.differentiate.one_step import StepVJP
-from hypergrad.differentiate.reverse import Total, pull_through, train
-from hypergrad.differentiate.trajectory import Result, Trajectory, evaluation
+from hypergrad.differentiate.evaluation import evaluation
+from hypergrad.differentiate.one_step import StepVJP, step_vjp
+from hypergrad.differentiate.stepper import Stepper
+from hypergrad.differentiate.total import Total
+from hypergrad.differentiate.trajectory import Result, Trajectory
 from hypergrad.optimizers.binding import State
 from hypergrad.optimizers.transition import Tangent
 from hypergrad.solvers import Solve, cg
 
 
-def implicit(trajectory: Trajectory, solver: Solve | None = None, look_back: int | None = None) -> Result:
+def implicit(
+    trajectory: Trajectory, stepper: Stepper, solver: Solve | None = None, look_back: int | None = None
+) -> Result:
     """Train through the trajectory, then differentiate the point reached as a fixed point."""
     if look_back is not None and (not isinstance(look_back, int) or isinstance(look_back, bool) or look_back < 1):
         raise ValueError(f"look_back must be a whole number of terms from 1, got {look_back!r}.")
@@ -45,9 +49,9 @@ def implicit(trajectory: Trajectory, solver: Solve | None = None, look_back: int
         state = trajectory.transition.read()
         last = len(trajectory.batches) - 1
         for t in range(last + 1 if look_back is None else last):
-            state, _ = train(trajectory, state, t, diagnostics)
+            state, _ = stepper.step(state, t, diagnostics)
         if look_back is not None:
-            return _look_back(trajectory, state, look_back, diagnostics)
+            return _series(trajectory, stepper, state, look_back, diagnostics)
         return _at_minimum(trajectory, state, solver or cg, diagnostics)
 
 
@@ -61,7 +65,7 @@ def _check_minimum_depends_on(trajectory: Trajectory) -> None:
                 "on it. Use mode='unrolled' or 'forward', or look_back=5 for the update map's truncated series."
             )
     for t in range(len(trajectory.batches)):
-        for slope in trajectory.directions.schedules.push(t):
+        for slope in trajectory.directions.schedules.slopes(t):
             if slope.part != "weight_decay" and slope.of.keys() & set(trajectory.directions.wrt):
                 raise NotImplementedError(
                     f"mode='implicit' cannot differentiate in a schedule of {slope.part!r}: the minimum that training converges "
@@ -83,7 +87,7 @@ def _distinct(batches: Any) -> list[Any]:
 
 
 class _Objective:
-    """F: the mean training loss over the distinct batches, plus coupled weight decay. Random numbers as of now."""
+    """F: the mean training loss over the distinct batches, plus coupled weight decay, with the present random numbers."""
 
     def __init__(self, trajectory: Trajectory, state: State, diagnostics: Diagnostics):
         self.trajectory, self.diagnostics = trajectory, diagnostics
@@ -106,7 +110,7 @@ class _Objective:
         return zip(self.transition.ranges, self.transition.group_of, strict=True)
 
     def _mean(self, rows: list[Tensor]) -> Tensor:
-        """The mean over batches, its sign turned where a group maximizes."""
+        """The mean over batches, negated where a group maximizes."""
         mean = rows[0] if len(rows) == 1 else torch.stack(rows).mean(0)
         return mean if self.sign is None else self.sign * mean
 
@@ -162,11 +166,11 @@ def _at_minimum(trajectory: Trajectory, state: State, solver: Solve, diagnostics
     return Result(total.value, total.gradients, diagnostics.stats(steps))
 
 
-def _look_back(trajectory: Trajectory, state: State, terms: int, diagnostics: Diagnostics) -> Result:
+def _series(trajectory: Trajectory, stepper: Stepper, state: State, terms: int, diagnostics: Diagnostics) -> Result:
     """The series on the update map of the last batch, at the state before it; the loss is taken after it."""
     steps, total, problem = len(trajectory.batches), Total(trajectory), trajectory.problem
     buffers, rng = problem.read_buffers(), problem.rng()
-    after, _ = train(trajectory, state, steps - 1, diagnostics)
+    after, _ = stepper.step(state, steps - 1, diagnostics)
     lam = total.validate(steps, Tangent.zeros(state), after)
     trajectory.transition.load(state.theta)
     problem.write_buffers(buffers)
@@ -175,7 +179,10 @@ def _look_back(trajectory: Trajectory, state: State, terms: int, diagnostics: Di
     diagnostics.gradients += 1
     first = lam.theta
     for left in reversed(range(terms)):
-        lam = pull_through(trajectory, state, steps - 1, lin, lam, total, diagnostics, retain=left > 0)
+        vjp = step_vjp(trajectory, state, steps - 1, lin, lam, trajectory.gradient(lin), retain=left > 0)
+        diagnostics.products += 1
+        total.add(steps - 1, vjp)
+        lam = vjp.lam
     # x = Σ_{j<i} (Jᵀ)ʲ λ leaves λ − (I − Jᵀ) x = (Jᵀ)ⁱ λ
     diagnostics.extra |= {"solver_iterations": terms, "solver_residual": _ratio(lam.theta, first)}
     return Result(total.value, total.gradients, diagnostics.stats(steps))

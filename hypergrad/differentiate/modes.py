@@ -1,4 +1,4 @@
-"""Modes of differentiation: drivers over the gradient stage and the transition stage, with one signature."""
+"""Modes of differentiation, with one signature: functions of a trajectory, a stepper and the mode's own options."""
 
 from collections.abc import Callable
 
@@ -13,5 +13,3 @@ OPTIONS: dict[str, tuple[str, ...]] = {
     "unrolled": ("every", "graph_memory", "offload", "below"),
     "implicit": ("solver", "look_back"),
 }
-
-__all__ = ["MODES", "OPTIONS", "Result"]

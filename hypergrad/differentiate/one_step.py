@@ -1,4 +1,4 @@
-"""One training step, its adjoint and its tangents, as functions of a state: what modes run, and what `compile=True` traces."""
+"""The vjp and the jvp of one training step, as functions of a state: what steppers run, and what `compile=True` traces."""
 
 from __future__ import annotations
 
@@ -16,13 +16,15 @@ from hypergrad.optimizers.transition import Tangent
 
 
 class StepVJP(NamedTuple):
-    """An adjoint step_vjp through one step, and that step's share of the hypergradient."""
+    """The adjoint before a step, and that step's share of the hypergradient."""
 
     lam: Tangent
     of_groups: list[Tensors]
     of_clip: Tensor | None
     of_hypers: list[Tensor | None]
     fine: Tensors  # of numbers that are differentiated per parameter or element, by the rule's name
+    loss: Tensor | None = None  # of the step, where it was computed again
+    norm: Tensor | None = None  # ‖λ_θ‖, where it was computed already
 
 
 def step_vjp(
@@ -55,7 +57,7 @@ def step_jvp(
     lin: Linearization,
     tangent: Tangent,
     extras: Sequence[list[Tensor | None] | None],
-    alive: Sequence[bool],
+    nonzero: Sequence[bool],
     seeds: list[Tensors],
     clip_seed: Tensor | None,
 ) -> StepJVP:
@@ -63,7 +65,7 @@ def step_jvp(
 
     Args:
         extras: each direction among the tensors in the loss, see `Directions.into_loss`.
-        alive: False where a tangent of θ is still zero: it costs nothing.
+        nonzero: False where a tangent of θ is still zero: it costs nothing.
         seeds, clip_seed: of `Directions.seeds`.
     """
     transition, fine, values = trajectory.transition, trajectory.directions.fine, trajectory.values[t]
@@ -72,13 +74,27 @@ def step_jvp(
     if lin.decay is not None:  # b' = d ∘ b + S(θ)
         dstats = z.new_zeros(len(z), len(lin.decay)) if tangent.stats is None else tangent.stats * lin.decay
     for j, extra in enumerate(extras):
-        if alive[j] or extra is not None:
+        if nonzero[j] or extra is not None:
             rows = lin.jvp(transition.split(z[j]), None if extra is None else extra + [None] * u, into_extra=u)
             dg[j] = transition.flatten(rows[:n])
             if dstats is not None and rows[-1] is not None:
                 dstats[j] += rows[-1]
     g = trajectory.gradient(lin)
     out = transition.jvp(state, g, lin.active, values, tangent, dg, seeds, clip_seed)
-    out = fine.step_jvp(out, trajectory.directions.fine_rows(t), state, g, lin.active, values)
+    out = fine.add_own(out, trajectory.directions.fine_rows(t), state, g, lin.active, values)
     out.stats = dstats
     return StepJVP(transition.step(state, g, lin.active, values), out, g)
+
+
+def nonzero_tangents(trajectory: Trajectory, t: int, tangent: Tangent, known: list[bool]) -> list[bool]:
+    """Which directions' tangents of θ are not zero before step t. `known`: the same before step t − 1.
+
+    A tangent that is not zero is taken to stay so: after the first steps nothing is read from the device.
+    """
+    entries = trajectory.directions.entries
+    if t == 0:
+        return [False] * len(entries)
+    begun = [entry.step is None or entry.step < t for entry in entries]
+    if all(a or not b for a, b in zip(known, begun, strict=True)):
+        return known
+    return (tangent.theta != 0).any(dim=1).tolist()

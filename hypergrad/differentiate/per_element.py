@@ -5,7 +5,7 @@ each have the same effect on each. With D = ∂U/∂h, the tangent of a step alo
 
     adjoint   λ_h,i = Σ over what belongs to i of λ' ∘ D        tangent   z'_j += D where it belongs to j's parameter or element
 
-and D is one `jvp` of the transition with a seed of 1 and nothing else.
+and D is one `jvp` of the transition with a seed of 1, all other tangents 0.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ class Granularity:
         k = sum(math.prod(shapes[name]) for name, how in self.per.items() if how == "element")
         if k > MOST_TANGENTS:
             raise NotImplementedError(
-                f"mode='forward' with per='element' would carry {k} tangents, each a few copies of the weights (at most "
+                f"mode='forward' with per='element' would need {k} tangents, each a few copies of the weights (at most "
                 f"{MOST_TANGENTS} here): use mode='unrolled', whose cost does not depend on their number."
             )
 
@@ -93,8 +93,8 @@ class Granularity:
         """D for one number of the rules: vectors."""
         has = [part in rule.hyperparameters for rule in self.transition.rules]
         seeds: list[Tensors] = [{part: g.new_ones(1, 1)} if mine else {} for mine in has]
-        still = Tangent.zeros(state, 1)
-        out = self.transition.jvp(state, g, active, values, still, torch.zeros_like(still.theta), seeds)
+        zero = Tangent.zeros(state, 1)
+        out = self.transition.jvp(state, g, active, values, zero, torch.zeros_like(zero.theta), seeds)
         return Tangent(out.theta[0], {name: x[0] for name, x in out.slots.items()})
 
     def shares(self, state: State, g: Tensor, active: tuple[bool, ...], values: Values, lam: Tangent) -> Tensors:
@@ -109,15 +109,15 @@ class Granularity:
         return out
 
     def summed(self, part: str, x: Tensor, slot: str | None = None) -> Tensor:
-        """What belongs together of a vector laid out as θ or as a slot, added up."""
+        """Sums by parameter or element of a vector that is laid out as θ or as a slot."""
         if self.of_part[part] == "parameter":
             return torch.stack([x[a:b].sum() for a, b in self._ranges(slot)])
         return x.new_zeros(sum(self.transition.sizes)).index_add_(0, self._owner(part, slot), x)
 
-    def step_jvp(
+    def add_own(
         self, tangent: Tangent, rows: Rows, state: State, g: Tensor, active: tuple[bool, ...], values: Values
     ) -> Tangent:
-        """Tangents [k, …] after a step, with what the step's own numbers add to them."""
+        """Tangents [k, …] after a step, with D added where a direction is a number of this step (see the module)."""
         theta, slots = tangent.theta, dict(tangent.slots)
         for part, which in rows.items():
             d = self.derivative(part, state, g, active, values)

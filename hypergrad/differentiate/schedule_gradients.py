@@ -2,10 +2,10 @@
 
 With h_t = f(t, φ) at step t, the path of φ through the schedule is
 
-    adjoint   dL/dφ += (∂f_t/∂φ)ᵀ λ_h,t        λ_h,t: the per-step hypergradient, summed up as the steps go by
+    adjoint   dL/dφ += (∂f_t/∂φ)ᵀ λ_h,t        λ_h,t: the per-step hypergradient; summed over the steps
     tangent   ḣ_t = (∂f_t/∂φ) φ̇               a seed of the step
 
-f_t is evaluated for every t before training begins, and once more where it is differentiated: no graph is kept.
+f_t is evaluated for every t before training begins, and again where it is differentiated: no graph is kept.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Slope(NamedTuple):
 
 
 class StepValues(Sequence[Values]):
-    """The hyperparameters of every step: those of the param groups, and what is scheduled, an array each, in their place."""
+    """The hyperparameters of every step: those of the param groups, those that are scheduled replaced by an array each."""
 
     def __init__(self, base: Values, steps: int):
         self.base, self.steps = base, steps
@@ -49,7 +49,7 @@ class StepValues(Sequence[Values]):
         self.arrays[name][t] = x
 
     def columns(self, t: int) -> Values:
-        """What is scheduled, a group without the name left out."""
+        """The scheduled values of step t; None for a group without the name."""
         return {name: self._column(name, x[t]) for name, x in self.arrays.items()}
 
     def _column(self, name: str, x: Tensor) -> list[Any]:
@@ -84,7 +84,7 @@ class Schedules:
     def __init__(self, functions: Mapping[str, Function], hypers: Tensors, base: Values):
         self.functions, self.hypers, self.base = dict(functions), hypers, base
         self.reached: set[str] = set()  # keys of φ that a schedule was found to depend on
-        self.evaluated: StepValues  # of every step, once they are
+        self.evaluated: StepValues  # of every step; set by `evaluate`
         for name, f in self.functions.items():
             if not callable(f):
                 raise TypeError(f"schedules[{name!r}] must be a function f(step, hypers), got {type(f).__name__}.")
@@ -151,7 +151,7 @@ class Schedules:
                     "leaves its buffer untouched there, which is no limit of small momenta. Schedule a value above 0."
                 )
 
-    def pull(self, t: int, lam: Callable[[str], Tensor]) -> Tensors:
+    def vjp(self, t: int, lam: Callable[[str], Tensor]) -> Tensors:
         """(∂f_t/∂φ)ᵀ λ, summed over the schedules. `lam(name)`: the derivative in h_t, of the shape of `at`."""
         with torch.enable_grad():
             found = [(self._again(name, t), name) for name in self.functions] if self.hypers else []
@@ -161,7 +161,7 @@ class Schedules:
         values, cotangents = zip(*outputs, strict=True)
         return self._named(torch.autograd.grad(values, list(self.hypers.values()), cotangents, allow_unused=True))
 
-    def push(self, t: int) -> Iterator[Slope]:
+    def slopes(self, t: int) -> Iterator[Slope]:
         """∂f_t/∂φ of every scheduled number that depends on φ."""
         for name in self.functions if self.hypers else ():
             with torch.enable_grad():
@@ -176,7 +176,7 @@ class Schedules:
                     yield Slope(group, part, self._named(slopes))
 
     def _again(self, name: str, t: int) -> Tensor:
-        """h_t once more; it must be what it was."""
+        """h_t computed again; it must be what it was."""
         h = self.at(name, t)
         if not torch.equal(h.detach(), self.evaluated.arrays[name][t]):
             raise ValueError(
@@ -203,7 +203,7 @@ def stacked(value: Any) -> Tensor:
 
 
 def _check_flags(columns: Values, transition: Transition, t: int) -> None:
-    """Let every rule look at the step's values, as it does at those of its param group."""
+    """Let every rule validate the step's values, as it does those of its param group."""
     for i, group in enumerate(transition.groups):
         optimizer = transition.optimizers[transition.optimizer_of_group[i]]
         rule, column = rule_of(optimizer), {n: x[i] for n, x in columns.items() if n in group and x[i] is not None}
@@ -216,7 +216,7 @@ def _check_flags(columns: Values, transition: Transition, t: int) -> None:
 
 
 def check_finite(name: str, column: list[Any]) -> None:
-    """A param group's own numbers."""
+    """Raise where a number of a param group is not finite."""
     for x in column:
         for number in x if isinstance(x, tuple) else (x,):
             if number is not None and not math.isfinite(number):

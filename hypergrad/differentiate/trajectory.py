@@ -2,26 +2,22 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from hypergrad.core.graph import Linearization
 from hypergrad.core.problem import Problem
-from hypergrad.differentiate.diagnostics import Diagnostics
+from hypergrad.differentiate.checkpoints import Checkpoint
 from hypergrad.differentiate.wrt import Directions
 from hypergrad.optimizers.binding import State, Values
 from hypergrad.optimizers.ema import EMA, Averaged
 from hypergrad.optimizers.rule import Tensors
 from hypergrad.optimizers.transition import Tangent, Transition
-
-if TYPE_CHECKING:
-    from hypergrad.differentiate.compile.compiled import Compiled
 
 
 @dataclass
@@ -37,12 +33,12 @@ class Result:
         stats: steps, seconds, peak_bytes (growth of memory), gradient_evaluations (gradients of the training loss),
             hessian_products, growth_rate (of the tangent's or adjoint's norm, per step, natural log: the finite-time Lyapunov
             exponent), nonfinite_share (of steps after which that norm was not finite), warnings (sentences; one says when
-            training is too chaotic for its hypergradient to be of use, and what smooths it), for mode="unrolled" replay_mismatch
-            (largest relative difference of a loss when played again) and replayed_exactly (weights bit for bit the same then),
-            and for mode="implicit" solver_iterations (products that the solver asked for; terms of a look-back),
-            solver_residual (‖b − A x‖/‖b‖; of a look-back the part of it in θ) and, without look_back, gradient_norm; with
-            compile=True compile_seconds (of the wall), compiled_graphs (made in this call), compiled_steps and eager_steps
-            (steps, adjoints and tangents that graphs and the eager code played).
+            training is too chaotic for its hypergradient to be of use, and what smooths it). For mode="unrolled" also
+            replay_mismatch (largest relative difference of a replayed step's loss) and replayed_exactly (whether replayed
+            weights were the same, bit for bit). For mode="implicit" also solver_iterations (products that the solver asked for;
+            terms with look_back), solver_residual (‖b − A x‖/‖b‖; with look_back the part of it in θ) and, without look_back,
+            gradient_norm. With compile=True also compile_seconds (of the wall), compiled_graphs (made in this call),
+            compiled_steps and eager_steps (steps, vjps and jvps that compiled graphs and the eager code computed).
         initial: derivative of `value` in the weights before the first step (the optimizer's tensors held fixed), for each
             parameter in the order of the optimizer's groups; None for one that is frozen, and for modes other than "unrolled".
     """
@@ -60,7 +56,7 @@ class Share(NamedTuple):
     theta: Tensor
     stats: Tensor | None
     direct: Tensors
-    averaged: bool  # θ stands for the average of the weights
+    averaged: bool  # θ is the average of the weights
 
     def along(self, tangent: Tangent) -> Tensor:
         """Derivatives along tangents [k]."""
@@ -86,7 +82,6 @@ class Trajectory:
     Args:
         values: the hyperparameters of every step.
         val_steps: numbers of completed steps at which the validation loss is taken; their mean is differentiated.
-        compiled: what plays steps in place of the eager code, with compile=True.
     """
 
     problem: Problem
@@ -96,10 +91,20 @@ class Trajectory:
     directions: Directions
     val_loss: Callable[..., Tensor]
     val_steps: tuple[int, ...]
-    compiled: Compiled | None = None
 
     def gradient(self, lin: Linearization) -> Tensor:
         return self.transition.flatten(lin.grads)
+
+    def restore(self, at: Checkpoint, silently: bool = False) -> None:
+        """Put a checkpoint's parameters and buffers into the model. silently: see `Binding.load`."""
+        self.transition.load(at.state.theta, silently=silently)
+        self.problem.write_buffers(at.buffers, silently=silently)
+
+    def ill_conditioned_decay(self, state: State, g: Tensor, t: int) -> Tensor | None:
+        """The param groups in which the derivative in weight_decay is about lr·θ/eps, [n_groups] bool; None where none can be."""
+        if not self.directions.differentiates("weight_decay"):
+            return None
+        return self.transition.ill_conditioned_decay(state, g, self.values[t])
 
     @property
     def averaged(self) -> bool:
@@ -134,7 +139,7 @@ class Trajectory:
         """dL/dθ₀ of each parameter from the adjoint before the first step. The average starts at θ₀."""
         theta = lam.theta + lam.slots[EMA] if self.averaged else lam.theta
         pairs = zip(self.transition.params, self.transition.split(theta), strict=True)
-        return [x if p.requires_grad else None for p, x in pairs]  # autograd does not look into frozen ones
+        return [x if p.requires_grad else None for p, x in pairs]  # autograd computes none for frozen ones
 
     def add_direct(self, gradients: Tensors, direct: Tensors) -> None:
         """Add the direct dependence of the validation loss on tensors in the training loss, once."""
@@ -142,23 +147,3 @@ class Trajectory:
             if name in gradients:
                 target = gradients[name][-1] if self.directions.steps is not None else gradients[name]
                 target += g
-
-
-@contextmanager
-def evaluation(trajectory: Trajectory) -> Iterator[Diagnostics]:
-    """Run a mode on the user's model in place and leave everything as it was found."""
-    with trajectory.problem.untouched():
-        trajectory.problem.follow_running_stats(trajectory.val_loss, trajectory.val_steps[-1])
-        diagnostics, before = Diagnostics(trajectory.problem.device), trajectory.problem.read_buffers()
-        yield diagnostics
-        for name in trajectory.directions.unreached(trajectory.problem.read):
-            diagnostics.extra["warnings"].append(
-                f"nothing depends on hypers[{name!r}], neither the training loss, nor a schedule, nor val_loss: gradient 0."
-            )
-        moved = trajectory.problem.unfollowed_since(before) if diagnostics.moved is None else diagnostics.moved
-        if moved:
-            diagnostics.extra["warnings"].append(
-                f"training changes the buffers {', '.join(moved)}; a path through them to the validation loss is not part of the "
-                "hypergradient. hypergrad.check tells whether that matters here."
-            )
-            warnings.warn(diagnostics.extra["warnings"][-1], stacklevel=4)

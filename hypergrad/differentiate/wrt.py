@@ -1,4 +1,4 @@
-"""The numbers that are differentiated in, numbered through: names, shapes, seeds."""
+"""The numbers that are differentiated in, as directions 0 … k−1: names, shapes, seeds."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ class Directions:
                 shape = (self.fine.count(name), *((len(parts(name)),) if len(parts(name)) > 1 else ()))
             self.shapes[name] = shape if steps is None else (steps, *shape)
 
-    @cached_property  # the adjoint has no use for them, and they may be many
+    @cached_property  # the adjoint does not need them, and they may be many
     def entries(self) -> list[Entry]:
         return [entry for name in self.wrt for entry in self._entries(name)]
 
@@ -115,7 +115,7 @@ class Directions:
             else:
                 column = columns[entry.group].setdefault(entry.part, like.new_zeros(len(self), 1))
             column[j] = 1 if scale is None else scale[j]
-        for group, part, slopes in self.schedules.push(t):
+        for group, part, slopes in self.schedules.slopes(t):
             if group is None:
                 column = clip = like.new_zeros(len(self), 1) if clip is None else clip
             else:

@@ -82,7 +82,7 @@ class HyperSteps:
             whether the validation loss has risen, so that training should go back (see backtracking.py).
         """
         if not self.vector.moving:
-            self.val_loss = float(self.problem.look(self.validation, t, self.seed + t))
+            self.val_loss = float(self.problem.evaluate(self.validation, t, self.seed + t))
             self._note_best(t, None)
             self.progress.record(t, self.val_loss, {}, self.validated <= 1)
             return self._risen(t, self.val_loss, None, warming)
@@ -161,7 +161,7 @@ class HyperSteps:
                 for weights, its_buffers in ((one, buffers), (other, self.record.buffers)):
                     self.transition.load(weights)
                     self.problem.write_buffers(its_buffers)
-                    found.append(self.problem.look(self.validation, t, self.seed + OTHER_DRAWS + pairs * t + draw))
+                    found.append(self.problem.evaluate(self.validation, t, self.seed + OTHER_DRAWS + pairs * t + draw))
         finally:
             self.transition.load(theta)
             self.problem.write_buffers(buffers)

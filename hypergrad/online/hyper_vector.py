@@ -11,7 +11,8 @@ from torch import Tensor
 
 from hypergrad.core.hyperparameters import KIND_OF, START_FROM_ZERO, Hyperparameter
 from hypergrad.differentiate.wrt import Directions, Entry
-from hypergrad.optimizers.rule import Tensors, parts
+from hypergrad.optimizers.group_values import part_of
+from hypergrad.optimizers.rule import Tensors
 from hypergrad.optimizers.transition import Transition
 
 
@@ -86,7 +87,7 @@ class HyperVector:
         if entry.group is None:
             return float(self.hypers[entry.name].detach()[entry.index])
         start, column = spec[entry.name].start, found[entry.name]
-        present = [_part(x, entry) for x in column]
+        present = [part_of(x, entry.name, entry.part) for x in column]
         if entry.name == "lr" and "initial_lr" in self.transition.groups[entry.group]:
             return 1.0  # a scheduler's: ours is a multiplier, whatever its first value
         if present[entry.group] == 0 and any(present):
@@ -214,21 +215,6 @@ class HyperVector:
         self.low, self.high = state["low"].clone(), state["high"].clone()
         self.tune_only({self.entries[j].name for j in state["moving"]})
         self.write_hypers()
-
-
-def _part(value: Any, entry: Entry) -> Any:
-    if value is None:
-        return None
-    return value[parts(entry.name).index(entry.part)] if isinstance(value, tuple) else value
-
-
-def replaced(old: Any, entry: Entry, value: float) -> Any:
-    """The value of a param group's entry with one number in it replaced."""
-    if not isinstance(old, (tuple, list)):
-        return value
-    new = list(old)
-    new[parts(entry.name).index(entry.part)] = value
-    return tuple(new)
 
 
 def specification(names: Sequence[str] | Mapping[str, Any]) -> dict[str, Any]:

@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hypergrad.online.hyper_vector import HyperVector, replaced
+from hypergrad.online.hyper_vector import HyperVector
 from hypergrad.online.lr_shape import decay_to_zero
+from hypergrad.optimizers.group_values import plain, replaced
 from hypergrad.optimizers.transition import Transition
 
 Key = tuple[str, int]  # name, group
@@ -92,7 +93,7 @@ class ParamGroupWriter:
                 continue
             elif entry.name == "lr":
                 value *= self.shape(t)
-            self._put(group, entry.name, replaced(now, entry, value))
+            self._put(group, entry.name, replaced(now, entry.name, entry.part, value))
             if key in known:
                 known[key] = torch.tensor(value, dtype=group[entry.name].dtype).item()
             self.left[key] = known[key] if key in known else plain(group[entry.name])
@@ -143,8 +144,3 @@ class ParamGroupWriter:
                 f"from 1. Leave start and bounds of {entry.name} out."
             )
         vector.become_multiplier(j)
-
-
-def plain(value: Any) -> Any:
-    """A group's value as a number or a tuple of numbers."""
-    return value.item() if isinstance(value, Tensor) else value

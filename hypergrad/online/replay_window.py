@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hypergrad.core.problem import takes_step
+from hypergrad.core.signatures import takes_step
 from hypergrad.differentiate.checkpoints import Checkpoint, default_every
 from hypergrad.differentiate.diagnostics import Diagnostics
+from hypergrad.differentiate.eager import EagerStepper
 from hypergrad.differentiate.implicit import implicit
 from hypergrad.differentiate.reverse import adjoint
 from hypergrad.differentiate.tape import Tape
@@ -120,7 +121,7 @@ class ReplayWindow:
         self.tape.checkpoints.append(Checkpoint(transition.read(), loop.problem.read_buffers()))
         trajectory = self._trajectory(self.batches, self.values, per_step=True)
         with loop.problem.untouched():
-            result = adjoint(trajectory, self.tape, Diagnostics(loop.problem.device))
+            result = adjoint(trajectory, EagerStepper(trajectory), self.tape, Diagnostics(loop.problem.device))
         gradient = (self._shares(result.gradients) * torch.stack(self.scales)).sum(0)
         loop.tangents.count(result.stats["gradient_evaluations"], result.stats["hessian_products"])
         self.reset()
@@ -135,7 +136,7 @@ class ReplayWindow:
         loop = self.loop
         values, scale = loop.used
         trajectory = self._trajectory([batch], [self._with_clip(values)], per_step=False)
-        result = implicit(trajectory, look_back=self.horizon)
+        result = implicit(trajectory, EagerStepper(trajectory), look_back=self.horizon)
         shares = torch.stack([result.gradients[e.name][e.index] for e in loop.vector.entries])
         gradient = shares.to("cpu", torch.float64) * scale
         loop.hyper.move(loop.t, float(result.value), gradient, self.read_at)

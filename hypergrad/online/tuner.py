@@ -13,7 +13,7 @@ from torch import Tensor
 
 from hypergrad.core.graph import check_scalar
 from hypergrad.core.problem import Problem
-from hypergrad.differentiate.hypergradient import Optimizers, as_optimizers, check_names, clipping, leaves
+from hypergrad.differentiate.arguments import Optimizers, as_optimizers, check_names, clipping, leaves
 from hypergrad.online.hooks import attach, check_free
 from hypergrad.online.hyper_vector import specification
 from hypergrad.online.low_rank_hessian import EVERY

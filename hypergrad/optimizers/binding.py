@@ -1,4 +1,4 @@
-"""Live `torch.optim` optimizers as flat vectors: read, written back, their hyperparameters and flags.
+"""Live `torch.optim` optimizers as flat vectors: their state read and written back, their hyperparameters and flags.
 
 All parameters are joined into one vector θ of length n, and so is each of the optimizer's tensors (a *slot*), whose share
 of a parameter may have a shape of its own.
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from hypergrad.core import multi_tensor
+from hypergrad.optimizers.group_values import floats
 from hypergrad.optimizers.registry import rule_of
 from hypergrad.optimizers.rule import Tensors, UpdateRule, parts
 from hypergrad.optimizers.traced.fallback import Fallback
@@ -58,7 +59,7 @@ class Binding:
     """One or several live optimizers, their update rules and the ranges of their parameters in θ.
 
     Args:
-        optimizers: live `torch.optim` optimizers; their groups are numbered through.
+        optimizers: live `torch.optim` optimizers; their groups are numbered consecutively.
         wrt: names that will be differentiated (a rule may keep more state for them).
     """
 
@@ -97,11 +98,11 @@ class Binding:
 
     @property
     def groups(self) -> list[dict[str, Any]]:
-        """The param groups of all optimizers, numbered through. Read anew: load_state_dict replaces them."""
+        """The param groups of all optimizers. Read each time: load_state_dict replaces them."""
         return [group for opt in self.optimizers for group in opt.param_groups]
 
     def _lay_out_slots(self) -> None:
-        """Names of all slots, the shape of each parameter's share of it, and where that lies in the flat slot."""
+        """Names of all slots, the shape of each parameter's share of a slot, and its range in the flat slot."""
         self.slot_names = tuple(dict.fromkeys(name for rule in self.rules for name in rule.slots))
         self.slot_shapes = {
             name: [self._slot_shape(name, i) for i in range(len(self.params))] for name in self.slot_names
@@ -112,7 +113,7 @@ class Binding:
             self.slot_ranges[name] = list(pairwise(ends))
 
     def _slot_shape(self, name: str, i: int) -> tuple[int, ...]:
-        """Room for a slot that an elementwise rule may come to keep; none for the others that a parameter does not have."""
+        """The shape of a parameter's share; not empty for a slot that an elementwise rule may start to keep."""
         if self.takes_own_step[i]:  # its tensors are slots of their own
             return (0,)
         rule, shape = self.rules[self.group_of[i]], tuple(self.params[i].shape)
@@ -134,7 +135,7 @@ class Binding:
     def load(self, theta: Tensor, silently: bool = False) -> None:
         """Write θ into the live parameters, in place.
 
-        silently: graphs that hold parameters do not notice; what they are used for then is taken at this θ.
+        silently: without a new version of the tensors: autograd graphs that hold them remain usable, at this θ.
         """
         multi_tensor.write([p.data if silently else p for p in self.params], self.split(theta))
 
@@ -234,7 +235,7 @@ class Binding:
         known = known or {}
         return {
             name: [
-                (known[name, i] if (name, i) in known else _number(group.get(name)))
+                (known[name, i] if (name, i) in known else floats(group.get(name)))
                 if set(parts(name)) <= set(rule.hyperparameters)
                 else None
                 for i, (group, rule) in enumerate(zip(self.groups, self.rules, strict=True))
@@ -247,17 +248,11 @@ class Binding:
         return any(getattr(rule, "maximize", False) for rule in self.rules)
 
     def refresh(self) -> None:
-        """Read the groups' flags anew: a momentum that was 0 and is not any more needs its buffer."""
+        """Read the groups' flags again: a momentum that is no longer 0 needs its buffer."""
         rules = self._read_rules()
         if rules != self.rules:
             self.rules = rules
             self._lay_out_slots()
-
-
-def _number(value: Any) -> Any:
-    if isinstance(value, (tuple, list)):
-        return tuple(float(v) for v in value)
-    return None if value is None else float(value)
 
 
 def _check_params(params: Sequence[Tensor]) -> None:

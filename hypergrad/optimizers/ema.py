@@ -1,4 +1,4 @@
-"""An exponential moving average of the weights, a stage of the transition behind the update rule.
+"""An exponential moving average of the weights, a stage of the transition after the update rule.
 
     θ', s' = U(θ, s, g, h)
     a'     = d a + (1 − d) θ'          a₀ = θ₀

@@ -1,6 +1,6 @@
-"""The transition stage: one update rule a file. A new optimizer is one file and one row of `RULES`.
+"""The registry of update rules. A new optimizer is one file in rules/ and one row of `RULES`.
 
-An optimizer without a rule takes its own step, which is differentiated as it is (fallback.py).
+An optimizer without a rule takes its own step, which is differentiated by tracing (traced/fallback.py).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from hypergrad.optimizers.rules.radam import RAdam
 from hypergrad.optimizers.rules.rmsprop import RMSprop
 from hypergrad.optimizers.rules.sgd import SGD
 
-# A class of another package stands here by its dotted name, so that it is not imported: a live instance shows that it is.
+# A class of another package is listed by its dotted name, so that it is not imported here: who has an instance has imported it.
 RULES: dict[type[torch.optim.Optimizer] | str, type[UpdateRule]] = {
     torch.optim.SGD: SGD,
     torch.optim.Adam: Adam,
@@ -56,7 +56,7 @@ def rule_of(optimizer: torch.optim.Optimizer) -> type[UpdateRule] | None:
 
 
 def unhooked_step(cls: type) -> Any:
-    """`step` as it was written: torch wraps it, in the class that is instantiated first."""
+    """`step` without torch's wrapper, which is put around it in the class that is instantiated first."""
     step: Any = getattr(cls, "step", None)
     return step.__wrapped__ if getattr(step, "hooked", False) else step
 

@@ -10,12 +10,12 @@ A rule is a pure function of tensors of one shape. `step` computes in the order 
 it reproduces it bit for bit; `jvp` and `vjp` are derived by hand above the lines that implement them. No derivative
 ever branches on the value of a hyperparameter, so a derivative at 0 (torch's default weight decay) is right.
 
-A rule may have attributes more:
+A rule may have further attributes:
 
     slot_shapes(shape)   of a rule that is not elementwise: name → shape of each slot of a parameter of this shape
     first                name → value of a slot before the first step, where that is not 0 or is made in the constructor
     counts_groups        True where the optimizer counts a group's steps, not each parameter's
-    averages             True where `momentum` averages gradients: one goes lr far in the end, not lr/(1 − momentum)
+    averages             True where `momentum` averages gradients: one gradient moves p by lr in all, not by lr/(1 − momentum)
     decoupled            True where no fixed point is a minimum of the loss plus a penalty by weight decay
 """
 

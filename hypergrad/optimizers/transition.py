@@ -1,7 +1,7 @@
 """A step of live optimizers as a pure function of flat tensors, and its derivatives.
 
 A step applies each group's rule to the ranges of θ that share hyperparameters and step number, or to one parameter at a time
-where the rule is not elementwise; parameters without a gradient are passed over, as `torch.optim` does. Tangents are [k, n],
+where the rule is not elementwise; parameters without a gradient are skipped, as `torch.optim` does. Tangents are [k, n],
 adjoints [n].
 """
 
@@ -22,10 +22,10 @@ from hypergrad.optimizers.traced.fallback import Fallback, Inputs
 
 CLIPS: dict[str, type[Clip]] = {"clip_norm": ClipNorm, "clip_value": ClipValue}
 
-# On CPU a long range is cut, so that what a rule allocates for its ten or so passes is used again, and not new pages each time.
+# On CPU a long range is cut, so that the memory that a rule allocates for its ten or so passes is reused, not mapped each time.
 CHUNK = 2**20
 
-WELL_CONDITIONED_EPS = 1e-3  # from here on d/d(weight decay) through g/(√v + eps) at g = v = 0 is of ordinary size
+WELL_CONDITIONED_EPS = 1e-3  # from this eps on d/d(weight decay) through g/(√v + eps) at g = v = 0 is of ordinary size
 
 
 @dataclass
@@ -80,7 +80,7 @@ class ParamRange:
 
 @dataclass
 class _Pieces:
-    """Puts ranges together again; what no range covers keeps its old value, or is 0."""
+    """Joins ranges to a vector; what no range covers keeps its old value, or is 0."""
 
     old: Tensor
     zero: bool = False
@@ -99,7 +99,7 @@ class _Pieces:
 
 
 class Transition(Binding):
-    """The transition stage of one or several live optimizers, with an optional clipping stage in front.
+    """The transition stage of one or several live optimizers, with an optional clipping stage before it.
 
     Args:
         optimizers, wrt: as of a `Binding`.
@@ -115,27 +115,27 @@ class Transition(Binding):
     def refresh(self) -> None:
         rules = self.rules
         super().refresh()
-        if self.rules is not rules:  # other slots: the ranges are laid out anew
+        if self.rules is not rules:  # other slots, other ranges
             self._plans = {}
 
     def plan(self, counts: tuple[int, ...], active: tuple[bool, ...]) -> list[ParamRange]:
-        """The ranges of one step: neighbours in a group with the same step number are one range."""
+        """The ranges of one step: adjacent parameters of a group with the same step number are one range."""
         key = (counts, active)
         if key not in self._plans:
-            self._plans = {key: list(self._runs(counts, active))}
+            self._plans = {key: list(self._ranges_of_step(counts, active))}
         return self._plans[key]
 
-    def _runs(self, counts: Sequence[int], active: Sequence[bool]) -> Iterator[ParamRange]:
+    def _ranges_of_step(self, counts: Sequence[int], active: Sequence[bool]) -> Iterator[ParamRange]:
         block: list[int] = []  # parameters that are one range
         for i, (start, stop) in enumerate(self.ranges):
             if not active[i] or start == stop or self.takes_own_step[i]:
                 continue
             if block and not self._joins(block[-1], i, counts):
-                yield from self._run(block, counts).chunks(self.chunk)
+                yield from self._range(block, counts).chunks(self.chunk)
                 block = []
             block.append(i)
         if block:
-            yield from self._run(block, counts).chunks(self.chunk)
+            yield from self._range(block, counts).chunks(self.chunk)
 
     @property
     def chunk(self) -> int | None:
@@ -147,7 +147,7 @@ class Transition(Binding):
         adjacent = self.ranges[last][1] == self.ranges[i][0]
         return same and adjacent and self.rules[self.group_of[i]].elementwise
 
-    def _run(self, block: list[int], counts: Sequence[int]) -> ParamRange:
+    def _range(self, block: list[int], counts: Sequence[int]) -> ParamRange:
         first, last, group = block[0], block[-1], self.group_of[block[0]]
         rule = self.rules[group]
 
@@ -158,12 +158,12 @@ class Transition(Binding):
         slots = {name: span(self.slot_ranges[name], self.slot_shapes[name][first]) for name in rule.slots}
         return ParamRange(group, counts[first] + 1, span(self.ranges, tuple(self.params[first].shape)), slots)
 
-    def scalars(self, run: ParamRange, values: Values) -> dict[str, float]:
-        """The numbers h of one range."""
-        out: dict[str, float] = {"t": run.t}
+    def scalars(self, part: ParamRange, values: Values) -> dict[str, float]:
+        """The scalars h of one range."""
+        out: dict[str, float] = {"t": part.t}
         for name, column in values.items():
-            if name not in CLIPS and column[run.group] is not None:
-                value = column[run.group]
+            if name not in CLIPS and column[part.group] is not None:
+                value = column[part.group]
                 out |= dict(zip(parts(name), value if isinstance(value, tuple) else (value,), strict=True))
         return out
 
@@ -186,12 +186,12 @@ class Transition(Binding):
             p, s, rest[fallback.number] = fallback.step(inputs)
             theta.new.append((fallback.span, p))
             own |= s
-        for run in self.plan(state.counts, active):
-            s, h = run.slots_of(state.slots), self.scalars(run, values)
-            p, s = self.rules[run.group].step(run.of(state.theta), run.of(g), s, h)
-            theta.new.append((run.theta, p))
+        for part in self.plan(state.counts, active):
+            s, h = part.slots_of(state.slots), self.scalars(part, values)
+            p, s = self.rules[part.group].step(part.of(state.theta), part.of(g), s, h)
+            theta.new.append((part.theta, p))
             for name, x in s.items():
-                slots[name].new.append((run.slots[name], x))
+                slots[name].new.append((part.slots[name], x))
         slots = {name: x.join() for name, x in slots.items()}
         counted = [(a or self.counts_groups(i)) and not self.takes_own_step[i] for i, a in enumerate(active)]
         return state.like(theta.join(), slots | own, counted, rest)
@@ -207,7 +207,7 @@ class Transition(Binding):
         seeds: Sequence[Tensors],
         clip_seed: Tensor | None = None,
     ) -> Tangent:
-        """StepJVP tangents through one step.
+        """The jvp of one step.
 
         Args:
             tangent: of θ and slots, [k, n].
@@ -224,19 +224,19 @@ class Transition(Binding):
             dp, ds = fallback.jvp(inputs, tangent.theta, dg, tangent.slots, seeds)
             theta.new.append((fallback.span, dp))
             own |= ds
-        for run in self.plan(state.counts, active):
-            s, ds = run.slots_of(state.slots), run.slots_of(tangent.slots)
-            h, dp, dh = self.scalars(run, values), run.of(tangent.theta), run.seeds_of(seeds[run.group])
-            dp, ds = self.rules[run.group].jvp(run.of(state.theta), run.of(g), s, h, dp, run.of(dg), ds, dh)
-            theta.new.append((run.theta, dp))
+        for part in self.plan(state.counts, active):
+            s, ds = part.slots_of(state.slots), part.slots_of(tangent.slots)
+            h, dp, dh = self.scalars(part, values), part.of(tangent.theta), part.seeds_of(seeds[part.group])
+            dp, ds = self.rules[part.group].jvp(part.of(state.theta), part.of(g), s, h, dp, part.of(dg), ds, dh)
+            theta.new.append((part.theta, dp))
             for name, x in ds.items():
-                slots[name].new.append((run.slots[name], x))
+                slots[name].new.append((part.slots[name], x))
         return Tangent(theta.join(), {name: x.join() for name, x in slots.items()} | own)
 
     def vjp(
         self, state: State, g: Tensor, active: tuple[bool, ...], values: Values, adjoint: Tangent
     ) -> tuple[Tangent, Tensor, list[Tensors], Tensor | None]:
-        """StepVJP an adjoint back through one step.
+        """The vjp of one step.
 
         Returns:
             the adjoint of (θ, slots) not counting the path through g; the adjoint of g [n]; for each group, the
@@ -251,17 +251,17 @@ class Transition(Binding):
             theta.new.append((fallback.span, lp))
             lam_g.new.append((fallback.span, lg))
             own |= ls
-        for run in self.plan(state.counts, active):
-            s, ls = run.slots_of(state.slots), run.slots_of(adjoint.slots)
-            h, lp = self.scalars(run, values), run.of(adjoint.theta)
-            lp, lg, ls, lh = self.rules[run.group].vjp(run.of(state.theta), run.of(g), s, h, lp, ls)
-            theta.new.append((run.theta, lp))
-            lam_g.new.append((run.theta, lg))
+        for part in self.plan(state.counts, active):
+            s, ls = part.slots_of(state.slots), part.slots_of(adjoint.slots)
+            h, lp = self.scalars(part, values), part.of(adjoint.theta)
+            lp, lg, ls, lh = self.rules[part.group].vjp(part.of(state.theta), part.of(g), s, h, lp, ls)
+            theta.new.append((part.theta, lp))
+            lam_g.new.append((part.theta, lg))
             for name, x in ls.items():
-                slots[name].new.append((run.slots[name], x))
+                slots[name].new.append((part.slots[name], x))
             for name in lh.keys() & self.wanted:
                 x = lh[name]
-                lam_h[run.group][name] = lam_h[run.group].get(name, 0) + (x() if callable(x) else x).sum()
+                lam_h[part.group][name] = lam_h[part.group].get(name, 0) + (x() if callable(x) else x).sum()
         out = Tangent(theta.join(), {name: x.join() for name, x in slots.items()} | own)
         lg, lam_clip = lam_g.join(), None
         if self.clip is not None:

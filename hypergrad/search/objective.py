@@ -8,7 +8,6 @@ all that samplers need; and it can be differentiated, which is what strategies "
 from __future__ import annotations
 
 import functools
-import inspect
 import json
 import math
 import random
@@ -24,6 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hypergrad.core.signatures import positional
 from hypergrad.search.budget import Budget, Cost
 
 Objective = Callable[..., Any]
@@ -230,19 +230,13 @@ def takes_trial(objective: Objective) -> bool:
     """
     if not callable(objective):
         raise TypeError(f"objective must be a function of a dict of values, got {type(objective).__name__}.")
-    try:
-        parameters = list(inspect.signature(objective).parameters.values())
-    except (TypeError, ValueError):
+    takes = positional(objective)
+    if takes is None:
         return False
-    free = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    positional = [p for p in parameters if p.kind in free]
-    required = [p for p in positional if p.default is inspect.Parameter.empty]
-    variadic = any(p.kind is inspect.Parameter.VAR_POSITIONAL for p in parameters)
-    if len(required) > 2 or not (positional or variadic):
-        raise TypeError(
-            f"objective must take f(params) or f(params, trial); {name_of(objective)} takes {len(required)}."
-        )
-    return len(required) == 2 or (len(positional) > 1 and positional[1].name == "trial")
+    required = len(takes.required)
+    if required > 2 or not (takes.parameters or takes.variadic):
+        raise TypeError(f"objective must take f(params) or f(params, trial); {name_of(objective)} takes {required}.")
+    return required == 2 or (len(takes.parameters) > 1 and takes.parameters[1].name == "trial")
 
 
 def call_objective(objective: Objective, trial: Trial) -> Any:

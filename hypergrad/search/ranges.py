@@ -37,8 +37,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from hypergrad.checks.stock_run import as_found, twin
-from hypergrad.differentiate.hypergradient import Optimizers, as_optimizers
+from hypergrad.checks.stock_run import twin
+from hypergrad.core.restore import as_found
+from hypergrad.differentiate.arguments import Optimizers, as_optimizers
 from hypergrad.online.policies.momentum_start import largest_momentum
 from hypergrad.online.policies.weight_decay_sizing import WeightDecaySizing
 from hypergrad.optimizers.transition import Transition

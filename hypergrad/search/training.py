@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hypergrad.core.problem import takes_hypers, takes_step
-from hypergrad.differentiate.hypergradient import as_optimizers
+from hypergrad.core.signatures import takes_hypers, takes_step
+from hypergrad.differentiate.arguments import as_optimizers
 from hypergrad.differentiate.schedule_gradients import Schedules
 from hypergrad.online.lr_shape import decay_to_zero
 from hypergrad.optimizers.transition import Transition

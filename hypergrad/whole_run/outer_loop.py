@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hypergrad.whole_run.objective import Evaluation, WholeRunObjective
+from hypergrad.whole_run.run_objective import Evaluation, WholeRunObjective
 from hypergrad.whole_run.step_rules import OuterSteps, Point, listed, vector
 
 CARRIED = 2.0  # the first step at a horizon over the last step at the horizon before it; at most the very first step

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from hypergrad.differentiate.hypergradient import Optimizers
+from hypergrad.differentiate.arguments import Optimizers
 
 COST_OF_PRODUCT = 2  # of a Hessian-vector product, in gradient evaluations
 

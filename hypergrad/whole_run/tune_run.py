@@ -18,10 +18,10 @@ from tqdm import tqdm
 from hypergrad.differentiate.modes import MODES, OPTIONS
 from hypergrad.logging import Recorder, short
 from hypergrad.online.hyper_vector import HyperVector
-from hypergrad.whole_run.objective import Evaluation, WholeRunObjective
 from hypergrad.whole_run.outer_loop import OuterLoop, RunResult
 from hypergrad.whole_run.resume import ResumeFile
 from hypergrad.whole_run.run import Run
+from hypergrad.whole_run.run_objective import Evaluation, WholeRunObjective
 from hypergrad.whole_run.step_rules import RULES
 
 FEW = 32  # numbers of one name that are recorded one by one

@@ -1,9 +1,8 @@
-"""The gradient stage: random numbers, buffers, and what the losses are called with."""
+"""The gradient stage: what it leaves as it was, its gradients, and what the losses are called with."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from hypergrad.core.graph import survey
-from hypergrad.core.problem import Problem, Rng, takes_step
+from hypergrad.core.problem import Problem
 from tests.cases import Case
 from tests.problems import DEVICE, randn
 
@@ -19,51 +18,6 @@ from tests.problems import DEVICE, randn
 def make(problem: str = "cnn_batchnorm") -> tuple[Problem, Any]:
     setup = Case(problem, "momentum").build()
     return Problem(setup.model, list(setup.model.parameters()), setup.loss), setup
-
-
-def test_rng_is_restored() -> None:
-    device = torch.device(DEVICE)
-    state = Rng(device)
-    first = torch.rand(3), torch.rand(3, device=device)
-    state.restore()
-    again = torch.rand(3), torch.rand(3, device=device)
-    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
-
-
-def with_default(x: int = 3) -> None:
-    """An argument that is not the step."""
-
-
-def with_step(t: int | None = None) -> None:
-    """The step, by its name."""
-
-
-def with_temperature(t: float = 2.0) -> None:
-    """A number of the user's own, by the same name."""
-
-
-class Callee:
-    def __call__(self, t: int) -> None:
-        """A method."""
-
-
-TAKES: dict[str, tuple[Callable[..., Any], bool]] = {
-    "nothing": (lambda: None, False),
-    "one argument": (lambda step: None, True),
-    "an argument with a default": (with_default, False),
-    "t=None": (with_step, True),
-    "t with another default": (with_temperature, False),
-    "keywords": (lambda **kw: None, False),
-    "any arguments": (lambda *args: None, False),
-    "an object": (Callee(), True),
-    "a builtin": (torch.ones, False),
-}
-
-
-@pytest.mark.parametrize("name", TAKES)
-def test_takes_step(name: str) -> None:
-    f, expected = TAKES[name]
-    assert takes_step(f) == expected
 
 
 def test_untouched() -> None:

@@ -276,7 +276,7 @@ def stand_in() -> Iterator[Device]:
         return ThreadPoolExecutor(*args, initializer=lambda: _Factories().__enter__())
 
     DEVICE.clear()
-    threads = mock.patch("hypergrad.differentiate.checkpoints.ThreadPoolExecutor", pool)
-    far = mock.patch.multiple("hypergrad.core.host_copy", ASYNCHRONOUS={NAME}, _mark=lambda _: DEVICE)
+    threads = mock.patch("hypergrad.differentiate.offload.ThreadPoolExecutor", pool)
+    far = mock.patch.multiple("hypergrad.core.host_copy", ASYNCHRONOUS={NAME}, _event=lambda _: DEVICE)
     with _Factories(), mock.patch("torch.tensor", tensor), threads, far:
         yield DEVICE

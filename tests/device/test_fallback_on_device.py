@@ -1,4 +1,4 @@
-"""Optimizers without a rule on the stand-in for a GPU, looked at there for the first time; some of them keep Python floats."""
+"""Optimizers without a rule on the stand-in for a GPU, checked there first; some of them keep Python floats."""
 
 from __future__ import annotations
 

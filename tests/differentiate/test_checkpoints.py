@@ -1,4 +1,4 @@
-"""The unrolled mode's memory: graphs kept, states played again, states on disk; what is said of a replay and of chaos."""
+"""The unrolled mode's memory: graphs that are kept, replayed states, states on disk; warnings about replays and chaos."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 import hypergrad
-from hypergrad.differentiate import checkpoints as checkpoints
+from hypergrad.differentiate import offload
 from tests.problems import DEVICE, ce, randint, randn
 
 STEPS = 23
@@ -72,7 +72,7 @@ def test_graphs_that_are_kept_spare_gradients() -> None:
     gradients = {way: hypergrad.hypergradient(**setup(), **WAYS[way]).stats["gradient_evaluations"] for way in WAYS}
     assert gradients["graphs kept"] == STEPS
     assert gradients["every step"] == gradients["disk, every step"] == 2 * STEPS
-    segments = 6  # of 4 steps, the last of 3: each is played again but for its last step
+    segments = 6  # of 4 steps, the last of 3: each is replayed but for its last step
     assert gradients["no graphs"] == 3 * STEPS - segments
     assert gradients["memory for two graphs of a segment"] == 3 * STEPS - segments - 2 * segments
     assert gradients["memory for those of a segment"] == gradients["disk"] == 2 * STEPS
@@ -87,34 +87,36 @@ def test_graphs_whose_gradients_are_not_torchs_to_the_last_bit_are_not_kept_in_r
     assert torch.equal(little.gradients["lr"], none.gradients["lr"])
 
 
-def test_snapshots_leave_the_device(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_checkpoints_leave_the_device(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     most, written = 0, 0
-    away = checkpoints.FarStack._away
+    away = offload.OffloadedStack._away
 
     def counted(self: Any, *args: Any) -> Any:
         nonlocal most, written
-        most, written = max(most, len(self.near)), written + 1
+        most, written = max(most, len(self.on_device)), written + 1
         return away(self, *args)
 
-    monkeypatch.setattr(checkpoints.FarStack, "_away", counted)
+    monkeypatch.setattr(offload.OffloadedStack, "_away", counted)
     hypergrad.hypergradient(**setup(), offload=tmp_path, every=1)
-    assert written == STEPS + 1 - checkpoints.NEAR
-    assert most <= checkpoints.NEAR + 1
+    assert written == STEPS + 1 - offload.ON_DEVICE
+    assert most <= offload.ON_DEVICE + 1
 
 
 @pytest.mark.parametrize(("free", "segments"), [(1e9, 12), (35_000, 8), (22_000, 6)])
-def test_snapshots_on_disk_leave_half_of_the_room_free(
+def test_checkpoints_on_disk_leave_half_of_the_disk_space_free(
     free: float, segments: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """A state is 3 × 72 numbers of 8 bytes (AdamW), and 13 of BatchNorm's: 23 of them are 42 kB."""
-    monkeypatch.setattr(checkpoints.shutil, "disk_usage", lambda _: SimpleNamespace(free=free))
-    with checkpoints.Stacks(tmp_path, torch.device("cpu")) as stacks:
+    monkeypatch.setattr(offload.shutil, "disk_usage", lambda _: SimpleNamespace(free=free))
+    with offload.Stacks(tmp_path, torch.device("cpu")) as stacks:
         every = stacks.default_every(STEPS, 8 * (3 * 72 + 13))
     assert -(-STEPS // every) == segments
 
 
-def test_snapshots_that_do_not_fit_are_refused_before_any_work(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(checkpoints.shutil, "disk_usage", lambda _: SimpleNamespace(free=15_000))
+def test_checkpoints_that_do_not_fit_are_refused_before_any_work(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(offload.shutil, "disk_usage", lambda _: SimpleNamespace(free=15_000))
     run = setup()
     before = [x.clone() for x in run["model"].state_dict().values()]
     with pytest.raises(ValueError, match="more than half of what is free"):

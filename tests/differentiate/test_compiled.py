@@ -150,7 +150,7 @@ def test_a_second_call_compiles_nothing_and_a_changed_loss_is_compiled_anew(trac
     assert work(loss, compile=True, every=2).stats["compiled_graphs"] == 2
     found = work(loss, compile=True, every=2)
     assert found.stats["compiled_graphs"] == 0
-    assert found.stats["eager_steps"] == 3  # the first step, played twice, and its adjoint
+    assert found.stats["eager_steps"] == 3  # the first step, computed twice, and its vjp
     assert_same(found, work(loss, every=2), SAME)
     factor = 0.5
     found = work(loss, compile=True, every=2)

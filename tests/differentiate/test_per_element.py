@@ -249,7 +249,7 @@ def wide(s: Setup) -> dict[str, Any]:
 BAD: dict[str, tuple[str, Any, type[Exception], str]] = {
     "a word": ("momentum", {"per": "tensor"}, ValueError, "group, parameter, element"),
     "a word in a mapping": ("momentum", {"per": {"lr": "tensor"}}, ValueError, "group, parameter, element"),
-    "a name that is not in wrt": ("adamw", {"wrt": "lr", "per": {"betas": "parameter"}}, ValueError, "stands in wrt"),
+    "a name that is not in wrt": ("adamw", {"wrt": "lr", "per": {"betas": "parameter"}}, ValueError, "is in wrt"),
     "a threshold": ("momentum", {"wrt": "clip_norm", "clip_norm": 1.0, "per": {"clip_norm": "parameter"}}, ValueError, "clip_n"),
     "elements of LAMB": ("lamb", {"wrt": "lr", "per": "element"}, NotImplementedError, "Lamb.*'parameter'"),
     "elements of Muon": ("muon", {"wrt": "lr", "per": "element"}, NotImplementedError, "Muon.*'parameter'"),

@@ -18,7 +18,7 @@ BOTH = ("forward", "unrolled")
 
 @pytest.mark.parametrize("mode", BOTH)
 def test_trap_layer_that_is_first_used_later(mode: str) -> None:
-    """The graph of every step is looked at, not only that of the first."""
+    """The graph of every step is checked, not only that of the first."""
     model = nn.Linear(4, 4).double().to(DEVICE)
 
     def loss(model: nn.Module, batch: tuple[Tensor, bool]) -> Tensor:

@@ -85,7 +85,7 @@ def test_everything_is_left_as_found(mode: str, problem: str) -> None:
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
-@pytest.mark.parametrize("calls", [2, 8])  # 8: where steps are played again
+@pytest.mark.parametrize("calls", [2, 8])  # 8: where steps are replayed
 @pytest.mark.parametrize("mode", ["forward", "unrolled", "replayed", "implicit"])
 def test_everything_is_left_as_found_when_the_loss_raises(mode: str, calls: int, error: type[BaseException]) -> None:
     setup = Case("cnn_batchnorm", "momentum").build()

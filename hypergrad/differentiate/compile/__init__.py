@@ -1,1 +1,1 @@
-"""A training step, its adjoint and its tangents as compiled graphs."""
+"""A training step, its vjp and its jvp as compiled graphs."""

@@ -2,11 +2,11 @@
 
 AOTAutograd does not compile a double backward. But a training step and its derivatives are functions of plain tensors,
 
-    step    θ, s, batch ↦ ℓ, g, θ', s'        adjoint    θ, s, g, λ', batch ↦ λ, λ_h        tangent    θ, s, z, batch ↦ θ', s', z'
+    step    θ, s, batch ↦ ℓ, g, θ', s'        vjp    θ, s, g, λ', batch ↦ λ, λ_h        jvp    θ, s, z, batch ↦ θ', s', z'
 
-so the very code of the eager modes (one_step.py) is run once with tracing tensors in the place of the model's parameters and
-buffers. What comes out is a graph of plain operations in which both derivatives and the update rule have been carried out; the
-compiler fuses and orders it, and leaves out what no result needs.
+so the same code as in eager mode (one_step.py) is run once with tracing tensors in place of the model's parameters and buffers.
+The result is a graph of plain operations in which both derivatives and the update rule have been carried out; the compiler
+fuses and orders them, and leaves out what no result needs.
 
 The numbers of a step (lr, t, …) are arguments, see symbolic_floats.py, and so are tensors that the loss reads from elsewhere.
 Everything else in Python is as it was when the graph was traced.
@@ -24,29 +24,28 @@ import torch
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from hypergrad.differentiate.compile.placeholders import REMEDY, Batch, arguments, environment, standing_in, static_key
-from hypergrad.differentiate.compile.symbolic_floats import MOST, Book, Environment, Lifting
+from hypergrad.differentiate.compile.placeholders import REMEDY, Batch, arguments, environment, placeholders, static_key
+from hypergrad.differentiate.compile.symbolic_floats import MOST, Environment, Registry, SymbolicMode
 from hypergrad.differentiate.trajectory import Trajectory
 from hypergrad.optimizers.binding import State
 
-MOST_GRAPHS, MOST_KINDS = 8, 64  # of steps, of adjoints or of tangents; kinds beyond the graphs came once each
-# Of inductor: in this process; on CPU without the pattern that makes addmm of a product and a sum, which copies the summand.
+MOST_GRAPHS, MOST_KINDS = 8, 64  # of steps, of vjps or of jvps; a kind that came only once has no graph
+# Of inductor: compile in this process; on CPU without the pattern that makes an addmm of mm and add, which copies the summand.
 OPTIONS = {"cpu": {"compile_threads": 1, "pattern_matcher": False}, "cuda": {"compile_threads": 1}}
 
-Body = Callable[
-    [Trajectory, State, list[Tensor]], dict[str, Any]
-]  # (trajectory, state, further tensors) → nested tensors
+# (trajectory, state, further tensors) → nested tensors
+TracedFunction = Callable[[Trajectory, State, list[Tensor]], dict[str, Any]]
 
 
 @dataclass
 class Graph:
-    """A compiled function, and what it holds for."""
+    """A compiled function, and when it may be used."""
 
     run: Callable[..., Any]
-    book: Book
+    registry: Registry  # of the numbers it takes
     constants: list[Tensor]  # that the loss reads from elsewhere
-    like: Any  # the structure of the body's value
-    counted: tuple[int, ...]  # steps that each parameter's counter goes on by
+    like: Any  # the structure of the traced function's value
+    counted: tuple[int, ...]  # by how much each parameter's step counter rises
     agreed: int = 0  # times that it gave what the eager code gave
     missed: int = 0
     uses: int = 0
@@ -60,11 +59,11 @@ class Kind:
     graphs: list[Graph] = field(default_factory=list)
 
     def find(self, env: Environment) -> Graph | None:
-        return next((graph for graph in self.graphs if graph.book.holds(env)), None)
+        return next((graph for graph in self.graphs if graph.registry.holds(env)), None)
 
     def takes_alike(self, a: Environment, b: Environment) -> bool:
         """Whether two calls take the same branches, as far as they are known."""
-        return all(graph.book.outcomes(a) == graph.book.outcomes(b) for graph in self.graphs)
+        return all(graph.registry.outcomes(a) == graph.registry.outcomes(b) for graph in self.graphs)
 
 
 Kinds = dict[Any, Kind]
@@ -75,18 +74,18 @@ class Graphs:
 
     def __init__(self, trajectory: Trajectory, kinds: Kinds, backend: str):
         self.trajectory, self.kinds, self.backend = trajectory, kinds, backend
-        self.once: dict[Any, list[Environment]] = {}  # numbers of the steps of each kind that the eager code played
+        self.once: dict[Any, list[Environment]] = {}  # numbers of the steps of each kind that the eager code computed
         self.seconds, self.count, self.calls = 0.0, 0, 0
         self.static = _Hashed((*static_key(trajectory), backend))
 
     def call(
-        self, kind: str, state: State, t: int, body: Body, more: Sequence[Tensor], detail: Any = None
+        self, kind: str, state: State, t: int, traced: TracedFunction, more: Sequence[Tensor], detail: Any = None
     ) -> tuple[dict[str, Any], Graph] | None:
-        """The body's value by a graph; None where the eager code is to play this step.
+        """The traced function's value by a graph; None where the eager code is to compute this step.
 
         Args:
-            kind, detail: what the body depends on besides its arguments.
-            more: further tensors for the body.
+            kind, detail: what the function depends on besides its arguments.
+            more: further tensors for the function.
         """
         batch = Batch.of(self.trajectory.batches[t])
         key = (kind, self.static, self.trajectory.problem.stats is None, batch.key, tuple(state.slots), detail)
@@ -104,30 +103,32 @@ class Graphs:
                 seen.append(env)
                 return None
             began = time.perf_counter()
-            graph = self._made(state, t, body, batch, tensors, env)
+            graph = self._made(state, t, traced, batch, tensors, env)
             found.graphs.append(graph)
             self.seconds, self.count = self.seconds + time.perf_counter() - began, self.count + 1
         graph.uses, self.calls = graph.uses + 1, self.calls + 1
-        numbers = _vector(graph.book.evaluate(env), state.theta)
+        numbers = _vector(graph.registry.evaluate(env), state.theta)
         return _rebuilt(graph.like, iter(graph.run(numbers, *tensors, *graph.constants))), graph
 
-    def _made(self, state: State, t: int, body: Body, batch: Batch, tensors: list[Tensor], env: Environment) -> Graph:
-        book, rng = Book(), self.trajectory.problem.rng()
+    def _made(
+        self, state: State, t: int, traced: TracedFunction, batch: Batch, tensors: list[Tensor], env: Environment
+    ) -> Graph:
+        registry, rng = Registry(), self.trajectory.problem.rng()
         notes: dict[str, Any] = {}
 
         def flat(numbers: Tensor, *xs: Tensor) -> list[Tensor]:
             with (
-                standing_in(self.trajectory, state, t, batch, xs, book) as (trajectory, at, more),
-                Lifting(numbers, book),
+                placeholders(self.trajectory, state, t, batch, xs, registry) as (trajectory, at, more),
+                SymbolicMode(numbers, registry),
             ):
-                out = body(trajectory, at, more)
+                out = traced(trajectory, at, more)
             notes["counts"] = out.pop("counts", at.counts)
             notes["like"] = out
             return [x.detach() for x in _leaves(out)]
 
         try:
             with torch.enable_grad():
-                traced = make_fx(flat)(_vector([0.5] * MOST, state.theta), *tensors)
+                graph = make_fx(flat)(_vector([0.5] * MOST, state.theta), *tensors)
         except Exception as error:
             cause = error.__cause__ or error  # `Problem` wraps what a loss raises
             raise NotImplementedError(
@@ -136,13 +137,13 @@ class Graphs:
             ) from error
         finally:
             rng.restore()
-        constants = _lift_constants(traced, self.trajectory)
-        _check_randomness(traced)
+        constants = _constants_as_inputs(graph, self.trajectory)
+        _check_randomness(graph)
         counted = tuple(int(float(b) - float(a)) for a, b in zip(state.counts, notes["counts"], strict=True))
         like = _rebuilt(notes["like"], itertools.repeat(...))
-        numbers = _vector(book.evaluate(env), state.theta)
-        run = _compiled(traced, [numbers, *tensors, *constants], self.backend)
-        return Graph(run, book, constants, like, counted)
+        numbers = _vector(registry.evaluate(env), state.theta)
+        run = _compiled(graph, [numbers, *tensors, *constants], self.backend)
+        return Graph(run, registry, constants, like, counted)
 
 
 class _Hashed:
@@ -179,8 +180,8 @@ def _rebuilt(like: Any, take: Iterator[Any]) -> Any:
     return [_rebuilt(y, take) for y in like] if isinstance(like, list) else next(take)
 
 
-def _lift_constants(traced: Any, trajectory: Trajectory) -> list[Tensor]:
-    """Tensors that the loss reads from elsewhere become arguments, so that a graph sees what they hold at the time."""
+def _constants_as_inputs(traced: Any, trajectory: Trajectory) -> list[Tensor]:
+    """Make inputs of the tensors that the loss reads from elsewhere, so that each call reads their present values."""
     params = trajectory.transition.params
     own = {p.untyped_storage().data_ptr() for p in params if p.numel()}
     constants: list[Tensor] = []
@@ -188,7 +189,9 @@ def _lift_constants(traced: Any, trajectory: Trajectory) -> list[Tensor]:
     for node in [node for node in traced.graph.nodes if node.op == "get_attr"]:
         x = getattr(traced, node.target)
         if not isinstance(x, Tensor):
-            raise NotImplementedError(f"compile=True: the loss has a graph of its own in it ({node.target}). {REMEDY}")
+            raise NotImplementedError(
+                f"compile=True: the loss contains a traced graph of its own ({node.target}). {REMEDY}"
+            )
         if x.numel() and x.untyped_storage().data_ptr() in own:
             raise NotImplementedError(
                 "compile=True: the loss reads a parameter of the optimizer in another way than as an attribute of a module of "

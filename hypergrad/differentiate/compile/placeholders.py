@@ -1,7 +1,7 @@
-"""The arguments of a traced step, and a trajectory of one step that is made of them.
+"""The arguments of a traced step, and a trajectory of one step that is made of placeholders for them.
 
-While a step is traced, tracing tensors stand in the model for its parameters (tied ones too) and buffers; the model is put back
-as it was. Numbers of the step are `SymbolicFloat`.
+While a step is traced, the model holds tracing tensors in place of its parameters (tied ones too) and buffers; its own are put
+back. Numbers of the step are `SymbolicFloat`.
 """
 
 from __future__ import annotations
@@ -16,17 +16,18 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from hypergrad.differentiate.compile.symbolic_floats import Book, Environment
+from hypergrad.core.restore import Slot, swapped
+from hypergrad.differentiate.compile.symbolic_floats import Environment, Registry
 from hypergrad.differentiate.trajectory import Trajectory
 from hypergrad.optimizers.binding import State, Values
 
 REMEDY = "Use compile=False."
-UNTRACEABLE = frozenset({"Adafactor", "Lamb", "Muon", "NAdam"})  # rules whose code asks for values of tensors
+UNTRACEABLE = frozenset({"Adafactor", "Lamb", "Muon", "NAdam"})  # rules whose code reads values of tensors
 
 
 @dataclass
 class Batch:
-    """A batch taken apart: its tensors; their shapes and all else that is in it, as a key; its structure."""
+    """A batch as its tensors; a key of their shapes and of all else that is in it; and its structure."""
 
     tensors: list[Tensor]
     key: Any
@@ -48,14 +49,14 @@ class Batch:
         return Batch([x for x in leaves if isinstance(x, Tensor)], (key, spec), spec)
 
     def of_tensors(self, tensors: Sequence[Tensor]) -> Any:
-        """The same batch of other tensors."""
+        """The same batch with other tensors."""
         take = iter(tensors)
         leaves = [next(take) if len(entry) > 2 else entry[1] for entry in self.key[0]]
         return tuple(leaves) if self.spec is None else tree_unflatten(leaves, self.spec)
 
 
 def _flat(batch: Any) -> tuple[list[Any], Any]:
-    """The leaves and the structure of a batch; None is that of a plain tuple of tensors, which needs no tree."""
+    """The leaves and the structure of a batch. The structure of a plain tuple of tensors is None: it needs no tree."""
     if type(batch) is tuple and all(type(x) is Tensor for x in batch):
         return list(batch), None
     return tree_flatten(batch)
@@ -73,15 +74,15 @@ def environment(state: State, values: Values) -> Environment:
     return env
 
 
-def lifted(values: Values, book: Book) -> Values:
+def symbolic(values: Values, registry: Registry) -> Values:
     """The same numbers as arguments of the graph."""
 
-    def lift(name: str, group: int, value: Any) -> Any:
+    def number(name: str, group: int, value: Any) -> Any:
         if isinstance(value, tuple):
-            return tuple(book.number(x, (name, group, part)) for part, x in enumerate(value))
-        return None if value is None else book.number(value, (name, group, 0))
+            return tuple(registry.number(x, (name, group, part)) for part, x in enumerate(value))
+        return None if value is None else registry.number(value, (name, group, 0))
 
-    return {name: [lift(name, group, x) for group, x in enumerate(column)] for name, column in values.items()}
+    return {name: [number(name, group, x) for group, x in enumerate(column)] for name, column in values.items()}
 
 
 def arguments(trajectory: Trajectory, state: State, batch: Batch, more: Sequence[Tensor]) -> list[Tensor]:
@@ -91,15 +92,15 @@ def arguments(trajectory: Trajectory, state: State, batch: Batch, more: Sequence
 
 
 @contextmanager
-def standing_in(
-    trajectory: Trajectory, state: State, t: int, batch: Batch, tensors: Sequence[Tensor], book: Book
+def placeholders(
+    trajectory: Trajectory, state: State, t: int, batch: Batch, tensors: Sequence[Tensor], registry: Registry
 ) -> Iterator[tuple[Trajectory, State, list[Tensor]]]:
     """A trajectory of step t alone, its state and the further tensors, made of `tensors` in the order of `arguments`."""
     take = iter(tensors)
     problem, transition = copy.copy(trajectory.problem), copy.copy(trajectory.transition)
     directions = copy.copy(trajectory.directions)
     theta, slots = next(take), {name: next(take) for name in state.slots}
-    buffers = [next(take).clone() for _ in problem.places]
+    buffers = [next(take).clone() for _ in problem.buffers]
     problem.hypers = {name: next(take).detach().requires_grad_() for name in problem.hypers}
     problem.extra = (problem.hypers,) if problem.extra else ()
     found = batch.of_tensors([next(take) for _ in batch.tensors])
@@ -109,33 +110,25 @@ def standing_in(
     transition._plans = {}
     directions.transition, directions.fine = transition, copy.copy(directions.fine)
     directions.fine.transition = transition
-    counts: Any = tuple(book.number(float(c), ("count", i)) for i, c in enumerate(state.counts))
-    values = lifted(trajectory.values[t], book)
+    counts: Any = tuple(registry.number(float(c), ("count", i)) for i, c in enumerate(state.counts))
+    values = symbolic(trajectory.values[t], registry)
     one = replace(
         trajectory, problem=problem, transition=transition, directions=directions, batches=[found], values=[values]
     )
-    with _in_model(trajectory, params, buffers):
+    held = [*_param_slots(trajectory, params), *zip(problem.held_buffers.slots, buffers, strict=True)]
+    with swapped([slot for slot, _ in held], [x for _, x in held]):
         yield one, State(theta, slots, counts), list(take)
 
 
-@contextmanager
-def _in_model(trajectory: Trajectory, params: Sequence[Tensor], buffers: Sequence[Tensor]) -> Iterator[None]:
+def _param_slots(trajectory: Trajectory, params: Sequence[Tensor]) -> list[tuple[Slot, Tensor]]:
+    """Where modules hold the optimizer's parameters, with what takes each one's place."""
     instead = {id(p): x for p, x in zip(trajectory.transition.params, params, strict=True)}
-    places: list[tuple[dict[str, Any], str, Any]] = [
-        (module._parameters, name, p)
+    return [
+        ((module._parameters, name), instead[id(p)])
         for module in trajectory.problem.model.modules()
         for name, p in module._parameters.items()
         if id(p) in instead
     ]
-    news = [instead[id(p)] for *_, p in places] + list(buffers)
-    places += [(module._buffers, name, module._buffers[name]) for module, name in trajectory.problem.places]
-    try:
-        for (where, name, _), x in zip(places, news, strict=True):
-            where[name] = x
-        yield
-    finally:
-        for where, name, x in places:
-            where[name] = x
 
 
 def static_key(trajectory: Trajectory) -> tuple[Any, ...]:

@@ -2,9 +2,9 @@
 
 An update rule computes with Python floats (`lr / (1 - beta1 ** t)`) and hands them to tensors. Traced as it is, their values at
 the time would be written into the graph. A `SymbolicFloat` is such a float together with the formula it came from: the
-arithmetic on it is done anew in Python at every call (`Book.evaluate`), and only where it meets a tensor does its result become
-an input of the graph. A comparison (`t == 1`) is a branch: its outcome is noted, and the graph is good only where it comes out
-the same.
+arithmetic on it is done again in Python at every call (`Registry.evaluate`), and only where it is combined with a tensor does
+its result become an input of the graph. A comparison (`t == 1`) is a branch: its outcome is recorded, and the graph holds only
+where the outcome is the same.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_any, tree_map
 
-from hypergrad.optimizers.traced.tracing import FORMULAS, in_place
+from hypergrad.optimizers.traced.formulas import FORMULAS, in_place
 
 Environment = Mapping[Any, float]  # the values of all numbers of a step
 Formula = Callable[[Environment], Any]
-MOST = 4096
+MOST = 4096  # numbers of a graph
 
 
-class Book:
+class Registry:
     """The numbers that a graph takes, and the comparisons that it depends on."""
 
     def __init__(self) -> None:
@@ -48,11 +48,11 @@ class SymbolicFloat(float):
     """A float and its formula."""
 
     formula: Formula
-    book: Book
+    registry: Registry
 
-    def __new__(cls, value: float, formula: Formula, book: Book) -> SymbolicFloat:
+    def __new__(cls, value: float, formula: Formula, registry: Registry) -> SymbolicFloat:
         self = float.__new__(cls, value)
-        self.formula, self.book = formula, book
+        self.formula, self.registry = formula, registry
         return self
 
     __hash__ = float.__hash__
@@ -75,7 +75,7 @@ def _operator(op: Callable[[Any, Any], Any], reflected: bool) -> Callable[[Any, 
             return NotImplemented
         a, b = (other, self) if reflected else (self, other)
         f, g = _formula(a), _formula(b)
-        return SymbolicFloat(op(_plain(a), _plain(b)), lambda env: op(f(env), g(env)), self.book)
+        return SymbolicFloat(op(_plain(a), _plain(b)), lambda env: op(f(env), g(env)), self.registry)
 
     return method
 
@@ -85,14 +85,14 @@ def _comparison(op: Callable[[Any, Any], bool]) -> Callable[[Any, Any], Any]:
         if not isinstance(other, (int, float)):
             return NotImplemented
         f, g, outcome = _formula(self), _formula(other), op(_plain(self), _plain(other))
-        self.book.branches.append((lambda env: op(f(env), g(env)), outcome))
+        self.registry.branches.append((lambda env: op(f(env), g(env)), outcome))
         return outcome
 
     return method
 
 
 def _negative(self: SymbolicFloat) -> SymbolicFloat:
-    return SymbolicFloat(-float(self), lambda env: -self.formula(env), self.book)
+    return SymbolicFloat(-float(self), lambda env: -self.formula(env), self.registry)
 
 
 for _name in ("add", "sub", "mul", "truediv", "pow"):
@@ -103,21 +103,21 @@ for _name in ("eq", "ne", "lt", "le", "gt", "ge"):
 SymbolicFloat.__neg__ = _negative  # type: ignore[method-assign, assignment]
 
 
-class Lifting(TorchFunctionMode):
-    """Operations that are given a SymbolicFloat take an element of `numbers` [MOST] in its place."""
+class SymbolicMode(TorchFunctionMode):
+    """Replaces each SymbolicFloat among an operation's arguments by an element of `numbers` [MOST]."""
 
-    def __init__(self, numbers: Tensor, book: Book):
+    def __init__(self, numbers: Tensor, registry: Registry):
         super().__init__()
-        self.numbers, self.book, self.known = numbers, book, {}
+        self.numbers, self.registry, self.known = numbers, registry, {}
 
     def _tensor(self, x: Any) -> Any:
         if not isinstance(x, SymbolicFloat):
             return x
         if id(x) not in self.known:
-            if len(self.book.used) == MOST:
+            if len(self.registry.used) == MOST:
                 raise NotImplementedError(f"an update rule with more than {MOST} numbers")
-            self.known[id(x)] = x, self.numbers[len(self.book.used)]
-            self.book.used.append(x.formula)
+            self.known[id(x)] = x, self.numbers[len(self.registry.used)]
+            self.registry.used.append(x.formula)
         return self.known[id(x)][1]
 
     def __torch_function__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]

@@ -1,4 +1,4 @@
-"""What `compile=True` traces: a step, its adjoint and its tangents, with nested tensors as their values (see graphs.py)."""
+"""The functions that `compile=True` traces: a step, its vjp and its jvp. Their values are nested tensors (see graphs.py)."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from hypergrad.differentiate.compile.graphs import Body
+from hypergrad.differentiate.compile.graphs import TracedFunction
 from hypergrad.differentiate.one_step import StepJVP, StepVJP, step_jvp, step_vjp
 from hypergrad.differentiate.trajectory import Trajectory
 from hypergrad.optimizers.binding import State
@@ -24,45 +24,52 @@ def step(trajectory: Trajectory, state: State, more: list[Tensor]) -> dict[str, 
     return out | {"buffers": list(trajectory.problem.buffers), "counts": new.counts}
 
 
-def of_pull(pull: StepVJP, loss: Tensor) -> dict[str, Any]:
+def nested_vjp(out: StepVJP, loss: Tensor) -> dict[str, Any]:
     return {
-        "theta": pull.lam.theta,
-        "slots": pull.lam.slots,
-        "stats": pull.lam.stats,
-        "groups": pull.of_groups,
-        "clip": pull.of_clip,
-        "hypers": pull.of_hypers,
-        "fine": pull.fine,
+        "theta": out.lam.theta,
+        "slots": out.lam.slots,
+        "stats": out.lam.stats,
+        "groups": out.of_groups,
+        "clip": out.of_clip,
+        "hypers": out.of_hypers,
+        "fine": out.fine,
         "loss": loss,
     }
 
 
-def adjoint(lam: Tangent) -> Body:
+def vjp(lam: Tangent) -> TracedFunction:
     names, followed = list(lam.slots), lam.stats is not None
 
-    def body(trajectory: Trajectory, state: State, more: list[Tensor]) -> dict[str, Any]:
+    def traced(trajectory: Trajectory, state: State, more: list[Tensor]) -> dict[str, Any]:
         g, theta, *rest = more
         after = Tangent(theta, dict(zip(names, rest, strict=False)), rest[-1] if followed else None)
         lin = trajectory.problem.linearize(trajectory.batches[0])
-        pull = step_vjp(trajectory, state, 0, lin, after, g)
-        return of_pull(pull, lin.loss) | {"norm": torch.linalg.vector_norm(pull.lam.theta)}
+        out = step_vjp(trajectory, state, 0, lin, after, g)
+        return nested_vjp(out, lin.loss) | {"norm": torch.linalg.vector_norm(out.lam.theta)}
 
-    return body
+    return traced
 
 
 class Arguments(NamedTuple):
-    """Of `step_jvp`, behind the gradient stage."""
+    """Arguments of `step_jvp` after `lin`."""
 
     tangent: Tangent
     extras: list[list[Tensor | None] | None]
-    alive: tuple[bool, ...]
+    nonzero: tuple[bool, ...]
     seeds: list[Tensors]
     clip_seed: Tensor | None
 
     def key(self) -> Any:
         shapes = tuple(None if e is None else tuple(x is None for x in e) for e in self.extras)
         seeds = tuple(tuple(x) for x in self.seeds)
-        return self.alive, shapes, seeds, self.clip_seed is None, tuple(self.tangent.slots), self.tangent.stats is None
+        return (
+            self.nonzero,
+            shapes,
+            seeds,
+            self.clip_seed is None,
+            tuple(self.tangent.slots),
+            self.tangent.stats is None,
+        )
 
     def tensors(self) -> list[Tensor]:
         rows = [x for extra in self.extras if extra is not None for x in extra]
@@ -79,26 +86,26 @@ class Arguments(NamedTuple):
         extras = [None if e is None else [None if x is None else next(take) for x in e] for e in self.extras]
         seeds = [{name: next(take) for name in column} for column in self.seeds]
         clip_seed = None if self.clip_seed is None else next(take)
-        return Arguments(Tangent(theta, slots, stats), extras, self.alive, seeds, clip_seed)
+        return Arguments(Tangent(theta, slots, stats), extras, self.nonzero, seeds, clip_seed)
 
 
-def of_push(push: StepJVP, loss: Tensor) -> dict[str, Any]:
+def nested_jvp(out: StepJVP, loss: Tensor) -> dict[str, Any]:
     return {
         "loss": loss,
-        "g": push.g,
-        "theta": push.state.theta,
-        "slots": push.state.slots,
-        "z": push.tangent.theta,
-        "z_slots": push.tangent.slots,
-        "z_stats": push.tangent.stats,
+        "g": out.g,
+        "theta": out.state.theta,
+        "slots": out.state.slots,
+        "z": out.tangent.theta,
+        "z_slots": out.tangent.slots,
+        "z_stats": out.tangent.stats,
     }
 
 
-def tangent(arguments: Arguments) -> Body:
-    def body(trajectory: Trajectory, state: State, more: list[Tensor]) -> dict[str, Any]:
+def jvp(arguments: Arguments) -> TracedFunction:
+    def traced(trajectory: Trajectory, state: State, more: list[Tensor]) -> dict[str, Any]:
         lin = trajectory.problem.linearize(trajectory.batches[0])
-        push = step_jvp(trajectory, state, 0, lin, *arguments.of(more))
+        out = step_jvp(trajectory, state, 0, lin, *arguments.of(more))
         buffers = list(trajectory.problem.buffers)
-        return of_push(push, lin.loss) | {"buffers": buffers, "counts": push.state.counts}
+        return nested_jvp(out, lin.loss) | {"buffers": buffers, "counts": out.state.counts}
 
-    return body
+    return traced

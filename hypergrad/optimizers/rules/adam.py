@@ -114,7 +114,7 @@ class Adam:
         f, lr, wd, b1, b2 = self._forward(p, g, s, h), h["lr"], h["weight_decay"], h["beta1"], h["beta2"]
         g, root, den, c1, dc1, root_c2, dc2 = f.g, f.root, f.den, f.c1, f.dc1, f.c2**0.5, f.dc2
         u, grown = f.m.div_(den), f.v > s["max_exp_avg_sq"] if self.amsgrad else None
-        del f  # v'; every flat tensor that is let go of early is memory that the rest can have
+        del f  # v'; a flat tensor that is freed early is memory for the rest
         lu = lp * (-lr / c1)
         lm = torch.addcdiv(ls["exp_avg"], lu, den)
         lden, lp_u = lu.mul_(u).div_(den).neg_(), inner(lp, u)

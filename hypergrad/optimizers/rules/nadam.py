@@ -133,7 +133,7 @@ class NAdam:
             out.addcmul_(dh["weight_decay"], p, value=-lr)
         return out, {"exp_avg": dm, "exp_avg_sq": dv, "mu_product": dpi}
 
-    # With λA and λB in hand:
+    # Given λA and λB:
     # λπ' += λA A/(1 − π') + λB B ν/(1 − π' ν)    λμ = −λA/(1 − π') + λπ' π    λν = λB (1 + B π')/(1 − π' ν)    λπ = μ λπ'
     # λβ₁ = λμ dμ/dβ₁ + λν dν/dβ₁, and so for ψ
     def _momentum_adjoint(

@@ -1,8 +1,8 @@
 """An optimizer without an update rule here: its own unmodified step, replayed and differentiated.
 
-One `Fallback` stands for one live optimizer. Its parameters are one range of θ; its tensors and floats are slots of the
-state, each a vector of its own, and what is neither is the `rest` (see memory.py). Right rather than fast: a derivative
-runs the optimizer's Python once a step, tensor by tensor.
+One `Fallback` is one live optimizer. Its parameters are one range of θ; its tensors and floats are slots of the state, each a
+vector of its own, and what is neither is the `rest` (see memory.py). It is right rather than fast: a derivative runs the
+optimizer's Python once a step, tensor by tensor.
 """
 
 from __future__ import annotations
@@ -14,16 +14,17 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from hypergrad.optimizers.group_values import floats
 from hypergrad.optimizers.rule import Tensors, parts
 from hypergrad.optimizers.span import Span
-from hypergrad.optimizers.traced.memory import Memory, flat, marks_of, shaped, take_apart, write_back
-from hypergrad.optimizers.traced.own_step import Inputs, Key, Outcome, take, trace
-from hypergrad.optimizers.traced.self_check import hyperparameters_of, plain
+from hypergrad.optimizers.traced.memory import Memory, flat, placeholders_of, shaped, split, write_back
+from hypergrad.optimizers.traced.own_step import Inputs, Key, Outcome, own_step, trace
+from hypergrad.optimizers.traced.self_check import hyperparameters_of
 
 
 @dataclass(frozen=True)
 class OwnStep:
-    """Stands among the rules for a group whose optimizer has none."""
+    """In place of a rule, for a group whose optimizer has none."""
 
     hyperparameters: tuple[str, ...]
     maximize: bool = False
@@ -54,7 +55,7 @@ class Fallback:
         self.optimizer, self.number, self.group, self.param = optimizer, number, group, param
         mine = {name for group in optimizer.param_groups for name in group}
         self.tuned = frozenset(tuned & mine)
-        if "initial_accumulator_value" in self.tuned:  # no step reads it: its derivative would come out as 0
+        if "initial_accumulator_value" in self.tuned:  # no step reads it: its derivative would be 0
             raise NotImplementedError(
                 f"{type(optimizer).__name__} has no update rule here, and its `initial_accumulator_value` acts in the "
                 "constructor, not in a step: leave it out."
@@ -67,7 +68,7 @@ class Fallback:
         self.prefix = f"optimizer[{number}]."
 
     def rules(self) -> list[OwnStep]:
-        """What stands for its groups among the rules."""
+        """In place of rules, one for each of its groups."""
         names = tuple(part for name in sorted(self.names) for part in parts(name))
         maximize = getattr(self.optimizer, "maximize", False)
         return [OwnStep(names, bool(group.get("maximize", maximize))) for group in self.optimizer.param_groups]
@@ -75,7 +76,7 @@ class Fallback:
     # ---- the live optimizer
 
     def read(self) -> tuple[Tensors, Any]:
-        return self._flat(take_apart(self.optimizer, self.names))
+        return self._flat(split(self.optimizer, self.names))
 
     def write(self, slots: Mapping[str, Tensor], rest: Any) -> None:
         with torch.no_grad():
@@ -85,7 +86,9 @@ class Fallback:
         return {self.prefix + name: flat(x, self.params[0]) for name, x in memory.reals.items()}, memory.rest
 
     def _memory(self, slots: Mapping[str, Tensor], rest: Any) -> Memory:
-        return Memory({name: shaped(mark, slots[self.prefix + name]) for name, mark in marks_of(rest).items()}, rest)
+        return Memory(
+            {name: shaped(old, slots[self.prefix + name]) for name, old in placeholders_of(rest).items()}, rest
+        )
 
     # ---- one step
 
@@ -101,7 +104,7 @@ class Fallback:
         """What a step from this state is a function of."""
         grads = zip(self._split(g), active[self.param :], strict=False)
         here = {
-            (i, name): values[name][self.group + i] if name in values else plain(group[name])
+            (i, name): values[name][self.group + i] if name in values else floats(group[name])
             for i, group in enumerate(self.optimizer.param_groups)
             for name in self.names & group.keys()
         }
@@ -122,13 +125,13 @@ class Fallback:
 
     def step(self, inputs: Inputs) -> tuple[Tensor, Tensors, Any]:
         """θ', slots' and rest' of one step."""
-        if not any(g is not None for g in inputs.grads):  # another optimizer's turn
+        if not any(g is not None for g in inputs.grads):  # another optimizer takes this step
             return torch.cat([p.reshape(-1) for p in inputs.params]), *self._flat(inputs.memory)
-        outcome = self._checked(take(inputs))
+        outcome = self._checked(own_step(inputs))
         return torch.cat([p.reshape(-1) for p in outcome.params]), *self._flat(outcome.memory)
 
     def _checked(self, outcome: Outcome) -> Outcome:
-        """Raise where a step wrote to what none wrote to in the self-check: a replay would take the old value."""
+        """Raise where a step wrote to a name that no step of the self-check wrote to: a replay would use the old value."""
         for name in sorted(outcome.written & self.names):
             raise NotImplementedError(
                 f"{type(self.optimizer).__name__} wrote to its hyperparameter `{name}` in a step: hypergrad took it "
@@ -151,7 +154,8 @@ class Fallback:
                 tangents["value", group, name, j] = seeds[self.group + group][part]
         traced, outcome = trace(inputs, self.tuned)
         self._checked(outcome)
-        sizes = {key: x.numel() for key, x in traced.inputs.items()}  # what was replaced from outside starts from zero
+        # a tensor that was replaced from outside by one of another size has the tangent 0
+        sizes = {key: x.numel() for key, x in traced.inputs.items()}
         out = traced.jvp(k, {key: x for key, x in tangents.items() if x[0].numel() == sizes.get(key)})
         for i, g in enumerate(inputs.grads):
             if g is None:

@@ -1,11 +1,11 @@
-"""What an optimizer remembers, taken apart into numbers and the rest, and put together again as an optimizer of its own.
+"""What an optimizer remembers, split into numbers and the rest, and an optimizer assembled from both.
 
 reals    floating tensors in `state`, `param_groups` and attributes, and Python floats there: by name, as
          "state[3].exp_avg" or "group[0].d". Derivatives pass through them.
-rest     everything else, the same structure with marks in the place of reals: integers, flags, step counters
+rest     everything else, the same structure with placeholders for reals: integers, flags, step counters
          (a tensor of one element called "step"), tensors of integers, None. Constants of a step.
-values   hyperparameters: the floats (or tuples of them) in `param_groups` that a step leaves alone. They are marks in
-         `rest` too, and filled in anew for every step.
+values   hyperparameters: the floats (or tuples of them) in `param_groups` that a step does not write to. They are
+         placeholders in `rest` too, and filled in for every step.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_NOT_ITS_OWN = frozenset({"step", "_opt_called", "grad_scale", "found_inf"})  # put there by schedulers and GradScaler
+_NOT_ITS_OWN = frozenset({"step", "_opt_called", "grad_scale", "found_inf"})  # written by schedulers and GradScaler
 _ELSEWHERE = frozenset({"state", "param_groups"})
 
 
 @dataclass(frozen=True)
-class Mark:
-    """Stands for a real, a parameter (its number) or a hyperparameter (group, name)."""
+class Placeholder:
+    """Of a real, a parameter (its number) or a hyperparameter (group, name)."""
 
     kind: str
     key: Any
@@ -44,7 +44,7 @@ def label(name: str) -> str:
     return name.rsplit(".", 1)[-1]
 
 
-def take_apart(optimizer: torch.optim.Optimizer, values: frozenset[str]) -> Memory:
+def split(optimizer: torch.optim.Optimizer, values: frozenset[str]) -> Memory:
     """An optimizer's memory. Reals are its own tensors, constants are copies.
 
     Args:
@@ -52,19 +52,21 @@ def take_apart(optimizer: torch.optim.Optimizer, values: frozenset[str]) -> Memo
     """
     groups = optimizer.param_groups
     params = [p for group in groups for p in group["params"]]
-    walk = _Walk({id(p): Mark("param", i) for i, p in enumerate(params)})
+    extract = _Extraction({id(p): Placeholder("param", i) for i, p in enumerate(params)})
     attributes = {k: x for k, x in vars(optimizer).items() if k not in _NOT_ITS_OWN | _ELSEWHERE and not _hooks(k)}
     number = {id(p): i for i, p in enumerate(params)}
     state = [
-        (Mark("param", number[id(p)]) if id(p) in number else p, walk(s, f"state[{number.get(id(p), p)}]"))
+        (Placeholder("param", number[id(p)]) if id(p) in number else p, extract(s, f"state[{number.get(id(p), p)}]"))
         for p, s in optimizer.state.items()
     ]
     return Memory(
-        walk.reals,
+        extract.reals,
         {
             "state": dict(sorted(state, key=lambda pair: str(pair[0]))),
-            "groups": [_group(group, g, values, walk) for g, group in enumerate(groups)],
-            "attributes": {k: copy.copy(x) if k == "defaults" else walk(x, f"self.{k}") for k, x in attributes.items()},
+            "groups": [_group(group, g, values, extract) for g, group in enumerate(groups)],
+            "attributes": {
+                k: copy.copy(x) if k == "defaults" else extract(x, f"self.{k}") for k, x in attributes.items()
+            },
             "hooks": tuple(filter(_hooks, vars(optimizer))),
         },
     )
@@ -74,32 +76,34 @@ def _hooks(name: str) -> bool:
     return name.startswith("_optimizer_") and name.endswith("_hooks")
 
 
-def _group(group: Mapping[str, Any], g: int, values: frozenset[str], walk: _Walk) -> dict[str, Any]:
-    marks = {k: Mark("value", (g, k), like=x if isinstance(x, Tensor) else None) for k, x in group.items()}
-    return {k: marks[k] if k in values else walk(x, f"group[{g}].{k}") for k, x in group.items()}
+def _group(group: Mapping[str, Any], g: int, values: frozenset[str], extract: _Extraction) -> dict[str, Any]:
+    placeholders = {
+        k: Placeholder("value", (g, k), like=x if isinstance(x, Tensor) else None) for k, x in group.items()
+    }
+    return {k: placeholders[k] if k in values else extract(x, f"group[{g}].{k}") for k, x in group.items()}
 
 
 def is_counter(name: str, x: Tensor) -> bool:
     return x.numel() == 1 and label(name) == "step"
 
 
-class _Walk:
-    """Replaces reals by marks and collects them; the same tensor in two places is one real."""
+class _Extraction:
+    """Replaces reals by placeholders and collects them; a tensor that is found twice is one real."""
 
-    def __init__(self, marks: dict[int, Mark]):
-        self.marks = marks
+    def __init__(self, placeholders: dict[int, Placeholder]):
+        self.placeholders = placeholders
         self.reals: dict[str, Any] = {}
 
     def __call__(self, x: Any, name: str) -> Any:
-        if id(x) in self.marks:
-            return self.marks[id(x)]
+        if id(x) in self.placeholders:
+            return self.placeholders[id(x)]
         if isinstance(x, Tensor) and x.is_floating_point() and not is_counter(name, x):
-            mark = self.marks[id(x)] = Mark("real", name, x.shape)
+            placeholder = self.placeholders[id(x)] = Placeholder("real", name, x.shape)
             self.reals[name] = x
-            return mark
+            return placeholder
         if isinstance(x, float):
             self.reals[name] = x
-            return Mark("real", name)
+            return Placeholder("real", name)
         if isinstance(x, Tensor) and x.is_complex():
             raise NotImplementedError(f"it keeps complex numbers ({name})")
         if isinstance(x, (torch.optim.Optimizer, torch.nn.Module)):
@@ -121,7 +125,7 @@ def rebuilt(x: Any, f: Callable[[Any, str], Any]) -> Any:
         return deque((f(y, f"[{i}]") for i, y in enumerate(x)), x.maxlen)
     if type(x) in (list, tuple):
         return type(x)(f(y, f"[{i}]") for i, y in enumerate(x))
-    if x is None or isinstance(x, (Mark, bool, int, float, str, type)) or callable(x):
+    if x is None or isinstance(x, (Placeholder, bool, int, float, str, type)) or callable(x):
         return x
     try:
         return copy.deepcopy(x)
@@ -129,17 +133,17 @@ def rebuilt(x: Any, f: Callable[[Any, str], Any]) -> Any:
         raise NotImplementedError(f"it keeps a {type(x).__name__} that cannot be copied") from error
 
 
-def put_together(
+def assembled(
     cls: type[torch.optim.Optimizer],
     rest: Mapping[str, Any],
     params: Sequence[Tensor],
     reals: Mapping[str, Any],
     values: Callable[[int, str], Any],
 ) -> torch.optim.Optimizer:
-    """An optimizer of its own with this memory, on these parameters, without anybody's hooks."""
+    """A new optimizer with this memory, on these parameters, without hooks."""
 
     def fill(x: Any, _: str = "") -> Any:
-        if not isinstance(x, Mark):
+        if not isinstance(x, Placeholder):
             return rebuilt(x, fill)
         if x.kind == "param":
             return params[x.key]
@@ -164,7 +168,7 @@ def same(a: Any, b: Any) -> bool:
         return a.keys() == b.keys() and all(same(x, b[k]) for k, x in a.items())
     if isinstance(a, (list, tuple, deque)) and type(a) is type(b):
         return len(a) == len(b) and all(same(x, y) for x, y in zip(a, b, strict=True))
-    if isinstance(a, Mark) and isinstance(b, Mark):
+    if isinstance(a, Placeholder) and isinstance(b, Placeholder):
         return (a.kind, a.key) == (b.kind, b.key)
     return type(a) is type(b) and (a == b or a is b or not isinstance(a, (bool, int, str)))
 
@@ -176,22 +180,22 @@ def flat(x: Any, like: Tensor) -> Tensor:
     return torch.tensor([float(x)], dtype=torch.float64, device=like.device)
 
 
-def shaped(mark: Mark, x: Tensor) -> Any:
+def shaped(placeholder: Placeholder, x: Tensor) -> Any:
     """A real from its vector."""
-    return float(x) if mark.shape is None else x.view(mark.shape)
+    return float(x) if placeholder.shape is None else x.view(placeholder.shape)
 
 
-def marks_of(rest: Any) -> dict[str, Mark]:
-    """The marks of reals in a rest, by name."""
-    found: dict[str, Mark] = {}
+def placeholders_of(rest: Any) -> dict[str, Placeholder]:
+    """The placeholders of reals in a rest, by name."""
+    found: dict[str, Placeholder] = {}
 
-    def look(x: Any, _: str = "") -> Any:
-        if isinstance(x, Mark) and x.kind == "real":
+    def collect(x: Any, _: str = "") -> Any:
+        if isinstance(x, Placeholder) and x.kind == "real":
             found[x.key] = x
-        return rebuilt(x, look)
+        return rebuilt(x, collect)
 
     for part in ("state", "groups", "attributes"):
-        look(rest[part])
+        collect(rest[part])
     return found
 
 
@@ -199,7 +203,7 @@ def write_back(optimizer: torch.optim.Optimizer, memory: Memory, values: frozens
     """Write a memory into a live optimizer; in place where it holds a tensor of that shape."""
     groups = optimizer.param_groups
     params = [p for group in groups for p in group["params"]]
-    now = take_apart(optimizer, values)
+    now = split(optimizer, values)
 
     def real(name: str, x: Any) -> Any:
         old = now.reals.get(name)
@@ -208,7 +212,7 @@ def write_back(optimizer: torch.optim.Optimizer, memory: Memory, values: frozens
         return x.clone() if isinstance(x, Tensor) else x
 
     reals = {name: real(name, x) for name, x in memory.reals.items()}
-    twin = put_together(type(optimizer), memory.rest, params, reals, lambda g, name: groups[g][name])
+    twin = assembled(type(optimizer), memory.rest, params, reals, lambda g, name: groups[g][name])
     for p, state in twin.state.items():
         optimizer.state[p] = state
     for p in set(optimizer.state) - set(twin.state):
@@ -218,7 +222,7 @@ def write_back(optimizer: torch.optim.Optimizer, memory: Memory, values: frozens
             del group[k]
         group.update({k: x for k, x in new.items() if k not in ("params", *values)})
     for k, x in memory.rest["attributes"].items():
-        if marks_of({"state": x, "groups": (), "attributes": ()}) or not same(x, now.rest["attributes"].get(k)):
+        if placeholders_of({"state": x, "groups": (), "attributes": ()}) or not same(x, now.rest["attributes"].get(k)):
             vars(optimizer)[k] = vars(twin)[k]
     for k in now.rest["attributes"].keys() - memory.rest["attributes"].keys():
         del vars(optimizer)[k]

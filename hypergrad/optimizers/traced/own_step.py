@@ -1,9 +1,9 @@
 """One step of any optimizer's own, unmodified code, as a function of what it depends on, and its derivatives.
 
-    (params', reals') = step(params, gradients, reals, values)          of an optimizer put together for this one call
+    (params', reals') = step(params, gradients, reals, values)          of an optimizer assembled for this one call
 
-The Jacobian J is that of autograd through the step (see tracing.py): λ J by one backward pass. With it as a function of λ,
-which is linear, J z = ∂(λ J)z/∂λ: one more backward pass for each z, and no Python of the optimizer's.
+The Jacobian J is that of autograd through the step (see tracing.py): λ J by one backward pass. λ J is linear in λ, so that
+J z = ∂(λ J z)/∂λ: one more backward pass for each z, without running the optimizer's Python again.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 
 from hypergrad.optimizers.registry import unhooked_step
-from hypergrad.optimizers.traced.memory import Memory, put_together, take_apart
+from hypergrad.optimizers.traced.memory import Memory, assembled, split
 from hypergrad.optimizers.traced.traced_float import TracedFloat
 from hypergrad.optimizers.traced.tracing import Promoted, tracing
 
-# kernels that autograd cannot look into; operations on lists are taken apart by the mode
+# without kernels that autograd cannot differentiate; operations on lists are split up by the mode
 _PLAIN_KERNELS = {"fused": False, "capturable": False, "differentiable": False}
 
 # ("param", i), ("grad", i), ("real", name), ("value", group, part's number)
@@ -29,12 +29,12 @@ Key = tuple[Any, ...]
 
 @dataclass
 class Inputs:
-    """What a step is a function of. Nothing in here is changed by one.
+    """The arguments of a step, which does not change them.
 
     Args:
         cls: the optimizer's class.
-        live: the live parameters: their attributes are looked at (`p.use_muon`).
-        grads: None where a parameter takes no part.
+        live: the live parameters, whose attributes an optimizer may read (`p.use_muon`).
+        grads: None where a parameter has no gradient.
         values: (group, name) -> float or tuple of floats.
         names: the names of hyperparameters.
     """
@@ -60,18 +60,18 @@ class Outcome:
     written: set[str]  # names in param_groups that the step wrote to
 
 
-def take(inputs: Inputs) -> Outcome:
+def own_step(inputs: Inputs) -> Outcome:
     """The step as it is, to the last bit."""
-    return _taken(inputs)
+    return _step(inputs)
 
 
-def take_unrounded(inputs: Inputs) -> Outcome:
+def unrounded_step(inputs: Inputs) -> Outcome:
     """The step without casts to a lower precision than its parameters': what `trace` differentiates."""
     with Promoted(inputs.params[0].dtype):
-        return _taken(inputs)
+        return _step(inputs)
 
 
-def _taken(inputs: Inputs) -> Outcome:
+def _step(inputs: Inputs) -> Outcome:
     params = [
         inputs.like(torch.nn.Parameter(x.detach().clone(), live.requires_grad), i)
         for i, (x, live) in enumerate(zip(inputs.params, inputs.live, strict=True))
@@ -86,18 +86,18 @@ def _taken(inputs: Inputs) -> Outcome:
 def _run(
     inputs: Inputs, params: list[Any], reals: Mapping[str, Any], values: Mapping[Any, Any], **flags: Any
 ) -> Outcome:
-    optimizer = put_together(inputs.cls, inputs.memory.rest, params, reals, lambda g, name: values[g, name])
+    optimizer = assembled(inputs.cls, inputs.memory.rest, params, reals, lambda g, name: values[g, name])
     for place in (*optimizer.param_groups, vars(optimizer)):
         place.update({k: x for k, x in flags.items() if k in place})
-    groups = [_Watched(group) for group in optimizer.param_groups]
+    groups = [_Recording(group) for group in optimizer.param_groups]
     optimizer.param_groups = list[dict[str, Any]](groups)
     unhooked_step(inputs.cls)(optimizer)  # without hooks for all optimizers
     written = set().union(*(group.written for group in groups))
-    return Outcome(params, take_apart(optimizer, inputs.names), written)
+    return Outcome(params, split(optimizer, inputs.names), written)
 
 
-class _Watched(dict):  # type: ignore[type-arg]
-    """A param group that notes what is written to."""
+class _Recording(dict):  # type: ignore[type-arg]
+    """A param group that records which names are written to."""
 
     def __init__(self, group: Mapping[str, Any]):
         super().__init__(group)
@@ -122,26 +122,24 @@ class Traced:
     def vjp(self, cotangents: Mapping[Key, Tensor]) -> dict[Key, Tensor]:
         """λ J, for the inputs on which anything depends."""
         used = {key: x for key, x in self.outputs.items() if x.requires_grad and key in cotangents}
-        return self._pull(used, [cotangents[key].to(x).view(x.shape) for key, x in used.items()], False)
+        return self._vjp(used, [cotangents[key].to(x).view(x.shape) for key, x in used.items()], False)
 
     def jvp(self, k: int, tangents: Mapping[Key, Tensor]) -> dict[Key, Tensor]:
         """J z for k directions at once; tangents are [k, …], absent ones 0."""
         used = {key: x for key, x in self.outputs.items() if x.requires_grad}
         lam = {key: torch.zeros_like(x, requires_grad=True) for key, x in used.items()}
-        step_vjp = {key: x for key, x in self._pull(used, list(lam.values()), True).items() if key in tangents}
+        vjp = {key: x for key, x in self._vjp(used, list(lam.values()), True).items() if key in tangents}
         out = {key: x.new_zeros(k, *x.shape) for key, x in self.outputs.items()}
-        step_vjp = {key: x for key, x in step_vjp.items() if x.requires_grad}
-        for j in range(k) if step_vjp else ():
-            z = [tangents[key][j].to(x).view(x.shape) for key, x in step_vjp.items()]
-            rows = torch.autograd.grad(
-                list(step_vjp.values()), list(lam.values()), z, retain_graph=True, allow_unused=True
-            )
+        vjp = {key: x for key, x in vjp.items() if x.requires_grad}
+        for j in range(k) if vjp else ():
+            z = [tangents[key][j].to(x).view(x.shape) for key, x in vjp.items()]
+            rows = torch.autograd.grad(list(vjp.values()), list(lam.values()), z, retain_graph=True, allow_unused=True)
             for key, row in zip(used, rows, strict=True):
                 if row is not None:
                     out[key][j] = row
         return out
 
-    def _pull(self, used: dict[Key, Tensor], cotangents: list[Tensor], create_graph: bool) -> dict[Key, Tensor]:
+    def _vjp(self, used: dict[Key, Tensor], cotangents: list[Tensor], create_graph: bool) -> dict[Key, Tensor]:
         if not used:
             return {}
         grads = torch.autograd.grad(
@@ -156,7 +154,7 @@ class Traced:
 
 
 def trace(inputs: Inputs, tuned: Collection[str]) -> tuple[Traced, Outcome]:
-    """The step with its graph. Random numbers are drawn as the step itself will draw them, and put back.
+    """The step with its graph. Random numbers are the same as those of the step itself, and put back.
 
     Args:
         tuned: names of hyperparameters to differentiate in.

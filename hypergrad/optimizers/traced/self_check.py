@@ -2,7 +2,7 @@
 
 A step in Python can lose the graph without an error (`float(x)`, numpy, `x.tolist()`). So before an optimizer class is
 used, its Jacobian is compared (see jacobian_check.py) at steps 1, 2 and 8 of a small run: with random gradients, on small
-parameters if the optimizer has not stepped yet, else on its own smallest ones with the state they have. Nothing of the user's is
+parameters if the optimizer has not stepped yet, else on its own smallest ones with their state. Nothing of the user's is
 written to.
 """
 
@@ -16,16 +16,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hypergrad.optimizers.group_values import floats
 from hypergrad.optimizers.rule import parts
-from hypergrad.optimizers.traced.jacobian_check import Lost, Seen, compare, randn
-from hypergrad.optimizers.traced.memory import Memory, take_apart
-from hypergrad.optimizers.traced.own_step import Inputs, take_unrounded
+from hypergrad.optimizers.traced.jacobian_check import Dependencies, Lost, compare, randn
+from hypergrad.optimizers.traced.memory import Memory, split
+from hypergrad.optimizers.traced.own_step import Inputs, unrounded_step
 
 CHECKED_AT = (0, 1, 7)  # steps of the small run
 LARGEST = 4  # of a dimension of the small parameters
 
 Names = frozenset[str]
-_KNOWN: dict[Any, Names] = {}  # what was checked and found right
+_KNOWN: dict[Any, Names] = {}  # what passed the check
 _WRITTEN: dict[type, Names] = {}  # names in param_groups that a step of this class writes to
 
 
@@ -58,11 +59,6 @@ def candidates(optimizer: torch.optim.Optimizer, tuned: Names) -> Names:
     return frozenset(found)
 
 
-def plain(x: Any) -> Any:
-    """A hyperparameter as a float, a tuple of floats or None."""
-    return tuple(map(float, x)) if isinstance(x, (tuple, list)) else None if x is None else float(x)
-
-
 def _is_number(x: Any) -> bool:
     return isinstance(x, float) or (isinstance(x, Tensor) and x.numel() == 1 and x.is_floating_point())
 
@@ -78,7 +74,7 @@ def _key(optimizer: torch.optim.Optimizer, tuned: Names) -> Any:
     flags = [_flags(place, written) for place in (*groups, vars(optimizer))]
     zero = [[name for name in sorted(tuned & names) if not group.get(name)] for group in groups]
     layout = [[tuple(p.shape) for p in group["params"]] for group in groups]
-    reals = sorted(take_apart(optimizer, names).reals)
+    reals = sorted(split(optimizer, names).reals)
     return type(optimizer), tuned, str((flags, zero, layout, reals))
 
 
@@ -110,27 +106,27 @@ def _check(optimizer: torch.optim.Optimizer, tuned: Names) -> Names:
         probe = inputs
         for _ in range(CHECKED_AT[-1] + 1):  # which names does it write to?
             probe = _gradients(probe, random)
-            outcome = take_unrounded(probe)
+            outcome = unrounded_step(probe)
             written |= outcome.written
             probe = replace(probe, params=outcome.params, memory=outcome.memory)
         _WRITTEN[type(optimizer)] = frozenset(written) | _WRITTEN.get(type(optimizer), frozenset())
         for name in sorted(written & tuned):
             raise Lost(f"`{name}` is state rather than a hyperparameter: a step writes to it. Leave it out.")
         inputs = _small(optimizer, inputs.names - written, random)
-        seen = Seen()
+        dependencies = Dependencies()
         for t in range(CHECKED_AT[-1] + 1):
             inputs = _gradients(inputs, random)
-            outcome = take_unrounded(inputs)
+            outcome = unrounded_step(inputs)
             if t in CHECKED_AT:
-                compare(inputs, tuned, random, seen)
+                compare(inputs, tuned, random, dependencies)
             inputs = replace(inputs, params=outcome.params, memory=outcome.memory)
-        seen.judge()
+        dependencies.raise_lost()
     return frozenset(inputs.names)
 
 
 @contextmanager
 def _in_float64(device: torch.device) -> Iterator[None]:
-    """torch.optim keeps some numbers in torch's default dtype. Random numbers are put back on the way out."""
+    """torch.optim keeps some numbers in torch's default dtype. Random numbers are put back at the end."""
     default = torch.get_default_dtype()
     try:
         torch.set_default_dtype(torch.float64)
@@ -163,7 +159,7 @@ def _small(optimizer: torch.optim.Optimizer, names: Names, random: torch.Generat
         live += mine
     state, twin.state = twin.state, {p: s for p, s in twin.state.items() if not isinstance(p, Tensor)}  # type: ignore
     twin.state.update({p: state[p] for p in live if p in state})
-    memory = take_apart(twin, names)
+    memory = split(twin, names)
     memory = Memory({k: _double(x) for k, x in memory.reals.items()}, memory.rest)
     for p in live:
         shape = p.shape if stepped else [min(n, LARGEST) for n in p.shape]
@@ -171,5 +167,5 @@ def _small(optimizer: torch.optim.Optimizer, names: Names, random: torch.Generat
         params.append(_double(p) if stepped else randn(fresh, random))
     groups = twin.param_groups
     values = {(g, name): group[name] for g, group in enumerate(groups) for name in names if name in group}
-    values = {key: plain(x) for key, x in values.items()}
+    values = {key: floats(x) for key, x in values.items()}
     return Inputs(type(optimizer), live, params, [None] * len(params), memory, values, names)

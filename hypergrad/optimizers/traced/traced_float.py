@@ -1,7 +1,7 @@
 """A Python float that carries a 0-d tensor, so that arithmetic on it is part of an autograd graph.
 
 An optimizer computes with floats (`lr / (1 - beta1 ** step)`) and passes them to tensors. A `TracedFloat` is the float that
-it would have had, to the last bit, and beside it a float64 tensor made by the same operations.
+it would have had, to the last bit, with a float64 tensor made by the same operations.
 
     float(x), int(x), numpy, `from math import sqrt`     give a plain float back: the graph ends there
     math.sqrt(x), math.pow(x, y), …                      are traced within `traced_math`
@@ -61,7 +61,7 @@ def untraced(x: Any) -> Any:
 
 
 def traced(f: Callable[..., Any], g: Callable[..., Any], *args: Any) -> Any:
-    """f of floats, with g, the same function of tensors, beside it."""
+    """f of floats, and g, the same function, of their tensors."""
     value = f(*map(untraced, args))
     if not isinstance(value, float):  # a complex root, say
         return value

@@ -6,8 +6,8 @@
     x.add_(y, alpha=a), … with traced a   x.copy_(x + a y), …: an argument `alpha` of type float would lose the graph
     f(x, a) with traced a                 f(x, a.t)
     √x and xᵉ, 0 < e < 1, at x = 0        have the derivative 0, as in every rule here (see adam.py)
-    torch._foreach_f(xs, …)               is f of every tensor in turn
-    x.bfloat16(), dtype=torch.float32     lower than `dtype`: passed over, for a derivative of the step without that rounding
+    torch._foreach_f(xs, …)               is f of each tensor
+    x.bfloat16(), dtype=torch.float32     lower than `dtype`: ignored, for a derivative of the step without that rounding
 
 Tensors may be changed in place after they were saved for the backward pass: what is saved is a copy.
 """
@@ -23,25 +23,8 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_any, tree_map
 
+from hypergrad.optimizers.traced.formulas import FORMULAS, OF_LISTS, in_place, root
 from hypergrad.optimizers.traced.traced_float import TracedFloat, traced_math, untraced
-
-
-class _Root(torch.autograd.Function):
-    """y = xᵉ for a fixed e in (0, 1), dy = e y/x dx where x > 0, else 0."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, exponent: float) -> Tensor:
-        y = x.sqrt() if exponent == 0.5 else x.pow(exponent)
-        ctx.exponent = exponent
-        ctx.save_for_backward(x, y)
-        return y
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
-        x, y = ctx.saved_tensors
-        with torch.no_grad():
-            slope = torch.where(x > 0, ctx.exponent * y / x, 0)
-        return grad * slope, None
 
 
 def _item(x: Tensor) -> Any:
@@ -110,78 +93,6 @@ _INSTEAD: dict[Any, Callable[..., Any]] = {
 }
 
 
-# The formulas of operations with a number that torch wants as a plain float.
-def _lerp(x: Tensor, end: Tensor, weight: Any) -> Tensor:
-    return x + weight * (end - x)
-
-
-def _add(x: Tensor, y: Any, *, alpha: Any = 1) -> Tensor:
-    return x + alpha * y
-
-
-def _sub(x: Tensor, y: Any, *, alpha: Any = 1) -> Tensor:
-    return x - alpha * y
-
-
-def _addcmul(x: Tensor, a: Tensor, b: Tensor, *, value: Any = 1) -> Tensor:
-    return x + value * a * b
-
-
-def _addcdiv(x: Tensor, a: Tensor, b: Tensor, *, value: Any = 1) -> Tensor:
-    return x + value * a / b
-
-
-def _addmm(x: Tensor, a: Tensor, b: Tensor, *, beta: Any = 1, alpha: Any = 1) -> Tensor:
-    return beta * x + alpha * (a @ b)
-
-
-def _addr(x: Tensor, a: Tensor, b: Tensor, *, beta: Any = 1, alpha: Any = 1) -> Tensor:
-    return beta * x + alpha * torch.outer(a, b)
-
-
-def _clamp(x: Tensor, min: Any = None, max: Any = None) -> Tensor:
-    low, high = (None if b is None else torch.as_tensor(b).to(x) for b in (min, max))
-    return torch.clamp(x, low, high)
-
-
-def _largest(x: Tensor, y: Any) -> Tensor:
-    return torch.maximum(x, torch.as_tensor(y).to(x))
-
-
-def _smallest(x: Tensor, y: Any) -> Tensor:
-    return torch.minimum(x, torch.as_tensor(y).to(x))
-
-
-def _norm(x: Tensor, ord: Any = 2, dtype: Any = None) -> Tensor:
-    return torch.linalg.vector_norm(x, ord, dtype=dtype)
-
-
-FORMULAS: dict[str, Callable[..., Tensor]] = {
-    "lerp": _lerp,
-    "add": _add,
-    "sub": _sub,
-    "subtract": _sub,
-    "addcmul": _addcmul,
-    "addcdiv": _addcdiv,
-    "addmm": _addmm,
-    "baddbmm": _addmm,
-    "addmv": _addmm,
-    "addr": _addr,
-    "clamp": _clamp,
-    "clip": _clamp,
-}
-# torch._foreach operations that are no method of a tensor, or whose last argument is positional
-_OF_LISTS: dict[str, Callable[..., Tensor]] = {
-    "maximum": _largest,
-    "minimum": _smallest,
-    "clamp_min": _largest,
-    "clamp_max": _smallest,
-    "norm": _norm,
-    "addcmul": lambda x, a, b, value=1: _addcmul(x, a, b, value=value),
-    "addcdiv": lambda x, a, b, value=1: _addcdiv(x, a, b, value=value),
-}
-
-
 # ---- casts to a lower precision
 
 _CASTS = {Tensor.float: torch.float32, Tensor.half: torch.float16, Tensor.bfloat16: torch.bfloat16}
@@ -213,7 +124,7 @@ class Promoted(TorchFunctionMode):
 
 
 class Tracing(Promoted):
-    """See the module. Enter it by `tracing`."""
+    """See the module. Entered by `tracing`."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
         func, args, kwargs = self.promoted(func, args, dict(kwargs or {}))
@@ -228,9 +139,9 @@ class Tracing(Promoted):
             return out.copy_(self(func, *args, **kwargs))
         if out is not None:
             kwargs["out"] = out
-        root = _root(name, args)
-        if root is not None:
-            return root
+        y = root(name, args)
+        if y is not None:
+            return y
         if not tree_any(lambda x: isinstance(x, TracedFloat), (args, kwargs)) and not _number_is_tensor(kwargs):
             return func(*args, **kwargs)
         return _with_tensors(func, name, args, kwargs)
@@ -241,7 +152,7 @@ class Tracing(Promoted):
     def _each(self, name: str, args: Any, kwargs: Any) -> list[Any] | None:
         """A `torch._foreach` operation, tensor by tensor."""
         n = next(len(x) for x in args if isinstance(x, (list, tuple)))
-        formula = _OF_LISTS.get(name.rstrip("_"))
+        formula = OF_LISTS.get(name.rstrip("_"))
         func: Any = getattr(Tensor, name, None) if isinstance(args[0], (list, tuple)) else getattr(torch, name)
         rows = []
         for i in range(n):
@@ -253,22 +164,6 @@ class Tracing(Promoted):
                 y = formula(*_unwrapped(each), **_unwrapped(named))
                 rows.append(each[0].copy_(y) if name.endswith("_") else y)
         return None if name.endswith("_") else rows
-
-
-def in_place(name: str) -> bool:
-    return name.startswith("__i") or (name.endswith("_") and not name.endswith("__"))
-
-
-def _root(name: str, args: Any) -> Tensor | None:
-    """√x or xᵉ with the derivative 0 at 0; None where the operation is another one."""
-    base = name.strip("_").removeprefix("i")
-    if base not in ("sqrt", "pow") or not isinstance(args[0], Tensor) or not args[0].requires_grad:
-        return None
-    exponent = 0.5 if base == "sqrt" else args[1]
-    if type(exponent) is not float or not 0 < exponent < 1:
-        return None
-    y = _Root.apply(args[0], exponent)
-    return args[0].copy_(y) if in_place(name) else y
 
 
 def _unwrapped(x: Any) -> Any:
@@ -299,7 +194,7 @@ def _with_tensors(func: Any, name: str, args: Any, kwargs: Any) -> Any:
 
 @contextmanager
 def tracing(dtype: torch.dtype) -> Iterator[None]:
-    """Operations in this context are recorded, whatever the code in it does to prevent that."""
+    """Operations inside are recorded, also under no_grad and on detached tensors."""
     saved = torch.autograd.graph.saved_tensors_hooks(lambda x: x.clone(), lambda x: x)
     with traced_math(), torch.enable_grad(), saved, Tracing(dtype):
         yield

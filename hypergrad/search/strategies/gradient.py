@@ -20,8 +20,9 @@ from typing import Any, ClassVar
 
 import torch
 
-from hypergrad.checks.stock_run import as_found
-from hypergrad.differentiate.hypergradient import as_optimizers, hypergradient
+from hypergrad.core.restore import as_found
+from hypergrad.differentiate.arguments import as_optimizers
+from hypergrad.differentiate.hypergradient import hypergradient
 from hypergrad.optimizers.rule import PARTS
 from hypergrad.optimizers.transition import Transition
 from hypergrad.search.entries import Float

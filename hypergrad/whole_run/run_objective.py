@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager
 from itertools import islice
@@ -12,9 +11,11 @@ import torch
 from torch import Tensor
 
 from hypergrad.core.hyperparameters import Hyperparameter, as_hyperparameter
-from hypergrad.differentiate.hypergradient import Optimizers, as_optimizers, hypergradient, leaves
-from hypergrad.online.hyper_vector import HyperVector, replaced
-from hypergrad.online.param_groups import plain
+from hypergrad.core.signatures import is_required, positional
+from hypergrad.differentiate.arguments import Optimizers, as_optimizers, leaves
+from hypergrad.differentiate.hypergradient import hypergradient
+from hypergrad.online.hyper_vector import HyperVector
+from hypergrad.optimizers.group_values import plain, replaced
 from hypergrad.optimizers.transition import CLIPS, Transition
 from hypergrad.whole_run.run import COST_OF_PRODUCT, Run
 
@@ -65,8 +66,8 @@ class WholeRunObjective:
         self.start = self.hyper_vector.phi, self.hyper_vector.value
 
     def _check_known(self, in_loss: Mapping[str, Hyperparameter], run: Run, groups: list[str]) -> None:
-        takes = [p for p in inspect.signature(run.loss).parameters.values() if p.kind is not p.KEYWORD_ONLY]
-        takes_hypers = len(takes) > 2 or any(p.kind is p.VAR_POSITIONAL for p in takes)
+        takes = positional(run.loss)
+        takes_hypers = takes is None or takes.variadic or len(takes.parameters) > 2
         for name in run.schedules or ():
             if name in groups and name in self.spec:
                 raise ValueError(f"{name!r} has a schedule: tune what the schedule reads, under another name.")
@@ -182,7 +183,7 @@ class WholeRunObjective:
             for entry, x in zip(self.hyper_vector.entries, self.hyper_vector.value.tolist(), strict=True):
                 if entry.group is not None:
                     group = groups[entry.group]
-                    group[entry.name] = replaced(plain(group[entry.name]), entry, x)
+                    group[entry.name] = replaced(plain(group[entry.name]), entry.name, entry.part, x)
             yield
         finally:
             for group, old in zip(groups, before, strict=True):
@@ -199,9 +200,6 @@ def seeded(seed: int) -> Iterator[None]:
 
 
 def _takes_horizon(build: Callable[..., Any]) -> bool:
-    try:
-        parameters = list(inspect.signature(build).parameters.values())
-    except (TypeError, ValueError):
-        return False
-    positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
-    return len(positional) > 1 and (positional[1].default is inspect.Parameter.empty or positional[1].name == "horizon")
+    takes = positional(build)
+    second = None if takes is None else next(iter(takes.parameters[1:]), None)
+    return second is not None and (is_required(second) or second.name == "horizon")

@@ -1,0 +1,58 @@
+"""What arguments a user's function takes."""
+
+from __future__ import annotations
+
+import inspect
+import weakref
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any, NamedTuple
+
+
+class Positional(NamedTuple):
+    """What a function takes by position."""
+
+    parameters: list[inspect.Parameter]
+    variadic: bool  # and *args
+
+    @property
+    def required(self) -> list[inspect.Parameter]:
+        return [p for p in self.parameters if is_required(p)]
+
+
+def positional(function: Callable[..., Any]) -> Positional | None:
+    """The arguments a function takes by position; None where Python cannot tell its signature."""
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):
+        return None
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    variadic = any(p.kind is inspect.Parameter.VAR_POSITIONAL for p in parameters)
+    return Positional([p for p in parameters if p.kind in kinds], variadic)
+
+
+def is_required(parameter: inspect.Parameter) -> bool:
+    return parameter.default is inspect.Parameter.empty
+
+
+_TAKES_STEP: weakref.WeakKeyDictionary[Any, bool] = weakref.WeakKeyDictionary()  # a signature takes a while to read
+
+
+def takes_step(val_loss: Callable[..., Any]) -> bool:
+    """Whether a validation loss wants the step number: it has a required positional argument, or `t=None`."""
+    with suppress(KeyError, TypeError):  # TypeError: it cannot be hashed, or not be held weakly
+        return _TAKES_STEP[val_loss]
+    taken = positional(val_loss)
+    found = taken.parameters if taken is not None else []
+    answer = any(is_required(p) or (p.name == "t" and p.default is None) for p in found)
+    with suppress(TypeError):
+        _TAKES_STEP[val_loss] = answer
+    return answer
+
+
+def takes_hypers(loss: Callable[..., Any]) -> bool:
+    """Whether a loss takes hypers beside model and batch: a third positional argument that is required or `None`, or *args."""
+    taken = positional(loss)
+    if taken is None or taken.variadic:
+        return True
+    return any(is_required(p) or p.default is None for p in taken.parameters[2:3])
