@@ -1,11 +1,10 @@
 """Hyperparameters of a PyTorch training loop, tuned by gradient descent while the model trains."""
 
-from hypergrad import schedules, search, solvers
+from hypergrad import policies, schedules, search, solvers
 from hypergrad.checks.check import Report, check
 from hypergrad.core.hyperparameters import Hyperparameter
 from hypergrad.differentiate.hypergradient import hypergradient
 from hypergrad.differentiate.trajectory import Result
-from hypergrad.online import policies
 from hypergrad.online.population import Population
 from hypergrad.online.tuner import Tuner
 from hypergrad.whole_run.outer_loop import RunResult

@@ -2,14 +2,14 @@ r"""The weights at the best validation loss of a run.
 
 A validation loss is read at every hyperparameter step. On a fixed set best is where it is lowest. On random batches the lowest of
 many readings is mostly luck, and a mean has to be low too. Which of the two it is shows in the readings v_1, v_2, …: a curve
-seldom turns, white noise turns at 2 readings in 3.
+seldom reverses, white noise does at 2 readings in 3.
 
-    a_t = share of the last 20 readings, about, at which v turned: (v_t − v_{t−1}) (v_{t−1} − v_{t−2}) < 0
+    a_t = share of the last 20 readings, about, at which v reversed: (v_t − v_{t−1}) (v_{t−1} − v_{t−2}) < 0
     u_t = mean of the last WINDOW readings up to v_t (of fewer at the beginning)
-    s_t = v_t where a_t ≤ TURNS, else max(v_t, u_t)            best where s_t < s of the weights kept, by the same formula
+    s_t = v_t where a_t ≤ REVERSALS, else max(v_t, u_t)            best where s_t < s of the weights kept, by the same formula
 
 In max(v_t, u_t) the mean is there as one low reading proves little, and the reading so that a high one does not take the credit
-of those before it. What is kept are the weights of v_t. a_t begins as if PRIOR readings had not turned: one turn is no noise.
+of those before it. What is kept are the weights of v_t. a_t begins as if PRIOR readings had not reversed: one alone is no noise.
 
 On simulated runs of 150 readings with noise of standard deviation 0.03 the true loss at the weights kept was 0.001 to 0.007 above
 the least (at the lowest reading: 0.002 to 0.013); where the set is fixed and the weights themselves jump by 0.03, at most 0.003.
@@ -33,12 +33,12 @@ from hypergrad.core.problem import Problem, Saved
 from hypergrad.optimizers.transition import Transition
 
 WINDOW = 5
-TURNS, HORIZON, PRIOR = 1 / 3, 20, 3
+REVERSALS, HORIZON, PRIOR = 1 / 3, 20, 3
 _NUMBERS: dict[str, Any] = {
     "loss": math.nan,  # v and
     "mean": math.inf,  # u of the weights kept;
     "step": -1,  # −1: none are
-    "turns": 0.0,  # a
+    "reversals": 0.0,  # a
     "pairs": 0,  # of differences that a was made of
     "last_step": 0,  # of the last reading, and its loss
     "last_loss": math.nan,
@@ -55,7 +55,7 @@ class BestWeights:
     loss: float
     mean: float
     step: int
-    turns: float
+    reversals: float
     pairs: int
     last_step: int
     last_loss: float
@@ -79,7 +79,9 @@ class BestWeights:
         if len(self.recent) > 2:
             x, y, z = list(self.recent)[-3:]
             self.pairs += 1
-            self.turns += (float((z - y) * (y - x) < 0) - self.turns) * max(1 / (PRIOR + self.pairs), 1 / HORIZON)
+            self.reversals += (float((z - y) * (y - x) < 0) - self.reversals) * max(
+                1 / (PRIOR + self.pairs), 1 / HORIZON
+            )
         mean = math.fsum(self.recent) / len(self.recent)
         if self.step < 0 or self._score(loss, mean) < self._score(self.loss, self.mean):
             self.loss, self.mean, self.step = loss, mean, t
@@ -87,7 +89,7 @@ class BestWeights:
             self.copy.write([theta, *self.problem.buffers])
 
     def _score(self, loss: float, mean: float) -> float:
-        return loss if self.turns <= TURNS else max(loss, mean)
+        return loss if self.reversals <= REVERSALS else max(loss, mean)
 
     @contextmanager
     def in_model(self) -> Iterator[None]:

@@ -223,7 +223,7 @@ class Population:
 
 
 def _open_state(binding: Binding, slots: Tensors) -> None:
-    """Room in a fresh optimizer for what its members' tensors are."""
+    """Make the tensors of a fresh optimizer's state, as its members have them."""
     for p in binding.params:
         live = binding.optimizers[0].state[p]
         for name in slots:

@@ -43,7 +43,7 @@ class Starts:
         self.vector, self.transition, self.total = outer.vector, tangents.transition, total
         self.active = active
         self.of_momentum, self.sizing = find(policies, MomentumStart), find(policies, WeightDecaySizing)
-        self.momentum: float | None = None  # the largest of the groups' before the first step; None: not looked at yet
+        self.momentum: float | None = None  # the largest of the groups' before the first step; None: not read yet
         self.sizes_due: list[int] = []  # the optimizers at whose next step weight decay is sized
 
     def before_step(self, t: int, frozen: bool) -> None:

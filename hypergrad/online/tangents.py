@@ -148,7 +148,7 @@ class Tangents:
             self.tangent = self.low_rank.faded(self.tangent)
         return self._bound(torch.linalg.vector_norm(state.theta))
 
-    # On a device the factor, mostly 1, is multiplied with unseen: to look at it first would be one wait a step more.
+    # On a device the factor, mostly 1, is multiplied with unseen: to read it first would be one wait a step more.
     def _bound(self, norm: Tensor) -> None:
         """Cap every tangent at CAP times the norm of the weights; one that is not finite starts again from zero."""
         assert self.tangent is not None

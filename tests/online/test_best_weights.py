@@ -337,7 +337,7 @@ def test_a_copy_from_a_device_is_waited_for_where_it_is_used() -> None:
         events.append(Event())
         return events[-1]
 
-    with mock.patch.object(host_copy, "ASYNCHRONOUS", {"cpu"}), mock.patch.object(host_copy, "_mark", mark):
+    with mock.patch.object(host_copy, "ASYNCHRONOUS", {"cpu"}), mock.patch.object(host_copy, "_event", mark):
         kept = host_copy.HostCopy(torch.device("cpu"))
         kept.pinned = False  # which takes a GPU
         for _ in range(2):

@@ -261,8 +261,8 @@ def test_clipping_is_differentiated(name: str) -> None:
     lg, lm = clip.vjp(g.detach(), sizes, threshold, lam)
     torch.testing.assert_close(lg, of_g)
     torch.testing.assert_close(lm, of_m)
-    step_jvp = clip.jvp(g.detach(), sizes, threshold, z, z_m)
-    torch.testing.assert_close(step_jvp @ lam, z @ lg + (z_m * lm)[:, 0])
+    along_z = clip.jvp(g.detach(), sizes, threshold, z, z_m)
+    torch.testing.assert_close(along_z @ lam, z @ lg + (z_m * lm)[:, 0])
 
 
 def test_every_exported_rule_is_in_the_table() -> None:

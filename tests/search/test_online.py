@@ -88,7 +88,7 @@ def test_several_groups_and_parts_of_betas() -> None:
 def test_what_the_loss_reads_is_tuned_online() -> None:
     """A target of the training loss that is tuned towards that of the validation loss, 1, from −1."""
 
-    def step_vjp(p: dict[str, Any], trial: Trial) -> Run:
+    def pulled_run(p: dict[str, Any], trial: Trial) -> Run:
         model = torch.nn.Linear(1, 1, bias=False).double()
         torch.nn.init.zeros_(model.weight)
 
@@ -99,7 +99,7 @@ def test_what_the_loss_reads_is_tuned_online() -> None:
         return Run(model, sgd, [None] * 400, loss, lambda: ((model.weight - 1) ** 2).sum())
 
     space = {"target": Float(-2.0, 3.0, start=-1.0), "other": Float(0.0, 1.0, differentiable=False)}
-    study = quiet(step_vjp, space, "hypergradient-online", 1)
+    study = quiet(pulled_run, space, "hypergradient-online", 1)
     assert set(study.best_trial.notes["learned"]) == {"target"}
     assert study.best_params["target"] > 0 and study.best_params["other"] == 0.5
     assert study.best_value < 1

@@ -41,28 +41,6 @@ DEFAULT: tuple[Policy, ...] = (
     MeanTrustRegion(),
 )
 
-__all__ = [
-    "DEFAULT",
-    "AdamOnPhi",
-    "AgreementPace",
-    "Backtracking",
-    "ChaosCeiling",
-    "ClipOutliers",
-    "DivergenceGuard",
-    "LrDecayCoupling",
-    "LrMomentumCoupling",
-    "LrWarmStart",
-    "MeanTrustRegion",
-    "MomentumStart",
-    "NewtonClimb",
-    "Phases",
-    "Policy",
-    "SlowDescent",
-    "WeightDecaySizing",
-    "replaced",
-    "without",
-]
-
 
 def without(policies: Sequence[Policy], *kinds: type[Policy]) -> tuple[Policy, ...]:
     """A list of policies, some left out.

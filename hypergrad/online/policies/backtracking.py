@@ -6,7 +6,7 @@ the reading before training and v* the lowest so far, at weights θ*, a reading 
 
     v − v* > max(noise σ, share (v₀ − v*))       σ = median |v_i − 2 v_{i−1} + v_{i−2}| / (0.6745 √6), of the last recent
 
-(second differences: a trend is no noise). Of many readings of random batches the lowest is luck. So a suspect is looked into: the
+(second differences: a trend is no noise). Of many readings of random batches the lowest is luck. So a suspect is read again: the
 loss is read at θ* and at the running average of the weights in turn (the weights themselves jump about it while lr is large, and
 what they jump by passes once lr decays), pairs times each with the same random numbers. With d the differences,
 

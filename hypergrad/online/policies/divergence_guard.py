@@ -122,10 +122,10 @@ class StepJudge:
         share, off = max(1 / self.policy.horizon, 1 / self.seen), loss - self.mean
         self.mean += share * off
         self.variance += share * (off * off - self.variance)
-        settled = self.seen >= self.policy.horizon
-        if settled:
+        enough = self.seen >= self.policy.horizon
+        if enough:
             self.best = min(self.best, self.mean)
-        return "blow-up" if self.reference > 0 and settled and self.mean > self._threshold() else "good"
+        return "blow-up" if self.reference > 0 and enough and self.mean > self._threshold() else "good"
 
     def is_spike(self, loss: float) -> bool:
         """Whether a loss is so high that its step should not be taken."""
