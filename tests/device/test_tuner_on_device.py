@@ -17,6 +17,7 @@ from torch.nn.functional import cross_entropy
 from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR
 
 import hypergrad
+from hypergrad.policies import WeightDecaySizing
 from tests.device.stand_in import DEVICE, NAME, stand_in
 
 pytestmark = pytest.mark.slow
@@ -175,11 +176,11 @@ def trained(loop: Loop, device: str) -> tuple[Run, int, int]:
     where a validation loss that may have risen is read again, there is one wait more.
     """
     run, plain, hyper = loop.build(device), 0, 0
-    every, hyper_steps, loop_of = run.tuner._loop.every, run.tuner._hyper, run.tuner._loop
+    every, hyper_steps, of_decay = run.tuner._loop.every, run.tuner._hyper, WeightDecaySizing.sized
     hyper_steps.validation = aside(hyper_steps.validation)
     for t in range(STEPS):
         DEVICE.clear()
-        sizing = mock.patch.object(loop_of, "_size_decay", wraps=loop_of._size_decay)
+        sizing = mock.patch.object(WeightDecaySizing, "sized", autospec=True, side_effect=of_decay)
         again = mock.patch.object(hyper_steps, "_read_both", wraps=hyper_steps._read_both)
         with sizing as sized, again as read_again:
             run.step(t)
