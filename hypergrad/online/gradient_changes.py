@@ -39,6 +39,13 @@ class Pending:
     stepped: set[int] = field(default_factory=set)  # the optimizers that have used it
     survives: Tensor | None = None  # 0-d bool, while more is added: not all of it was zeroed
 
+    def forget_tangent(self) -> None:
+        """The gradient's tangent is zero."""
+        self.dg = None
+
+    def used_by(self, optimizer: int) -> None:
+        self.stepped.add(optimizer)
+
     def joined(
         self, transition: Transition, has: Sequence[bool], dg: Tensor | None, loss: Tensor, scale: float
     ) -> Pending:

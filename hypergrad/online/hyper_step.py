@@ -20,9 +20,8 @@ from hypergrad.online.progress import Progress
 from hypergrad.online.tangents import Tangents
 from hypergrad.online.validation_noise import ValidationNoise
 
-OTHER_DRAWS = (
-    2**31
-)  # seeds of second readings, far from those of the first; torch's CPU generator takes 32 bits of a seed
+# Seeds of second readings, far from those of the first: torch's CPU generator takes 32 bits of a seed
+OTHER_DRAWS = 2**31
 
 
 class HyperSteps:
@@ -33,7 +32,8 @@ class HyperSteps:
         average: take it at the running average of the weights while lr, momentum, … are tuned.
         seed: of the random numbers that it draws.
         best: is told every validation loss; None: no weights are kept.
-        record: the same; None: lr is not tuned, or steps are replayed, or nothing goes back.
+        record: is told every validation loss and says when to go back; None: Backtracking is left out, lr is not tuned, or steps
+            are replayed.
         counts: what happened, for `tuner.stats`.
     """
 
@@ -55,11 +55,8 @@ class HyperSteps:
         self.validation, self.average, self.seed, self.counts = validation, average, seed, counts
         self.best, self.record = best, record
         self.noise = ValidationNoise()
-        self.frozen, self.val_loss, self.validated = (
-            False,
-            math.nan,
-            0,
-        )  # the last loss; how often it was taken with its gradient
+        self.frozen, self.val_loss = False, math.nan
+        self.validated = 0  # how often the loss was taken with its gradient
         self.moved = False  # φ has taken a step
         self.hypergradients: dict[str, Tensor] = {}
 

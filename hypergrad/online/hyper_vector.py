@@ -124,8 +124,7 @@ class HyperVector:
     def slope(self) -> Tensor:
         """dx/dφ [k], float64."""
         if self._slope[0] is not self.value:  # values are replaced, not written to
-            self._found = self.phi, self.value
-        self._slope = self.value, self._each("slope", self.value)
+            self._slope = self.value, self._each("slope", self.value)
         return self._slope[1].clone()
 
     def rows(self, name: str) -> list[int]:
@@ -150,7 +149,7 @@ class HyperVector:
         """The numbers of this name [k] bool."""
         return torch.tensor([entry.name == name for entry in self.entries])
 
-    # ---- φ, its values and bounds: `apply` alone writes them
+    # ---- φ, its values and bounds: every move goes through `apply`
 
     def apply(self, phi: Tensor, low: Tensor | None = None, high: Tensor | None = None) -> None:
         """Set φ, kept within its bounds, and the bounds where they are given. A value whose φ does not change stays as it is."""

@@ -105,9 +105,11 @@ class OnlineLoop:
         if not self.hyper.frozen:
             finite = math.isfinite(read["sum"][0]) or bool(torch.isfinite(g).all())  # the sum may overflow
             keep = not self.stepped and self.t % self.every == 0
-            if not self.recovery.judged(self.t, state, finite, loss, keep, not self.stepped):
+            verdict = self.recovery.verdict(state, finite, loss, keep, not self.stepped)
+            if verdict != "good":
                 self.void = True
                 self._drop_gradients(i)
+                self.recovery.act(self.t, verdict, loss)
                 return
         if not self.stepped:
             self.tangents.follow(state.theta, self.t)
@@ -121,7 +123,7 @@ class OnlineLoop:
         if fresh is not None:
             if loss is not None and not self.stepped:
                 self.hyper.note_training_loss(loss)
-            fresh.stepped.add(i)
+            fresh.used_by(i)
 
     def _read(
         self, i: int, g: Tensor | None, active: Sequence[bool], fresh: Pending | None

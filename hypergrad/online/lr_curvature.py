@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -80,6 +81,12 @@ class LrCurvature:
         places = [self.vector.moving[k] for k in self.vector.rows("lr")]
         newton[places] = torch.where((a + b).isfinite(), best, math.nan)
         return newton
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"sums": self.sums}
+
+    def load_state_dict(self, state: Mapping[str, Any], like: Tensor) -> None:
+        self.sums = None if state["sums"] is None else state["sums"].to(like)
 
 
 def _rows(x: Tensor, rows: Sequence[int]) -> Tensor:

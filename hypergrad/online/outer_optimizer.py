@@ -99,6 +99,11 @@ class OuterOptimizer:
 
     # ---- what is read of it
 
+    @property
+    def names(self) -> list[str]:
+        """Of the policies, in their order."""
+        return [type(policy).__name__ for policy in self.policies]
+
     def climbing(self) -> bool:
         """Whether a learning rate that is tuned at present is on its way up (see MeanTrustRegion.climbing)."""
         policy = find(self.policies, MeanTrustRegion)

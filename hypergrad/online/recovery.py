@@ -32,14 +32,14 @@ class Recovery:
     ):
         self.judge, self.outer, self.tangents, self.journal, self.counts = judge, outer, tangents, journal, counts
         self.passed_over = 0  # steps, as bad batches or spikes
-        self.voids = 0  # steps that did nothing, for whatever reason
+        self.dropped = 0  # steps that did nothing, for whatever reason
 
     def doubts(self, loss: float) -> bool:
         """Whether a loss, not judged yet, looks like the batch's own fault."""
         return self.judge is not None and self.judge.doubts(loss)
 
-    def judged(self, t: int, state: State, finite: bool, loss: float | None, keep: bool, first: bool) -> bool:
-        """Whether step t may be taken. If not, weights may have been rolled back.
+    def verdict(self, state: State, finite: bool, loss: float | None, keep: bool, first: bool) -> str:
+        """ "good" where a step may be taken; else what is wrong, to be handed to `act`.
 
         Args:
             finite: whether the gradient is.
@@ -47,20 +47,23 @@ class Recovery:
             first: of the optimizers' steps that make this training step; then a state is kept also where there is none yet.
         """
         if self.judge is None:
-            return True
+            return "good"
         verdict = self.judge.judge(loss, finite, state.theta)
         if verdict in ("false alarm", "bad data"):
             self.counts["false_alarms"] += 1
             self.outer.multiply("lr", self.judge.cut)
             self.outer.cap("lr", math.inf)
-        if verdict == "false alarm":
-            return True
-        if verdict == "good":
-            if keep or (first and not self.judge.good):
-                self.judge.keep(state)
-            return True
+        if verdict == "good" and (keep or (first and not self.judge.good)):
+            self.judge.keep(state)
+        if verdict in ("good", "false alarm"):
+            return "good"
         self.tangents.drop_pending()
-        self.voids += 1
+        self.dropped += 1
+        return verdict
+
+    def act(self, t: int, verdict: str, loss: float | None) -> None:
+        """Pass step t over, or roll back."""
+        assert self.judge is not None
         self.judge.mend_buffers()
         if verdict == "spike":
             self._pass_over(t, "spikes", "a loss was far above the first")
@@ -68,7 +71,6 @@ class Recovery:
             self._pass_over(t, "nonfinite_steps", "a loss or gradient was not finite")
         else:
             self._cut_after_roll_back(t, self.judge.cut, loss)
-        return False
 
     def _pass_over(self, t: int, count: str, why: str) -> None:
         self.passed_over += 1

@@ -39,6 +39,7 @@ class ReplayWindow:
 
     def reset(self) -> None:
         """Begin a new window at the next step."""
+        self.dropped = self.loop.recovery.dropped  # steps that did nothing, until the window began
         self.tape = Tape(default_every(self.horizon))
         self.batches: list[Any] = []
         self.values: list[Values] = []
@@ -47,13 +48,17 @@ class ReplayWindow:
 
     def step(self, batch: Any) -> Tensor:
         loop = self.loop
+        if loop.recovery.dropped > self.dropped:  # in a step that was not taken here
+            self.reset()
         if loop.mode == "implicit" and loop.used[0] and loop.t % loop.every == 0:
             self._look_back(batch)
         if loop.mode == "unrolled":
             self._record(batch)
-        loss, before, voids = loop.problem.training_loss(batch), loop.t, loop.recovery.voids
+        loss, before = loop.problem.training_loss(batch), loop.t
         self._train(loss)
-        if loop.t == before or loop.recovery.voids > voids:  # GradScaler skipped the step, or it was passed over
+        if (
+            loop.t == before or loop.recovery.dropped > self.dropped
+        ):  # GradScaler skipped the step, or it was passed over
             self.reset()
         if self.batches:
             self.after = loop.transition.read()

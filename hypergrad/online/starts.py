@@ -24,7 +24,7 @@ class Starts:
 
     Args:
         search: lr's warm start.
-        active: whether typed starts of lr, momentum and weight decay are hints.
+        hints: whether typed starts of lr, momentum and weight decay are hints.
         total: steps of the run; None: not known.
     """
 
@@ -37,18 +37,18 @@ class Starts:
         writer: ParamGroupWriter,
         journal: Journal,
         total: int | None,
-        active: bool,
+        hints: bool,
     ):
         self.search, self.outer, self.tangents, self.writer, self.journal = search, outer, tangents, writer, journal
         self.vector, self.transition, self.total = outer.vector, tangents.transition, total
-        self.active = active
+        self.hints = hints
         self.of_momentum, self.sizing = find(policies, MomentumStart), find(policies, WeightDecaySizing)
         self.momentum: float | None = None  # the largest of the groups' before the first step; None: not read yet
         self.sizes_due: list[int] = []  # the optimizers at whose next step weight decay is sized
 
     def before_step(self, t: int, frozen: bool) -> None:
         """Stop where nothing is to move, or a scheduler came after the tuner; before the first step, momentum's start."""
-        if not self.search.active and (not self.active or self.momentum is not None):
+        if not self.search.active and (not self.hints or self.momentum is not None):
             return
         if frozen or any("initial_lr" in group for group in self.transition.groups):
             self.search.stop()
@@ -103,7 +103,7 @@ class Starts:
         """Other numbers are tuned from now on. Where weight decay is one of them it is sized."""
         moving = {self.vector.entries[j].name for j in self.vector.moving}
         self.sizes_due = []
-        if self.active and "weight_decay" in moving:
+        if self.hints and "weight_decay" in moving:
             self._size_all()
 
     def _size_all(self) -> None:
@@ -127,11 +127,11 @@ class Starts:
     def state_dict(self) -> dict[str, Any]:
         return {
             "search": self.search.state_dict(),
-            "active": self.active,
+            "hints": self.hints,
             "momentum": self.momentum,
             "sizes due": list(self.sizes_due),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.search.load_state_dict(state["search"])
-        self.active, self.momentum, self.sizes_due = state["active"], state["momentum"], list(state["sizes due"])
+        self.hints, self.momentum, self.sizes_due = state["hints"], state["momentum"], list(state["sizes due"])

@@ -41,11 +41,8 @@ class Tangents:
         low_rank: LowRankHessian | None = None,
     ):
         self.transition, self.vector, self.model = transition, vector, model
-        self.scaler, self.clip_norm, self.low_rank = (
-            scaler,
-            clip_norm,
-            low_rank,
-        )  # low_rank None: every product is formed
+        self.scaler, self.clip_norm = scaler, clip_norm
+        self.low_rank = low_rank  # None: every product is formed
         self.tangent: Tangent | None = None  # None: zero
         self.average: Tensor | None = None  # θ̄ [n]
         self.average_tangent: Tensor | None = None  # dθ̄/dφ [k, n]; None: zero
@@ -203,7 +200,7 @@ class Tangents:
         self.tangent = self.average_tangent = None
         self.curvature.forget()
         if also_pending and self.pending is not None:
-            self.pending.dg = None
+            self.pending.forget_tangent()
 
     def start_again(self) -> None:
         """Tangents are zero, and the running average of the weights starts again: training goes on from other weights."""
@@ -245,7 +242,7 @@ class Tangents:
             "slots": None if tangent is None else dict(tangent.slots),
             "average": self.average,
             "average_tangent": self.average_tangent,
-            "along": self.curvature.sums,
+            "curvature": self.curvature.state_dict(),
             "hit": self.hit.clone(),
             **({} if self.low_rank is None else {"low rank": self.low_rank.state_dict()}),
         }
@@ -260,7 +257,8 @@ class Tangents:
         if state["theta"] is not None:
             self.tangent = Tangent(here(state["theta"]), {name: here(x) for name, x in state["slots"].items()})
         self.average, self.average_tangent = here(state["average"]), here(state["average_tangent"])
-        self.curvature.sums, self.hit = here(state["along"]), state["hit"].clone()
+        self.curvature.load_state_dict(state["curvature"], like)
+        self.hit = state["hit"].clone()
         if self.low_rank is not None:
             self.low_rank.load_state_dict(state["low rank"], like)
         self.pending = None

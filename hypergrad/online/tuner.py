@@ -31,7 +31,7 @@ class Tuner:
     Write `tuner.backward(loss)` in place of `loss.backward()`; everything else in the loop stays as it is. Every `every`
     steps the hypergradient dL/dφ of L = val_loss is formed from tangents dθ/dφ that have been carried along with every step
     (forward mode), and φ, the transformed values (log lr, log weight decay, logit momentum, …), takes a step: of Adam, slowed by
-    disagreement; lr climbs by Newton's step (see outer_optimizer.py). Every number keeps within a factor of 4 of its mean so far.
+    disagreement; lr climbs by Newton's step (docs/online.md). Every number keeps within a factor of 4 of its mean so far.
     Where the validation loss has risen by more than chance, weights go back to where it was lowest, and lr is divided by 4 (see
     backtracking.py).
 

@@ -16,7 +16,7 @@ def state_of(loop: OnlineLoop, counts: Mapping[str, int]) -> dict[str, Any]:
     return {
         "version": VERSION,
         "sizes": list(loop.transition.sizes),
-        "steps": loop.t,
+        "policy names": loop.outer.names,
         "stats": {**counts, **loop.tangents.counts},
         "vector": loop.vector.state_dict(),
         "policies": loop.outer.state_dict(),
@@ -64,6 +64,12 @@ def _check(loop: OnlineLoop, counts: Mapping[str, int], state: Mapping[str, Any]
             "or begin anew from the present weights."
         )
     mine = state_of(loop, counts)
+    theirs = state.get("policy names", mine["policy names"])
+    if list(theirs) != mine["policy names"]:
+        raise ValueError(
+            f"this state_dict was written with the policies {', '.join(theirs)}; this tuner has "
+            f"{', '.join(mine['policy names'])}: make it with the same `policies`."
+        )
     missing = _missing(mine, state)
     if missing:
         raise ValueError(f"this state_dict is incomplete: it lacks {', '.join(missing)}.")
@@ -77,10 +83,15 @@ def _check(loop: OnlineLoop, counts: Mapping[str, int], state: Mapping[str, Any]
         )
 
 
-def _missing(mine: Mapping[str, Any], state: Mapping[str, Any]) -> list[str]:
-    """What a state lacks, two levels deep."""
-    out = [name for name in mine if name not in state]
+# parts whose keys depend on the run
+_FREE = {("stats",), ("loop", "values"), ("tangents", "slots"), ("backtracking", "start")}
+
+
+def _missing(mine: Mapping[str, Any], state: Mapping[str, Any], place: tuple[str, ...] = ()) -> list[str]:
+    """What a state lacks, at any depth."""
+    out = ["/".join([*place, name]) for name in mine if name not in state]
     for name, part in mine.items():
-        if isinstance(part, Mapping) and name != "stats" and isinstance(state.get(name), Mapping):
-            out += [f"{name}/{key}" for key in part if key not in state[name]]
+        theirs, inside = state.get(name), (*place, name)
+        if isinstance(part, Mapping) and isinstance(theirs, Mapping) and inside not in _FREE:
+            out += _missing(part, theirs, inside)
     return out

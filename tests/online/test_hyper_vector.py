@@ -32,6 +32,17 @@ def trained(tuner: hypergrad.Tuner, steps: int = STEPS) -> hypergrad.Tuner:
     return tuner
 
 
+def test_reset_is_the_start_whatever_came_between() -> None:
+    model = Bowl()
+    vector = tuner_of(torch.optim.SGD(model.parameters(), lr=0.1), model, ("lr",))._vector
+    start, phi, slope = vector.value.clone(), vector.phi.clone(), vector.slope()
+    for value in (0.5, 0.7):
+        vector.put(0, value)
+        assert vector.slope().tolist() == pytest.approx([value])  # dx/dlog x
+    vector.reset()
+    assert torch.equal(vector.value, start) and torch.equal(vector.phi, phi) and torch.equal(vector.slope(), slope)
+
+
 @pytest.mark.parametrize("g", [1.0, -1.0])
 def test_momentum_moves_at_a_fixed_lr_over_one_less_momentum(g):
     """A loss of lr/(1 − m) alone has no reason to move momentum; one of momentum alone leaves lr/(1 − m)."""
@@ -158,7 +169,7 @@ def test_weight_decays_range_does_not_narrow_the_users_bounds():
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-2, weight_decay=1e-4)
     tune = {"lr": hypergrad.Hyperparameter(1e-2), "weight_decay": hypergrad.Hyperparameter(bounds=(1e-5, 1e-4))}
     tuner = hypergrad.Tuner(model, optimizer, model, tune=tune, every=1000, total_steps=steps)
-    tuner._loop.starts.active = True
+    tuner._loop.starts.hints = True
     trained(tuner, 40)
     for sign, end in ((1.0, 1e-5), (-1.0, 1e-4)):
         for _ in range(400):
@@ -187,7 +198,7 @@ def test_weight_decay_stays_where_it_decays_something_but_not_all(sign, end):
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-2, weight_decay=1e-3)
     tune = {"lr": hypergrad.Hyperparameter(1e-2, bounds=(0.99e-2, 1.01e-2)), "weight_decay": None}
     tuner = hypergrad.Tuner(model, optimizer, model, tune=tune, every=1000, total_steps=steps)
-    tuner._loop.starts.active = True  # as after a warm start, with an lr that is known here
+    tuner._loop.starts.hints = True  # as after a warm start, with an lr that is known here
     trained(tuner, 40)
     for _ in range(300):
         step(tuner, torch.tensor([0.0, sign]))

@@ -4,19 +4,19 @@ A hypergradient is a slope: where a net fits its training set, the validation lo
 down by a few per cent a hyperparameter step. So its level counts too. With the readings v_1, v_2, … of the validation loss, v₀
 the reading before training and v* the lowest so far, at weights θ*, a reading is *suspect* if
 
-    v − v* > max(noise σ, share (v₀ − v*))       σ = median |v_i − 2 v_{i−1} + v_{i−2}| / (0.6745 √6), of the last recent
+    v − v* > max(noise σ, share (v₀ − v*))       σ = median |v_i − 2 v_{i−1} + v_{i−2}| / (0.6745 √6), of the last `recent`
 
 (second differences: a trend is no noise). Of many readings of random batches the lowest is luck. So a suspect is read again: the
 loss is read at θ* and at the running average of the weights in turn (the weights themselves jump about it while lr is large, and
-what they jump by passes once lr decays), pairs times each with the same random numbers. With d the differences,
+what they jump by passes once lr decays), `pairs` times each with the same random numbers. With d the differences,
 
     mean(d) > max(sure · sd(d)/√pairs, share (v₀ − v̄*))       v̄* the mean at θ*
 
 is a loss that has risen. If not, v* ← v̄*, which is not luck any more. If so, the weights are taken back to θ*, lr is divided by
-cut, its ceiling is √cut times that (it rises as after chaos, see outer_optimizer.py), tangents and averages start again and so
-do the readings. In the first again of a run of known length the run starts again instead, optimizer state and all, and the loss
-before training counts as a reading: what lr that is far too large has done to the weights (units dead, training loss 0 with
-large margins) is not undone by steps from there.
+cut, its ceiling is √cut times that (it rises as after chaos, see chaos_ceiling.py), tangents and averages start again and so
+do the readings. In the first share `again` of a run of known length the run starts again instead, optimizer state and all, and
+the loss before training counts as a reading: what lr that is far too large has done to the weights (units dead, training loss 0
+with large margins) is not undone by steps from there.
 
 The readings start again where the tuning of another number begins: what is read at the average of the weights while lr is tuned,
 and what is read at the weights later, do not compare. (Early stopping with restarts from the best weights; the paired test is
@@ -89,9 +89,8 @@ class LossRecord:
         self, policy: Backtracking, transition: Transition, problem: Problem, before: float, total: int | None
     ):
         self.policy, self.transition, self.problem, self.before = policy, transition, problem, before
-        self.until = (
-            0.0 if total is None or not math.isfinite(before) else self.policy.again * total
-        )  # runs start again up to this step
+        # up to this step the run starts again
+        self.until = 0.0 if total is None or not math.isfinite(before) else self.policy.again * total
         self.start = _Kept(_first_state(transition), problem.read_buffers()) if self.until else None
         self.second: deque[float] = deque(maxlen=self.policy.recent)
         self.phase: list[int] = []  # the numbers that were tuned at the last reading

@@ -41,11 +41,12 @@ class LrSearch:
 
     Args:
         policy: its constants; None: there is none.
-        active: whether to.
+        active: whether the search is under way.
     """
 
     def __init__(self, policy: LrWarmStart | None, active: bool):
-        self.policy, self.active = policy or LrWarmStart(), active and policy is not None
+        self.policy, self.given = policy or LrWarmStart(), policy is not None
+        self.active = active and self.given
         self.lr = 1.0  # of the last step, in units of the first
         self.numerator = self.denominator = 0.0
         self.observed = 0
@@ -79,7 +80,8 @@ class LrSearch:
         return factor
 
     def state_dict(self) -> dict[str, Any]:
-        return {name: x for name, x in vars(self).items() if name != "policy"}
+        return {name: x for name, x in vars(self).items() if name not in ("policy", "given")}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         vars(self).update({name: state[name] for name in self.state_dict()})
+        self.active = self.active and self.given

@@ -15,7 +15,7 @@ returns; the outer optimizer keeps it under the policy's name.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import torch
@@ -39,10 +39,9 @@ class HyperContext:
     scaled: Tensor  # bool: φ is a logarithm or a logit
     outgrown: Tensor  # bool: lr or momentum whose tangent outgrew the weights since the last hyperparameter step
     newton: Tensor  # log c* of each lr (see NewtonClimb); NaN: not known
-    lr_and_decay: Sequence[
-        tuple[int, int]
-    ]  # places of lr and weight decay of each group that has both, lr tuned at present
-    lr_and_momentum: Sequence[tuple[int, int]]  # the same of lr and momentum
+    # places of lr and weight decay, and of lr and momentum, of each group that has both, where lr is tuned at present
+    lr_and_decay: Sequence[tuple[int, int]]
+    lr_and_momentum: Sequence[tuple[int, int]]
     hyper_lr: float  # the user's step size on φ
 
 
@@ -96,8 +95,3 @@ class Policy:
 def find(policies: Sequence[Policy], kind: type[P]) -> P | None:
     """The policy of a class; None where it is left out."""
     return next((policy for policy in policies if isinstance(policy, kind)), None)
-
-
-def described(policy: Policy) -> str:
-    """Name and constants, as one writes them."""
-    return f"{type(policy).__name__}({', '.join(f'{f.name}={getattr(policy, f.name)!r}' for f in fields(policy))})"
