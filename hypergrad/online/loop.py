@@ -72,6 +72,8 @@ class OnlineLoop:
             raise ValueError("param groups were added: close this tuner and make a new one.")
         if i in self.stepped:  # it steps more often than others: theirs are left out
             self._end_step()
+        if self.t == self.total and not self.stepped:
+            self._say_past_the_end()
         self.starts.before_step(self.t, self.hyper.frozen)
         active = tuple(
             p.grad is not None and self.transition.optimizer_of_group[group] == i
@@ -248,6 +250,14 @@ class OnlineLoop:
         if self.phases is None:
             return self.vector.tune_only(names)
         return self.vector.tune_only(self.phases.tuned_at(self.t, self.total, names, not self.outer.climbing()))
+
+    def _say_past_the_end(self) -> None:
+        self.journal.note_once(
+            self.t,
+            f"total_steps={self.total:,} training steps are done, and training goes on: lr stays at its last, smallest value, "
+            "and nothing is tuned any more. Give total_steps the optimizer steps of the whole run, such as "
+            "epochs * len(train_loader).",
+        )
 
     def _count_unknown(self, plain: bool) -> None:
         if plain:

@@ -53,7 +53,8 @@ class Tuner:
         hyper_lr: step size on φ: 0.1 is about 10 % of a positive hyperparameter's value; lr may climb by 7 such steps at once.
         total_steps: number of training steps, if known: lr is then its tuned scale times a warm-up and linear decay to zero;
             lr, momentum, … are tuned over the first 30 % of the run, or on while lr climbs, to 80 % at most; weight decay and
-            tensors in the loss from there to 90 %.
+            tensors in the loss from there to 90 %. Steps beyond them are warned of once: lr stays at its last, smallest value
+            there. A run that ends earlier leaves lr where its decay had come to, and before 30 % weight decay untuned.
             After a warm start weight decay is kept where it decays the weights by 0.01 to 50 e-foldings over the rest of the
             run, unless it has a start or bounds of its own.
         clip_norm: threshold, if the loop calls `clip_grad_norm_` (tuner.step then calls it).

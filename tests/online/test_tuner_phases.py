@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -114,3 +116,47 @@ def test_what_is_tuned_is_part_of_the_state():
     early = next(train(other, validation(other), steps=1, warm_start=False))
     early.load_state_dict(states[-1] | {"vector": states[-1]["vector"] | {"moving": [1]}})
     assert early._vector.moving == [1]
+
+
+@pytest.mark.parametrize("optimizers", [1, 2])
+def test_the_first_step_beyond_total_steps_is_said_once(optimizers: int) -> None:
+    """A loop of two epochs of 10 steps whose total_steps is that of one."""
+    torch.manual_seed(0)
+    model = torch.nn.Linear(3, 1)
+    x, y = torch.randn(16, 3), torch.randn(16, 1)
+    parts = [[model.weight, model.bias]] if optimizers == 1 else [[model.weight], [model.bias]]
+    sgds = [torch.optim.SGD(params, lr=0.01) for params in parts]
+
+    def loss() -> torch.Tensor:
+        return ((model(x) - y) ** 2).mean()
+
+    tuner, said = hypergrad.Tuner(model, sgds, loss, total_steps=10, tune=("lr",)), []
+    for _ in range(20):
+        for sgd in sgds:
+            sgd.zero_grad()
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            tuner.backward(loss())
+            before = model.weight.detach().clone()
+            for sgd in sgds:
+                sgd.step()
+        said.append([str(w.message) for w in caught if "total_steps" in str(w.message)])
+        assert not torch.equal(before, model.weight)
+    assert [t for t, sentences in enumerate(said) if sentences] == [10]
+    assert "total_steps=10" in said[10][0] and "epochs * len(train_loader)" in said[10][0]
+
+
+def test_as_an_error_it_comes_before_weights_change() -> None:
+    model = torch.nn.Linear(3, 1)
+    sgd = torch.optim.SGD(model.parameters(), lr=0.01)
+    tuner = hypergrad.Tuner(model, sgd, lambda: (model.weight**2).sum(), total_steps=1, tune=("lr",))
+    for step in range(2):
+        sgd.zero_grad()
+        tuner.backward((model(torch.ones(1, 3)) ** 2).sum())
+        before = model.weight.detach().clone()
+        if step == 0:
+            sgd.step()
+            continue
+        with pytest.raises(UserWarning, match="total_steps"):  # pytest makes warnings errors
+            sgd.step()
+        assert torch.equal(before, model.weight)
