@@ -23,7 +23,7 @@ from experiments import figures, mode_tables, results, search_figures, whole_run
 from experiments.markdown import source, table  # noqa: E402
 from experiments.workloads import WORKLOADS  # noqa: E402
 
-DOCS = ("layers", "modes", "optimizers", "ray", "search", "several", "sklearn")
+DOCS = ("layers", "modes", "online", "optimizers", "ray", "search", "several", "sklearn")
 TEXTS = (ROOT / "README.md", *(ROOT / f"docs/{name}.md" for name in DOCS))  # whose blocks are filled
 FIGURES, GOALS = ROOT / "docs/figures", results.FOLDER / "goals.json"
 Result = dict[str, Any]
@@ -119,6 +119,23 @@ def harm(result: Result) -> str:
     return table(head, body) + "\n\n" + source(result)
 
 
+def ablation(result: Result) -> str:
+    head = ("without", "suite", "validation loss over that with it", "upper end of 95 %", "worst workload", "of it")
+    body = [
+        (
+            row["without"],
+            row["suite"],
+            f"{row['mean']:.3f}",
+            "–" if row["upper"] is None else f"{row['upper']:.3f}",
+            row["worst_workload"],
+            f"{row['worst']:.3f}",
+        )
+        for row in result["rows"]
+        if row["suite"] != "all"
+    ]
+    return table(head, body) + "\n\n" + source(result)
+
+
 def layers(result: Result) -> str:
     head = ("layer", "comes out", "error, unrolled", "error, forward", "what is said")
     body = []
@@ -145,6 +162,7 @@ TABLES: dict[str, Callable[[Result], str]] = {
     "fashion_mnist": fashion_mnist,
     "shootout": shootout,
     "harm": harm,
+    "ablation": ablation,
     "layers": layers,
     **mode_tables.TABLES,
     "search_benchmark": search_figures.search_benchmark,
