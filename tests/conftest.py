@@ -1,6 +1,7 @@
 """Settings of every test: one thread, seeded. Cases run on the device in HYPERGRAD_DEVICE (default cpu; see problems.py).
 
-Tests that start Ray share one process under `pytest -n 2 --dist loadgroup`: a machine has one Ray at a time.
+Tests that start Ray share one process under `pytest -n 2 --dist loadgroup`: a machine has one Ray at a time. So do those that make
+git worktrees: git removes and makes their common folder as the last one goes and the first one comes.
 """
 
 import os
@@ -9,6 +10,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+ALONE = {"ray": "test_ray", "worktrees": "test_same_numbers"}  # group: how its files' names begin
 torch.set_num_threads(1)
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # on a GPU, a replayed step is to be the recorded one
 torch.backends.cudnn.deterministic = True
@@ -16,8 +18,9 @@ torch.backends.cudnn.deterministic = True
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
-        if item.path.name.startswith("test_ray"):
-            item.add_marker(pytest.mark.xdist_group("ray"))
+        for group, start in ALONE.items():
+            if item.path.name.startswith(start):
+                item.add_marker(pytest.mark.xdist_group(group))
 
 
 @pytest.fixture(autouse=True)
