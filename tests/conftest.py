@@ -1,7 +1,7 @@
 """Settings of every test: one thread, seeded. Cases run on the device in HYPERGRAD_DEVICE (default cpu; see problems.py).
 
-Tests that start Ray share one process under `pytest -n 2 --dist loadgroup`: a machine has one Ray at a time. So do those that make
-git worktrees: git removes and makes their common folder as the last one goes and the first one comes.
+Tests that start Ray share one process under `pytest -n 2 --dist loadgroup`: a machine has one Ray at a time. So do
+those that make git worktrees: git removes and makes their common folder as the last one goes and the first one comes.
 """
 
 import os
