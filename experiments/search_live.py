@@ -93,8 +93,8 @@ def learn(data: Folds, values: Values, seed: int, epochs: int = LEARN_EPOCHS) ->
     batch = min(values["batch"], rows)
     train, val = inner(data, TOGETHER, seed)
     steps = epochs * math.ceil(train.x.shape[1] / batch)
-    first, gradients = ride(_first(train), _first(val), values, batch, steps, LOOKS, True, seed)
-    path, more = ride(train, val, values | first[-1], batch, steps, steps, False, seed)
+    first, gradients = path_of(_first(train), _first(val), values, batch, steps, LOOKS, True, seed)
+    path, more = path_of(train, val, values | first[-1], batch, steps, steps, False, seed)
     return path, (gradients + more) / (FOLDS * EPOCHS * math.ceil(rows / batch))
 
 
@@ -102,7 +102,7 @@ def _first(part: Folds) -> Folds:
     return Folds(part.kind, part.x[:1], part.y[:1], part.held_x, part.held_y, part.held)
 
 
-def ride(
+def path_of(
     train: Folds, val: Folds, values: Values, batch: int, total: int, stop: int, warm: bool, seed: int
 ) -> tuple[list[Values], float]:
     """The first `stop` of `total` steps of a tuned run: the values of each, the last as tuned, and the gradients they cost."""

@@ -1,4 +1,4 @@
-"""Checks before a release, by hand: `bash scripts/test.sh --release [--out FOLDER]`. Takes about an hour and needs the network.
+"""Checks before a release, by hand: `bash scripts/test.sh --release [--out FOLDER]`. Needs the network.
 
     soak          the hypergradient of a run of many steps, with checkpoints on disk (`experiments.long_run`)
     kill          the tests that kill processes and resume, three times each

@@ -63,12 +63,6 @@ class HyperSteps:
     def freeze(self) -> None:
         self.frozen = True
 
-    def note_training_loss(self, loss: float) -> None:
-        self.progress.note_training_loss(loss)
-
-    def say_best(self, t: int) -> None:
-        self.progress.say_best(t)
-
     def take(self, t: int, warming: bool) -> bool:
         """One hyperparameter step from the tangents, after t training steps; once nothing is tuned any more, the loss alone.
 

@@ -124,7 +124,7 @@ class OnlineLoop:
         self._push(i, state, g, active, values, dg, fresh)
         if fresh is not None:
             if loss is not None and not self.stepped:
-                self.hyper.note_training_loss(loss)
+                self.hyper.progress.note_training_loss(loss)
             fresh.used_by(i)
 
     def _read(
@@ -239,7 +239,7 @@ class OnlineLoop:
             assert self.hyper.record is not None
             self.recovery.go_back(self.t, self.hyper.record, self.hyper.val_loss)
         if self.t == self.total:
-            self.hyper.say_best(self.t)
+            self.hyper.progress.say_best(self.t)
         if self.choose_what_is_tuned():
             self.starts.begin_phase()
             self.tangents.forget(also_pending=True)

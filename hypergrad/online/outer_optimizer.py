@@ -26,17 +26,14 @@ class OuterOptimizer:
     """Moves φ, and keeps what each policy remembers under its name.
 
     Args:
-        policies: the list. `AdamOnPhi` must be in it.
+        policies: the list, with `AdamOnPhi` in it (`policies.check`).
         hyper_lr: the user's step size on φ.
     """
 
     def __init__(self, vector: HyperVector, policies: Sequence[Policy], hyper_lr: float):
         self.vector, self.policies, self.hyper_lr = vector, tuple(policies), hyper_lr
-        adam = find(policies, AdamOnPhi)
-        if adam is None:
-            raise ValueError("policies must hold AdamOnPhi(): it makes the step that the others shape.")
-        self.adam = adam
-        self.state: dict[str, State] = {type(p).__name__: p.init(len(vector)) for p in self.policies}
+        (self.adam,) = (policy for policy in policies if isinstance(policy, AdamOnPhi))
+        self.state: dict[str, State] = {p.name: p.init(len(vector)) for p in self.policies}
         self._safe_down = torch.tensor([entry.name in _SAFE_DOWN for entry in vector.entries])
 
     def step(self, gradient: Tensor, outgrown: Tensor, newton: Tensor) -> None:
@@ -50,14 +47,14 @@ class OuterOptimizer:
         none = torch.zeros_like(c.tuned)
         zero = torch.zeros_like(c.phi)
         p = Proposal(gradient.to("cpu", torch.float64).clone(), c.tuned, none, zero, zero, c.phi)
-        moments = self.state[type(self.adam).__name__]
+        moments = self.state[self.adam.name]
         for policy in self.policies:
-            p = policy.condition(c, p, self.state[type(policy).__name__], moments)
+            p = policy.condition(c, p, self.state[policy.name], moments)
         for policy in self.policies:
-            p, self.state[type(policy).__name__] = policy.propose(c, p, self.state[type(policy).__name__])
+            p, self.state[policy.name] = policy.propose(c, p, self.state[policy.name])
         p = p.but(phi=c.phi - p.down)
         for policy in self.policies:
-            p, self.state[type(policy).__name__] = policy.limit(c, p, self.state[type(policy).__name__])
+            p, self.state[policy.name] = policy.limit(c, p, self.state[policy.name])
         p = p.but(phi=p.phi.clamp(c.low, c.high))
         for policy in self.policies:
             p = policy.couple(c, p)
@@ -78,47 +75,43 @@ class OuterOptimizer:
         """Multiply the values of one positive hyperparameter. False if it is not tuned."""
         mine = self.vector.called(name)
         self.vector.apply(self.vector.multiplied(mine, factor))
-        self.state = {
-            key: policy.rescaled(mine, factor, self.state[key])
-            for policy in self.policies
-            for key in [type(policy).__name__]
-        }
+        self.state = {p.name: p.rescaled(mine, factor, self.state[p.name]) for p in self.policies}
         return bool(mine.any())
 
     def cap(self, name: str, factor: float) -> None:
         """A ceiling for the numbers of this name, `factor` times what they are, which rises as after chaos."""
         policy, mine = find(self.policies, ChaosCeiling), self.vector.called(name)
         if policy is not None:
-            key = type(policy).__name__
-            self.state[key] = policy.capped(mine, self.vector.phi + math.log(factor), self.state[key])
+            ceiling = self.vector.phi + math.log(factor)
+            self.state[policy.name] = policy.capped(mine, ceiling, self.state[policy.name])
 
     def restart(self, j: int) -> None:
         """Number j begins anew: what was remembered of it is forgotten."""
         for policy in self.policies:
-            self.state[type(policy).__name__] = policy.restarted(j, self.state[type(policy).__name__])
+            self.state[policy.name] = policy.restarted(j, self.state[policy.name])
 
     # ---- what is read of it
 
     @property
     def names(self) -> list[str]:
         """Of the policies, in their order."""
-        return [type(policy).__name__ for policy in self.policies]
+        return [policy.name for policy in self.policies]
 
     def climbing(self) -> bool:
         """Whether a learning rate that is tuned at present is on its way up (see MeanTrustRegion.climbing)."""
         policy = find(self.policies, MeanTrustRegion)
         if policy is None:
             return False
-        up = policy.climbing(self.vector.is_lr, self.vector.phi, self.state[type(policy).__name__])
+        up = policy.climbing(self.vector.is_lr, self.vector.phi, self.state[policy.name])
         return any(bool(up[j]) for j in self.vector.moving)
 
     def smoothed(self) -> Tensor:
         """The running mean of hypergradients dL/dφ [k]; NaN before the first."""
-        return self.adam.smoothed(self.state[type(self.adam).__name__])
+        return self.adam.smoothed(self.state[self.adam.name])
 
     def noise(self) -> Tensor:
         """Standard error of that mean [k]; NaN before the first."""
-        return self.adam.noise(self.state[type(self.adam).__name__])
+        return self.adam.noise(self.state[self.adam.name])
 
     def state_dict(self) -> dict[str, Any]:
         return {name: {key: x.clone() for key, x in state.items()} for name, state in self.state.items()}

@@ -39,7 +39,7 @@ class Recovery:
         return self.judge is not None and self.judge.doubts(loss)
 
     def verdict(self, state: State, finite: bool, loss: float | None, keep: bool, first: bool) -> str:
-        """ "good" where a step may be taken; else what is wrong, to be handed to `act`.
+        """What a step is: "good" where it may be taken, else what is wrong with it, for `act`.
 
         Args:
             finite: whether the gradient is.
@@ -93,7 +93,7 @@ class Recovery:
 
     def go_back(self, t: int, record: LossRecord, loss: float) -> None:
         """The validation loss has risen to `loss`: weights back to where it was lowest, with a smaller lr."""
-        step, by = record.go(), record.policy.cut
+        step, by = record.go(), record.policy.lr_cut
         if self.judge is not None:
             self.judge.start_again(self.tangents.transition.read())
         self._cut_lr(by)

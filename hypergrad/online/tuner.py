@@ -148,14 +148,14 @@ class Tuner:
         check_names([*written, *tensors], transition.values(), tensors)
         options = Options(mode, horizon, every, hyper_lr, total_steps, average, warm_start, curvature, int(seed))
         problem = Problem(model, transition.params, loss, tensors)
-        self._parts = build(
+        parts = build(
             problem, transition, val_loss, written, hypers, options, clip_norm, scaler, log_dir, keep_best, policies
         )
-        self._transition, self._problem, self._vector = transition, problem, self._parts.loop.vector
-        self._loop, self._window, self._journal = self._parts.loop, self._parts.window, self._parts.loop.journal
+        self._loop, self._window, self._journal = parts.loop, parts.window, parts.loop.journal
+        self._transition, self._vector = transition, parts.loop.vector
         self._hyper, self._best, self._counts = self._loop.hyper, self._loop.hyper.best, self._loop.counts
         self._closed = False
-        for note in self._parts.notes:
+        for note in parts.notes:
             self._journal.note(0, note)
         self._detach = attach(self._loop, self.optimizers, "before_step", "after_step")
 
@@ -198,7 +198,7 @@ class Tuner:
         """
         self._detach()
         self._closed = True
-        self._hyper.say_best(self._loop.t)
+        self._hyper.progress.say_best(self._loop.t)
         self._journal.close()
 
     @property
@@ -268,6 +268,7 @@ class Tuner:
         return state_of(self._loop, self._counts)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a state. Raises ValueError where it is that of another version, model or choice of hyperparameters."""
+        """Go on from a state. Raises ValueError, before anything is written, where it is of another version, model, list of
+        policies or choice of hyperparameters."""
         load_state(self._loop, self._counts, state)
         self._window.reset()

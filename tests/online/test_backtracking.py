@@ -172,7 +172,7 @@ def test_second_readings_take_the_running_statistics_of_their_weights() -> None:
     """BatchNorm in eval mode: the record is read with the statistics that it had, and nothing stays changed."""
     run = Run(total_steps=300)
     run.train(0, 20)
-    hyper, problem = run.tuner._hyper, run.tuner._problem
+    hyper, problem = run.tuner._hyper, run.tuner._hyper.problem
     back = hyper.record
     assert back is not None and back.theta is not None
     theta = torch.cat([p.detach().reshape(-1) for p in run.model.parameters()])

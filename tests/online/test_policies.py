@@ -58,7 +58,10 @@ def test_without_a_warm_start_and_phases_lr_goes_on_from_what_was_typed() -> Non
 
 
 def test_a_constant_can_be_changed() -> None:
-    """The first step of momentum is hyper_lr long in logit, along whichever sign, whatever β₁; AgreementPace caps it."""
+    """Momentum's start, and a pace that falls to nothing at the first disagreement."""
+    at_once = replaced(DEFAULT, policies.MomentumStart(momentum=0.8, least_steps=1))
+    assert trained(1, policies=at_once).values["momentum"].item() == pytest.approx(0.8)
+    assert trained(1).values["momentum"].item() == pytest.approx(0.5)  # as typed: fewer than 400 steps
     slow = replaced(DEFAULT, dataclasses.replace(policies.AgreementPace(), faster=1.0, slower=1e-9, slowest=1e-9))
     assert slow[11].slower == 1e-9  # type: ignore[attr-defined]
     assert not torch.equal(trained(policies=slow).values["momentum"], trained().values["momentum"])

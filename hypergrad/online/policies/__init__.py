@@ -81,7 +81,7 @@ def check(policies: Sequence[Policy]) -> tuple[Policy, ...]:
             raise TypeError(
                 f"policies must be a list of hypergrad.policies, for example without(DEFAULT, Backtracking), got {policy!r}."
             )
-    names = [type(policy).__name__ for policy in found]
+    names = [policy.name for policy in found]
     if len(set(names)) < len(names):
         raise ValueError("a policy stands twice in policies: use hypergrad.policies.replaced to change its constants.")
     if not any(isinstance(policy, AdamOnPhi) for policy in found):

@@ -4,19 +4,20 @@ A hypergradient is a slope: where a net fits its training set, the validation lo
 down by a few per cent a hyperparameter step. So its level counts too. With the readings v_1, v_2, … of the validation loss, v₀
 the reading before training and v* the lowest so far, at weights θ*, a reading is *suspect* if
 
-    v − v* > max(noise σ, share (v₀ − v*))       σ = median |v_i − 2 v_{i−1} + v_{i−2}| / (0.6745 √6), of the last `recent`
+    v − v* > max(sigmas · σ, least_rise · (v₀ − v*))       σ = median |v_i − 2 v_{i−1} + v_{i−2}| / (0.6745 √6)
 
-(second differences: a trend is no noise). Of many readings of random batches the lowest is luck. So a suspect is read again: the
-loss is read at θ* and at the running average of the weights in turn (the weights themselves jump about it while lr is large, and
-what they jump by passes once lr decays), `pairs` times each with the same random numbers. With d the differences,
+(the median of the last `recent` second differences: a trend is no noise). Of many readings of random batches the lowest is luck.
+So a suspect is read again: the loss is read at θ* and at the running average of the weights in turn (the weights themselves
+jump about it while lr is large, and what they jump by passes once lr decays), `pairs` times each with the same random numbers.
+With d the differences,
 
-    mean(d) > max(sure · sd(d)/√pairs, share (v₀ − v̄*))       v̄* the mean at θ*
+    mean(d) > max(standard_errors · sd(d)/√pairs, least_rise · (v₀ − v̄*))       v̄* the mean at θ*
 
 is a loss that has risen. If not, v* ← v̄*, which is not luck any more. If so, the weights are taken back to θ*, lr is divided by
-cut, its ceiling is √cut times that (it rises as after chaos, see chaos_ceiling.py), tangents and averages start again and so
-do the readings. In the first share `again` of a run of known length the run starts again instead, optimizer state and all, and
-the loss before training counts as a reading: what lr that is far too large has done to the weights (units dead, training loss 0
-with large margins) is not undone by steps from there.
+`lr_cut`, its ceiling is √lr_cut times that (it rises as after chaos, see chaos_ceiling.py), tangents and averages start again and
+so do the readings. In the first `restart_share` of a run of known length the run starts again instead, optimizer state and all,
+and the loss before training counts as a reading: what lr that is far too large has done to the weights (units dead, training
+loss 0 with large margins) is not undone by steps from there.
 
 The readings start again where the tuning of another number begins: what is read at the average of the weights while lr is tuned,
 and what is read at the weights later, do not compare. (Early stopping with restarts from the best weights; the paired test is
@@ -64,18 +65,18 @@ def _first_state(transition: Transition) -> State:
 class Backtracking(Policy):
     """Left out, a validation loss may rise as it will.
 
-    Fields: `noise` and `share` as above; `recent` second differences make σ; `pairs` and `sure` of the second readings; `wait`
-    readings after the record began, or a suspect was none, before the next suspect; `cut` of lr; `again` of the run.
+    Fields, beside those of the formulas above: `wait` is how many readings come, after the record began or a suspect was none,
+    before the next suspect.
     """
 
-    noise: float = 1.0
-    share: float = 0.1
+    sigmas: float = 1.0
+    least_rise: float = 0.1
     recent: int = 12
     pairs: int = 4
-    sure: float = 3.0
+    standard_errors: float = 3.0
     wait: int = 2
-    cut: float = 4.0
-    again: float = 0.1
+    lr_cut: float = 4.0
+    restart_share: float = 0.1
 
     def start(self, transition: Transition, problem: Problem, before: float, total: int | None) -> LossRecord:
         """before: the validation loss before the first step, v₀; NaN: not known. total: steps of the run; None: not known."""
@@ -90,7 +91,7 @@ class LossRecord:
     ):
         self.policy, self.transition, self.problem, self.before = policy, transition, problem, before
         # up to this step the run starts again
-        self.until = 0.0 if total is None or not math.isfinite(before) else self.policy.again * total
+        self.until = 0.0 if total is None or not math.isfinite(before) else self.policy.restart_share * total
         self.start = _Kept(_first_state(transition), problem.read_buffers()) if self.until else None
         self.second: deque[float] = deque(maxlen=self.policy.recent)
         self.phase: list[int] = []  # the numbers that were tuned at the last reading
@@ -128,7 +129,7 @@ class LossRecord:
         sigma = median(self.second) if self.second else 0.0
         if (
             self.theta is None
-            or loss - self.best <= max(self.policy.noise * sigma, self._least(self.best))
+            or loss - self.best <= max(self.policy.sigmas * sigma, self._least(self.best))
             or self.wait > 0
         ):
             return False
@@ -137,14 +138,14 @@ class LossRecord:
             self.wait = self.policy.wait
             return False
         off, level = [a - b for a, b in zip(now, then, strict=True)], fmean(then)
-        if fmean(off) > max(self.policy.sure * stdev(off) / math.sqrt(len(off)), self._least(level)):
+        if fmean(off) > max(self.policy.standard_errors * stdev(off) / math.sqrt(len(off)), self._least(level)):
             return True
         self.best, self.wait = level, self.policy.wait
         return False
 
     def _least(self, best: float) -> float:
         """The rise that is too small to act on."""
-        return self.policy.share * max(self.before - best, 0.0) if math.isfinite(self.before) else 0.0
+        return self.policy.least_rise * max(self.before - best, 0.0) if math.isfinite(self.before) else 0.0
 
     def go(self) -> int:
         """Write the weights back; the step that they are from."""

@@ -6,9 +6,9 @@ loss taken over about `horizon` steps, once it has seen so many:
     bad batch    a loss or gradient that is not finite with weights that are
     surge        a loss above surge · mean, and `surge_sds` standard deviations above the mean
     spike        a surge above L₀, or a loss above blow_up · L₀
-    blow-up      weights that are not finite; or a mean above drift · L₀; or a mean above L* + lost · (L₀ − L*) and 2 standard
-                 deviations above L*, the least mean so far; or `patience` bad batches, or spikes and surges, in a row: one may
-                 be the batch's fault, several are the weights'
+    blow-up      weights that are not finite; or a mean above drift · L₀; or a mean above L* + lost_share · (L₀ − L*) and
+                 2 standard deviations above L*, the least mean so far; or `patience` bad batches, or spikes and surges, in a row:
+                 one may be the batch's fault, several are the weights'
 
 Steps on bad batches and spikes are passed over. At a blow-up weights, buffers and optimizer tensors go back to the older of two
 good states, and lr is divided by `lr_cut` (after surges, which are noticed early, by `surge_cut`). A roll-back after which the
@@ -45,7 +45,7 @@ class DivergenceGuard(Policy):
 
     blow_up: float = 10.0
     drift: float = 1.5
-    lost: float = 0.5
+    lost_share: float = 0.5
     horizon: int = 20
     surge: float = 1.5
     surge_sds: float = 6.0
@@ -150,7 +150,7 @@ class StepJudge:
         drift, progress = self.policy.drift * self.reference, self.reference - self.best
         if progress <= 0 or self.best == math.inf:
             return drift
-        return min(drift, self.best + max(self.policy.lost * progress, 2 * math.sqrt(self.variance)))
+        return min(drift, self.best + max(self.policy.lost_share * progress, 2 * math.sqrt(self.variance)))
 
     def keep(self, state: State) -> None:
         """Note a state as good, if the loss has kept most of the progress it made.
@@ -158,7 +158,7 @@ class StepJudge:
         Its tensors are never written to, so nothing is copied but the buffers.
         """
         progress = 0.0 if math.isinf(self.best) else max(self.reference - self.best, 0.0)
-        kept = self.mean <= self.reference - (1 - self.policy.lost / 2) * progress
+        kept = self.mean <= self.reference - (1 - self.policy.lost_share / 2) * progress
         if (kept and not self.bad_in_a_row) or not self.good:
             self.good.append(_Good(state, self.problem.read_buffers()))
 

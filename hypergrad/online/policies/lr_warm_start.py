@@ -45,12 +45,12 @@ class LrSearch:
     """
 
     def __init__(self, policy: LrWarmStart | None, active: bool):
-        self.policy, self.given = policy or LrWarmStart(), policy is not None
-        self.active = active and self.given
+        self.policy, self.active = policy or LrWarmStart(), active and policy is not None
         self.lr = 1.0  # of the last step, in units of the first
         self.numerator = self.denominator = 0.0
         self.observed = 0
-        self.velocity = self.went = self.would = 0.0  # of lr under momentum: now, summed, summed in the long run
+        # of lr under momentum: now, so far, and in the end, of the steps so far
+        self.velocity = self.effect = self.whole_effect = 0.0
 
     def stop(self) -> None:
         self.active = False
@@ -68,8 +68,8 @@ class LrSearch:
             return 1.0
         p, m = self.policy, momentum
         self.velocity = m * self.velocity + self.lr
-        self.went, self.would = self.went + self.velocity, self.would + self.lr / (1 - m)
-        e = self.lr * self.went / self.would
+        self.effect, self.whole_effect = self.effect + self.velocity, self.whole_effect + self.lr / (1 - m)
+        e = self.lr * self.effect / self.whole_effect
         self.numerator += (b - a) / e
         self.denominator += b / e**2
         self.observed += 1
@@ -80,8 +80,7 @@ class LrSearch:
         return factor
 
     def state_dict(self) -> dict[str, Any]:
-        return {name: x for name, x in vars(self).items() if name not in ("policy", "given")}
+        return {name: x for name, x in vars(self).items() if name != "policy"}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         vars(self).update({name: state[name] for name in self.state_dict()})
-        self.active = self.active and self.given

@@ -65,6 +65,11 @@ class Proposal:
 class Policy:
     """One rule. A subclass overrides the passes that it takes part in."""
 
+    @property
+    def name(self) -> str:
+        """That under which its state is kept."""
+        return type(self).__name__
+
     def init(self, k: int) -> State:
         """What it remembers of k numbers before the first hyperparameter step."""
         return {}
