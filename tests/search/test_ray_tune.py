@@ -101,7 +101,7 @@ def test_ray_tune_stops_and_goes_on_with_our_objective_and_its_tuner(tmp_path: P
 
     with best.checkpoint.as_directory() as folder:
         state = torch.load(Path(folder) / "trial.pt", weights_only=False)["state"]
-    assert state["epoch"] == 4 and state["tuner"]["steps"] == 40
+    assert state["epoch"] == 4 and state["tuner"]["stats"]["steps"] == 40
 
 
 class Kept(Trial):
