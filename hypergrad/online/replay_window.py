@@ -62,7 +62,7 @@ class ReplayWindow:
             self.reset()
         if self.batches:
             self.after = loop.transition.read()
-            self.tape.losses.append(loss.detach())
+            self.tape.after_step(loss.detach())
             self.values.append(self._with_clip(loop.used[0]))
             self.scales.append(loop.used[1])
         if len(self.batches) == self.horizon:
@@ -95,10 +95,9 @@ class ReplayWindow:
         state = transition.read()
         if self.after is not None and not state.equals(self.after):
             self.reset()
-        if len(self.batches) % self.tape.every == 0:
-            self.tape.checkpoints.append(Checkpoint(state, problem.read_buffers()))
-        self.tape.rng.append(problem.rng())
         self.batches.append(batch)
+        last = len(self.batches) == self.horizon
+        self.tape.before_step(Checkpoint(state, problem.read_buffers()), problem.rng(), last)
 
     def _with_clip(self, values: Values) -> Values:
         m = self.loop.tangents.clip_norm
@@ -123,7 +122,7 @@ class ReplayWindow:
 
     def _close_window(self) -> None:
         loop, transition = self.loop, self.loop.transition
-        self.tape.checkpoints.append(Checkpoint(transition.read(), loop.problem.read_buffers()))
+        self.tape.end(Checkpoint(transition.read(), loop.problem.read_buffers()))
         trajectory = self._trajectory(self.batches, self.values, per_step=True)
         with loop.problem.untouched():
             result = adjoint(trajectory, EagerStepper(trajectory), self.tape, Diagnostics(loop.problem.device))
