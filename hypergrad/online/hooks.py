@@ -39,19 +39,61 @@ def _detach(handles: Sequence[Any], optimizers: Sequence[weakref.ref[Any]]) -> N
             _TUNED.pop(ref(), None)
 
 
-def _calling(me: weakref.ref[Any], method: str, i: int) -> Callable[..., None]:
-    def hook(optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+def _calling(me: weakref.ref[Any], method: str, i: int) -> Callable[..., Any]:
+    """A hook that calls `method(i)` of the tuner. A closure given to `step` is called first, once."""
+
+    tried = False  # whether a step with a closure has been taken
+
+    def hook(optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        nonlocal tried
         tuner = me()
         if tuner is None or _within_its_own_step(optimizer):
-            return
-        if any(callable(x) for x in (*args[1:], kwargs.get("closure"))):
-            raise NotImplementedError(
-                "optimizer.step(closure): call tuner.backward(loss), then optimizer.step() without it."
-            )
+            return None
+        changed = None
+        if method.startswith("before"):
+            changed = _closure(optimizer, args, kwargs, keep=not tried)
+            tried = tried or changed is not None
         with torch.no_grad():
             getattr(tuner, method)(i)
+        return changed
 
     return hook
+
+
+# step(closure) calls the closure, which zeroes gradients, calls tuner.backward and returns the loss, and then steps. Gradients
+# have to be there before the step, so the closure is called here, and the step is given a function that returns its loss.
+def _closure(
+    optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any], keep: bool
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """Call the closure that `step` was given. The arguments that step is to have in its place; None: there was none.
+
+    Args:
+        keep: the weights, until the step has shown that it calls its closure once.
+    """
+    named = "closure" in kwargs
+    closure = kwargs["closure"] if named else (args[1] if len(args) > 1 else None)
+    if not callable(closure):
+        return None
+    with torch.enable_grad():
+        loss = closure()
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    before = [p.detach().clone() for p in params] if keep else None
+    calls = 0
+
+    def computed() -> Any:
+        nonlocal calls
+        calls += 1
+        if calls > 1:
+            if before is not None:
+                with torch.no_grad():
+                    torch._foreach_copy_(params, before)
+            raise NotImplementedError(
+                f"{type(optimizer).__name__}.step calls its closure more than once, at other weights: hypergrad differentiates "
+                "optimizers that need one gradient a step. Train with another optimizer, or without a tuner (tuner.close())."
+            )
+        return loss
+
+    return (args, {**kwargs, "closure": computed}) if named else ((args[0], computed, *args[2:]), kwargs)
 
 
 def _within_its_own_step(optimizer: torch.optim.Optimizer) -> bool:

@@ -121,23 +121,6 @@ def test_clipping_between_accumulated_backwards_is_counted_and_said() -> None:
     assert tuner.stats["changed_gradients"] > 0
 
 
-def test_closure_is_refused_before_anything_changes() -> None:
-    model = two_layers()
-    opt = sgd()(model)
-    tuner = as_given(model, opt, validation(model))
-    before, values, calls = [p.clone() for p in model.parameters()], repr(opt.state_dict()), []
-
-    def closure() -> Tensor:
-        calls.append(0)
-        return mse(model, data()[0][0])
-
-    for step in (lambda: opt.step(closure), lambda: opt.step(closure=closure)):
-        with pytest.raises(NotImplementedError, match="without it"):
-            step()
-    assert not calls and tuner.stats["steps"] == 0 and repr(opt.state_dict()) == values
-    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
-
-
 HOOKS: dict[str, dict[int, Callable[[Tensor], Tensor]]] = {
     "one": {3: lambda g: 2 * g},
     "all": {0: lambda g: 2 * g, 3: lambda g: 2 * g},
