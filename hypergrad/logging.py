@@ -107,6 +107,8 @@ def layout(tags: Iterable[str]) -> dict[str, dict[str, list[Any]]]:
     for name in shown:
         charts.setdefault(name.split("/")[0].replace("log10_", "log10 "), []).extend((f"hyper/{name}", f"start/{name}"))
 
+    lrs = [name.replace("lr", "lr/applied", 1) for name in names if name.split("/")[0] == "lr"]
+
     def lines(*tags: str) -> list[Any]:
         return ["Multiline", [f"^{re.escape(tag)}$" for tag in tags]]
 
@@ -114,7 +116,10 @@ def layout(tags: Iterable[str]) -> dict[str, dict[str, list[Any]]]:
         return ["Margin", [tag, f"{tag}_low", f"{tag}_high"]]
 
     return {
-        "hyperparameters; level lines: where they started": {title: lines(*own) for title, own in charts.items()},
+        "hyperparameters; level lines: where they started": {
+            **({"lr as it was used: its value times its shape": lines(*lrs)} if lrs else {}),
+            **{title: lines(*own) for title, own in charts.items()},
+        },
         "loss": {"training and validation": lines("loss/train", "loss/val", "loss/val_best")},
         "hypergradient of the validation loss, with its standard error": {
             name: band(f"val_hypergradient/{name}")

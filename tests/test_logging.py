@@ -51,7 +51,7 @@ def test_scalars_are_those_of_the_json_lines(folder):
     logs = {f"log10_{x}" for x in numbers if not x.startswith("momentum")}
     values = {f"hyper/{x}" for x in numbers | logs}
     expected = values | {f"start/{x}" for x in logs | {"momentum/0", "momentum/1"}}
-    expected |= {"loss/train", "loss/val", "loss/val_best"}
+    expected |= {"lr/applied/0", "lr/applied/1", "loss/train", "loss/val", "loss/val_best"}
     expected |= {f"val_hypergradient/{x}{end}" for x in numbers for end in ("", "_low", "_high")}
     expected |= {f"tangent/{x}" for x in numbers}
     expected |= {f"run/{x}" for x in ("cost_over_plain", "rollbacks", "backtracks", "steps_passed_over", "ms_per_step")}

@@ -63,7 +63,7 @@ def _calling(me: weakref.ref[Any], method: str, i: int) -> Callable[..., Any]:
 # step(closure) calls the closure, which zeroes gradients, calls tuner.backward and returns the loss, and then steps. Gradients
 # have to be there before the step, so the closure is called here, and the step is given a function that returns its loss.
 def _closure(
-    optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any], keep: bool
+    optimizer: Any, args: Any, kwargs: dict[str, Any], keep: bool
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
     """Call the closure that `step` was given. The arguments that step is to have in its place; None: there was none.
 
@@ -86,7 +86,8 @@ def _closure(
         if calls > 1:
             if before is not None:
                 with torch.no_grad():
-                    torch._foreach_copy_(params, before)
+                    for p, old in zip(params, before, strict=True):
+                        p.copy_(old)
             raise NotImplementedError(
                 f"{type(optimizer).__name__}.step calls its closure more than once, at other weights: hypergrad differentiates "
                 "optimizers that need one gradient a step. Train with another optimizer, or without a tuner (tuner.close())."

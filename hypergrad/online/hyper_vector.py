@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hypergrad.core.hyperparameters import KIND_OF, START_FROM_ZERO, Hyperparameter
 from hypergrad.differentiate.wrt import Directions, Entry
-from hypergrad.optimizers.group_values import part_of
+from hypergrad.optimizers.group_values import part_of, plain
 from hypergrad.optimizers.rule import Tensors
 from hypergrad.optimizers.transition import Transition
 
@@ -88,8 +88,10 @@ class HyperVector:
             return float(self.hypers[entry.name].detach()[entry.index])
         start, column = spec[entry.name].start, found[entry.name]
         present = [part_of(x, entry.name, entry.part) for x in column]
-        if entry.name == "lr" and "initial_lr" in self.transition.groups[entry.group]:
-            return 1.0  # a scheduler's: ours is a multiplier, whatever its first value
+        if entry.name == "lr":  # a scheduler's first value is its shape's
+            present = [
+                plain(group.get("initial_lr", x)) for group, x in zip(self.transition.groups, present, strict=True)
+            ]
         if present[entry.group] == 0 and any(present):
             return None  # 0 here, not elsewhere: it stays 0 here
         if start is not None:
@@ -179,18 +181,18 @@ class HyperVector:
         phi[j] = self.kinds[j].to_free(torch.tensor(value))
         self.apply(phi)
 
+    def start_at(self, j: int, value: float) -> None:
+        """Set the value of one number, to the last bit unless that is out of its bounds."""
+        self.put(j, value)
+        if self.low[j] < self.phi[j] < self.high[j]:
+            self.value = self.value.clone()
+            self.value[j] = value
+
     def bound(self, j: int, smaller: float, larger: float) -> None:
         """Keep one positive number within these factors of its present value."""
         low, high = self.low.clone(), self.high.clone()
         low[j], high[j] = self.phi[j] + math.log(smaller), self.phi[j] + math.log(larger)
         self.apply(self.phi, low, high)
-
-    def become_multiplier(self, j: int) -> None:
-        """Number j is a factor on what something else writes, from now on: 1, without bounds."""
-        phi, low, high = self.phi.clone(), self.low.clone(), self.high.clone()
-        phi[j] = self.kinds[j].to_free(torch.tensor(1.0, dtype=torch.float64))
-        low[j], high[j] = -math.inf, math.inf
-        self.apply(phi, low, high)
 
     def write_hypers(self) -> None:
         """Write the tensors in the loss, in place."""

@@ -90,8 +90,9 @@ class OnlineLoop:
         self.skipped = bool(read.get("found_inf", [0.0])[0])
         self.tangents.note_hits(read)
         self.known = dict(zip(self.transition.numbers_on_device(), read.get("numbers", [])))
+        self._observe_groups(i)
         if "slope and curvature" in read and not self.skipped:
-            self.starts.observe(self.t, self.recovery.doubts(read["loss"][0]), *read["slope and curvature"])
+            self.starts.observe(i, self.t, self.recovery.doubts(read["loss"][0]), *read["slope and curvature"])
         self._write(i, self.hyper.frozen and self.total is None and not self.hyper.moved)
         self.transition.refresh()
         if self.void and pending is None:  # judged at another optimizer's step
@@ -157,10 +158,16 @@ class OnlineLoop:
             comparison = tangents.compare(g, active, readout)
         return comparison, readout.fetch()
 
+    def _observe_groups(self, i: int) -> None:
+        """What something else has written into optimizer i's groups."""
+        for j in self.writer.observe(i, self.t, self.known):
+            self.outer.restart(j)
+        for note in self.writer.take_notes():
+            self.journal.note_once(self.t, note)
+
     def _write(self, i: int, untouched: bool) -> None:
         """The values of this step into optimizer i's groups."""
-        for j in self.writer.write(i, self.t, untouched, self.known):
-            self.outer.restart(j)
+        self.writer.write(i, self.t, untouched, self.known)
 
     def _push(
         self,
@@ -179,14 +186,13 @@ class OnlineLoop:
         if fresh is not None and not fresh.stepped and dg is not None:
             tangents.curvature.add(tangents.tangent, tangents.pending)
         tangents.push(state, g, active, values, self.used[1], dg)
-        if self.starts.search.active and self.t == self.recovery.passed_over:  # the first step that is taken
 
-            def push_again() -> None:
-                self._write(i, False)
-                tangents.forget()
-                tangents.push(state, g, active, self._use(i), self.used[1], dg)
+        def push_again() -> None:
+            self._write(i, False)
+            tangents.forget()
+            tangents.push(state, g, active, self._use(i), self.used[1], dg)
 
-            self.starts.make_small(state, push_again)
+        self.starts.make_small(i, self.t, state, push_again)
         self.starts.size_decay(i, self.t, state, g, active, values, self.hyper.frozen)
 
     def _use(self, i: int) -> Values:
@@ -222,7 +228,7 @@ class OnlineLoop:
     # ---- after the step
 
     def after_step(self, i: int) -> None:
-        self.writer.restore(i)
+        self.writer.restore(i, self.t)
         if self.skipped:
             return
         self.stepped.add(i)

@@ -9,17 +9,27 @@ from statistics import fmean
 from hypergrad.logging import Journal, short
 from hypergrad.online.best_weights import BestWeights
 from hypergrad.online.outer_optimizer import OuterOptimizer
+from hypergrad.online.param_groups import ParamGroupWriter
 
 
 class Progress:
     """Writes rows to the journal.
 
     Args:
+        writer: knows the lr that was really used.
         best: the best weights, where they are kept.
         counts: what happened, for `tuner.stats`.
     """
 
-    def __init__(self, journal: Journal, outer: OuterOptimizer, best: BestWeights | None, counts: Mapping[str, int]):
+    def __init__(
+        self,
+        journal: Journal,
+        outer: OuterOptimizer,
+        writer: ParamGroupWriter,
+        best: BestWeights | None,
+        counts: Mapping[str, int],
+    ):
+        self.writer = writer
         self.journal, self.outer, self.vector, self.best, self.counts = journal, outer, outer.vector, best, counts
         self.losses: list[float] = []  # of the training steps since the last row
 
@@ -43,7 +53,7 @@ class Progress:
             return
         if not recorder.last and first:  # a run that begins, rather than one that goes on
             recorder.begin(self._shown([recorder.hparams[f"{label} start"] for label in labels]))
-        row = self._shown(self.vector.value.tolist()) | {"loss/val": val_loss}
+        row = self._shown(self.vector.value.tolist()) | self._applied() | {"loss/val": val_loss}
         if self.best is not None:
             row["loss/val_best"] = self.best.loss
         if losses:
@@ -58,6 +68,16 @@ class Progress:
             if kind.kind == "positive":
                 row[f"hyper/log10_{name}"] = math.log10(x)
         return row
+
+    def _applied(self) -> dict[str, float]:
+        """Every lr as the last step used it: its value times its shape."""
+        named = zip(short(self.vector.labels), self.vector.entries, strict=True)
+        lrs = [(name, ("lr", e.group)) for name, e in named if e.name == "lr" and e.group is not None]
+        return {
+            name.replace("lr", "lr/applied", 1): self.writer.applied[key]
+            for name, key in lrs
+            if key in self.writer.applied
+        }
 
     def _diagnosis(self, sizes: Mapping[int, float]) -> dict[str, float]:
         """Whether the hypergradients dL/dφ are to be believed, and what they cost so far in gradients per training step."""

@@ -44,13 +44,14 @@ class Starts:
         self.hints = hints
         self.of_momentum, self.sizing = find(policies, MomentumStart), find(policies, WeightDecaySizing)
         self.momentum: float | None = None  # the largest of the groups' before the first step; None: not read yet
+        self.began: int | None = None  # the step that was made tiny
         self.sizes_due: list[int] = []  # the optimizers at whose next step weight decay is sized
 
     def before_step(self, t: int, frozen: bool) -> None:
-        """Stop where nothing is to move, or a scheduler came after the tuner; before the first step, momentum's start."""
+        """Stop where nothing is to move; before the first step, momentum's start."""
         if not self.search.active and (not self.hints or self.momentum is not None):
             return
-        if frozen or any("initial_lr" in group for group in self.transition.groups):
+        if frozen:
             self.search.stop()
         elif self.momentum is None:
             self._start_momentum(t)
@@ -69,12 +70,16 @@ class Starts:
             values["momentum"][entry.group] = float(vector.value[j])
         self.momentum = largest_momentum(values, rules)
 
-    # lr is its tuned value times a shape; the warm start sets their product, and at its end the value
-    def observe(self, t: int, doubtful: bool, slope: float, curvature: float) -> None:
+    # lr is its tuned value times a shape; the warm start sets their product, and at its end what it will be where the shape is
+    # largest
+    def observe(self, i: int, t: int, doubtful: bool, slope: float, curvature: float) -> None:
         """Before step t of the warm start: the lr that it is taken with. doubtful: the step will be passed over, lr stays."""
+        shape = self.writer.lr_shape(t, i)
+        if self.began is None or shape == 0:
+            return
         factor = 1.0 if doubtful else self.search.observe(slope, curvature, self.momentum or 0.0)
-        now = self.writer.shape(t) if self.search.active else 1.0
-        self.outer.multiply("lr", factor * self.writer.shape(t - 1) / now)
+        now = shape if self.search.active else max(shape, self.writer.peak_shape(i))
+        self.outer.multiply("lr", factor * self.writer.last_shape / now)
         if not self.search.active:
             self._size_all()
             names = [f"{x:.3g}" for e, x in zip(self.vector.entries, self.vector.value) if e.name == "lr"]
@@ -82,12 +87,17 @@ class Starts:
                 t, f"lr starts from {', '.join(names)}: slope and curvature along the first steps.", warn=False
             )
 
-    def make_small(self, state: State, push_again: Callable[[], None]) -> None:
-        """Make the first step tiny. Repeated, as a tangent far too large is not told from one at the cap.
+    def make_small(self, i: int, t: int, state: State, push_again: Callable[[], None]) -> None:
+        """Make the first step that is taken, with an lr that is not 0, tiny.
+
+        Repeated, as a tangent far too large is not told from one at the cap.
 
         Args:
             push_again: write the values and take the tangents through the step once more.
         """
+        if not self.search.active or self.began not in (None, t) or self.writer.lr_shape(t, i) == 0:
+            return
+        self.began = t
         norm = float(torch.linalg.vector_norm(state.theta))
         for _ in range(20):
             assert self.tangents.tangent is not None
@@ -113,12 +123,12 @@ class Starts:
         self, i: int, t: int, state: State, g: Tensor, active: tuple[bool, ...], values: Values, frozen: bool
     ) -> None:
         """At step t of optimizer i, where it is due: weight decay to a size that makes sense in what is left of the run."""
-        if i not in self.sizes_due:
+        if i not in self.sizes_due or self.writer.lr_shape(t, i) == 0:
             return
         self.sizes_due = [x for x in self.sizes_due if x != i]
         if self.sizing is None or self.total is None or frozen:
             return
-        left = sum(self.writer.shape(s) for s in range(t, self.total)) / self.writer.shape(t)
+        left = self.writer.steps_left(t, i)
         for sized in self.sizing.sized(self.vector, i, state, g, active, values, self.writer.slopes(t), left):
             self.vector.multiply_number(sized.j, sized.factor)
             if sized.bounds is not None:
@@ -129,9 +139,11 @@ class Starts:
             "search": self.search.state_dict(),
             "hints": self.hints,
             "momentum": self.momentum,
+            "began": self.began,
             "sizes due": list(self.sizes_due),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.search.load_state_dict(state["search"])
         self.hints, self.momentum, self.sizes_due = state["hints"], state["momentum"], list(state["sizes due"])
+        self.began = state["began"]

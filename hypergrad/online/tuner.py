@@ -51,19 +51,19 @@ class Tuner:
         every: training steps between hyperparameter steps (mode="unrolled": each window ends in one); None is 10, with
             curvature="free" 20.
         hyper_lr: step size on φ: 0.1 is about 10 % of a positive hyperparameter's value; lr may climb by 7 such steps at once.
-        total_steps: number of training steps, if known: lr is then its tuned scale times a warm-up and linear decay to zero;
-            lr, momentum, … are tuned over the first 30 % of the run, or on while lr climbs, to 80 % at most; weight decay and
-            tensors in the loss from there to 90 %. Steps beyond them are warned of once: lr stays at its last, smallest value
-            there. A run that ends earlier leaves lr where its decay had come to, and before 30 % weight decay untuned.
-            After a warm start weight decay is kept where it decays the weights by 0.01 to 50 e-foldings over the rest of the
-            run, unless it has a start or bounds of its own.
+        total_steps: number of training steps, if known: lr is then its tuned scale times a warm-up and linear decay to zero, or
+            times a scheduler's shape; lr, momentum, … are tuned over the first 30 % of the run, or on while lr climbs, to 80 % at
+            most; weight decay and tensors in the loss from there to 90 %. Steps beyond them are warned of once: lr stays at its
+            last, smallest value there. A run that ends earlier leaves lr where its decay had come to, and before 30 % weight
+            decay untuned. After a warm start weight decay is kept where it decays the weights by 0.01 to 50 e-foldings over the
+            rest of the run, unless it has a start or bounds of its own.
         clip_norm: threshold, if the loop calls `clip_grad_norm_` (tuner.step then calls it).
         scaler: the loop's GradScaler, if it has one.
         average: while lr, momentum, … are tuned, take the validation loss at a running average of the weights, which looks
             back over a tenth of the run so far; its tangent is the same average of the tangents.
-        warm_start: take lr's start (unless given by Hyperparameter(start=…), or written by a scheduler) as a hint only, and find
-            it from slope and curvature along the first steps. Momentum, if it is tuned too and not given, then begins at 0.9
-            (where a lower one was typed, only in runs of 400 steps or more).
+        warm_start: take lr's start (unless given by Hyperparameter(start=…)) as a hint only, and find it from slope and
+            curvature along the first steps. Momentum, if it is tuned too and not given, then begins at 0.9 (where a lower one
+            was typed, only in runs of 400 steps or more).
         curvature: "exact" forms one Hessian-vector product Hz a step and tuned number, at the price of two gradients. "free", for
             large models, forms one in 40 gradients, whatever is tuned, besides those of the warm start (at most 30 a number). In
             between Hz := Bz, B positive semi-definite of rank 8 with Bv = Hv along the tangent v last measured, and tangents
@@ -78,8 +78,10 @@ class Tuner:
             left out (`hypergrad.policies.without`) or changed (`replaced`). docs/online.md tells what each is for.
 
     Attributes:
-        values: name → tensor [n_groups] ([n_groups, 2] for betas): with `total_steps` lr's scale; where a scheduler writes the
-            learning rate, the multiplier of what it writes. For tensors in the loss: their value.
+        values: name → tensor [n_groups] ([n_groups, 2] for betas). lr's is its scale: lr over its shape, which is that of a
+            scheduler (what it writes over the group's initial lr), or with `total_steps` hypergrad's. For tensors in the loss:
+            their value.
+        applied: the same as the last step used them. Beside a scheduler, param_groups and get_last_lr() show what it wrote.
         hypers: name → tensor that the loss reads.
         val_loss: the last validation loss; NaN before the first.
         best_val_loss: the one at the weights of `best`, and
@@ -194,7 +196,7 @@ class Tuner:
     def close(self) -> None:
         """Take the hooks off the optimizer and end the recording.
 
-        Values in the param groups stay as they are. Where a scheduler writes them it goes on alone, without our multiplier.
+        Values in the param groups stay as they are. Where a scheduler writes them it goes on alone, from the lr it was made with.
         """
         self._detach()
         self._closed = True
@@ -223,17 +225,25 @@ class Tuner:
 
     @property
     def values(self) -> dict[str, Tensor]:
-        out: dict[str, Tensor] = {}
-        shapes = self._vector.directions.shapes
-        for name, shape in shapes.items():
-            if name in self.hypers:
-                out[name] = self.hypers[name].detach().clone()
-                continue
-            column = self._transition.values()[name]
-            out[name] = torch.tensor([math.nan if x is None else x for x in column], dtype=torch.float64).view(shape)
+        out = self._per_group({})
         for entry, x in zip(self._vector.entries, self._vector.value, strict=True):
             if entry.group is not None:
                 out[entry.name][entry.index] = x
+        return out
+
+    @property
+    def applied(self) -> dict[str, Tensor]:
+        return self._per_group(self._loop.writer.applied)
+
+    def _per_group(self, instead: Mapping[tuple[str, int], Any]) -> dict[str, Tensor]:
+        """What is tuned, as it stands in the param groups, or `instead` by name and group."""
+        out: dict[str, Tensor] = {}
+        for name, shape in self._vector.directions.shapes.items():
+            if name in self.hypers:
+                out[name] = self.hypers[name].detach().clone()
+                continue
+            column = [instead.get((name, g), x) for g, x in enumerate(self._transition.values()[name])]
+            out[name] = torch.tensor([math.nan if x is None else x for x in column], dtype=torch.float64).view(shape)
         return out
 
     @contextmanager

@@ -99,7 +99,7 @@ def build(
     forward, total = options.mode == "forward", options.total_steps
     writer = ParamGroupWriter(transition, vector, total)
     before, notes = _try(problem, val_loss, forward)
-    starts_are_hints = options.warm_start and forward and writer.writes_lr_alone()
+    starts_are_hints = options.warm_start and forward and writer.writes_lr_from_groups()
     search = LrSearch(find(policies, LrWarmStart), starts_are_hints)
     low_rank = LowRankHessian(search) if options.curvature == "free" else None
     tangents = Tangents(transition, vector, problem.model, scaler, clip_norm, low_rank)
@@ -112,7 +112,7 @@ def build(
     best = BestWeights(transition, problem) if keep_best else None
     if best is not None:
         best.read(0, before)
-    progress = Progress(journal, outer, best, counts)
+    progress = Progress(journal, outer, writer, best, counts)
     hyper = HyperSteps(
         problem, outer, tangents, progress, val_loss, options.average, options.seed, best, record, counts
     )
@@ -121,7 +121,7 @@ def build(
     recovery = Recovery(judge, outer, tangents, journal, counts)
     starts = Starts(policies, search, outer, tangents, writer, journal, total, starts_are_hints)
     loop = OnlineLoop(hyper, writer, starts, recovery, find(policies, Phases), options.mode, options.every, total)
-    return Parts(loop, ReplayWindow(loop, options.horizon), [*vector.notes, *notes])
+    return Parts(loop, ReplayWindow(loop, options.horizon), [*vector.notes, *writer.take_notes(), *notes])
 
 
 def _recorded(vector: HyperVector, transition: Transition, options: Options) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.online.live_loops import as_given, data, mse, sgd, two_layers, validation
+from tests.online.live_loops import as_given, data, float64, mse, sgd, two_layers, validation  # noqa: F401
 
 OPTIMIZERS: dict[str, Callable[[nn.Module], torch.optim.Optimizer]] = {
     "SGD": sgd(momentum=0.8),

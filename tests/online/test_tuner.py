@@ -18,7 +18,6 @@ from tests.online.live_loops import (
     Loop,
     as_given,
     attach,
-    cosine,
     data,
     difference,
     float64,
@@ -70,61 +69,6 @@ def test_frozen_tuner_trains_bit_identically(name, dtype):
     assert ga == gb
     assert torch.equal(ra, rb)
     assert tuner.stats["val_evaluations"] == STEPS // 2 and tuner.stats["hyper_steps"] == 0
-
-
-@pytest.mark.parametrize("make", [cosine, lambda o: torch.optim.lr_scheduler.ExponentialLR(o, 0.9)])
-def test_multiplier_of_a_scheduler(make):
-    """dL/d(multiplier) is the finite difference of the loop with every learning rate of the schedule multiplied."""
-    loop = Loop(sgd(momentum=0.8), wrt=("lr",), scheduler=make)
-
-    def scaled_run(factor: float) -> float:
-        model = two_layers()
-        opt = loop.optimizer(model)
-        for group in opt.param_groups[:1]:
-            group["lr"] *= factor
-        loop.run(model, opt, lambda loss: loss.backward())
-        torch.manual_seed(11)
-        return validation(model)().item()
-
-    model = two_layers()
-    opt = loop.optimizer(model)
-    tuner, _ = attach(loop, model, opt)
-    loop.run(model, opt, tuner.backward)
-    plain = two_layers()
-    schedule = loop.optimizer(plain)
-    loop.run(plain, schedule, lambda loss: loss.backward())
-    assert opt.param_groups[0]["lr"] == schedule.param_groups[0]["lr"]  # never compounded with ours
-    h = 1e-4
-    if math.isclose(scaled_run(1.0), float(tuner.val_loss)):
-        central = [(scaled_run(1 + d) - scaled_run(1 - d)) / (2 * d) for d in (h, h / 2)]
-        assert float(tuner.hypergradients["lr"][0]) == pytest.approx((4 * central[1] - central[0]) / 3, rel=FD_RTOL)
-    else:
-        pytest.fail("the loop with a tuner did not train as without")
-
-
-def test_scheduler_and_total_steps_is_an_error():
-    model = two_layers()
-    opt = sgd()(model)
-    cosine(opt)
-    with pytest.raises(ValueError, match="leave out one"):
-        attach(Loop(sgd()), model, opt, total_steps=10)
-
-
-def test_lambda_schedule_is_multiplied_exactly_twice():
-    model = two_layers()
-    opt = torch.optim.SGD(model.parameters(), lr=0.05)
-    scheduler = torch.optim.lr_scheduler.LambdaLR(opt, lambda t: 1 / (1 + t))
-    tuner = as_given(model, opt, validation(model), tune=("lr",), every=1000)
-    tuner._vector.apply(torch.tensor([math.log(2.0)], dtype=torch.float64))
-    seen = []
-    opt.register_step_pre_hook(lambda o, *_: seen.append(o.param_groups[0]["lr"]))
-    for batch in data()[0][:4]:
-        opt.zero_grad()
-        tuner.backward(mse(model, batch))
-        opt.step()
-        scheduler.step()
-    assert seen == pytest.approx([2 * 0.05 / (1 + t) for t in range(4)])
-    assert opt.param_groups[0]["lr"] == pytest.approx(0.05 / 5)
 
 
 def test_backward_fills_every_leafs_grad_as_torch_does():
