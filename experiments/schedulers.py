@@ -142,7 +142,7 @@ def summarised(args: Args, rows: list[Row]) -> list[Row]:
         for workload in args.workloads:
             mine = [row for row in rows if row["scheduler"] == scheduler and row["workload"] == workload]
             plain = {lr: _mean(mine, "plain", lr, "val") for lr in GRID}
-            best = min(plain, key=lambda lr: math.inf if plain[lr] is None else plain[lr])
+            best = min(GRID, key=lambda lr: _or_infinity(plain[lr]))
             field = "test" if args.seed >= UNSEEN else "val"
             for lr in STARTS:
                 row = {
@@ -161,8 +161,13 @@ def summarised(args: Args, rows: list[Row]) -> list[Row]:
 
 
 def _mean(rows: list[Row], kind: str, lr: float, field: str) -> float | None:
-    found = [row.get(field) for row in rows if row["kind"] == kind and row["start_lr"] == lr]
-    return fmean(found) if found and all(x is not None and math.isfinite(x) for x in found) else None
+    values = [row.get(field) for row in rows if row["kind"] == kind and row["start_lr"] == lr]
+    found = [x for x in values if x is not None and math.isfinite(x)]
+    return fmean(found) if found and len(found) == len(values) else None
+
+
+def _or_infinity(x: float | None) -> float:
+    return math.inf if x is None else x
 
 
 def main(args: Args) -> None:

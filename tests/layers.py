@@ -151,7 +151,6 @@ def outcome_of(name: str, mode: str) -> Outcome:
 
 # ---- the table
 
-OF_ATTENTION = r"^scaled_dot_product_attention .*sdpa_kernel\(SDPBackend.MATH\)"
 OF_STATS = r"running_mean, .*running_var; a path through them"
 FLOAT32, BFLOAT16 = 1e-4, 0.1  # what is asked of rows in those, relative
 
@@ -239,21 +238,15 @@ LAYERS: dict[str, Row] = {
         dtype=torch.float32, tolerance=FLOAT32,
     ),
     "MultiheadAttention": Row(lambda: sequences(SelfAttention()), of_sequences),
-    "MultiheadAttention(need_weights=False)": Row(
-        lambda: sequences(SelfAttention(need_weights=False)), of_sequences, "refused", OF_ATTENTION
+    "MultiheadAttention(need_weights=False)": Row(lambda: sequences(SelfAttention(need_weights=False)), of_sequences),
+    "scaled_dot_product_attention": Row(lambda: sequences(Sdpa()), of_sequences),
+    "scaled_dot_product_attention, causal": Row(lambda: sequences(Sdpa(is_causal=True)), of_sequences),
+    "scaled_dot_product_attention, its MATH kernel": Row(lambda: sequences(Math(Sdpa())), of_sequences),
+    "TransformerEncoderLayer": Row(lambda: sequences(_encoder()), of_sequences),
+    "TransformerEncoderLayer with dropout, validated in eval": Row(
+        lambda: sequences(_encoder(0.2)), of_sequences, mode=THEN_EVAL
     ),
-    "MultiheadAttention(need_weights=False), MATH": Row(
-        lambda: sequences(Math(SelfAttention(need_weights=False))), of_sequences
-    ),
-    "scaled_dot_product_attention": Row(lambda: sequences(Sdpa()), of_sequences, "refused", OF_ATTENTION),
-    "scaled_dot_product_attention, MATH": Row(lambda: sequences(Math(Sdpa())), of_sequences),
-    "scaled_dot_product_attention, causal, MATH": Row(lambda: sequences(Math(Sdpa(is_causal=True))), of_sequences),
-    "TransformerEncoderLayer": Row(lambda: sequences(_encoder()), of_sequences, "refused", OF_ATTENTION),
-    "TransformerEncoderLayer, MATH": Row(lambda: sequences(Math(_encoder())), of_sequences),
-    "TransformerEncoderLayer with dropout, MATH, validated in eval": Row(
-        lambda: sequences(Math(_encoder(0.2))), of_sequences, mode=THEN_EVAL
-    ),
-    "TransformerDecoderLayer, MATH": Row(lambda: sequences(Math(Decoder())), of_sequences),
+    "TransformerDecoderLayer": Row(lambda: sequences(Decoder()), of_sequences),
     "MaxPool1d": Row(lambda: signals(nn.MaxPool1d(2), out=12), of_signals),
     "MaxPool2d": Row(lambda: images(nn.MaxPool2d(2), out=16), of_images),
     "AvgPool1d": Row(lambda: signals(nn.AvgPool1d(2), out=12), of_signals),
@@ -276,7 +269,7 @@ LAYERS: dict[str, Row] = {
     "autograd.Function, @once_differentiable": Row(
         lambda: features(Applied(OnceDifferentiable.apply)), of_features, "refused", r"OnceDifferentiable.*once_differentiable"
     ),
-    "torch.compile": Row(Compiled, of_features, "refused", r"^a module under torch.compile.*_orig_mod"),
+    "torch.compile": Row(Compiled, of_features),
     "torch.compile, its _orig_mod": Row(Compiled, of_features, loss=uncompiled),
     **{
         name: Row(lambda name=name: features(getattr(nn, name)()), of_features)

@@ -16,12 +16,20 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-_COMPILED = ("a module under torch.compile", "give hypergrad the uncompiled module (`model._orig_mod`)")
+from hypergrad.core.second_order import ONCE
+
+_COMPILED = (
+    "a module under torch.compile",
+    "give hypergrad the compiled module itself, whose uncompiled forward pass then runs where a product is due; a compiled loss "
+    "function has to be called uncompiled",
+)
 # what torch says when a second derivative is missing -> the layer (None: the operation that torch names), and what to do
 _REMEDIES: dict[str, tuple[str | None, str]] = {
     "scaled_dot_product": (
         "scaled_dot_product_attention (also inside nn.MultiheadAttention and nn.Transformer)",
-        "wrap the forward pass in `torch.nn.attention.sdpa_kernel(SDPBackend.MATH)`",
+        "call the model that hypergrad was given, which then attends by matrix products where a product is due, or wrap the "
+        "forward pass in `torch.nn.attention.sdpa_kernel(SDPBackend.MATH)`; in Transformers attn_implementation='eager', in timm "
+        "`timm.layers.set_fused_attn(False)`",
     ),
     "aot_autograd": _COMPILED,
     "donated buffers": _COMPILED,
@@ -44,6 +52,7 @@ class Survey(NamedTuple):
 
     leaves: list[Tensor]
     exact: bool  # the gradient is the same bit for bit, with its graph kept or not
+    once: bool  # it holds what `second_order.twice_differentiable` avoids
 
 
 def nodes_of(*roots: Any) -> Iterator[Any]:
@@ -59,13 +68,15 @@ def nodes_of(*roots: Any) -> Iterator[Any]:
 
 def survey(loss: Tensor, model: torch.nn.Module | None = None) -> Survey:
     """The leaves of a loss's graph. Raise where the graph holds something that cannot be differentiated twice."""
-    leaves, exact = [], True
+    leaves, exact, once = [], True, False
     for node in nodes_of(loss.grad_fn):
         variable = getattr(node, "variable", None)
         if variable is not None:
             leaves.append(variable)
-        elif node.name() in _INEXACT:
+        elif (name := node.name()) in _INEXACT:
             exact = False
+        elif name.startswith(ONCE):
+            once = True
         elif node.name() == "WeightNormInterfaceBackward0":
             raise NotImplementedError(
                 f"{_weight_norm_layers(model)} has a wrong second derivative in torch: remove it "
@@ -81,7 +92,7 @@ def survey(loss: Tensor, model: torch.nn.Module | None = None) -> Survey:
             _check_embedding(node, model)
         elif isinstance(node, torch.autograd.function.BackwardCFunction):
             _check_twice_differentiable(node)
-    return Survey(leaves, exact)
+    return Survey(leaves, exact, once)
 
 
 def _check_twice_differentiable(node: Any) -> None:

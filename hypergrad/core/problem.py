@@ -17,6 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from hypergrad.core.batchnorm import RunningStats
 from hypergrad.core.graph import Linearization, check_scalar, grad_or_none, survey, without_hooks
 from hypergrad.core.restore import Buffers, Rng, Saved, untouched
+from hypergrad.core.second_order import twice_differentiable
 from hypergrad.core.signatures import takes_step
 
 
@@ -100,9 +101,10 @@ class Problem:
         last of the extra leaves (see batchnorm.py); d is returned as `lin.decay`.
         """
         if self.stats is None or not products:
-            loss, extra, decay = self.training_loss(batch), list(self.hypers.values()), None
+            with twice_differentiable():
+                loss, extra, decay = self.training_loss(batch), list(self.hypers.values()), None
         else:
-            with self.stats.watch_training() as update:
+            with self.stats.watch_training() as update, twice_differentiable():
                 loss = self.training_loss(batch)
             with torch.enable_grad():
                 decay, added = update.flat()

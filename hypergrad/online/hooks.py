@@ -57,7 +57,8 @@ def _calling(me: weakref.ref[Any], method: str, i: int) -> Callable[..., Any]:
             getattr(tuner, method)(i)
         return changed
 
-    return hook
+    untraced: Any = torch.compiler.disable(hook)  # of a compiled step
+    return untraced
 
 
 # step(closure) calls the closure, which zeroes gradients, calls tuner.backward and returns the loss, and then steps. Gradients

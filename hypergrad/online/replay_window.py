@@ -9,11 +9,13 @@ mode="implicit": every `every` steps the update map's series at the present stat
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from hypergrad.core.second_order import twice_differentiable
 from hypergrad.core.signatures import takes_step
 from hypergrad.differentiate.checkpoints import Checkpoint, default_every
 from hypergrad.differentiate.diagnostics import Diagnostics
@@ -54,7 +56,8 @@ class ReplayWindow:
             self._look_back(batch)
         if loop.mode == "unrolled":
             self._record(batch)
-        loss, before = loop.problem.training_loss(batch), loop.t
+        with nullcontext() if loop.mode == "forward" else twice_differentiable():  # as when it is replayed
+            loss, before = loop.problem.training_loss(batch), loop.t
         self._train(loss)
         if (
             loop.t == before or loop.recovery.dropped > self.dropped

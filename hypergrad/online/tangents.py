@@ -17,6 +17,7 @@ from torch import Tensor
 from hypergrad.core.graph import Linearization, grad_or_none, survey
 from hypergrad.core.multi_tensor import add, copies
 from hypergrad.core.readout import Readout
+from hypergrad.online.forward_switch import ForwardSwitch
 from hypergrad.online.gradient_changes import Comparison, Pending, carried_on
 from hypergrad.online.hyper_vector import HyperVector
 from hypergrad.online.low_rank_hessian import LowRankHessian
@@ -52,9 +53,21 @@ class Tangents:
         self.unread: tuple[Tensor, list[int]] | None = None
         self.curvature = LrCurvature(vector)
         self.counts = {"gradients": 0, "hessian_products": 0, "capped": 0}
+        self.forward = ForwardSwitch(model, self.products_due)
+        if vector.hypers:  # their products are due from the first step on
+            self.forward.attach()
         self._own = {id(x) for x in [*transition.params, *vector.hypers.values()]}
 
     # ---- the gradient stage
+
+    def _due(self) -> list[int]:
+        """The tuned numbers whose product is formed in the next gradient."""
+        k = len(self.vector.moving)
+        return list(range(k)) if self.low_rank is None else self.low_rank.due(self.counts["gradients"], k)
+
+    def products_due(self) -> bool:
+        """Whether the next gradient is one with a product."""
+        return bool(self._due()) and (self.tangent is not None or bool(self.vector.hypers))
 
     def backward(self, loss: Tensor, inputs: Sequence[Tensor] | None, retain_graph: bool) -> None:
         """Fill every leaf's .grad as `loss.backward()` would, and form the gradient's tangent."""
@@ -62,9 +75,9 @@ class Tangents:
         params, hypers = self.transition.params, list(self.vector.hypers.values())
         found = survey(loss, self.model)
         others = [x for x in (found.leaves if inputs is None else inputs) if id(x) not in self._own]
-        k = len(self.vector.moving)
-        due = list(range(k)) if self.low_rank is None else self.low_rank.due(self.counts["gradients"], k)
-        products = bool(due) and (self.tangent is not None or bool(hypers))
+        if found.once:
+            self.forward.attach()
+        due, products = self._due(), self.products_due()
         plain = None
         if products and not found.exact:  # one pass more, for a gradient that is torch's to the last bit
             plain = grad_or_none([loss], [*params, *others], retain_graph=True)

@@ -199,6 +199,7 @@ class Tuner:
         Values in the param groups stay as they are. Where a scheduler writes them it goes on alone, from the lr it was made with.
         """
         self._detach()
+        self._loop.tangents.forward.detach()
         self._closed = True
         self._hyper.progress.say_best(self._loop.t)
         self._journal.close()
