@@ -62,7 +62,7 @@ class ReplayWindow:
             self.reset()
         if self.batches:
             self.after = loop.transition.read()
-            self.tape.losses.append(loss.detach())
+            self.tape.losses.append(loop.problem.processes.mean(loss.detach()))  # as a replay's
             self.values.append(self._with_clip(loop.used[0]))
             self.scales.append(loop.used[1])
         if len(self.batches) == self.horizon:

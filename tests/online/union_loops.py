@@ -23,12 +23,16 @@ def mlp() -> nn.Module:
     return nn.Sequential(nn.Linear(INPUTS, 6), nn.Tanh(), nn.Linear(6, 1))
 
 
+def linear() -> nn.Module:
+    return nn.Linear(INPUTS, 1)
+
+
 def norm() -> nn.Module:
     return nn.Sequential(nn.Linear(INPUTS, 6), nn.BatchNorm1d(6), nn.Tanh(), nn.Dropout(0.2), nn.Linear(6, 1))
 
 
 class Unused(nn.Module):
-    """A layer that only some batches use."""
+    """A layer that only some rows use, so that a rank may have none of them."""
 
     def __init__(self):
         super().__init__()
@@ -36,7 +40,8 @@ class Unused(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         hidden = torch.tanh(self.first(x))
-        return self.last(hidden) + (self.extra(hidden) if x[0, 0] > 0 else 0)
+        uses = x[:, :1] > 0.7
+        return self.last(hidden) + (self.extra(hidden) * uses if uses.any() else 0)
 
 
 def sgd(model: nn.Module) -> torch.optim.Optimizer:
@@ -72,6 +77,8 @@ class UnionLoop:
     nan: tuple[int, int] | None = None  # a step, and the rank whose loss is NaN there
     scaler: bool = False
     autocast: bool = False
+    own_draws: bool = False  # val_loss seeds its random numbers itself
+    frozen: bool = False  # nothing is tuned
     ddp: dict[str, Any] = field(default_factory=dict)
     tuner: dict[str, Any] = field(default_factory=dict)
 
@@ -98,7 +105,7 @@ class UnionLoop:
         data = [[draw(sum(self.shares), 0.3) for _ in range(self.accumulate)] for _ in range(self.steps)]
         val = draw(sum(self.shares) * 2, 0.3)
         torch.manual_seed(2)
-        parts = self._made(alone, val, tuned)
+        parts, val_loss = self._made(alone, val, tuned)
         torch.manual_seed(3 + (rank or 0))
         seen: list[float] = []
         for t in range(self.steps):
@@ -110,7 +117,7 @@ class UnionLoop:
         module = getattr(module, "module", module)
         found = {"weights": torch.cat([p.detach().flatten() for p in module.parameters()]), "lr": torch.tensor(seen)}
         if tuner is None:
-            return found
+            return found | {"ends at": float(val_loss().detach())}
         with tuner.best():
             found["best"] = torch.cat([p.detach().flatten() for p in module.parameters()])
         with tuner.averaged():
@@ -134,12 +141,16 @@ class UnionLoop:
         weight, called = self.weight(rank), module if self.inner else model
 
         def val_loss() -> Tensor:
+            if self.own_draws:
+                torch.manual_seed(11)
             with self._arithmetic():
                 return ((called(x) - y) ** 2).mean() * weight
 
         given = {"warm_start": False, "every": 5, "clip_norm": self.clip_norm, "scaler": scaler, **self.tuner}
         tuner = hypergrad.Tuner(called, optimizer, val_loss, **given) if tuned else None
-        return model, optimizer, tuner, scheduler, scaler
+        if tuner is not None and self.frozen:
+            tuner.freeze()
+        return (model, optimizer, tuner, scheduler, scaler), val_loss
 
     def _arithmetic(self) -> Any:
         return torch.autocast("cpu", torch.bfloat16) if self.autocast else nullcontext()
@@ -147,7 +158,7 @@ class UnionLoop:
     def _resumed(self, parts: Any, alone: bool, val: tuple[Tensor, Tensor]) -> Any:
         old = [copy.deepcopy(x.state_dict()) for x in parts if x is not None]
         parts[2].close()
-        new = self._made(alone, val, True)
+        new, _ = self._made(alone, val, True)
         for x, state in zip([x for x in new if x is not None], old, strict=True):
             x.load_state_dict(state)
         return new
