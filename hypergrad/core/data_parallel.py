@@ -39,8 +39,6 @@ def processes_of(model: nn.Module, optimizers: Sequence[torch.optim.Optimizer]) 
     wrappers = _wrappers(model, params)
     if not wrappers:
         return ALONE
-    for x in wrappers:
-        _check_made(x)
     _check_covered(model, params, wrappers)
     group = wrappers[0].process_group
     if any(x.process_group is not group for x in wrappers):
@@ -58,6 +56,7 @@ def processes_of(model: nn.Module, optimizers: Sequence[torch.optim.Optimizer]) 
 def check_now(processes: Processes) -> None:
     """Raise where a DistributedDataParallel module does what the means over ranks do not follow. Costs nothing."""
     for x in processes.wrappers:
+        _check_made(x)
         if x._join_config.enable:
             raise NotImplementedError(
                 "DistributedDataParallel.join() repeats the gradients' communication on ranks that have run out of batches, and "

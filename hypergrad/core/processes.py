@@ -50,11 +50,14 @@ class Processes:
 
     def mean(self, x: Tensor) -> Tensor:
         """The mean over the ranks, the same on each bit for bit: one collective."""
-        if self.alone:
-            return x
-        total = x.detach().clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(total, group=self.group)
-        return total.div_(self.size)  # after the sum: that of whole numbers is exact
+        return x if self.alone else self.mean_(x.detach().clone(memory_format=torch.contiguous_format))
+
+    def mean_(self, x: Tensor) -> Tensor:
+        """The same in place, of a contiguous tensor."""
+        if not self.alone:
+            dist.all_reduce(x, group=self.group)
+            x.div_(self.size)  # after the sum: that of whole numbers is exact
+        return x
 
     def means(self, tensors: Sequence[Tensor | None], like: Sequence[Tensor]) -> list[Tensor | None]:
         """The mean of each tensor, shaped as in `like`, by one collective. None is zero, and where all ranks have it None."""

@@ -105,7 +105,7 @@ class Tangents:
         """Make the tangent of the gradient that waits the mean of the processes': one collective a step."""
         pending = self.pending
         if pending is not None and pending.dg is not None and not pending.averaged:
-            pending.dg, pending.averaged = self.processes.mean(pending.dg), True
+            pending.dg, pending.averaged = self.processes.mean_(pending.dg), True
 
     def count(self, gradients: int, hessian_products: int) -> None:
         """Count what was evaluated elsewhere, for `tuner.stats`."""

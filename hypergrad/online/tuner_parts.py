@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -96,9 +96,12 @@ def build(
     spec = {name: as_hyperparameter(name, x) for name, x in written.items()}
     of_loss = {name: as_hyperparameter(name, x) for name, x in (hypers or {}).items()}
     vector = HyperVector(transition, spec, of_loss, problem.hypers)
-    problem.processes.check_same(
-        "the arguments of a Tuner, and its values,", (options, vector.labels, vector.value.tolist())
-    )
+    same = (
+        replace(options, seed=0),
+        vector.labels,
+        vector.value.tolist(),
+    )  # each rank has a stream of its own whatever the seed
+    problem.processes.check_same("the arguments of a Tuner, and its values,", same)
     forward, total = options.mode == "forward", options.total_steps
     writer = ParamGroupWriter(transition, vector, total)
     before, notes = _try(problem, val_loss, forward)

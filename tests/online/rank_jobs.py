@@ -28,6 +28,14 @@ def nesterov(model: nn.Module) -> torch.optim.Optimizer:
     return opt
 
 
+def hot(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.SGD(model.parameters(), lr=3.0, momentum=0.9)
+
+
+def warm(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(model.parameters(), lr=0.1, weight_decay=0.1)
+
+
 def mse(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
     return ((model(batch[0]) - batch[1]) ** 2).mean()
 
@@ -202,6 +210,51 @@ def running_statistics(mode: str) -> tuple[float, float]:
     return in_float64(both)
 
 
+def tuned_run(alone: bool = False) -> dict[str, Any]:
+    kept = []  # DistributedDataParallel modules
+
+    def build(seed: int) -> hypergrad.Run:
+        module, wrapper, model, batches, val = problem(mlp, False, alone, 8)
+        kept.append(wrapper)
+        return hypergrad.Run(model, sgd(module), batches, mse, lambda: mse(model, val))
+
+    def tune() -> dict[str, Any]:
+        found = hypergrad.tune_run(
+            build, {"lr": hypergrad.Hyperparameter(), "weight_decay": hypergrad.Hyperparameter()}, outer_steps=5,
+            horizons=(1.0,), progress=False,
+        )  # fmt: skip
+        return {name: torch.as_tensor(x) for name, x in found.values.items()} | {"value": found.value}
+
+    return in_float64(tune)
+
+
+def gan(alone: bool = False) -> dict[str, Any]:
+    def train() -> dict[str, Any]:
+        torch.manual_seed(6)
+        inner = [nn.Sequential(nn.Linear(2, 4), nn.Tanh(), nn.Linear(4, n)) for n in (2, 1)]
+        g, d = inner if alone else [DistributedDataParallel(m) for m in inner]
+        opts = [torch.optim.SGD(m.parameters(), lr=0.02, momentum=0.5) for m in inner]
+        draws = torch.Generator().manual_seed(7)
+        rows = slice(None) if alone else slice(4 * dist.get_rank(), 4 * dist.get_rank() + 4)
+        x = torch.randn(8, 2, generator=draws)[rows]
+        both = nn.ModuleList([g, d])
+        tuner = hypergrad.Tuner(
+            both, opts, lambda: (d(g(x)) - 1).square().mean(), tune="lr", every=5, warm_start=False, average=False
+        )
+        for _ in range(30):
+            noise, real = (torch.randn(8, 2, generator=draws)[rows] for _ in range(2))
+            opts[0].zero_grad()
+            tuner.backward((d(g(noise)) - 1).square().mean())
+            opts[0].step()
+            opts[1].zero_grad()
+            tuner.backward((d(real) - 1).square().mean() + d(g(noise).detach()).square().mean())
+            opts[1].step()
+        weights = torch.cat([flat(m) for m in inner])
+        return tuner.values | {"weights": weights, "d": tuner.hypergradients["lr"], "stats": tuner.stats}
+
+    return in_float64(train)
+
+
 # ---- a process group without DistributedDataParallel, logs, draws, states
 
 
@@ -232,6 +285,16 @@ def apart(rank: int | None = None) -> dict[str, Any]:
     with counted() as n:
         simple_loop(model, seed=rank)
     return {"weights": flat(model), "communicated": n[0]}
+
+
+def group_of_one() -> dict[str, Any]:
+    groups = [dist.new_group([i]) for i in range(dist.get_world_size())]
+    rank = dist.get_rank()
+    torch.manual_seed(rank)
+    model = mlp()
+    wrapper = DistributedDataParallel(model, process_group=groups[rank])
+    simple_loop(wrapper, seed=rank)
+    return {"weights": flat(model)}
 
 
 def logged(folder: Path) -> list[str]:

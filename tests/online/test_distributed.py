@@ -116,11 +116,54 @@ def test_training_is_that_of_the_stock_loop_bit_for_bit_where_nothing_moves(rank
 
 
 def test_every_rank_passes_over_the_step_that_is_nan_on_one(ranks: Ranks) -> None:
-    loop = UnionLoop(steps=30, nan=(11, 1))
+    loop = UnionLoop(steps=30, nan=(range(11, 12), 1), ddp=VIEWS)
     one, other = ranks(run, loop)
     assert one["stats"]["nonfinite_steps"] == 1
     assert_same(one, other)
     assert_same(run(loop, alone=True), one, UNION)
+
+
+TROUBLE = {
+    "three bad batches in a row": (UnionLoop(steps=60, nan=(range(31, 34), 1)), "rollbacks"),
+    "lr far too large": (UnionLoop(steps=60, optimizer=rank_jobs.hot), "rollbacks"),
+    "a validation loss that rises": (UnionLoop(net=mlp, steps=200, optimizer=adamw, rising=True), "backtracks"),
+    "a known length, a restart": (
+        UnionLoop(optimizer=rank_jobs.warm, tuner={"total_steps": 400}, rising=True),
+        "backtracks",
+    ),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", TROUBLE)
+def test_every_rank_goes_back_at_the_same_step(ranks: Ranks, name: str) -> None:
+    loop, what = TROUBLE[name]
+    one, other = ranks(run, loop)
+    assert one["stats"][what] >= 1
+    assert_same(one, other)
+    assert_same(run(loop, alone=True), one, 1e-6)  # rounding, amplified before lr came down
+
+
+def test_two_models_with_losses_of_their_own(ranks: Ranks) -> None:
+    """A GAN: either loss leaves gradients in both models."""
+    one, other = ranks(rank_jobs.gan)
+    assert_same(one, other)
+    assert one["stats"]["changed_gradients"] == one["stats"]["plain_steps"] == 0
+    assert_same(rank_jobs.gan(alone=True), one, UNION)
+
+
+def test_whole_runs(ranks: Ranks) -> None:
+    one, other = ranks(rank_jobs.tuned_run)
+    assert_same(one, other)
+    assert_same(rank_jobs.tuned_run(alone=True), one, UNION)
+
+
+def test_a_process_group_of_one(ranks: Ranks) -> None:
+    """Each rank trains in DistributedDataParallel over itself alone."""
+    one, other = ranks(rank_jobs.group_of_one)
+    assert not torch.equal(one["weights"], other["weights"])
+    for rank, found in enumerate((one, other)):
+        assert torch.equal(found["weights"], rank_jobs.apart(rank)["weights"])
 
 
 def test_one_collective_for_products_and_one_for_numbers_a_step(ranks: Ranks) -> None:

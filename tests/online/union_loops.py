@@ -74,10 +74,11 @@ class UnionLoop:
     clip_norm: float | None = None
     scheduler: Callable[[Any], Any] | None = None
     resume: int | None = None
-    nan: tuple[int, int] | None = None  # a step, and the rank whose loss is NaN there
+    nan: tuple[range, int] | None = None  # steps, and the rank whose loss is NaN there
     scaler: bool = False
     autocast: bool = False
     own_draws: bool = False  # val_loss seeds its random numbers itself
+    rising: bool = False  # the validation targets turn in mid-run, by and by
     frozen: bool = False  # nothing is tuned
     ddp: dict[str, Any] = field(default_factory=dict)
     tuner: dict[str, Any] = field(default_factory=dict)
@@ -117,7 +118,7 @@ class UnionLoop:
         module = getattr(module, "module", module)
         found = {"weights": torch.cat([p.detach().flatten() for p in module.parameters()]), "lr": torch.tensor(seen)}
         if tuner is None:
-            return found | {"ends at": float(val_loss().detach())}
+            return found | {"ends at": float(val_loss(self.steps).detach())}
         with tuner.best():
             found["best"] = torch.cat([p.detach().flatten() for p in module.parameters()])
         with tuner.averaged():
@@ -130,6 +131,7 @@ class UnionLoop:
         return found | {"stats": tuner.stats, "val_loss": tuner.val_loss}
 
     def _made(self, alone: bool, val: tuple[Tensor, Tensor], tuned: bool) -> Any:
+        """Model, optimizer, tuner, scheduler and scaler; and the validation loss."""
         module = self.net()
         model = module if alone else DistributedDataParallel(module, **self.ddp)
         optimizer = self.optimizer(module)
@@ -140,11 +142,12 @@ class UnionLoop:
         x, y = (z[2 * rows.start : 2 * rows.stop] for z in val)
         weight, called = self.weight(rank), module if self.inner else model
 
-        def val_loss() -> Tensor:
+        def val_loss(t: int) -> Tensor:
+            turned = y if not self.rising else y * (1 - 2 * min(t / self.steps, 1))
             if self.own_draws:
                 torch.manual_seed(11)
             with self._arithmetic():
-                return ((called(x) - y) ** 2).mean() * weight
+                return ((called(x) - turned) ** 2).mean() * weight
 
         given = {"warm_start": False, "every": 5, "clip_norm": self.clip_norm, "scaler": scaler, **self.tuner}
         tuner = hypergrad.Tuner(called, optimizer, val_loss, **given) if tuned else None
@@ -181,7 +184,7 @@ class UnionLoop:
             with nullcontext() if last or rank is None else model.no_sync():
                 with self._arithmetic():
                     loss = ((model(x[rows]) - y[rows]) ** 2).mean() * self.weight(rank) / len(batches)
-                if self.nan is not None and t == self.nan[0] and rank in (None, self.nan[1]):
+                if self.nan is not None and t in self.nan[0] and rank in (None, self.nan[1]):
                     loss = loss * float("nan")
                 loss = loss if scaler is None else scaler.scale(loss)
                 loss.backward() if tuner is None else tuner.backward(loss)
