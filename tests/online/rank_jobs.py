@@ -210,7 +210,7 @@ def running_statistics(mode: str) -> tuple[float, float]:
     return in_float64(both)
 
 
-def tuned_run(alone: bool = False) -> dict[str, Any]:
+def tuned_run(folder: Path | None = None, alone: bool = False) -> dict[str, Any]:
     kept = []  # DistributedDataParallel modules
 
     def build(seed: int) -> hypergrad.Run:
@@ -219,9 +219,10 @@ def tuned_run(alone: bool = False) -> dict[str, Any]:
         return hypergrad.Run(model, sgd(module), batches, mse, lambda: mse(model, val))
 
     def tune() -> dict[str, Any]:
+        log_dir = None if folder is None else folder / str(dist.get_rank())
         found = hypergrad.tune_run(
             build, {"lr": hypergrad.Hyperparameter(), "weight_decay": hypergrad.Hyperparameter()}, outer_steps=5,
-            horizons=(1.0,), progress=False,
+            horizons=(1.0,), progress=False, log_dir=log_dir,
         )  # fmt: skip
         return {name: torch.as_tensor(x) for name, x in found.values.items()} | {"value": found.value}
 

@@ -152,8 +152,9 @@ def test_two_models_with_losses_of_their_own(ranks: Ranks) -> None:
     assert_same(rank_jobs.gan(alone=True), one, UNION)
 
 
-def test_whole_runs(ranks: Ranks) -> None:
-    one, other = ranks(rank_jobs.tuned_run)
+def test_whole_runs(ranks: Ranks, tmp_path: Path) -> None:
+    one, other = ranks(rank_jobs.tuned_run, tmp_path)
+    assert (tmp_path / "0" / "tune_run.json").exists() and not (tmp_path / "1").exists()
     assert_same(one, other)
     assert_same(rank_jobs.tuned_run(alone=True), one, UNION)
 
