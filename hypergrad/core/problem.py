@@ -137,6 +137,16 @@ class Problem:
             if self.validate(val_loss, t).of_stats is None:
                 self.stats = None
 
+    def check_running_stats(self) -> None:
+        """Raise where they are part of the state, and the first process's are copied to the others."""
+        copied = any(x.broadcast_buffers and x in self.model.modules() for x in self.processes.wrappers)
+        if self.stats is not None and copied and not self.processes.alone:
+            raise NotImplementedError(
+                "DistributedDataParallel copies the first rank's buffers to the others before every step, and the path through "
+                "running statistics that val_loss reads is differentiated for each rank's own: make it with "
+                "broadcast_buffers=False, or validate in train mode."
+            )
+
     def unfollowed_since(self, before: Sequence[Saved]) -> list[str]:
         """Names of float buffers that changed and are not running statistics of BatchNorm."""
         names = {id(module): name for name, module in self.model.named_modules()}

@@ -15,7 +15,7 @@ def evaluation(trajectory: Trajectory) -> Iterator[Diagnostics]:
     """Run a mode on the user's model in place and leave everything as it was found."""
     with trajectory.problem.untouched():
         trajectory.problem.follow_running_stats(trajectory.val_loss, trajectory.val_steps[-1])
-        _check_buffers(trajectory)
+        trajectory.problem.check_running_stats()
         diagnostics, before = Diagnostics(trajectory.problem.device), trajectory.problem.read_buffers()
         yield diagnostics
         for name in trajectory.directions.unreached(trajectory.problem.read):
@@ -29,15 +29,3 @@ def evaluation(trajectory: Trajectory) -> Iterator[Diagnostics]:
                 "hypergradient. hypergrad.check tells whether that matters here."
             )
             warnings.warn(diagnostics.warnings[-1], stacklevel=4)
-
-
-def _check_buffers(trajectory: Trajectory) -> None:
-    """Raise where running statistics are part of the state, and the first process's are copied to the others."""
-    problem = trajectory.problem
-    copied = any(x.broadcast_buffers and x in problem.model.modules() for x in problem.processes.wrappers)
-    if problem.stats is not None and copied:
-        raise NotImplementedError(
-            "DistributedDataParallel copies the first rank's buffers to the others before every step, and the path through "
-            "running statistics that val_loss reads is differentiated for each rank's own: make it with "
-            "broadcast_buffers=False, or validate in train mode."
-        )

@@ -153,6 +153,7 @@ def _try(problem: Problem, val_loss: Callable[..., Tensor], forward: bool) -> tu
         return math.nan, []
     problem.follow_running_stats(val_loss, 0)
     if problem.stats is None or not forward:
+        problem.check_running_stats()
         return value, []
     problem.stop_following_running_stats()
     return value, [

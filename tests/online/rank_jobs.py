@@ -288,6 +288,22 @@ def apart(rank: int | None = None) -> dict[str, Any]:
     return {"weights": flat(model), "communicated": n[0]}
 
 
+def mixed_with_plain() -> dict[str, int]:
+    """Every step has gradients of loss.backward() and of tuner.backward."""
+    model = DistributedDataParallel(mlp())
+    opt = sgd(model)
+    x = torch.randn(4, INPUTS) + dist.get_rank()
+    tuner = hypergrad.Tuner(model, opt, lambda: model(x).square().mean(), warm_start=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for _ in range(5):
+            opt.zero_grad()
+            model(x).square().mean().backward()
+            tuner.backward(model(x).square().mean())
+            opt.step()
+    return tuner.stats
+
+
 def group_of_one() -> dict[str, Any]:
     groups = [dist.new_group([i]) for i in range(dist.get_world_size())]
     rank = dist.get_rank()
@@ -465,7 +481,15 @@ def refused_compiled() -> None:
     )
 
 
-def refused_broadcast_statistics() -> None:
+def refused_other_state() -> None:
+    model = DistributedDataParallel(mlp())
+    tuner, _ = simple_loop(model)
+    state = tuner.state_dict()
+    state["loop"]["t"] += dist.get_rank()
+    refused(model, lambda: tuner.load_state_dict(state))
+
+
+def refused_broadcast_statistics(windows: bool = False) -> None:
     module, wrapper, model, batches, val = problem(norm, False, False, 3)
     module[3].p = 0.0
 
@@ -476,7 +500,13 @@ def refused_broadcast_statistics() -> None:
         finally:
             model.train()
 
+    if windows:
+        refused(wrapper, lambda: hypergrad.Tuner(model, sgd(model), val_loss, loss=mse, mode="unrolled"))
     refused(wrapper, lambda: hypergrad.hypergradient(model, sgd(model), mse, batches, val_loss))
+
+
+def refused_broadcast_statistics_in_windows() -> None:
+    refused_broadcast_statistics(windows=True)
 
 
 # ---- a rank that dies

@@ -216,6 +216,12 @@ def test_models_that_are_not_wrapped_stay_apart(ranks: Ranks) -> None:
     assert torch.equal(one["weights"], rank_jobs.apart(0)["weights"])
 
 
+def test_gradients_that_came_by_loss_backward_too_are_a_change(ranks: Ranks) -> None:
+    one, other = ranks(rank_jobs.mixed_with_plain)
+    assert one == other
+    assert one["changed_gradients"] == one["steps"] == 5
+
+
 def test_only_the_first_rank_writes(ranks: Ranks, tmp_path: Path) -> None:
     one, other = ranks(rank_jobs.logged, tmp_path)
     assert (tmp_path / "0" / "metrics.jsonl").exists() and not (tmp_path / "1").exists()
@@ -249,6 +255,8 @@ REFUSED = {
     "check": "one process",
     "compiled": "compile=True",
     "broadcast_statistics": "broadcast_buffers=False",
+    "broadcast_statistics_in_windows": "broadcast_buffers=False",
+    "other_state": "must be the same on every rank",
 }
 
 
