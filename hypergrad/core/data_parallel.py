@@ -34,7 +34,7 @@ def processes_of(model: nn.Module, optimizers: Sequence[torch.optim.Optimizer]) 
                 f"{type(opt).__name__} keeps other state on every rank: use the optimizer that it wraps, with all parameters on "
                 "every rank."
             )
-    if not (dist.is_available() and dist.is_initialized()):
+    if not _in_a_group():
         return ALONE
     wrappers = _wrappers(model, params)
     if not wrappers:
@@ -75,6 +75,10 @@ def is_late(processes: Processes, model: nn.Module, optimizers: Sequence[torch.o
     return processes is ALONE and not processes_of(model, optimizers).alone
 
 
+def _in_a_group() -> bool:
+    return dist.is_available() and dist.is_initialized()
+
+
 def _refuse_shards(model: nn.Module, params: Sequence[Tensor]) -> None:
     """Raise where a rank holds a part of the parameters."""
     names = {cls.__name__ for x in (*params, *model.parameters()) for cls in type(x).__mro__}
@@ -82,10 +86,23 @@ def _refuse_shards(model: nn.Module, params: Sequence[Tensor]) -> None:
         raise NotImplementedError(
             f"parameters are DTensors, of fully_shard (FSDP2) or tensor parallelism: every rank holds a part of them. {_WAY_OUT}."
         )
-    if "FlatParameter" in names or any(type(m).__name__ == "FullyShardedDataParallel" for m in model.modules()):
+    holders = [*model.modules(), *(_live("FullyShardedDataParallel") if _in_a_group() else ())]
+    if "FlatParameter" in names or any(
+        type(x).__name__ == "FullyShardedDataParallel" and _holds(x, model) for x in holders
+    ):
         raise NotImplementedError(
             f"the model is in FullyShardedDataParallel: every rank holds a part of each parameter. {_WAY_OUT}."
         )
+
+
+def _live(name: str) -> list[Any]:
+    """The live modules of a class; without imports, and without asking objects what they say they are."""
+    return [x for x in gc.get_objects() if issubclass(type(x), nn.Module) and type(x).__name__ == name]
+
+
+def _holds(x: nn.Module, model: nn.Module) -> bool:
+    inside = {id(m) for m in x.modules()}
+    return any(id(m) in inside for m in model.modules())
 
 
 # There is no register of them: torch's own (`_get_active_ddp_module`) is set within a forward pass alone.
@@ -93,7 +110,9 @@ def _wrappers(model: nn.Module, params: Sequence[Tensor]) -> list[Any]:
     """The live DistributedDataParallel modules that hold a parameter of the optimizers, those of `model` first."""
     mine = {id(p) for p in params}
     found = [m for m in model.modules() if isinstance(m, DistributedDataParallel)]
-    found += [x for x in gc.get_objects() if issubclass(type(x), DistributedDataParallel)]
+    found += [
+        x for x in gc.get_objects() if issubclass(type(x), DistributedDataParallel)
+    ]  # the model may be inside one
     each = {id(x): x for x in found if hasattr(x, "_module_parameters")}.values()
     return [x for x in each if any(id(p) in mine for p in x._module_parameters)]
 

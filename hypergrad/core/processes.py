@@ -122,8 +122,11 @@ def column_sums(x: Tensor) -> Tensor:
         [3.0, 4.0, 5.0]
     """
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    rows = torch.nn.functional.pad(wide, (0, -len(wide) % SUMS)).view(-1, SUMS) if len(wide) > SUMS else wide[None]
-    return torch.cat([rows.sum(0), torch.linalg.vector_norm(wide)[None]])
+    width = min(SUMS, len(wide))
+    whole = len(wide) // width * width
+    sums = wide[:whole].view(-1, width).sum(0)
+    sums[: len(wide) - whole] += wide[whole:]
+    return torch.cat([sums, torch.linalg.vector_norm(wide)[None]])
 
 
 def is_mean(found: Sequence[float], means: Sequence[float], dtype: torch.dtype) -> bool:

@@ -52,7 +52,7 @@ def hypergradient(
     Model, optimizer, buffers, gradients and random numbers are left as they were found.
 
     Args:
-        model: the module that is trained.
+        model: the module that is trained; in DistributedDataParallel, or around it, the mean over ranks is differentiated.
         optimizer: a live optimizer or a list of them: torch.optim's SGD, Adam, AdamW, RMSprop, Adagrad, Adamax, NAdam, RAdam,
             Adadelta, Adafactor, Muon; Lion of pytorch_optimizer or lion_pytorch; Lamb of pytorch_optimizer; any other
             through its own step, slowly, or it is refused (docs/optimizers.md).

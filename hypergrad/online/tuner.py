@@ -34,10 +34,11 @@ class Tuner:
     (forward mode), and φ, the transformed values (log lr, log weight decay, logit momentum, …), takes a step: of Adam, slowed by
     disagreement; lr climbs by Newton's step (docs/online.md). Every number keeps within a factor of 4 of its mean so far.
     Where the validation loss has risen by more than chance, weights go back to where it was lowest, and lr is divided by 4 (see
-    backtracking.py).
+    backtracking.py). In DistributedDataParallel every rank makes its tuner, and what counts is the mean over ranks
+    (docs/distributed.md).
 
     Args:
-        model: the module that is trained.
+        model: the module that is trained, or the DistributedDataParallel module around it.
         optimizer: its live optimizer, with any param groups, or a list of them: any that `hypergrad.hypergradient` takes.
         val_loss: `val_loss()` → scalar: the loss of a validation batch, computed with the model's own parameters. Random
             numbers and buffers are put back after it; it must not call backward. Called as `val_loss(t)`, t the number of

@@ -454,6 +454,17 @@ def refused_fsdp1() -> None:
     hypergrad.Tuner(model, sgd(model), lambda: model(torch.ones(1, INPUTS)).sum())
 
 
+def refused_fsdp1_inner() -> None:
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    module = mlp()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = FullyShardedDataParallel(module, device_id=torch.device("cpu"), use_orig_params=True)
+    opt = torch.optim.SGD(model.parameters(), lr=0.1)
+    hypergrad.Tuner(module, opt, lambda: module(torch.ones(1, INPUTS)).sum())
+
+
 def refused_fsdp2() -> None:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard

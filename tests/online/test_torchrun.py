@@ -24,7 +24,15 @@ def script() -> str:
 
 def torchrun(folder: Path, code: str) -> subprocess.CompletedProcess[str]:
     (folder / "train.py").write_text(code, encoding="utf-8")
-    options = ["--standalone", "--nproc-per-node", "2", "--redirects", "1", "--log-dir", "logs"]  # stdout, a file a rank
+    options = [
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        "--redirects",
+        "1",
+        "--log-dir",
+        "logs",
+    ]  # stdout, a file a rank
     command = [sys.executable, "-m", "torch.distributed.run", *options, "train.py"]
     env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=300)

@@ -117,6 +117,7 @@ class UnionLoop:
         module, _, tuner, *_ = parts
         module = getattr(module, "module", module)
         found = {"weights": torch.cat([p.detach().flatten() for p in module.parameters()]), "lr": torch.tensor(seen)}
+        found["buffers"] = torch.cat([b.double().flatten() for b in (torch.zeros(1), *module.buffers())])
         if tuner is None:
             return found | {"ends at": float(val_loss(self.steps).detach())}
         with tuner.best():
