@@ -8,6 +8,7 @@ What DistributedDataParallel leaves in `.grad` is the mean of the ranks'. Whethe
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
@@ -21,11 +22,18 @@ from hypergrad.online.gradient_changes import Pending, any_of_each
 from hypergrad.optimizers.transition import Transition
 
 
-def accumulate(leaves: Sequence[Tensor], grads: Sequence[Tensor | None]) -> None:
+def accumulate(inputs: Sequence[Tensor], grads: Sequence[Tensor | None]) -> None:
     """Add gradients to what is in `.grad`. What is there afterwards shares no memory with them."""
-    pairs = [(leaf, g.detach()) for leaf, g in zip(leaves, grads, strict=True) if g is not None]
-    with without_hooks([leaf for leaf, _ in pairs]):
-        torch.autograd.backward([leaf for leaf, _ in pairs], [g for _, g in pairs])
+    pairs = [(x, g.detach()) for x, g in zip(inputs, grads, strict=True) if g is not None]
+    leaves = [x for x, _ in pairs if x.is_leaf]
+    if leaves:
+        with without_hooks(leaves):
+            torch.autograd.backward(leaves, [g for x, g in pairs if x.is_leaf])
+    for x, g in pairs:
+        if not x.is_leaf:  # of backward(inputs=...)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # torch's own: that such a tensor mostly has no .grad
+                x.grad = g.clone() if x.grad is None else x.grad + g
 
 
 def expected(new: Pending, old: Pending | None, transition: Transition, processes: Processes) -> Pending:

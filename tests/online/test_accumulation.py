@@ -120,6 +120,28 @@ def test_gradients_share_no_memory_with_the_graph() -> None:
     assert all(torch.equal(p.grad, g) for p, g in zip(model.parameters(), first, strict=True))  # type: ignore[arg-type]
 
 
+def test_inputs_that_are_no_leaves() -> None:
+    runs = []
+    for tuned in (False, True):
+        model, seen = net(), list[Tensor]()
+        opt = sgd(model)
+        tuner = as_given(model, opt, validation(model)) if tuned else None
+        if tuner is not None:
+            tuner.freeze()
+        for x, y in data()[0][:3]:
+            opt.zero_grad()
+            hidden = torch.tanh(model[0](x))  # type: ignore[index]
+            loss = (model[2](hidden) - y).square().mean()  # type: ignore[index]
+            given = [hidden, *model[2].parameters()]  # type: ignore[index]
+            loss.backward(inputs=given) if tuner is None else tuner.backward(loss, inputs=given)
+            opt.step()
+            hidden.retain_grad()  # no warning where .grad is read
+            assert model[0].weight.grad is None  # type: ignore[index]
+            seen += [z.grad.clone() for z in given]
+        runs.append(seen)
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
 def test_an_optimizer_that_steps_in_the_backward_pass() -> None:
     """One for each parameter, which also frees its gradient: hypergradients are finite differences of that loop."""
 
