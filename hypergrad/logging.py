@@ -140,10 +140,12 @@ class Journal:
 
     Args:
         log_dir, hparams: as of `Recorder`; without a log_dir there are only warnings.
+        silent: neither log nor warnings: another process has them.
     """
 
-    def __init__(self, log_dir: str | Path | None, hparams: Mapping[str, Any]):
-        self.recorder = None if log_dir is None else Recorder(log_dir, hparams)
+    def __init__(self, log_dir: str | Path | None, hparams: Mapping[str, Any], silent: bool = False):
+        self.silent = silent
+        self.recorder = None if log_dir is None or silent else Recorder(log_dir, hparams)
         self.noted: set[str] = set()
         self.step, self.clock = 0, time.perf_counter()
 
@@ -157,7 +159,7 @@ class Journal:
     def note(self, step: int, message: str, warn: bool = True) -> None:
         if self.recorder is not None:
             self.recorder.text(step, message)
-        if warn:
+        if warn and not self.silent:
             warnings.warn(message, stacklevel=4)
 
     def note_once(self, step: int, message: str, warn: bool = True) -> None:

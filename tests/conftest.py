@@ -1,7 +1,8 @@
 """Settings of every test: one thread, seeded. Cases run on the device in HYPERGRAD_DEVICE (default cpu; see problems.py).
 
 Tests that start Ray share one process under `pytest -n 2 --dist loadgroup`: a machine has one Ray at a time. So do
-those that make git worktrees: git removes and makes their common folder as the last one goes and the first one comes.
+those that make git worktrees: git removes and makes their common folder as the last one goes and the first one comes;
+and those that start processes for all tests of a file.
 """
 
 import os
@@ -10,7 +11,11 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-ALONE = {"ray": "test_ray", "worktrees": "test_same_numbers"}  # group: how its files' names begin
+ALONE = {
+    "ray": "test_ray",
+    "worktrees": "test_same_numbers",
+    "ranks": "test_distributed",
+}  # group: how its files' names begin
 torch.set_num_threads(1)
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # on a GPU, a replayed step is to be the recorded one
 torch.backends.cudnn.deterministic = True

@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_map
 
 from hypergrad.checks.precision import Promote, in_float64, to_double
 from hypergrad.checks.stock_run import Moved, StockRun
+from hypergrad.core.data_parallel import processes_of
 from hypergrad.core.finite_differences import central, extrapolated, one_sided
 from hypergrad.core.restore import Rng, as_found
 from hypergrad.differentiate.arguments import Optimizers, as_optimizers, granularity, leaves
@@ -117,6 +118,10 @@ def check(
     """
     if limit < 1:
         raise ValueError(f"limit must be a whole number from 1, got {limit}.")
+    if not processes_of(model, as_optimizers(optimizer)).alone:
+        raise NotImplementedError(
+            "check runs in one process: give it the model without DistributedDataParallel, in a process of its own."
+        )
     optimizers, rng = as_optimizers(optimizer), None
     params = [p for opt in optimizers for group in opt.param_groups for p in group["params"]]
     if params:

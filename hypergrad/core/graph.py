@@ -83,6 +83,11 @@ def survey(loss: Tensor, model: torch.nn.Module | None = None) -> Survey:
                 "(torch.nn.utils.parametrize.remove_parametrizations, or torch.nn.utils.remove_weight_norm) and register "
                 "a parametrization whose forward(g, v) returns v * (g / v.norm(dim=1, keepdim=True)) instead."
             )
+        elif "SyncBatchNorm" in node.name():
+            raise NotImplementedError(
+                "nn.SyncBatchNorm has no second derivative: its backward pass communicates. Use nn.BatchNorm of each rank's own "
+                "batch, or nn.GroupNorm."
+            )
         elif "BackwardHookFunction" in node.name():
             raise NotImplementedError(
                 "a module has a full backward hook: torch would call it again on every Hessian product. Remove the hook "

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 # not among torch's public names, though its own optimizers are made of them
-_FOREACH: dict[str, Any] = {name: getattr(torch, f"_foreach_{name}") for name in ("mul", "copy_", "add_", "norm")}
+_FOREACH: dict[str, Any] = {name: getattr(torch, f"_foreach_{name}") for name in ("mul", "copy_", "norm")}
 
 
 def copies(tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -33,13 +33,6 @@ def write(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
     if targets:
         with torch.no_grad():
             _FOREACH["copy_"](list(targets), list(sources))
-
-
-def add(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
-    """Add each source to its target, in place."""
-    if targets:
-        with torch.no_grad():
-            _FOREACH["add_"](list(targets), list(sources))
 
 
 def norms(tensors: Sequence[Tensor], order: float = 2) -> Tensor:

@@ -16,6 +16,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from hypergrad.core.batchnorm import RunningStats
 from hypergrad.core.graph import Linearization, check_scalar, grad_or_none, survey, without_hooks
+from hypergrad.core.processes import ALONE, Processes
+from hypergrad.core.rank_mean import RankMean
 from hypergrad.core.restore import Buffers, Rng, Saved, untouched
 from hypergrad.core.second_order import twice_differentiable
 from hypergrad.core.signatures import takes_step
@@ -39,6 +41,7 @@ class Problem:
         loss: `loss(model, batch)`, or `loss(model, batch, hypers)` where `hypers` is not empty.
         hypers: name -> leaf tensor that the loss reads.
         pass_hypers: False where they are not an argument of the loss: only schedules read them.
+        processes: those that train the model together.
     """
 
     def __init__(
@@ -48,7 +51,9 @@ class Problem:
         loss: Callable[..., Tensor] | None,
         hypers: dict[str, Tensor] | None = None,
         pass_hypers: bool = True,
+        processes: Processes = ALONE,
     ):
+        self.processes = processes
         self.model, self.params, self.loss = model, list(params), loss
         self.hypers = hypers or {}
         self.extra = (self.hypers,) if self.hypers and pass_hypers else ()  # further arguments of the loss
@@ -81,9 +86,10 @@ class Problem:
     # ---- losses
 
     def training_loss(self, batch: Any) -> Tensor:
+        """This process's loss of its batch."""
         if self.loss is None:
             raise ValueError("a training loss is needed here: pass loss=..., a function loss(model, batch).")
-        with torch.enable_grad():
+        with torch.enable_grad(), self.processes.quiet():
             try:
                 loss = self.loss(self.model, batch, *self.extra)
             except (TypeError, ValueError, RuntimeError, IndexError, KeyError, AttributeError) as error:
@@ -98,7 +104,8 @@ class Problem:
         """The training loss at the present parameters, with its gradient in them and in `hypers`.
 
         Where running statistics are followed and products are wanted, ⟨S, u⟩ is part of the loss and u, which is 0, the
-        last of the extra leaves (see batchnorm.py); d is returned as `lin.decay`.
+        last of the extra leaves (see batchnorm.py); d is returned as `lin.decay`. With several processes all of it is their mean,
+        but for running statistics, of which each has its own.
         """
         if self.stats is None or not products:
             with twice_differentiable():
@@ -113,6 +120,8 @@ class Problem:
         exact = survey(loss, self.model).exact if products else True
         lin = Linearization(loss, self.params, extra, products)
         lin.decay, lin.exact = decay, exact
+        if not self.processes.alone:
+            lin = RankMean(lin, self.processes, len(self.hypers))
         self._record_read(lin.extra_grads[: len(self.hypers)])
         return lin
 
@@ -130,6 +139,16 @@ class Problem:
             if self.validate(val_loss, t).of_stats is None:
                 self.stats = None
 
+    def check_running_stats(self) -> None:
+        """Raise where they are part of the state, and the first process's are copied to the others."""
+        copied = any(x.broadcast_buffers and x in self.model.modules() for x in self.processes.wrappers)
+        if self.stats is not None and copied and not self.processes.alone:
+            raise NotImplementedError(
+                "DistributedDataParallel copies the first rank's buffers to the others before every step, and the path through "
+                "running statistics that val_loss reads is differentiated for each rank's own: make it with "
+                "broadcast_buffers=False, or validate in train mode."
+            )
+
     def unfollowed_since(self, before: Sequence[Saved]) -> list[str]:
         """Names of float buffers that changed and are not running statistics of BatchNorm."""
         names = {id(module): name for name, module in self.model.named_modules()}
@@ -141,7 +160,7 @@ class Problem:
         ]
 
     def validate(self, val_loss: Callable[..., Tensor], t: int, seed: int | None = None) -> Validation:
-        """The validation loss at the present parameters, with its gradients.
+        """This process's validation loss at the present parameters, with its gradients.
 
         Random numbers and buffers are as before afterwards. With a seed the loss draws from a stream of its own: from
         training's random numbers, put back each time, it might draw the same validation batch every time.
@@ -162,7 +181,7 @@ class Problem:
         return Validation(loss.detach(), of_params, grads[len(self.params) : len(inputs)], flat)
 
     def evaluate(self, val_loss: Callable[..., Tensor], t: int, seed: int) -> Tensor:
-        """The validation loss without its gradients."""
+        """This process's validation loss without its gradients."""
         with self._without_effect(seed):
             return self._call(val_loss, t).detach()
 
@@ -173,7 +192,7 @@ class Problem:
         try:
             if seed is not None:
                 rng.seed(seed)
-            with torch.enable_grad():
+            with torch.enable_grad(), self.processes.quiet():
                 yield
         finally:
             self.write_buffers(buffers, silently=True)  # the same values

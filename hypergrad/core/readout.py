@@ -1,7 +1,7 @@
 """Numbers that decisions on the host need, copied from the device all at once.
 
 Every `float(x)` of a tensor on a GPU makes Python wait until the GPU has finished its queue. So what a step needs is collected
-first and fetched once.
+first and fetched once. Where several processes train the model it is the mean of theirs: so all decide the same, bit for bit.
 """
 
 from __future__ import annotations
@@ -9,9 +9,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from hypergrad.core.processes import ALONE, Processes
+
 
 class Readout:
     """A few numbers to be copied to the host.
+
+    Args:
+        processes: whose numbers are averaged, by one collective. All have to ask for the same.
 
     Example:
         >>> readout = Readout()
@@ -21,21 +26,32 @@ class Readout:
         {'loss': [0.5], 'flags': [1.0, 0.0]}
     """
 
-    def __init__(self) -> None:
+    def __init__(self, processes: Processes = ALONE) -> None:
+        self.processes = processes
         self.asked: dict[str, Tensor] = {}
+        self.own: dict[str, Tensor] = {}  # not averaged
 
     def ask(self, name: str, x: Tensor) -> None:
         """Ask for the numbers of a tensor."""
-        assert name not in self.asked, name
+        assert name not in self.asked | self.own, name
         self.asked[name] = x.detach().reshape(-1)
+
+    def ask_own(self, name: str, x: Tensor) -> None:
+        """Ask for the numbers of a tensor on this process, where no other one's matter."""
+        assert name not in self.asked | self.own, name
+        self.own[name] = x.detach().reshape(-1)
 
     def fetch(self) -> dict[str, list[float]]:
         """All numbers asked for, by name: the one wait."""
-        if not self.asked:
+        pieces = [[x.to(torch.float64) for x in part.values()] for part in (self.asked, self.own)]
+        joined = [torch.cat(part) for part in pieces if part]
+        if not joined:
             return {}
-        every = torch.cat([x.to(torch.float64) for x in self.asked.values()]).tolist()
+        if self.asked:
+            joined[0] = self.processes.mean(joined[0])
+        every = (torch.cat(joined) if len(joined) > 1 else joined[0]).tolist()
         out, at = {}, 0
-        for name, x in self.asked.items():
+        for name, x in (self.asked | self.own).items():
             out[name] = every[at : at + x.numel()]
             at += x.numel()
         return out

@@ -15,6 +15,7 @@ def evaluation(trajectory: Trajectory) -> Iterator[Diagnostics]:
     """Run a mode on the user's model in place and leave everything as it was found."""
     with trajectory.problem.untouched():
         trajectory.problem.follow_running_stats(trajectory.val_loss, trajectory.val_steps[-1])
+        trajectory.problem.check_running_stats()
         diagnostics, before = Diagnostics(trajectory.problem.device), trajectory.problem.read_buffers()
         yield diagnostics
         for name in trajectory.directions.unreached(trajectory.problem.read):

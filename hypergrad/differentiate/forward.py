@@ -36,5 +36,6 @@ def forward(trajectory: Trajectory, stepper: Stepper) -> Result:
                 break
             state, tangent = stepper.jvp(state, t, tangent, diagnostics)
             diagnostics.norm(tangent.theta)
+        total = trajectory.problem.processes.mean(total)  # running statistics are each process's own
         gradients = {name: x + direct[name] for name, x in directions.pack(total).items()}
         return Result(value, gradients, diagnostics.stats(len(trajectory.batches), usual=len(trajectory.batches)))

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hypergrad.core.data_parallel import processes_of
 from hypergrad.core.problem import Problem
 from hypergrad.core.restore import Rng
 from hypergrad.core.signatures import takes_hypers
@@ -51,7 +52,7 @@ def hypergradient(
     Model, optimizer, buffers, gradients and random numbers are left as they were found.
 
     Args:
-        model: the module that is trained.
+        model: the module that is trained; in DistributedDataParallel, or around it, the mean over ranks is differentiated.
         optimizer: a live optimizer or a list of them: torch.optim's SGD, Adam, AdamW, RMSprop, Adagrad, Adamax, NAdam, RAdam,
             Adadelta, Adafactor, Muon; Lion of pytorch_optimizer or lion_pytorch; Lamb of pytorch_optimizer; any other
             through its own step, slowly, or it is refused (docs/optimizers.md).
@@ -136,8 +137,11 @@ def hypergradient(
     tensors = leaves(hypers)
     clip, threshold = clipping(clip_norm, clip_value)
     names = (wrt,) if isinstance(wrt, str) else tuple(wrt)
-    stage = Transition if ema is None else Averaged
-    transition = stage(as_optimizers(optimizer), frozenset({*names, *(schedules or ())}), clip)
+    stage, optimizers = Transition if ema is None else Averaged, as_optimizers(optimizer)
+    processes = processes_of(model, optimizers)
+    if compile and not processes.alone:
+        raise NotImplementedError("compile=True does not go with several processes: leave it out.")
+    transition = stage(optimizers, frozenset({*names, *(schedules or ())}), clip)
     values = transition.values() | ({} if clip is None else {clip: [threshold]})
     if isinstance(transition, Averaged):
         values |= transition.decays(check_decay(ema, "ema"))  # type: ignore[arg-type]
@@ -151,11 +155,12 @@ def hypergradient(
     if not len(items):
         raise ValueError("batches is empty: pass at least one batch.")
     steps = len(items)
-    problem = Problem(model, transition.params, loss, tensors, schedules is None or takes_hypers(loss))
+    problem = Problem(model, transition.params, loss, tensors, schedules is None or takes_hypers(loss), processes)
     directions = Directions(transition, names, tensors, steps if per_step else None, finely, scheduled)
     when = (steps,) if val_steps is None else tuple(val_steps)
     if not when or not all(int(t) == t and 0 <= t <= steps for t in when):
         raise ValueError(f"val_steps must be numbers of completed steps from 0 to {steps}, got {val_steps}.")
+    processes.check_same("the number of batches, and val_steps,", (steps, when))
     every_steps = scheduled.evaluate(steps, transition)
     trajectory = Trajectory(problem, transition, items, every_steps, directions, val_loss, when)
     stepper: Stepper = compiled(trajectory, mode) if compile else EagerStepper(trajectory)

@@ -94,7 +94,9 @@ class _Objective:
         self.transition, problem = trajectory.transition, trajectory.problem
         rng = problem.rng()
         self.lins = []
-        for batch in _distinct(trajectory.batches):
+        batches = _distinct(trajectory.batches)
+        problem.processes.check_same("the number of distinct batches", len(batches))
+        for batch in batches:
             rng.restore()
             self.lins.append(problem.linearize(batch))
             diagnostics.gradients += 1

@@ -111,17 +111,24 @@ class Trajectory:
         return isinstance(self.transition, Averaged)
 
     def validate(self, t: int, state: State) -> Share:
-        """Step t's share of the objective and its gradients, at a state whose parameters and buffers are in the model."""
+        """Step t's share of the objective and its gradients, at a state whose parameters and buffers are in the model.
+
+        With several processes they are their mean, but for the gradient in running statistics, which is each one's own.
+        """
         weight = self.val_steps.count(t) / len(self.val_steps)
         with self._evaluated_weights(state):
             found = self.problem.validate(self.val_loss, t)
+        params, hypers = self.problem.params, self.problem.hypers
+        value = self.problem.processes.mean(found.value)
+        rows = self.problem.processes.means([*found.of_params, *found.of_hypers], [*params, *hypers.values()])
+        of_params, of_hypers = rows[: len(params)], rows[len(params) :]
         direct = {
             name: torch.zeros_like(x) if g is None else g * weight
-            for (name, x), g in zip(self.problem.hypers.items(), found.of_hypers, strict=True)
+            for (name, x), g in zip(hypers.items(), of_hypers, strict=True)
         }
         stats = None if found.of_stats is None else found.of_stats * weight
-        theta = self.transition.flatten(found.of_params) * weight
-        return Share(found.value * weight, theta, stats, direct, self.averaged)
+        theta = self.transition.flatten(of_params) * weight
+        return Share(value * weight, theta, stats, direct, self.averaged)
 
     @contextmanager
     def _evaluated_weights(self, state: State) -> Iterator[None]:

@@ -38,6 +38,10 @@ class Pending:
     changed: Tensor | None = None  # [n_params] bool: changed before more was added to it; None: nothing was added
     stepped: set[int] = field(default_factory=set)  # the optimizers that have used it
     survives: Tensor | None = None  # 0-d bool, while more is added: not all of it was zeroed
+    averaged: bool = False  # dg is the mean of the processes'
+    own: Tensor | None = (
+        None  # `column_sums` of what this process left there before the mean was taken; None: not known
+    )
 
     def forget_tangent(self) -> None:
         """The gradient's tangent is zero."""
@@ -46,18 +50,17 @@ class Pending:
     def used_by(self, optimizer: int) -> None:
         self.stepped.add(optimizer)
 
-    def joined(
-        self, transition: Transition, has: Sequence[bool], dg: Tensor | None, loss: Tensor, scale: float
-    ) -> Pending:
-        """One more call of `backward` added to what `carried_on` returned; p.grad is what both left there."""
+    def joined(self, more: Pending) -> Pending:
+        """One more call of `backward` added to what `carried_on` returned. more: with the sum of both in `left`."""
+        dg, loss = more.dg, more.loss
         if self.dg is not None:
             dg = self.dg if dg is None else self.dg + dg
         if not self.stepped:
             both = torch.maximum(self.loss, loss)
             loss = both if self.survives is None else torch.where(self.survives, both, loss)
-        has = tuple(a or b for a, b in zip(self.has, has, strict=True))
-        left = [p.grad if h else None for p, h in zip(transition.params, has, strict=True)]
-        return Pending(transition.flatten(left), has, dg, loss, scale, self.changed)
+        changed = self.changed if more.changed is None or self.changed is None else self.changed | more.changed
+        has = tuple(a or b for a, b in zip(self.has, more.has, strict=True))
+        return replace(more, has=has, dg=dg, loss=loss, changed=changed, averaged=self.averaged and more.averaged)
 
 
 def carried_on(pending: Pending, transition: Transition) -> Pending | None:
@@ -69,7 +72,7 @@ def carried_on(pending: Pending, transition: Transition) -> Pending | None:
     if all(g is None for g, has in zip(grads, pending.has, strict=True) if has):
         return None
     now, sizes = transition.flatten(grads), transition.sizes
-    there = _any_of_each(torch.stack([pending.left != 0, now != 0, now != pending.left]), sizes)
+    there = any_of_each(torch.stack([pending.left != 0, now != 0, now != pending.left]), sizes)
     void = there[0] & ~there[1]  # zeroed, or None
     survives = (there[0] & there[1]).any()
     keep, changed = ~void & survives, there[2] & ~void
@@ -82,7 +85,7 @@ def carried_on(pending: Pending, transition: Transition) -> Pending | None:
     return replace(pending, has=has, dg=dg, changed=changed & survives, survives=survives)
 
 
-def _any_of_each(flags: Tensor, sizes: Sequence[int]) -> Tensor:
+def any_of_each(flags: Tensor, sizes: Sequence[int]) -> Tensor:
     """Whether there is a flag [m, n] in the range of each parameter [m, n_params]."""
     rows = [x for row in flags.to(torch.float32) for x in row.split(list(sizes))]
     return norms(rows, 1).view(len(flags), -1) > 0
@@ -143,7 +146,7 @@ class Comparison:
             return None
         left = self.pending.left
         dg = left.new_zeros(k, len(left)) if self.pending.dg is None else self.pending.dg
-        if read["same"][0]:
+        if read["same"][0] == 1:
             return dg
         if "scaling" not in read:
             return None
@@ -152,7 +155,7 @@ class Comparison:
     def _through_scaling(self, numbers: Sequence[float], dg: Tensor, changed: bool) -> Tensor | None:
         """J dg for a gradient g = c·ref; a norm is that of the whole ref."""
         square, c, n, near = numbers
-        if not (0 < square < float("inf") and near):
+        if not (0 < square < float("inf") and near == 1):
             return None
         if self.scaled and abs(c - 1) < self.rtol:
             return dg

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -22,6 +22,7 @@ from hypergrad.online.validation_noise import ValidationNoise
 
 # Seeds of second readings, far from those of the first: torch's CPU generator takes 32 bits of a seed
 OTHER_DRAWS = 2**31
+DRAWS_OF_A_RANK = 2**24  # from one process's seeds to the next one's: each draws validation batches of its own
 
 
 class HyperSteps:
@@ -52,7 +53,9 @@ class HyperSteps:
     ):
         self.problem, self.outer, self.vector, self.tangents = problem, outer, outer.vector, tangents
         self.transition, self.progress, self.journal = tangents.transition, progress, progress.journal
-        self.validation, self.average, self.seed, self.counts = validation, average, seed, counts
+        self.processes = problem.processes
+        self.validation, self.average, self.counts = validation, average, counts
+        self.seed = seed + DRAWS_OF_A_RANK * self.processes.rank
         self.best, self.record = best, record
         self.noise = ValidationNoise()
         self.frozen, self.val_loss = False, math.nan
@@ -73,7 +76,7 @@ class HyperSteps:
             whether the validation loss has risen, so that training should go back (see backtracking.py).
         """
         if not self.vector.moving:
-            self.val_loss = float(self.problem.evaluate(self.validation, t, self.seed + t))
+            self.val_loss = self._mean_losses([self.problem.evaluate(self.validation, t, self.seed + t)])[0]
             self._note_best(t, None)
             self.progress.record(t, self.val_loss, {}, self.validated <= 1)
             return self._risen(t, self.val_loss, None, warming)
@@ -82,7 +85,7 @@ class HyperSteps:
             value, of_params, of_hypers, _ = self.problem.validate(self.validation, t, self.seed + t)
             if tangent is not None and self.noise.wanted and not warming and not self.frozen:
                 again = self.problem.validate(self.validation, t, self.seed + OTHER_DRAWS + t).of_params
-        readout = Readout()
+        readout = Readout(self.processes)
         readout.ask("value", value)
         if tangent is not None:
             readout.ask("hypergradient", tangent @ self.transition.flatten(of_params))
@@ -157,7 +160,7 @@ class HyperSteps:
             self.transition.load(theta)
             self.problem.write_buffers(buffers)
         self.counts["val_evaluations"] += 2 * pairs
-        losses = torch.stack([x.reshape(()) for x in found]).tolist()  # one wait for a device
+        losses = self._mean_losses(found)
         return losses[::2], losses[1::2]
 
     def _ask(self, readout: Readout) -> None:
@@ -167,7 +170,13 @@ class HyperSteps:
         if self.progress.on and self.tangents.tangent is not None:
             weights = self.transition.flatten(self.transition.params)
             sizes = torch.linalg.vector_norm(self.tangents.tangent.theta, dim=1) / torch.linalg.vector_norm(weights)
-            readout.ask("sizes", sizes)
+            readout.ask_own("sizes", sizes)
+
+    def _mean_losses(self, losses: Sequence[Tensor]) -> list[float]:
+        """The means over processes, by one wait for a device."""
+        readout = Readout(self.processes)
+        readout.ask("losses", torch.stack([x.reshape(()) for x in losses]))
+        return readout.fetch()["losses"]
 
     def _averages(self) -> bool:
         """Whether the validation loss is taken at the running average of the weights."""
@@ -185,7 +194,7 @@ class HyperSteps:
 
     def move(self, t: int, value: float, gradient: Tensor, theta: Tensor | None) -> None:
         """One hyperparameter step from a validation loss and dL/dφ [k]. theta: see `_move`."""
-        readout = Readout()
+        readout = Readout(self.processes)
         self._ask(readout)
         self._move(t, value, gradient, readout.fetch(), theta)
 

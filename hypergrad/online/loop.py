@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from hypergrad.core.readout import Readout
+from hypergrad.online.accumulation import ask_whether_mean, check_mean
 from hypergrad.online.gradient_changes import Comparison, Pending
 from hypergrad.online.hyper_step import HyperSteps
 from hypergrad.online.param_groups import ParamGroupWriter
@@ -85,7 +86,10 @@ class OnlineLoop:
             g = self.transition.flatten(grads)
         pending = self.tangents.pending
         fresh = pending if pending is not None and i not in pending.stepped else None
+        if fresh is not None:
+            self.tangents.average_pending()
         comparison, read = self._read(i, g, active, fresh)
+        check_mean(read, self.transition.params[0].dtype)
         # a fused optimizer is told by a GradScaler that it will leave this step out
         self.skipped = bool(read.get("found_inf", [0.0])[0])
         self.tangents.note_hits(read)
@@ -137,7 +141,8 @@ class OnlineLoop:
             g: the gradients that optimizer i will see [n]; None where it has none.
             fresh: what `backward` left, where optimizer i has not used it yet.
         """
-        readout, tangents, comparison = Readout(), self.tangents, None
+        readout, tangents, comparison = Readout(self.tangents.processes), self.tangents, None
+        ask_whether_mean(fresh, readout)
         found_inf = getattr(self.optimizers[i], "found_inf", None)
         if found_inf is not None:
             readout.ask("found_inf", found_inf)
@@ -146,7 +151,7 @@ class OnlineLoop:
             ("counts", self.transition.counters(on_device=True)),
         ):
             if tensors:
-                readout.ask(name, torch.stack([x.reshape(()) for x in tensors.values()]))
+                readout.ask_own(name, torch.stack([x.reshape(()) for x in tensors.values()]))
         tangents.ask_hits(readout)
         loss = self.given_loss if fresh is None else fresh.loss / fresh.scale
         if loss is not None:

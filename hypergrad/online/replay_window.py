@@ -65,7 +65,7 @@ class ReplayWindow:
             self.reset()
         if self.batches:
             self.after = loop.transition.read()
-            self.tape.after_step(loss.detach())
+            self.tape.after_step(loop.problem.processes.mean(loss.detach()))  # as a replay's
             self.values.append(self._with_clip(loop.used[0]))
             self.scales.append(loop.used[1])
         if len(self.batches) == self.horizon:
@@ -78,9 +78,12 @@ class ReplayWindow:
             opt.zero_grad()
         scaled = loss if scaler is None else scaler.scale(loss)
         if loop.mode == "forward":
-            loop.tangents.backward(scaled, None, False)
+            loop.tangents.backward(scaled, None, False, whole=True)
         else:
-            scaled.backward(inputs=[p for p in loop.transition.params if p.requires_grad])
+            params = [p for p in loop.transition.params if p.requires_grad]
+            scaled.backward(inputs=params)
+            for p, grad in zip(params, loop.problem.processes.means([p.grad for p in params], params), strict=True):
+                p.grad = grad
         if loop.tangents.clip_norm is not None:
             if scaler is not None:
                 for opt in loop.optimizers:

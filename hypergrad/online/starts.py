@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hypergrad.core.readout import Readout
 from hypergrad.logging import Journal
 from hypergrad.online.outer_optimizer import OuterOptimizer
 from hypergrad.online.param_groups import ParamGroupWriter
@@ -98,11 +99,14 @@ class Starts:
         if not self.search.active or self.began not in (None, t) or self.writer.lr_shape(t, i) == 0:
             return
         self.began = t
-        norm = float(torch.linalg.vector_norm(state.theta))
         for _ in range(20):
             assert self.tangents.tangent is not None
-            moved = torch.linalg.vector_norm(self.tangents.tangent.theta[self.vector.rows("lr")].sum(0))
-            factor = self.search.first(float(moved), norm)
+            moved, readout = (
+                self.tangents.tangent.theta[self.vector.rows("lr")].sum(0),
+                Readout(self.tangents.processes),
+            )
+            readout.ask("norms", torch.stack([torch.linalg.vector_norm(x) for x in (moved, state.theta)]))
+            factor = self.search.first(*readout.fetch()["norms"])
             if abs(factor - 1) < 0.01:
                 break
             self.outer.multiply("lr", factor)
@@ -128,8 +132,8 @@ class Starts:
         self.sizes_due = [x for x in self.sizes_due if x != i]
         if self.sizing is None or self.total is None or frozen:
             return
-        left = self.writer.steps_left(t, i)
-        for sized in self.sizing.sized(self.vector, i, state, g, active, values, self.writer.slopes(t), left):
+        left, readout, slopes = self.writer.steps_left(t, i), Readout(self.tangents.processes), self.writer.slopes(t)
+        for sized in self.sizing.sized(self.vector, i, state, g, active, values, slopes, left, readout):
             self.vector.multiply_number(sized.j, sized.factor)
             if sized.bounds is not None:
                 self.vector.bound(sized.j, *sized.bounds)

@@ -14,9 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hypergrad.core.data_parallel import check_now
 from hypergrad.core.graph import Linearization, grad_or_none, survey
-from hypergrad.core.multi_tensor import add, copies
+from hypergrad.core.processes import ALONE, Processes
 from hypergrad.core.readout import Readout
+from hypergrad.online.accumulation import accumulate, expected, found
 from hypergrad.online.forward_switch import ForwardSwitch
 from hypergrad.online.gradient_changes import Comparison, Pending, carried_on
 from hypergrad.online.hyper_vector import HyperVector
@@ -40,7 +42,9 @@ class Tangents:
         scaler: Any,
         clip_norm: Any,
         low_rank: LowRankHessian | None = None,
+        processes: Processes = ALONE,
     ):
+        self.processes = processes
         self.transition, self.vector, self.model = transition, vector, model
         self.scaler, self.clip_norm = scaler, clip_norm
         self.low_rank = low_rank  # None: every product is formed
@@ -69,35 +73,52 @@ class Tangents:
         """Whether the next gradient is one with a product."""
         return bool(self._due()) and (self.tangent is not None or bool(self.vector.hypers))
 
-    def backward(self, loss: Tensor, inputs: Sequence[Tensor] | None, retain_graph: bool) -> None:
-        """Fill every leaf's .grad as `loss.backward()` would, and form the gradient's tangent."""
+    def backward(self, loss: Tensor, inputs: Sequence[Tensor] | None, retain_graph: bool, whole: bool = False) -> None:
+        """Fill every leaf's .grad as `loss.backward()` would, and form the gradient's tangent.
+
+        whole: of a step that `tuner.step` takes; the mean over processes is then taken here.
+        """
+        check_now(self.processes)
         scale = 1.0 if self.scaler is None else float(self.scaler.get_scale())
         params, hypers = self.transition.params, list(self.vector.hypers.values())
-        found = survey(loss, self.model)
-        others = [x for x in (found.leaves if inputs is None else inputs) if id(x) not in self._own]
-        if found.once:
+        graph = survey(loss, self.model)
+        others = [x for x in (graph.leaves if inputs is None else inputs) if id(x) not in self._own]
+        if graph.once:
             self.forward.attach()
         due, products = self._due(), self.products_due()
         plain = None
-        if products and not found.exact:  # one pass more, for a gradient that is torch's to the last bit
+        if products and not graph.exact:  # one pass more, for a gradient that is torch's to the last bit
             plain = grad_or_none([loss], [*params, *others], retain_graph=True)
         lin = Linearization(loss, params, [*hypers, *others], products, retain_graph)
         dg = self._gradient_tangent(lin, len(others), retain_graph, due) if products else None
         if self.low_rank is not None and self.tangent is not None:
+            if dg is not None and not self.processes.alone:
+                dg[due] = self.processes.mean(dg[due])
             dg = self.low_rank.completed(self.tangent.theta, dg, due, scale)
         grads = plain or [*lin.grads, *lin.extra_grads[len(hypers) :]]
         if inputs is not None:
             chosen = {id(x) for x in inputs}
             grads = [g if id(x) in chosen else None for x, g in zip([*params, *others], grads, strict=True)]
         old = None if self.pending is None else carried_on(self.pending, self.transition)
+        if whole and not self.processes.alone:
+            grads[: len(params)] = self.processes.means(grads[: len(params)], params)
         has = tuple(g is not None for g in grads[: len(params)])
-        left = self.transition.flatten(grads[: len(params)]) if old is None else None
-        _accumulate([*params, *others], grads)
         self.counts["gradients"] += 1
-        if left is not None:
-            self.pending = Pending(left, has, dg, lin.loss, scale)
-        elif old is not None:
-            self.pending = old.joined(self.transition, has, dg, lin.loss, scale)
+        left = self.transition.flatten(grads[: len(params)])
+        new = Pending(left, has, dg, lin.loss, scale, averaged=self.low_rank is not None)
+        new = expected(new, old, self.transition, self.processes)
+        new = new if old is None else old.joined(new)
+        if self.processes.alone:
+            self.pending = new  # before, as a hook may take the step
+        accumulate([*params, *others], grads)
+        if not self.processes.alone:
+            self.pending = found(new, self.transition)
+
+    def average_pending(self) -> None:
+        """Make the tangent of the gradient that waits the mean of the processes': one collective a step."""
+        pending = self.pending
+        if pending is not None and pending.dg is not None and not pending.averaged:
+            pending.dg, pending.averaged = self.processes.mean_(pending.dg), True
 
     def count(self, gradients: int, hessian_products: int) -> None:
         """Count what was evaluated elsewhere, for `tuner.stats`."""
@@ -164,7 +185,8 @@ class Tangents:
         assert self.tangent is not None
         norms = torch.linalg.vector_norm(self.tangent.theta, dim=1)
         within = norms <= CAP * norm  # False for NaN
-        if norm.device.type == "cpu" and bool(within.all()):
+        at_once = norm.device.type == "cpu" and self.processes.alone
+        if at_once and bool(within.all()):
             return
         factor = (CAP * norm / norms.clamp_min(torch.finfo(norms.dtype).tiny)).clamp(max=1.0)
         flags = torch.stack([~within, factor < 1])
@@ -174,7 +196,7 @@ class Tangents:
         self.tangent = Tangent(torch.where(finite, self.tangent.theta * factor, 0), bound)
         self._flush_hits()
         self.unread = flags, self.vector.moving
-        if norm.device.type == "cpu":
+        if at_once:
             self._flush_hits()
 
     def ask_hits(self, readout: Readout) -> None:
@@ -192,7 +214,7 @@ class Tangents:
     def _flush_hits(self) -> None:
         """The same at once."""
         if self.unread is not None:
-            readout = Readout()
+            readout = Readout(self.processes)
             self.ask_hits(readout)
             self.note_hits(readout.fetch())
 
@@ -248,15 +270,18 @@ class Tangents:
         self.counts.update({k: v for k, v in stats.items() if k in self.counts})
 
     def state_dict(self) -> dict[str, Any]:
-        self._flush_hits()
-        tangent = self.tangent
+        if self.processes.alone:  # a state may be asked for on one process alone
+            self._flush_hits()
+        tangent, hit = self.tangent, self.hit.clone()
+        if self.unread is not None:
+            hit[self.unread[1]] |= self.unread[0][1].cpu()
         return {
             "theta": None if tangent is None else tangent.theta,
             "slots": None if tangent is None else dict(tangent.slots),
             "average": self.average,
             "average_tangent": self.average_tangent,
             "curvature": self.curvature.state_dict(),
-            "hit": self.hit.clone(),
+            "hit": hit,
             **({} if self.low_rank is None else {"low rank": self.low_rank.state_dict()}),
         }
 
@@ -275,17 +300,3 @@ class Tangents:
         if self.low_rank is not None:
             self.low_rank.load_state_dict(state["low rank"], like)
         self.pending = None
-
-
-def _accumulate(leaves: Sequence[Tensor], grads: Sequence[Tensor | None]) -> None:
-    """Add to .grad what backward() would; fresh tensors, so that nothing in the graph or of the user's is shared."""
-    pairs = [(leaf, g.detach()) for leaf, g in zip(leaves, grads, strict=True) if g is not None]
-    first = [(leaf, g) for leaf, g in pairs if leaf.grad is None]
-    again = [(leaf.grad, g) for leaf, g in pairs if leaf.grad is not None]
-    with torch.no_grad():
-        for (leaf, _), g in zip(first, copies([g for _, g in first]), strict=True):
-            leaf.grad = g
-        add([old for old, _ in again], [g for _, g in again])
-        for leaf, _ in pairs:
-            for hook in (getattr(leaf, "_post_accumulate_grad_hooks", None) or {}).values():
-                hook(leaf)

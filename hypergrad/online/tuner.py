@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hypergrad.core.data_parallel import is_late, processes_of
 from hypergrad.core.graph import check_scalar
 from hypergrad.core.problem import Problem
 from hypergrad.differentiate.arguments import Optimizers, as_optimizers, check_names, clipping, leaves
@@ -33,10 +34,11 @@ class Tuner:
     (forward mode), and φ, the transformed values (log lr, log weight decay, logit momentum, …), takes a step: of Adam, slowed by
     disagreement; lr climbs by Newton's step (docs/online.md). Every number keeps within a factor of 4 of its mean so far.
     Where the validation loss has risen by more than chance, weights go back to where it was lowest, and lr is divided by 4 (see
-    backtracking.py).
+    backtracking.py). In DistributedDataParallel every rank makes its tuner, and what counts is the mean over ranks
+    (docs/distributed.md).
 
     Args:
-        model: the module that is trained.
+        model: the module that is trained, or the DistributedDataParallel module around it.
         optimizer: its live optimizer, with any param groups, or a list of them: any that `hypergrad.hypergradient` takes.
         val_loss: `val_loss()` → scalar: the loss of a validation batch, computed with the model's own parameters. Random
             numbers and buffers are put back after it; it must not call backward. Called as `val_loss(t)`, t the number of
@@ -143,20 +145,21 @@ class Tuner:
         check_names_to_tune(written, tensors)
         policies = check(policies)
         check_free(self.optimizers)
+        processes = processes_of(model, self.optimizers)
         if scaler is not None and not hasattr(scaler, "get_scale"):
             raise TypeError(f"scaler must be a torch.amp.GradScaler, got {type(scaler).__name__}.")
         self.hypers = tensors
         transition = Transition(self.optimizers, frozenset(written))
         check_names([*written, *tensors], transition.values(), tensors)
         options = Options(mode, horizon, every, hyper_lr, total_steps, average, warm_start, curvature, int(seed))
-        problem = Problem(model, transition.params, loss, tensors)
+        problem = Problem(model, transition.params, loss, tensors, processes=processes)
         parts = build(
             problem, transition, val_loss, written, hypers, options, clip_norm, scaler, log_dir, keep_best, policies
         )
         self._loop, self._window, self._journal = parts.loop, parts.window, parts.loop.journal
         self._transition, self._vector = transition, parts.loop.vector
         self._hyper, self._best, self._counts = self._loop.hyper, self._loop.hyper.best, self._loop.counts
-        self._closed = False
+        self._closed = self._started = False
         for note in parts.notes:
             self._journal.note(0, note)
         self._detach = attach(self._loop, self.optimizers, "before_step", "after_step")
@@ -173,6 +176,7 @@ class Tuner:
         if unknown:
             raise NotImplementedError(f"tuner.backward does not take {sorted(unknown)}: only inputs and retain_graph.")
         check_scalar(loss, "the loss")
+        self._check_processes()
         if self._closed or self.mode != "forward":
             if not self._closed:
                 raise NotImplementedError(
@@ -187,7 +191,21 @@ class Tuner:
         """Take one whole training step on a batch: loss, gradients, clipping, optimizer step. Returns the loss."""
         if self._closed:
             raise RuntimeError("this tuner is closed.")
+        self._check_processes()
         return self._window.step(batch)
+
+    def _check_processes(self) -> None:
+        """At the first training step: raise where the model came into DistributedDataParallel after the tuner."""
+        if (
+            not self._started
+            and not self._closed
+            and is_late(self._loop.problem.processes, self.model, self.optimizers)
+        ):
+            raise RuntimeError(
+                "the model was put into DistributedDataParallel after the tuner was made, which would tune on each rank apart: "
+                "make the Tuner after it."
+            )
+        self._started = True
 
     def freeze(self) -> None:
         """Stop moving the hyperparameters. Tangents and validation losses go on; steps are no longer guarded."""

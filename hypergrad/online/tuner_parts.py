@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -96,16 +96,23 @@ def build(
     spec = {name: as_hyperparameter(name, x) for name, x in written.items()}
     of_loss = {name: as_hyperparameter(name, x) for name, x in (hypers or {}).items()}
     vector = HyperVector(transition, spec, of_loss, problem.hypers)
+    same = (
+        replace(options, seed=0),
+        vector.labels,
+        vector.value.tolist(),
+    )  # each rank has a stream of its own whatever the seed
+    problem.processes.check_same("the arguments of a Tuner, and its values,", same)
     forward, total = options.mode == "forward", options.total_steps
     writer = ParamGroupWriter(transition, vector, total)
     before, notes = _try(problem, val_loss, forward)
     starts_are_hints = options.warm_start and forward and writer.writes_lr_from_groups()
     search = LrSearch(find(policies, LrWarmStart), starts_are_hints)
     low_rank = LowRankHessian(search) if options.curvature == "free" else None
-    tangents = Tangents(transition, vector, problem.model, scaler, clip_norm, low_rank)
+    processes = problem.processes
+    tangents = Tangents(transition, vector, problem.model, scaler, clip_norm, low_rank, processes)
     outer = OuterOptimizer(vector, policies, options.hyper_lr)
     counts: dict[str, int] = dict.fromkeys(COUNTED, 0)
-    journal = Journal(log_dir, _recorded(vector, transition, options))
+    journal = Journal(log_dir, _recorded(vector, transition, options), silent=processes.rank > 0)
     record, back = None, find(policies, Backtracking)
     if back and forward and any(e.name == "lr" and e.group is not None for e in vector.entries):
         record = back.start(transition, problem, before, total)
@@ -141,11 +148,12 @@ def _recorded(vector: HyperVector, transition: Transition, options: Options) -> 
 def _try(problem: Problem, val_loss: Callable[..., Tensor], forward: bool) -> tuple[float, list[str]]:
     """Call the validation loss once, so that a wrong one is said before anything starts. Its value, and notes."""
     try:
-        value = float(problem.validate(val_loss, 0).value)
+        value = float(problem.processes.mean(problem.validate(val_loss, 0).value))
     except NameError:  # it reads the tuner, which does not exist yet
         return math.nan, []
     problem.follow_running_stats(val_loss, 0)
     if problem.stats is None or not forward:
+        problem.check_running_stats()
         return value, []
     problem.stop_following_running_stats()
     return value, [

@@ -50,6 +50,7 @@ def load_state(loop: OnlineLoop, counts: dict[str, int], state: Mapping[str, Any
         hyper.best.load_state_dict(state["best"])
     if hyper.record is not None and state["backtracking"] is not None:
         hyper.record.load_state_dict(state["backtracking"])
+    loop.problem.processes.check_same("the state of a Tuner", (loop.t, loop.vector.value.tolist()))
 
 
 def _check(loop: OnlineLoop, counts: Mapping[str, int], state: Mapping[str, Any]) -> None:

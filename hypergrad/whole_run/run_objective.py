@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from hypergrad.core.data_parallel import processes_of
 from hypergrad.core.hyperparameters import Hyperparameter, as_hyperparameter
 from hypergrad.core.signatures import is_required, positional
 from hypergrad.differentiate.arguments import Optimizers, as_optimizers, leaves
@@ -52,7 +53,9 @@ class WholeRunObjective:
         self.steps = len(batches)
         if not self.steps:
             raise ValueError("build(seed) gave a run without batches: give one batch a step.")
-        transition = Transition(as_optimizers(whole.optimizer), frozenset(spec))
+        optimizers = as_optimizers(whole.optimizer)
+        self.processes = processes_of(whole.model, optimizers)
+        transition = Transition(optimizers, frozenset(spec))
         self.n = len(transition.params)
         in_groups = {name: h for name, h in spec.items() if name in transition.values()}
         in_loss = {name: h for name, h in spec.items() if name not in in_groups}

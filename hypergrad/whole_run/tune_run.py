@@ -102,20 +102,25 @@ def tune_run(
     }
     file = ResumeFile(log_dir, study)
     loop = OuterLoop(objective, tuple(horizons), outer, outer_lr, outer_steps, file.load(resume))
+    objective.processes.check_same("the study of tune_run, and how far it has come,", (study, len(loop.history)))
+    writes = objective.processes.rank == 0
     record = (
-        None if log_dir is None else Recorder(log_dir, {"outer": outer, "outer_lr": outer_lr, "mode": mode}, _pages)
+        None
+        if log_dir is None or not writes
+        else Recorder(log_dir, {"outer": outer, "outer_lr": outer_lr, "mode": mode}, _pages)
     )
     bar = tqdm(
         total=outer_steps,
         initial=len(loop.history),
         desc="tune_run",
         unit="step",
-        disable=None if progress is None else not progress,
+        disable=True if not writes else None if progress is None else not progress,
     )
     try:
         while not loop.done():
             found = loop.step()
-            file.save(loop.state_dict())
+            if writes:
+                file.save(loop.state_dict())
             row = loop.history[-1]
             if record is not None:
                 record.scalars(row["step"], _scalars(objective.hyper_vector, row, found))

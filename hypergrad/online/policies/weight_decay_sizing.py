@@ -66,12 +66,14 @@ class WeightDecaySizing(Policy):
         values: Values,
         slopes: Tensor,
         left: float,
+        readout: Readout,
     ) -> list[Sized]:
         """The weight decays of optimizer i whose start is a hint, sized by the step that it is about to take.
 
         Args:
             slopes: dx/dφ [k] of this step's values.
             left: Σ_s shape_s / shape_t over the steps s from this one, t, to the last.
+            readout: a new one.
         """
         transition = vector.transition
         z = self._decay_tangents(transition, vector, state, g, active, values, slopes)
@@ -79,7 +81,6 @@ class WeightDecaySizing(Policy):
         momenta = [x if m else None for x, m in zip(values.get("momentum", []), mine)]
         momentum = largest_momentum({"momentum": momenta}, transition.rules)
         hints = [j for j in range(len(vector)) if self._is_hint(vector, j, mine)]
-        readout = Readout()
         for j in hints:
             theta = torch.where(z[j] == 0, 0, state.theta)
             readout.ask(f"{j}", torch.stack([theta @ z[j], theta @ theta]))
