@@ -15,9 +15,11 @@ from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from hypergrad.core.batchnorm import RunningStats
+from hypergrad.core.detached import is_cut
 from hypergrad.core.graph import Linearization, check_scalar, grad_or_none, survey, without_hooks
+from hypergrad.core.loss_tensors import LossTensors
 from hypergrad.core.restore import Buffers, Rng, Saved, untouched
-from hypergrad.core.signatures import takes_step
+from hypergrad.core.signatures import takes_hypers, takes_step
 
 
 class Validation(NamedTuple):
@@ -35,9 +37,11 @@ class Problem:
     Args:
         model: the user's module.
         params: the tensors the optimizer holds.
-        loss: `loss(model, batch)`, or `loss(model, batch, hypers)` where `hypers` is not empty.
-        hypers: name -> leaf tensor that the loss reads.
-        pass_hypers: False where they are not an argument of the loss: only schedules read them.
+        loss: `loss(model, batch)`; or `loss(model, batch, hypers)`, where `hypers` is not empty and the loss takes it.
+        hypers: what losses read besides.
+
+    Raises:
+        ValueError: one of `hypers` is among `params`.
     """
 
     def __init__(
@@ -45,14 +49,19 @@ class Problem:
         model: torch.nn.Module,
         params: Sequence[Tensor],
         loss: Callable[..., Tensor] | None,
-        hypers: dict[str, Tensor] | None = None,
-        pass_hypers: bool = True,
+        hypers: LossTensors | None = None,
     ):
         self.model, self.params, self.loss = model, list(params), loss
-        self.hypers = hypers or {}
-        self.extra = (self.hypers,) if self.hypers and pass_hypers else ()  # further arguments of the loss
+        self.loss_tensors = LossTensors() if hypers is None else hypers
+        self.loss_tensors.check_apart(self.params)
+        self.hypers = self.loss_tensors.leaves
+        given = self.loss_tensors.given
+        self.extra = (
+            (given,) if given and loss is not None and takes_hypers(loss) else ()
+        )  # further arguments of the loss
         self.read: set[str] = set()  # keys of `hypers` that a loss was found to depend on
-        self.held_buffers = Buffers(model)
+        self.cut: bool | None = None  # see `is_cut`, of the first training loss whose products were taken
+        self.held_buffers = Buffers(model, *self.loss_tensors.nets)
         self.device = self.params[0].device
         self.stats: RunningStats | None = None  # set by `follow_running_stats`
 
@@ -109,6 +118,8 @@ class Problem:
                 u = torch.zeros_like(added, requires_grad=True)
                 loss, extra = loss + added @ u, [*self.hypers.values(), u]
         exact = survey(loss, self.model).exact if products else True
+        if products and self.cut is None:
+            self.cut = is_cut(loss)
         lin = Linearization(loss, self.params, extra, products)
         lin.decay, lin.exact = decay, exact
         self._record_read(lin.extra_grads[: len(self.hypers)])
@@ -128,9 +139,17 @@ class Problem:
             if self.validate(val_loss, t).of_stats is None:
                 self.stats = None
 
+    def moves_running_stats(self, batch: Any) -> bool:
+        """Whether the training loss moves the statistics that are followed: in eval() layers read them only."""
+        if self.stats is None:
+            return False
+        with self._without_effect(None):
+            return self.stats.moved_by(lambda: self.training_loss(batch))
+
     def unfollowed_since(self, before: Sequence[Saved]) -> list[str]:
         """Names of float buffers that changed and are not running statistics of BatchNorm."""
-        names = {id(module): name for name, module in self.model.named_modules()}
+        every = [*self.loss_tensors.nets, self.model]
+        names = {id(module): name for owner in every for name, module in owner.named_modules()}
         pairs = zip(self.held_buffers.places, self.buffers, before, strict=True)
         return [
             f"{names.get(id(module), '?')}.{name}".lstrip(".")

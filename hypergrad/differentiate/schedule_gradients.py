@@ -75,14 +75,18 @@ class Schedules:
             each param group.
         hypers: the tensors φ.
         base: values that are not scheduled.
+        given: what the functions get as `hypers`, nets in place of their tensors; None: `hypers`.
 
     Raises:
         ValueError: a name that no param group has.
         TypeError: a schedule that is not a function.
     """
 
-    def __init__(self, functions: Mapping[str, Function], hypers: Tensors, base: Values):
+    def __init__(
+        self, functions: Mapping[str, Function], hypers: Tensors, base: Values, given: dict[str, Any] | None = None
+    ):
         self.functions, self.hypers, self.base = dict(functions), hypers, base
+        self.given = hypers if given is None else given
         self.reached: set[str] = set()  # keys of φ that a schedule was found to depend on
         self.evaluated: StepValues  # of every step; set by `evaluate`
         for name, f in self.functions.items():
@@ -114,7 +118,7 @@ class Schedules:
 
     def at(self, name: str, t: int) -> Tensor:
         """h_t with its graph, on the CPU in float64: [n_groups], [n_groups, 2] of betas, [] of what belongs to no group."""
-        value = self.functions[name](t, self.hypers)
+        value = self.functions[name](t, self.given)
         try:
             x = stacked(value)
         except (TypeError, ValueError, RuntimeError) as error:

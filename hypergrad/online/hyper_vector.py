@@ -57,8 +57,8 @@ class HyperVector:
         self.phi = self._each("to_free", self.value)
         self._found = self.phi, self.value
         self._slope = self.value, self._each("slope", self.value)
-        is_lr = [e.name == "lr" and kind.kind == "positive" for e, kind in zip(kept, self.kinds, strict=True)]
-        self.is_lr = torch.tensor(is_lr)
+        positive = torch.tensor([kind.kind == "positive" for kind in self.kinds])
+        self.is_lr = self.called("lr") & positive
         self.scaled = torch.tensor([kind.kind != "free" for kind in self.kinds])  # φ is a logarithm or a logit
         self.moving: list[int] = list(range(len(kept)))  # the numbers that are tuned at present
         self.tuned = self.directions  # their directions
@@ -128,12 +128,13 @@ class HyperVector:
         return self._slope[1].clone()
 
     def rows(self, name: str) -> list[int]:
-        """Places among the numbers tuned at present of those of this name."""
-        return [k for k, j in enumerate(self.moving) if self.entries[j].name == name]
+        """Places among the numbers tuned at present of those that param groups have by this name."""
+        return [k for k, j in enumerate(self.moving) if self._is(self.entries[j], name)]
 
     def pairs(self, name: str, other: str, tuned: Tensor) -> list[tuple[int, int]]:
         """Places of these two names' numbers in each group that has both, the first of which is `tuned` [k]."""
-        at = {(e.name, e.group): j for j, e in enumerate(self.entries) if self.kinds[j].kind == KIND_OF.get(e.name)}
+        mine = [(j, e) for j, e in enumerate(self.entries) if e.group is not None]
+        at = {(e.name, e.group): j for j, e in mine if self.kinds[j].kind == KIND_OF.get(e.name)}
         averages = [getattr(rule, "averages", False) for rule in self.transition.rules]
         groups = [g for n, g in at if n == name and not (other == "momentum" and g is not None and averages[g])]
         pairs = ((at[name, group], at.get((other, group))) for group in groups)
@@ -146,8 +147,13 @@ class HyperVector:
         return mask
 
     def called(self, name: str) -> Tensor:
-        """The numbers of this name [k] bool."""
-        return torch.tensor([entry.name == name for entry in self.entries])
+        """The numbers that param groups have by this name [k] bool."""
+        return torch.tensor([self._is(entry, name) for entry in self.entries])
+
+    @staticmethod
+    def _is(entry: Entry, name: str) -> bool:
+        """A tensor in the loss may be called `momentum`, and is none."""
+        return entry.name == name and entry.group is not None
 
     # ---- φ, its values and bounds: every move goes through `apply`
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from hypergrad.core.readout import Readout
+from hypergrad.online.first_look import FirstLook
 from hypergrad.online.gradient_changes import Comparison, Pending
 from hypergrad.online.hyper_step import HyperSteps
 from hypergrad.online.param_groups import ParamGroupWriter
@@ -32,6 +33,7 @@ class OnlineLoop:
         hyper: the hyperparameter step, with problem, outer optimizer, tangents and journal.
         recovery: judges every step, and goes back where it must.
         phases: what is tuned when; None: everything, to the end.
+        first_look: looks at the first step's losses.
         mode, every, total: as in `Tuner`.
     """
 
@@ -42,11 +44,13 @@ class OnlineLoop:
         starts: Starts,
         recovery: Recovery,
         phases: Phases | None,
+        first_look: FirstLook,
         mode: str,
         every: int,
         total: int | None,
     ):
         self.hyper, self.writer, self.starts, self.recovery, self.phases = hyper, writer, starts, recovery, phases
+        self.first_look = first_look
         self.problem, self.outer, self.tangents = hyper.problem, hyper.outer, hyper.tangents
         self.vector, self.transition, self.journal, self.counts = (
             hyper.vector,
@@ -85,6 +89,8 @@ class OnlineLoop:
             g = self.transition.flatten(grads)
         pending = self.tangents.pending
         fresh = pending if pending is not None and i not in pending.stepped else None
+        if (fresh or self.given_loss is not None) and len(self.stepped) == len(self.optimizers) - 1:
+            self.first_look.take(self.t)
         comparison, read = self._read(i, g, active, fresh)
         # a fused optimizer is told by a GradScaler that it will leave this step out
         self.skipped = bool(read.get("found_inf", [0.0])[0])
@@ -249,7 +255,8 @@ class OnlineLoop:
         names = self.vector.directions.wrt
         if self.phases is None:
             return self.vector.tune_only(names)
-        return self.vector.tune_only(self.phases.tuned_at(self.t, self.total, names, not self.outer.climbing()))
+        at_rest, in_loss = not self.outer.climbing(), self.vector.hypers
+        return self.vector.tune_only(self.phases.tuned_at(self.t, self.total, names, at_rest, in_loss))
 
     def _say_past_the_end(self) -> None:
         self.journal.note_once(

@@ -31,7 +31,11 @@ class ParamGroupWriter:
         if total is not None and scheduled:
             self._two_shapes()
         for entry in vector.entries:
-            if entry.name in ("momentum", "betas") and any("base_momentum" in group for group in groups):
+            if (
+                entry.group is not None
+                and entry.name in ("momentum", "betas")
+                and any("base_momentum" in group for group in groups)
+            ):
                 self._not_beside_a_scheduler(entry.name)
         named = {entry.name for entry in vector.entries if entry.group is not None}
         self.left: dict[Key, Any] = {(n, g): plain(x.get(n)) for n in named for g, x in enumerate(groups)}
@@ -51,7 +55,7 @@ class ParamGroupWriter:
 
     def writes_lr_alone(self) -> bool:
         """Whether lr is tuned from the groups' own values, and nothing else writes it."""
-        mine = [j for j, entry in enumerate(self.vector.entries) if entry.name == "lr"]
+        mine = self.vector.called("lr").nonzero().flatten().tolist()
         alone = not any(self.vector.given[j] for j in mine) and not any(n == "lr" for n, _ in self.multiplies)
         return bool(mine) and alone
 
@@ -64,7 +68,7 @@ class ParamGroupWriter:
         for j, entry in enumerate(self.vector.entries):
             if entry.group is not None and (entry.name, entry.group) in self.multiplies:
                 factors[j] = float(self.base.get((entry.name, entry.group), 1.0))
-            elif entry.name == "lr":
+            elif entry.name == "lr" and entry.group is not None:
                 factors[j] = self.shape(t)
         return self.vector.slope() * torch.tensor(factors, dtype=torch.float64)
 

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hypergrad.core.detached import is_cut
+from hypergrad.core.graph import survey
 from hypergrad.core.signatures import takes_step
 from hypergrad.differentiate.checkpoints import Checkpoint, default_every
 from hypergrad.differentiate.diagnostics import Diagnostics
@@ -55,6 +57,9 @@ class ReplayWindow:
         if loop.mode == "unrolled":
             self._record(batch)
         loss, before = loop.problem.training_loss(batch), loop.t
+        if loop.mode != "forward" and not loop.first_look.done:
+            loop.tangents.note_read(survey(loss, loop.problem.model).leaves)
+            loop.tangents.cut = is_cut(loss)
         self._train(loss)
         if (
             loop.t == before or loop.recovery.dropped > self.dropped

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hypergrad.core.detached import is_cut
 from hypergrad.core.graph import Linearization, grad_or_none, survey
 from hypergrad.core.multi_tensor import add, copies
 from hypergrad.core.readout import Readout
@@ -52,6 +53,8 @@ class Tangents:
         self.unread: tuple[Tensor, list[int]] | None = None
         self.curvature = LrCurvature(vector)
         self.counts = {"gradients": 0, "hessian_products": 0, "capped": 0}
+        self.read: set[str] = set()  # names of tensors in the loss that a loss depended on
+        self.cut = False  # see `is_cut`, of the first loss
         self._own = {id(x) for x in [*transition.params, *vector.hypers.values()]}
 
     # ---- the gradient stage
@@ -61,6 +64,9 @@ class Tangents:
         scale = 1.0 if self.scaler is None else float(self.scaler.get_scale())
         params, hypers = self.transition.params, list(self.vector.hypers.values())
         found = survey(loss, self.model)
+        self.note_read(found.leaves)
+        if not self.counts["gradients"]:
+            self.cut = is_cut(loss)
         others = [x for x in (found.leaves if inputs is None else inputs) if id(x) not in self._own]
         k = len(self.vector.moving)
         due = list(range(k)) if self.low_rank is None else self.low_rank.due(self.counts["gradients"], k)
@@ -85,6 +91,12 @@ class Tangents:
             self.pending = Pending(left, has, dg, lin.loss, scale)
         elif old is not None:
             self.pending = old.joined(self.transition, has, dg, lin.loss, scale)
+
+    def note_read(self, leaves: Sequence[Tensor]) -> None:
+        """Note which tensors in the loss are among the leaves of a loss's graph."""
+        if len(self.read) < len(self.vector.hypers):
+            found = {id(x) for x in leaves}
+            self.read |= {name for name, x in self.vector.hypers.items() if id(x) in found}
 
     def count(self, gradients: int, hessian_products: int) -> None:
         """Count what was evaluated elsewhere, for `tuner.stats`."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,14 +13,15 @@ import torch
 from torch import Tensor
 
 from hypergrad.core.graph import check_scalar
+from hypergrad.core.loss_tensors import LossTensors, set_free
 from hypergrad.core.problem import Problem
-from hypergrad.differentiate.arguments import Optimizers, as_optimizers, check_names, clipping, leaves
+from hypergrad.differentiate.arguments import Optimizers, as_optimizers, check_names, clipping
 from hypergrad.online.hooks import attach, check_free
 from hypergrad.online.hyper_vector import specification
 from hypergrad.online.low_rank_hessian import EVERY
 from hypergrad.online.policies import DEFAULT, check
 from hypergrad.online.policies.policy import Policy
-from hypergrad.online.tuner_arguments import check_curvature, check_names_to_tune, check_numbers
+from hypergrad.online.tuner_arguments import check_curvature, check_few, check_names_to_tune, check_numbers
 from hypergrad.online.tuner_parts import Options, build
 from hypergrad.online.tuner_state import load_state, state_of
 from hypergrad.optimizers.transition import Transition
@@ -43,10 +45,16 @@ class Tuner:
             steps done, where it has a required argument.
         tune: names in param_groups, or name → Hyperparameter(start, bounds, kind). One value for each group; groups whose
             value is 0 while others' is not stay at 0.
-        hypers: name → Hyperparameter: tensors that the loss reads as `tuner.hypers[name]`.
-        loss: `loss(model, batch)`, or `loss(model, batch, hypers)` with `hypers`; for `tuner.step(batch)`.
-        mode: "forward"; with `tuner.step` also "unrolled" (the adjoint over windows of `horizon` steps) and "implicit" (the
-            update map's series, `horizon` terms).
+        hypers: name → Hyperparameter, tensor, number or net: what the loss reads besides, as `tuner.hypers[name]`. A tensor or net of
+            your own is tuned in place, so that loss and val_loss may read it as they always did, and its values stay when the tuner
+            is closed; leave it out of the optimizer. Its `.grad` stays as it is. Numbers are free unless a Hyperparameter's kind or
+            bounds say otherwise, whatever their name. What no loss has read by the first step is an error there.
+        loss: `loss(model, batch)`, or `loss(model, batch, hypers)`; for `tuner.step(batch)`.
+        mode: "forward", the default; with `tuner.step` also "unrolled" (the adjoint over windows of `horizon` steps) and "implicit"
+            (the update map's series, `horizon` terms). Forward mode carries a tangent, a few copies of the weights, and forms a
+            Hessian product in every step, for every number that is tuned: two names in eight param groups are 16 numbers, a tensor
+            counts its elements. More than 16 are an error unless mode="forward" is written out; the other modes cost the same
+            for any number.
         horizon: steps of a window that is replayed (mode="unrolled"), or terms of the series (mode="implicit").
         every: training steps between hyperparameter steps (mode="unrolled": each window ends in one); None is 10, with
             curvature="free" 20.
@@ -80,7 +88,7 @@ class Tuner:
     Attributes:
         values: name → tensor [n_groups] ([n_groups, 2] for betas): with `total_steps` lr's scale; where a scheduler writes the
             learning rate, the multiplier of what it writes. For tensors in the loss: their value.
-        hypers: name → tensor that the loss reads.
+        hypers: name → tensor or net that the loss reads.
         val_loss: the last validation loss; NaN before the first.
         best_val_loss: the one at the weights of `best`, and
         best_step: the number of steps done there, 0 before training; NaN and −1 where none are kept.
@@ -113,7 +121,7 @@ class Tuner:
         tune: str | Sequence[str] | Mapping[str, Any] = ("lr", "weight_decay"),
         hypers: Mapping[str, Any] | None = None,
         loss: Callable[..., Tensor] | None = None,
-        mode: str = "forward",
+        mode: str | None = None,
         horizon: int = 20,
         every: int | None = None,
         hyper_lr: float = 0.1,
@@ -133,24 +141,35 @@ class Tuner:
         if not callable(val_loss):
             raise TypeError("val_loss must be a function () -> scalar tensor.")
         every = (EVERY if curvature == "free" else 10) if every is None else every
+        asked, mode = mode is not None, mode or "forward"
         check_numbers(mode, horizon, every, hyper_lr, total_steps)
         check_curvature(curvature, mode, hypers)
         self.model, self.optimizers, self.mode = model, as_optimizers(optimizer), mode
         clipping(clip_norm, None)
-        written, tensors = specification(tune), leaves(hypers)
+        written, given = specification(tune), LossTensors(hypers)
+        given.check_movable()
+        tensors = given.leaves
         check_names_to_tune(written, tensors)
         policies = check(policies)
         check_free(self.optimizers)
         if scaler is not None and not hasattr(scaler, "get_scale"):
             raise TypeError(f"scaler must be a torch.amp.GradScaler, got {type(scaler).__name__}.")
-        self.hypers = tensors
+        self.hypers = given.given
         transition = Transition(self.optimizers, frozenset(written))
         check_names([*written, *tensors], transition.values(), tensors)
         options = Options(mode, horizon, every, hyper_lr, total_steps, average, warm_start, curvature, int(seed))
-        problem = Problem(model, transition.params, loss, tensors)
-        parts = build(
-            problem, transition, val_loss, written, hypers, options, clip_norm, scaler, log_dir, keep_best, policies
-        )
+        problem = Problem(model, transition.params, loss, given)
+        put_back = given.require_gradients()
+        try:
+            parts = build(
+                problem, transition, val_loss, written, options, clip_norm, scaler, log_dir, keep_best, policies
+            )
+            if not asked:
+                check_few(len(parts.loop.vector))
+        except BaseException:
+            set_free(put_back)
+            raise
+        self._free = weakref.finalize(self, set_free, put_back)
         self._loop, self._window, self._journal = parts.loop, parts.window, parts.loop.journal
         self._transition, self._vector = transition, parts.loop.vector
         self._hyper, self._best, self._counts = self._loop.hyper, self._loop.hyper.best, self._loop.counts
@@ -197,6 +216,7 @@ class Tuner:
         Values in the param groups stay as they are. Where a scheduler writes them it goes on alone, without our multiplier.
         """
         self._detach()
+        self._free()
         self._closed = True
         self._hyper.progress.say_best(self._loop.t)
         self._journal.close()
@@ -226,8 +246,8 @@ class Tuner:
         out: dict[str, Tensor] = {}
         shapes = self._vector.directions.shapes
         for name, shape in shapes.items():
-            if name in self.hypers:
-                out[name] = self.hypers[name].detach().clone()
+            if name in self._vector.hypers:
+                out[name] = self._vector.hypers[name].detach().clone()
                 continue
             column = self._transition.values()[name]
             out[name] = torch.tensor([math.nan if x is None else x for x in column], dtype=torch.float64).view(shape)

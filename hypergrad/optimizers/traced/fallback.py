@@ -14,12 +14,24 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from hypergrad.core.signatures import positional
 from hypergrad.optimizers.group_values import floats
+from hypergrad.optimizers.registry import unhooked_step
 from hypergrad.optimizers.rule import Tensors, parts
 from hypergrad.optimizers.span import Span
 from hypergrad.optimizers.traced.memory import Memory, flat, placeholders_of, shaped, split, write_back
 from hypergrad.optimizers.traced.own_step import Inputs, Key, Outcome, own_step, trace
 from hypergrad.optimizers.traced.self_check import hyperparameters_of
+
+
+def _check_no_closure(optimizer: torch.optim.Optimizer) -> None:
+    taken = positional(unhooked_step(type(optimizer)))
+    if taken is not None and any(p.name == "closure" for p in taken.required):
+        raise NotImplementedError(
+            f"{type(optimizer).__name__} has no update rule here, and calls a closure within its step, for losses and gradients at "
+            "other weights than those of the step: that is not differentiated. Use an optimizer whose step() needs no closure, such "
+            "as torch.optim.SGD or AdamW."
+        )
 
 
 @dataclass(frozen=True)
@@ -55,6 +67,7 @@ class Fallback:
         self.optimizer, self.number, self.group, self.param = optimizer, number, group, param
         mine = {name for group in optimizer.param_groups for name in group}
         self.tuned = frozenset(tuned & mine)
+        _check_no_closure(optimizer)
         if "initial_accumulator_value" in self.tuned:  # no step reads it: its derivative would be 0
             raise NotImplementedError(
                 f"{type(optimizer).__name__} has no update rule here, and its `initial_accumulator_value` acts in the "
