@@ -25,7 +25,7 @@ def is_cut(loss: Tensor) -> bool:
             raw = getattr(node, name)
             if any(x.unpack_hook is not None for x in (raw if isinstance(raw, (list, tuple)) else (raw,))):
                 continue
-            found = getattr(node, name.replace("_raw_saved_", "_saved_"))
+            found = getattr(node, name.replace("_raw_saved_", "_saved_"), None)  # a Function in Python has none
             for x in found if isinstance(found, (list, tuple)) else (found,):
                 if isinstance(x, Tensor) and x.is_floating_point() and x.layout is strided and x.numel():
                     (with_history if x.requires_grad else constant).add(x.untyped_storage().data_ptr())

@@ -66,6 +66,11 @@ def survey(loss: Tensor, model: torch.nn.Module | None = None) -> Survey:
             leaves.append(variable)
         elif node.name() in _INEXACT:
             exact = False
+        elif "CompiledFunction" in node.name():
+            raise NotImplementedError(
+                f"{_COMPILED[0]} has no second derivative in torch: {_COMPILED[1]}. Nor may a function be compiled that calls "
+                "it, or the tuner."
+            )
         elif node.name() == "WeightNormInterfaceBackward0":
             raise NotImplementedError(
                 f"{_weight_norm_layers(model)} has a wrong second derivative in torch: remove it "

@@ -18,6 +18,7 @@ from hypergrad.core.batchnorm import RunningStats
 from hypergrad.core.detached import is_cut
 from hypergrad.core.graph import Linearization, check_scalar, grad_or_none, survey, without_hooks
 from hypergrad.core.loss_tensors import LossTensors
+from hypergrad.core.parameter_writes import refused
 from hypergrad.core.restore import Buffers, Rng, Saved, untouched
 from hypergrad.core.signatures import takes_hypers, takes_step
 
@@ -39,6 +40,7 @@ class Problem:
         params: the tensors the optimizer holds.
         loss: `loss(model, batch)`; or `loss(model, batch, hypers)`, where `hypers` is not empty and the loss takes it.
         hypers: what losses read besides.
+        optimizers: those that hold the parameters.
 
     Raises:
         ValueError: one of `hypers` is among `params`.
@@ -50,8 +52,10 @@ class Problem:
         params: Sequence[Tensor],
         loss: Callable[..., Tensor] | None,
         hypers: LossTensors | None = None,
+        optimizers: Sequence[torch.optim.Optimizer] = (),
     ):
         self.model, self.params, self.loss = model, list(params), loss
+        self.optimizers = optimizers
         self.loss_tensors = LossTensors() if hypers is None else hypers
         self.loss_tensors.check_apart(self.params)
         self.hypers = self.loss_tensors.leaves
@@ -60,6 +64,7 @@ class Problem:
             (given,) if given and loss is not None and takes_hypers(loss) else ()
         )  # further arguments of the loss
         self.read: set[str] = set()  # keys of `hypers` that a loss was found to depend on
+        self.looked = False  # whether val_loss was seen, after a step, not to write to parameters
         self.cut: bool | None = None  # see `is_cut`, of the first training loss whose products were taken
         self.held_buffers = Buffers(model, *self.loss_tensors.nets)
         self.device = self.params[0].device
@@ -196,8 +201,9 @@ class Problem:
             self.write_buffers(buffers, silently=True)  # the same values
             rng.restore()
 
-    @staticmethod
-    def _call(val_loss: Callable[..., Tensor], t: int) -> Tensor:
-        loss = val_loss(t) if takes_step(val_loss) else val_loss()
+    def _call(self, val_loss: Callable[..., Tensor], t: int) -> Tensor:
+        with refused(self.params, self.optimizers, closely=not self.looked):
+            loss = val_loss(t) if takes_step(val_loss) else val_loss()
+        self.looked = self.looked or t > 0
         check_scalar(loss, "val_loss()")
         return loss

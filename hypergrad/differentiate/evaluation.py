@@ -21,7 +21,7 @@ def evaluation(trajectory: Trajectory) -> Iterator[Diagnostics]:
         yield diagnostics
         directions, problem = trajectory.directions, trajectory.problem
         unread = problem.loss_tensors.unread(directions.wrt, problem.read | directions.schedules.reached)
-        if unread:
+        if unread and diagnostics.differentiated:
             raise unread_error(unread)
         if problem.cut:
             diagnostics.warn(CUT)

@@ -157,7 +157,7 @@ def hypergradient(
     if not len(items):
         raise ValueError("batches is empty: pass at least one batch.")
     steps = len(items)
-    problem = Problem(model, transition.params, loss, given)
+    problem = Problem(model, transition.params, loss, given, transition.optimizers)
     directions = Directions(transition, names, tensors, steps if per_step else None, finely, scheduled)
     when = (steps,) if val_steps is None else tuple(val_steps)
     if not when or not all(int(t) == t and 0 <= t <= steps for t in when):

@@ -31,6 +31,14 @@ def attach(tuner: Any, optimizers: Sequence[torch.optim.Optimizer], before: str,
     return weakref.finalize(tuner, _detach, handles, [weakref.ref(opt) for opt in optimizers])
 
 
+def leave_uncompiled(cls: type, *methods: str) -> None:
+    """Let torch.compile leave these methods alone. Done when a tuner is made: its optimizer has loaded torch's compiler by then."""
+    for name in methods:
+        method = vars(cls)[name]
+        if not getattr(method, "_torchdynamo_disable", False):
+            setattr(cls, name, torch.compiler.disable(method))
+
+
 def _detach(handles: Sequence[Any], optimizers: Sequence[weakref.ref[Any]]) -> None:
     for handle in handles:
         handle.remove()
@@ -40,6 +48,7 @@ def _detach(handles: Sequence[Any], optimizers: Sequence[weakref.ref[Any]]) -> N
 
 
 def _calling(me: weakref.ref[Any], method: str, i: int) -> Callable[..., None]:
+    @torch.compiler.disable
     def hook(optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         tuner = me()
         if tuner is None or _within_its_own_step(optimizer):

@@ -16,7 +16,7 @@ from hypergrad.core.graph import check_scalar
 from hypergrad.core.loss_tensors import LossTensors, set_free
 from hypergrad.core.problem import Problem
 from hypergrad.differentiate.arguments import Optimizers, as_optimizers, check_names, clipping
-from hypergrad.online.hooks import attach, check_free
+from hypergrad.online.hooks import attach, check_free, leave_uncompiled
 from hypergrad.online.hyper_vector import specification
 from hypergrad.online.low_rank_hessian import EVERY
 from hypergrad.online.policies import DEFAULT, check
@@ -158,7 +158,7 @@ class Tuner:
         transition = Transition(self.optimizers, frozenset(written))
         check_names([*written, *tensors], transition.values(), tensors)
         options = Options(mode, horizon, every, hyper_lr, total_steps, average, warm_start, curvature, int(seed))
-        problem = Problem(model, transition.params, loss, given)
+        problem = Problem(model, transition.params, loss, given, self.optimizers)
         put_back = given.require_gradients()
         try:
             parts = build(
@@ -176,6 +176,7 @@ class Tuner:
         self._closed = False
         for note in parts.notes:
             self._journal.note(0, note)
+        leave_uncompiled(Tuner, "backward", "step", "close")
         self._detach = attach(self._loop, self.optimizers, "before_step", "after_step")
 
     # ---- what a loop calls

@@ -8,7 +8,6 @@ from typing import Any
 
 from hypergrad.optimizers.transition import CLIPS
 
-
 MOST_UNASKED = 16  # numbers that are tuned in forward mode without mode="forward" written out
 
 

@@ -173,8 +173,8 @@ def check_suited(trajectory: Trajectory, mode: str) -> None:
         )
     problem = trajectory.problem
     held = {id(p) for owner in (problem.model, *problem.loss_tensors.nets) for p in owner.parameters()}
-    loose = [name for name, x in problem.hypers.items() if id(x) not in held and not problem.extra]
-    if loose and problem.loss is not None:
+    loose = [name for name, x in problem.hypers.items() if id(x) not in held]
+    if loose and not problem.extra and not trajectory.directions.schedules.functions:
         raise NotImplementedError(
             f"compile=True: the loss reads hypers[{loose[0]!r}] from a closure, where a graph takes it for a constant. Let it take "
             f"a third argument, loss(model, batch, hypers), and read it there. {REMEDY}"
