@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_map
 from hypergrad.checks.precision import Promote, in_float64, to_double
 from hypergrad.checks.stock_run import Moved, StockRun
 from hypergrad.core.finite_differences import central, extrapolated, one_sided
+from hypergrad.core.float64 import has_float64
 from hypergrad.core.loss_tensors import LossTensors
 from hypergrad.core.restore import Rng, as_found
 from hypergrad.differentiate.arguments import Optimizers, as_optimizers, granularity
@@ -121,6 +122,11 @@ def check(
         raise ValueError(f"limit must be a whole number from 1, got {limit}.")
     optimizers, rng = as_optimizers(optimizer), None
     params = [p for opt in optimizers for group in opt.param_groups for p in group["params"]]
+    if params and not has_float64(params[0].device):
+        raise NotImplementedError(
+            f"check computes in float64, which device {params[0].device.type!r} does not have: call it with model and batches "
+            "on the CPU."
+        )
     if params:
         rng = Rng(params[0].device)
     items = list(batches)

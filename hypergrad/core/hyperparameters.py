@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hypergrad.core.float64 import on_host
+
 KINDS = ("positive", "unit", "unit_high", "free")
 _OPEN = {"positive": (0.0, math.inf), "unit": (0.0, 1.0), "unit_high": (0.0, 1.0), "free": (-math.inf, math.inf)}
 
@@ -72,7 +74,7 @@ class Hyperparameter:
             if not low < high:
                 raise ValueError(f"bounds must be (low, high) with low < high, got {self.bounds}.")
         if self.start is not None:
-            self._check_start(torch.as_tensor(self.start, dtype=torch.float64))
+            self._check_start(on_host(self.start).detach())
 
     def _check_start(self, start: Tensor) -> None:
         if not bool(torch.isfinite(start).all()):

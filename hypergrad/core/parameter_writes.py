@@ -13,9 +13,9 @@ from torch.utils._pytree import tree_leaves
 
 ERROR = (
     "val_loss writes to the parameters that the optimizer holds ({}), as optimizer.eval() and train() of schedule-free "
-    "optimizers do, or weights that are exchanged for their average: its gradient would be taken at other weights than it was computed with. "
-    "Compute it with the weights as they are, without optimizer.eval() and train(); for an average of the weights there are "
-    "hypergradient(ema=...) and Tuner(average=True)."
+    "optimizers do, or weights exchanged for their average: its gradient would be taken at other weights than it was computed "
+    "with. Compute it with the weights as they are, without optimizer.eval() and train(); for an average of the weights there "
+    "are hypergradient(ema=...) and Tuner(average=True)."
 )
 
 

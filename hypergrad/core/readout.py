@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from hypergrad.core.float64 import widest
+
 
 class Readout:
     """A few numbers to be copied to the host.
@@ -33,7 +35,8 @@ class Readout:
         """All numbers asked for, by name: the one wait."""
         if not self.asked:
             return {}
-        every = torch.cat([x.to(torch.float64) for x in self.asked.values()]).tolist()
+        dtype = widest(next(iter(self.asked.values())).device)
+        every = torch.cat([x.to(dtype) for x in self.asked.values()]).tolist()
         out, at = {}, 0
         for name, x in self.asked.items():
             out[name] = every[at : at + x.numel()]

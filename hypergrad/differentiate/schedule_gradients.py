@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from hypergrad.core.float64 import on_host
 from hypergrad.optimizers.binding import Values
 from hypergrad.optimizers.ema import EMA, check_decay
 from hypergrad.optimizers.registry import rule_of
@@ -159,7 +160,7 @@ class Schedules:
         """(∂f_t/∂φ)ᵀ λ, summed over the schedules. `lam(name)`: the derivative in h_t, of the shape of `at`."""
         with torch.enable_grad():
             found = [(self._again(name, t), name) for name in self.functions] if self.hypers else []
-        outputs = [(h, lam(name).to(h).view(h.shape)) for h, name in found if h.requires_grad]
+        outputs = [(h, on_host(lam(name)).view(h.shape)) for h, name in found if h.requires_grad]
         if not outputs:
             return {}
         values, cotangents = zip(*outputs, strict=True)
@@ -198,7 +199,7 @@ class Schedules:
 def stacked(value: Any) -> Tensor:
     """Numbers, tensors and sequences of them as one tensor with the graphs of all."""
     if isinstance(value, Tensor):
-        return value.to("cpu", torch.float64)
+        return on_host(value)
     if isinstance(value, (list, tuple)):
         return torch.stack([stacked(x) for x in value])
     if isinstance(value, bool) or value is None:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hypergrad.core.float64 import on_host
 from hypergrad.core.hyperparameters import KIND_OF, START_FROM_ZERO, Hyperparameter
 from hypergrad.differentiate.wrt import Directions, Entry
 from hypergrad.optimizers.group_values import part_of
@@ -93,7 +94,7 @@ class HyperVector:
         if present[entry.group] == 0 and any(present):
             return None  # 0 here, not elsewhere: it stays 0 here
         if start is not None:
-            x = torch.as_tensor(start, dtype=torch.float64)
+            x = on_host(start)
             shape = self.directions.shapes[entry.name]
             if x.dim() and tuple(x.shape) != shape:
                 raise ValueError(f"start of {entry.name} must be a number or have shape {shape}, got {tuple(x.shape)}.")

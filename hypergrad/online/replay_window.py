@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from hypergrad.core.detached import is_cut
+from hypergrad.core.float64 import on_host
 from hypergrad.core.graph import survey
 from hypergrad.core.signatures import takes_step
 from hypergrad.differentiate.checkpoints import Checkpoint, default_every
@@ -140,7 +141,7 @@ class ReplayWindow:
     def _shares(self, gradients: Tensors) -> Tensor:
         """The derivative in each number's value at each step, [steps, k]; times the value's slope there it is that in φ."""
         entries = self.loop.vector.entries
-        return torch.stack([gradients[e.name][:, *e.index] for e in entries], dim=1).to("cpu", torch.float64)
+        return on_host(torch.stack([gradients[e.name][:, *e.index] for e in entries], dim=1))
 
     def _look_back(self, batch: Any) -> None:
         loop = self.loop
@@ -148,5 +149,5 @@ class ReplayWindow:
         trajectory = self._trajectory([batch], [self._with_clip(values)], per_step=False)
         result = implicit(trajectory, EagerStepper(trajectory), look_back=self.horizon)
         shares = torch.stack([result.gradients[e.name][e.index] for e in loop.vector.entries])
-        gradient = shares.to("cpu", torch.float64) * scale
+        gradient = on_host(shares) * scale
         loop.hyper.move(loop.t, float(result.value), gradient, self.read_at)

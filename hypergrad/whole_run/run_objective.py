@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from hypergrad.core.float64 import on_host
 from hypergrad.core.hyperparameters import as_hyperparameter
 from hypergrad.core.loss_tensors import LossTensors, set_free
 from hypergrad.core.signatures import is_required, positional, takes_hypers
@@ -138,7 +139,7 @@ class WholeRunObjective:
 
     def _flat(self, gradients: Mapping[str, Tensor]) -> Tensor:
         """The gradient arrays as a vector [k]."""
-        arrays = {name: g.detach().to("cpu", torch.float64).numpy() for name, g in gradients.items()}
+        arrays = {name: on_host(g.detach()).numpy() for name, g in gradients.items()}
         return torch.tensor([arrays[e.name][e.index] for e in self.hyper_vector.entries], dtype=torch.float64)
 
     def cost(self, gradients: int, products: int) -> float:

@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from hypergrad.core.float64 import has_float64
 from hypergrad.core.signatures import positional
 from hypergrad.optimizers.group_values import floats
 from hypergrad.optimizers.registry import unhooked_step
@@ -31,6 +32,15 @@ def _check_no_closure(optimizer: torch.optim.Optimizer) -> None:
             f"{type(optimizer).__name__} has no update rule here, and calls a closure within its step, for losses and gradients at "
             "other weights than those of the step: that is not differentiated. Use an optimizer whose step() needs no closure, such "
             "as torch.optim.SGD or AdamW."
+        )
+
+
+def _check_float64(optimizer: torch.optim.Optimizer) -> None:
+    device = optimizer.param_groups[0]["params"][0].device
+    if not has_float64(device):
+        raise NotImplementedError(
+            f"{type(optimizer).__name__} has no update rule here, and its own step is traced in float64, which device {device.type!r} "
+            "does not have. Use an optimizer with a rule (docs/optimizers.md), such as torch.optim.AdamW, or train on the CPU."
         )
 
 
@@ -68,6 +78,7 @@ class Fallback:
         mine = {name for group in optimizer.param_groups for name in group}
         self.tuned = frozenset(tuned & mine)
         _check_no_closure(optimizer)
+        _check_float64(optimizer)
         if "initial_accumulator_value" in self.tuned:  # no step reads it: its derivative would be 0
             raise NotImplementedError(
                 f"{type(optimizer).__name__} has no update rule here, and its `initial_accumulator_value` acts in the "
