@@ -176,8 +176,8 @@ def check_suited(trajectory: Trajectory, mode: str) -> None:
     loose = [name for name, x in problem.hypers.items() if id(x) not in held]
     if loose and not problem.extra and not trajectory.directions.schedules.functions:
         raise NotImplementedError(
-            f"compile=True: the loss reads hypers[{loose[0]!r}] from a closure, where a graph takes it for a constant. Let it take "
-            f"a third argument, loss(model, batch, hypers), and read it there. {REMEDY}"
+            f"compile=True: the loss reads hypers[{loose[0]!r}] from a closure, where a graph takes it for a constant. Let it "
+            f"take a third argument, loss(model, batch, hypers), and read it there. {REMEDY}"
         )
     for i in transition.fallbacks:
         name = type(transition.optimizers[i]).__name__
