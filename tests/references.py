@@ -77,7 +77,7 @@ class Lamb(_Counting):
 
 
 class ScheduleFree(torch.optim.Optimizer):
-    """Schedule-free SGD (Defazio et al. 2024, arXiv 2405.15682): parameters hold y, where gradients are taken, and x in eval mode.
+    """Schedule-free SGD (Defazio et al. 2024, arXiv 2405.15682): parameters hold y, where gradients are taken; in eval mode x.
 
         z ← z − lr g,   x ← (1 − 1/t) x + z/t,   y = (1 − β) z + β x
 

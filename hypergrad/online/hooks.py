@@ -32,7 +32,7 @@ def attach(tuner: Any, optimizers: Sequence[torch.optim.Optimizer], before: str,
 
 
 def leave_uncompiled(cls: type, *methods: str) -> None:
-    """Let torch.compile leave these methods alone; done when a tuner is made, as its optimizer has loaded the compiler by then."""
+    """Let torch.compile leave these methods alone; done when a tuner is made: its optimizer has loaded the compiler by then."""
     for name in methods:
         method = vars(cls)[name]
         if not getattr(method, "_torchdynamo_disable", False):

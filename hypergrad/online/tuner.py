@@ -45,16 +45,16 @@ class Tuner:
             steps done, where it has a required argument.
         tune: names in param_groups, or name → Hyperparameter(start, bounds, kind). One value for each group; groups whose
             value is 0 while others' is not stay at 0.
-        hypers: name → Hyperparameter, tensor, number or net: what the loss reads besides, as `tuner.hypers[name]`. A tensor or net of
-            your own is tuned in place, so that loss and val_loss may read it as they always did, and its values stay when the tuner
-            is closed; leave it out of the optimizer. Its `.grad` stays as it is. Numbers are free unless a Hyperparameter's kind or
-            bounds say otherwise, whatever their name. What no loss has read by the first step is an error there.
+        hypers: name → Hyperparameter, tensor, number or net: what the loss reads besides, as `tuner.hypers[name]`. A tensor or
+            net of your own is tuned in place, so that loss and val_loss may read it as they always did, and its values stay when
+            the tuner is closed; leave it out of the optimizer. Its `.grad` stays as it is. All are free, whatever their name,
+            unless a Hyperparameter's kind or bounds say otherwise. What no loss has read by the first step is an error there.
         loss: `loss(model, batch)`, or `loss(model, batch, hypers)`; for `tuner.step(batch)`.
-        mode: "forward", the default; with `tuner.step` also "unrolled" (the adjoint over windows of `horizon` steps) and "implicit"
-            (the update map's series, `horizon` terms). Forward mode carries a tangent, a few copies of the weights, and forms a
-            Hessian product in every step, for every number that is tuned: two names in eight param groups are 16 numbers, a tensor
-            counts its elements. More than 16 are an error unless mode="forward" is written out; the other modes cost the same
-            for any number.
+        mode: "forward", the default; with `tuner.step` also "unrolled" (the adjoint over windows of `horizon` steps) and
+            "implicit" (the update map's series, `horizon` terms). Forward mode carries a tangent, a few copies of the weights,
+            and forms a Hessian product in every step, for every number that is tuned: two names in eight param groups are 16
+            numbers, a tensor counts its elements. More than 16 are an error unless mode="forward" is written out; the other modes
+            cost the same for any number.
         horizon: steps of a window that is replayed (mode="unrolled"), or terms of the series (mode="implicit").
         every: training steps between hyperparameter steps (mode="unrolled": each window ends in one); None is 10, with
             curvature="free" 20.

@@ -36,9 +36,10 @@ def check_few(k: int) -> None:
     """k: numbers that are tuned in forward mode, which nobody asked for."""
     if k > MOST_UNASKED:
         raise ValueError(
-            f"{k} numbers are to be tuned, and tuner.backward (mode='forward') carries a tangent and forms a Hessian product in every "
-            f"step for each of them; above {MOST_UNASKED} it does so only when asked. Pass mode='unrolled' and loss=..., and call "
-            "tuner.step(batch): its cost does not depend on their number. Or tune fewer, or pass mode='forward' to have it so."
+            f"{k} numbers are to be tuned, and tuner.backward (mode='forward') carries a tangent and forms a Hessian product in "
+            f"every step for each of them; above {MOST_UNASKED} it does so only when asked. Pass mode='unrolled' and loss=..., "
+            "and call tuner.step(batch): its cost does not depend on their number. Or tune fewer, or pass mode='forward' to have it "
+            "so."
         )
 
 

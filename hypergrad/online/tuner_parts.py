@@ -138,7 +138,7 @@ def _recorded(vector: HyperVector, transition: Transition, options: Options) -> 
 
 
 def _try(problem: Problem, val_loss: Callable[..., Tensor]) -> float:
-    """Call the validation loss once, so that a wrong one is said before anything starts. Its value; NaN where it cannot be called."""
+    """Call the validation loss once, so that a wrong one is said before anything starts. Its value; NaN where it cannot yet."""
     try:
         value = float(problem.validate(val_loss, 0).value)
     except NameError:  # it reads the tuner, which does not exist yet

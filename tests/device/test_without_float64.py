@@ -99,9 +99,9 @@ def test_tuner(mode: str) -> None:
 def test_what_needs_float64_is_refused_before_training() -> None:
     with stand_in(float64=False):
         run = Run(NAME, lambda p: references.ScheduleFree(p, lr=0.1))
-        with pytest.raises(NotImplementedError, match="ScheduleFree .*traced in float64.*AdamW"):
+        with pytest.raises(NotImplementedError, match=r"ScheduleFree .*traced in float64.*AdamW"):
             hypergrad.Tuner(run.model, run.optimizer, run.val_loss, tune=("lr",))
         run = Run(NAME, OPTIMIZERS["momentum"])
         given = (run.model, run.optimizer, run.loss, run.batches, run.val_loss)
-        with pytest.raises(NotImplementedError, match="check computes in float64.*CPU"):
+        with pytest.raises(NotImplementedError, match=r"check computes in float64.*CPU"):
             hypergrad.check(*given)

@@ -202,5 +202,5 @@ def test_statistics_that_training_moves_are_refused_at_a_minimum(trains: str) ->
         return out
 
     call = (s.model, s.optimizer, loss, [s.train, s.val], lambda: s.loss(s.model, s.val), "weight_decay")
-    with pytest.raises(NotImplementedError, match="running statistics.*eval mode"):
+    with pytest.raises(NotImplementedError, match=r"running statistics.*eval mode"):
         hypergrad.hypergradient(*call, mode="implicit")

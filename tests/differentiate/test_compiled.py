@@ -340,7 +340,7 @@ def test_tensors_of_the_users_own(traced: None) -> None:
         assert_agrees(work(named, compile=True, **options), work(named, **options))
         nets = {"wrt": "net", "hypers": {"net": net}, **mode}
         assert_agrees(work(by_net, compile=True, **nets), work(by_net, **nets))
-        with pytest.raises(NotImplementedError, match="from a closure.*third argument"):
+        with pytest.raises(NotImplementedError, match=r"from a closure.*third argument"):
             work(from_outside, compile=True, **options)
         with pytest.raises(ValueError, match="a compiled step is not what the loss computes"):
             work(both, compile=True, **options)

@@ -106,7 +106,7 @@ def test_weights_exchanged_for_their_average_in_val_loss(by: str) -> None:
         write(kept)
         return loss
 
-    with pytest.raises(ValueError, match="val_loss writes to the parameters.*average=True"):
+    with pytest.raises(ValueError, match=r"val_loss writes to the parameters.*average=True"):
         hypergrad.Tuner(model, sgd()(model), val_loss)
 
 
@@ -256,6 +256,6 @@ def test_a_whole_step_compiled_by_aot_autograd_is_refused_before_weights_change(
         opt.step()
 
     run = torch.compile(step, backend="aot_eager")
-    with pytest.raises(NotImplementedError, match="under torch.compile.*or the tuner"):
+    with pytest.raises(NotImplementedError, match=r"under torch.compile.*or the tuner"):
         run(*data()[0][0])
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))

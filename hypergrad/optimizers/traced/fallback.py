@@ -29,9 +29,9 @@ def _check_no_closure(optimizer: torch.optim.Optimizer) -> None:
     taken = positional(unhooked_step(type(optimizer)))
     if taken is not None and any(p.name == "closure" for p in taken.required):
         raise NotImplementedError(
-            f"{type(optimizer).__name__} has no update rule here, and calls a closure within its step, for losses and gradients at "
-            "other weights than those of the step: that is not differentiated. Use an optimizer whose step() needs no closure, such "
-            "as torch.optim.SGD or AdamW."
+            f"{type(optimizer).__name__} has no update rule here, and calls a closure within its step, for losses and gradients "
+            "at other weights than those of the step: that is not differentiated. Use an optimizer whose step() needs no "
+            "closure, such as torch.optim.SGD or AdamW."
         )
 
 
@@ -39,8 +39,9 @@ def _check_float64(optimizer: torch.optim.Optimizer) -> None:
     device = optimizer.param_groups[0]["params"][0].device
     if not has_float64(device):
         raise NotImplementedError(
-            f"{type(optimizer).__name__} has no update rule here, and its own step is traced in float64, which device {device.type!r} "
-            "does not have. Use an optimizer with a rule (docs/optimizers.md), such as torch.optim.AdamW, or train on the CPU."
+            f"{type(optimizer).__name__} has no update rule here, and its own step is traced in float64, which device "
+            f"{device.type!r} does not have. Use an optimizer with a rule (docs/optimizers.md), such as "
+            "torch.optim.AdamW, or train on the CPU."
         )
 
 
