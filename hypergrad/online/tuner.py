@@ -47,7 +47,7 @@ class Tuner:
             value is 0 while others' is not stay at 0.
         hypers: name → Hyperparameter, tensor, number or net: what the loss reads besides, as `tuner.hypers[name]`. A tensor or
             net of your own is tuned in place, so that loss and val_loss may read it as they always did, and its values stay when
-            the tuner is closed; leave it out of the optimizer. Its `.grad` stays as it is. All are free, whatever their name,
+            the tuner is closed; until then it requires a gradient. Leave it out of the optimizer; its `.grad` stays as it is. All are free, whatever their name,
             unless a Hyperparameter's kind or bounds say otherwise. What no loss has read by the first step is an error there.
         loss: `loss(model, batch)`, or `loss(model, batch, hypers)`; for `tuner.step(batch)`.
         mode: "forward", the default; with `tuner.step` also "unrolled" (the adjoint over windows of `horizon` steps) and

@@ -38,8 +38,7 @@ def check_few(k: int) -> None:
         raise ValueError(
             f"{k} numbers are to be tuned, and tuner.backward (mode='forward') carries a tangent and forms a Hessian product in "
             f"every step for each of them; above {MOST_UNASKED} it does so only when asked. Pass mode='unrolled' and loss=..., "
-            "and call tuner.step(batch): its cost does not depend on their number. Or tune fewer, or pass mode='forward' to have it "
-            "so."
+            "and call tuner.step(batch): its cost does not depend on their number. Or tune fewer, or pass mode='forward'."
         )
 
 

@@ -58,7 +58,7 @@ def tune_run(
         hypers: name → hypergrad.Hyperparameter, number, tensor, net, or None for the value in the param groups. Names in
             param groups, of a clipping threshold, or of what loss or schedules read as `hypers[name]`. A tensor or net of your
             own may also be read from a closure, by val_loss too: it holds each step's values while the call runs, and is put
-            back; `RunResult.values` has the best (of a net "name.parameter" → tensor). All of these are free, whatever their name.
+            back; `RunResult.values` has the best (of a net "name.parameter" → tensor). All are free, whatever their name.
         outer_steps: evaluations of all seeds, over all horizons, which have equal shares of them.
         outer: "adam", "sign" (each number's own step, halved when its hypergradient changes sign) or "sgd", in the transformed
             coordinate of each hyperparameter's kind: log for "positive", the value itself for "free".
