@@ -46,9 +46,10 @@ class Tuner:
         tune: names in param_groups, or name → Hyperparameter(start, bounds, kind). One value for each group; groups whose
             value is 0 while others' is not stay at 0.
         hypers: name → Hyperparameter, tensor, number or net: what the loss reads besides, as `tuner.hypers[name]`. A tensor or
-            net of your own is tuned in place, so that loss and val_loss may read it as they always did, and its values stay when
-            the tuner is closed; until then it requires a gradient. Leave it out of the optimizer; its `.grad` stays as it is. All are free, whatever their name,
-            unless a Hyperparameter's kind or bounds say otherwise. What no loss has read by the first step is an error there.
+            net of your own is tuned in place, so that loss and val_loss may read it as they always did; its values stay when the
+            tuner is closed, and until then it requires a gradient. Leave it out of the optimizer; its `.grad` stays as it is. All
+            are free, whatever their name, unless a Hyperparameter's kind or bounds say otherwise. What no loss has read by the
+            first step is an error there.
         loss: `loss(model, batch)`, or `loss(model, batch, hypers)`; for `tuner.step(batch)`.
         mode: "forward", the default; with `tuner.step` also "unrolled" (the adjoint over windows of `horizon` steps) and
             "implicit" (the update map's series, `horizon` terms). Forward mode carries a tangent, a few copies of the weights,
