@@ -48,7 +48,6 @@ def _detach(handles: Sequence[Any], optimizers: Sequence[weakref.ref[Any]]) -> N
 
 
 def _calling(me: weakref.ref[Any], method: str, i: int) -> Callable[..., None]:
-    @torch.compiler.disable
     def hook(optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         tuner = me()
         if tuner is None or _within_its_own_step(optimizer):
@@ -60,7 +59,7 @@ def _calling(me: weakref.ref[Any], method: str, i: int) -> Callable[..., None]:
         with torch.no_grad():
             getattr(tuner, method)(i)
 
-    return hook
+    return torch.compiler.disable(hook)  # type: ignore[return-value]
 
 
 def _within_its_own_step(optimizer: torch.optim.Optimizer) -> bool:

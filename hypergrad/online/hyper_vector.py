@@ -55,12 +55,12 @@ class HyperVector:
         self.value = torch.tensor(values, dtype=torch.float64)
         limits = torch.tensor([kind.limits for kind in self.kinds], dtype=torch.float64)
         self.low, self.high = limits[:, 0], limits[:, 1]
+        self.scaled = torch.tensor([kind.kind != "free" for kind in self.kinds])  # φ is a logarithm or a logit
         self.phi = self._each("to_free", self.value)
         self._found = self.phi, self.value
         self._slope = self.value, self._each("slope", self.value)
         positive = torch.tensor([kind.kind == "positive" for kind in self.kinds])
         self.is_lr = self.called("lr") & positive
-        self.scaled = torch.tensor([kind.kind != "free" for kind in self.kinds])  # φ is a logarithm or a logit
         self.moving: list[int] = list(range(len(kept)))  # the numbers that are tuned at present
         self.tuned = self.directions  # their directions
 
@@ -120,7 +120,10 @@ class HyperVector:
         return value
 
     def _each(self, method: str, x: Tensor) -> Tensor:
-        return torch.stack([getattr(kind, method)(v) for kind, v in zip(self.kinds, x, strict=True)])
+        out = torch.ones_like(x) if method == "slope" else x.clone()  # of free ones, which may be many
+        for j in self.scaled.nonzero().flatten().tolist():
+            out[j] = getattr(self.kinds[j], method)(x[j])
+        return out
 
     def slope(self) -> Tensor:
         """dx/dφ [k], float64."""
@@ -202,9 +205,9 @@ class HyperVector:
     def write_hypers(self) -> None:
         """Write the tensors in the loss, in place."""
         with torch.no_grad():
-            for j, entry in enumerate(self.entries):
-                if entry.group is None:
-                    self.hypers[entry.name][entry.index] = float(self.value[j])
+            for name, x in self.hypers.items():
+                mine = [j for j, entry in enumerate(self.entries) if entry.name == name]
+                x.copy_(self.value[mine].view(x.shape))
 
     def state_dict(self) -> dict[str, Any]:
         return {

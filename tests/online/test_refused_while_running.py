@@ -166,7 +166,9 @@ def with_a_log(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
     return loss
 
 
-NET = nn.Linear(1, 1).double()
+NET = nn.Sequential(nn.Linear(1, 1), nn.Sigmoid()).double()
+nn.init.constant_(NET[0].weight, -0.5)  # type: ignore[arg-type]
+nn.init.constant_(NET[0].bias, 0.3)  # type: ignore[arg-type]
 CUT: dict[str, tuple[Callable[..., Tensor], bool]] = {
     "weights by a net from loss.detach()": (lambda m, b: self_paced(m, b, NET), True),
     "weights by a net from the loss": (lambda m, b: self_paced(m, b, NET, cut=False), False),
