@@ -5,6 +5,7 @@ Expected values: central differences of the same loop with torch alone, in which
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from functools import cache
 from typing import Any
@@ -306,3 +307,47 @@ def test_a_tensor_is_as_it_was_after_an_error() -> None:
         as_given(loop.model, loop.opt, loop.val_loss, hypers={"w": w}, tune=("lr",))
     assert not w.requires_grad
     assert not loop.opt._optimizer_step_pre_hooks
+
+
+def test_a_run_that_goes_on_from_a_state() -> None:
+    """The state is written into the user's own tensor, and the run goes on bit for bit."""
+
+    def part(loop: Mixed, tuner: hypergrad.Tuner, batches: slice) -> None:
+        for batch in data()[0][batches]:
+            loop.opt.zero_grad()
+            tuner.backward(loop.mixed(batch, loop.alpha))
+            loop.opt.step()
+
+    def made() -> tuple[Mixed, hypergrad.Tuner]:
+        loop = Mixed()
+        loop.model.eval()
+        return loop, as_given(loop.model, loop.opt, loop.val_loss, tune=("lr",), hypers={"alpha": loop.alpha}, every=2)
+
+    whole, first = made()
+    part(whole, first, slice(0, 6))
+    state = copy.deepcopy([whole.model.state_dict(), whole.opt.state_dict(), first.state_dict()])
+    again, second = made()
+    again.model.load_state_dict(state[0])
+    again.opt.load_state_dict(state[1])
+    second.load_state_dict(state[2])
+    assert torch.equal(again.alpha, whole.alpha)
+    part(whole, first, slice(6, 12))
+    part(again, second, slice(6, 12))
+    assert torch.equal(again.alpha, whole.alpha)
+    assert torch.equal(again.model[0].weight, whole.model[0].weight)
+
+
+def test_a_part_of_the_model_that_the_optimizer_does_not_train() -> None:
+    """A head as hyperparameters of the rest: it moves, and its running statistics are the model's."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 4), nn.BatchNorm1d(4), nn.Linear(4, 1))
+    opt = torch.optim.SGD(model[0].parameters(), lr=0.05)
+    head = nn.Sequential(model[1], model[2])
+    tuner = as_given(
+        model, opt, lambda: mse(model, data()[1]), tune=(), hypers={"head": head}, loss=mse, mode="unrolled", horizon=4
+    )
+    before = model[2].weight.detach().clone()
+    for batch in data()[0]:
+        tuner.step(batch)
+    assert tuner.stats["hyper_steps"] == 3
+    assert not torch.equal(model[2].weight.detach(), before)
