@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hypergrad.core.float64 import widest
+
 Number = float | Tensor
 
 
@@ -47,7 +49,9 @@ def knots(x: Number, values: Any, times: Any = None) -> Tensor:
     if m < 2:
         raise ValueError(f"knots needs at least two values, got shape {tuple(values.shape)}.")
     if times is None:
-        times = torch.linspace(0, 1, m, dtype=torch.promote_types(values.dtype, torch.float64), device=values.device)
+        times = torch.linspace(
+            0, 1, m, dtype=torch.promote_types(values.dtype, widest(values.device)), device=values.device
+        )
     times = _tensor(times).to(values.device)
     if times.shape != (m,):
         raise ValueError(f"knots has {m} values and times of shape {tuple(times.shape)}: one time for each value.")

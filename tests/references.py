@@ -76,6 +76,51 @@ class Lamb(_Counting):
         return q - group["lr"] / correction * trust * u
 
 
+class ScheduleFree(torch.optim.Optimizer):
+    """Schedule-free SGD (Defazio et al. 2024, arXiv 2405.15682): parameters hold y, where gradients are taken; in eval mode x.
+
+        z ← z − lr g,   x ← (1 − 1/t) x + z/t,   y = (1 − β) z + β x
+
+    silently: write by way of `.data`, which autograd does not count.
+    """
+
+    def __init__(self, params: Any, lr: float, beta: float = 0.9, silently: bool = False):
+        self.silently = silently
+        super().__init__(params, {"lr": lr, "beta": beta, "train_mode": True})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            beta, lr = group["beta"], group["lr"]
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                state = self.state[p]
+                if not state:
+                    state["t"], state["z"] = torch.tensor(0.0), p.clone()
+                state["t"] += 1
+                x = (p - (1 - beta) * state["z"]) / beta
+                state["z"].sub_(lr * p.grad)
+                x = x + (state["z"] - x) / state["t"]
+                p.copy_((1 - beta) * state["z"] + beta * x)
+
+    @torch.no_grad()
+    def _move(self, train: bool) -> None:
+        for group in self.param_groups:
+            if group["train_mode"] != train:
+                weight = 1 - group["beta"] if train else 1 - 1 / group["beta"]
+                for p in group["params"]:
+                    if "z" in self.state[p]:
+                        (p.data if self.silently else p).lerp_(self.state[p]["z"], weight)
+                group["train_mode"] = train
+
+    def eval(self) -> None:
+        self._move(False)
+
+    def train(self) -> None:
+        self._move(True)
+
+
 def third_party(name: str) -> type[torch.optim.Optimizer]:
     """A class of another package by its dotted name; the test is skipped where the package is not installed."""
     module, _, cls = name.rpartition(".")

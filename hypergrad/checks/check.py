@@ -20,8 +20,10 @@ from hypergrad.checks.precision import Promote, in_float64, to_double
 from hypergrad.checks.stock_run import Moved, StockRun
 from hypergrad.core.data_parallel import processes_of
 from hypergrad.core.finite_differences import central, extrapolated, one_sided
+from hypergrad.core.float64 import has_float64
+from hypergrad.core.loss_tensors import LossTensors
 from hypergrad.core.restore import Rng, as_found
-from hypergrad.differentiate.arguments import Optimizers, as_optimizers, granularity, leaves
+from hypergrad.differentiate.arguments import Optimizers, as_optimizers, granularity
 from hypergrad.differentiate.hypergradient import hypergradient
 from hypergrad.differentiate.schedule_gradients import Function
 
@@ -92,7 +94,8 @@ def check(
 ) -> Report:
     """Compare hypergradients of a loop with central finite differences of the stock optimizer, in float64.
 
-    Runs the loop 4 times for every number. Model, optimizer, gradients, buffers and random numbers are left as found.
+    Runs the loop 4 times for every number. A tensor or net of your own in `hypers` is moved where it is, so that whatever reads
+    it sees the move. Model, optimizer, `hypers`, gradients, buffers and random numbers are left as found.
 
     Args:
         model, optimizer, loss, batches, val_loss, wrt, mode, hypers, val_steps, clip_norm, clip_value, schedules, per, ema: as in
@@ -124,20 +127,28 @@ def check(
         )
     optimizers, rng = as_optimizers(optimizer), None
     params = [p for opt in optimizers for group in opt.param_groups for p in group["params"]]
+    if params and not has_float64(params[0].device):
+        raise NotImplementedError(
+            f"check computes in float64, which device {params[0].device.type!r} does not have: call it with model and batches "
+            "on the CPU."
+        )
     if params:
         rng = Rng(params[0].device)
     items = list(batches)
     if rng is not None:
         rng.restore()
-    names = (wrt,) if isinstance(wrt, str) else tuple(wrt)
-    with in_float64(model, optimizers), Promote():
+    given = LossTensors(hypers, torch.float64)
+    given.check_movable()
+    tensors, names = given.leaves, given.expanded((wrt,) if isinstance(wrt, str) else wrt)
+    if not names:
+        raise ValueError("wrt names nothing to check: pass for example ('lr', 'weight_decay').")
+    with in_float64(model, optimizers, given), Promote():
         items = tree_map(to_double, items)
-        tensors = {name: to_double(x.detach()) for name, x in leaves(hypers).items()}
         how = {k: x for k, x in granularity(per, [n for n in names if n not in tensors]).items() if x != "group"}
         single = {"clip_norm": clip_norm, "clip_value": clip_value, "ema": ema}
-        run = StockRun(model, optimizers, loss, items, val_loss, tensors, val_steps, single, dict(schedules or {}), how)
+        run = StockRun(model, optimizers, loss, items, val_loss, given, val_steps, single, dict(schedules or {}), how)
         _check_deterministic(run)
-        arguments: dict[str, Any] = {"hypers": tensors or None, "val_steps": val_steps, **single}
+        arguments: dict[str, Any] = {"hypers": given.given or None, "val_steps": val_steps, **single}
         arguments |= {"schedules": schedules, "per": per}
         result = hypergradient(model, optimizer, loss, items, val_loss, names, mode, **arguments)
         rows, value = [], float(result.value)

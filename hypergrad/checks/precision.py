@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_map
 
+from hypergrad.core.loss_tensors import LossTensors
 from hypergrad.core.restore import Buffers, Rng, all_params, swapped
 
 
@@ -20,18 +21,22 @@ def to_double(x: Any) -> Any:
 
 
 @contextmanager
-def in_float64(model: torch.nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> Iterator[None]:
-    """Parameters, buffers and optimizer state in float64; the very same tensors are put back on the way out."""
-    params, default = all_params(model, optimizers), torch.get_default_dtype()
-    data, grads, buffers = [p.data for p in params], [p.grad for p in params], Buffers(model)
+def in_float64(
+    model: torch.nn.Module, optimizers: Sequence[torch.optim.Optimizer], hypers: LossTensors | None = None
+) -> Iterator[None]:
+    """Parameters, buffers, optimizer state and `hypers` in float64; the very same tensors are put back on the way out."""
+    hypers = LossTensors() if hypers is None else hypers
+    params, default = [*all_params(model, optimizers), *hypers.leaves.values()], torch.get_default_dtype()
+    params = list({id(p): p for p in params}.values())
+    data, grads = [p.data for p in params], [p.grad if p.is_leaf else None for p in params]
+    buffers = Buffers(model, *hypers.nets)
     doubled = [b.double() if b.is_floating_point() else b.clone() for b in buffers.now()]
     states = [opt.state for opt in optimizers]
     rng = Rng(params[0].device)
     try:
         torch.set_default_dtype(torch.float64)
         for p in params:
-            p.grad = None
-            p.data = p.data.double().clone()
+            _set(p, p.data.double().clone(), None)
         for opt, state in zip(optimizers, states, strict=True):
             opt.state = defaultdict(dict, {p: {k: _doubled(k, x) for k, x in s.items()} for p, s in state.items()})
         with swapped(buffers.slots, doubled):
@@ -39,12 +44,18 @@ def in_float64(model: torch.nn.Module, optimizers: Sequence[torch.optim.Optimize
     finally:
         torch.set_default_dtype(default)
         for p, x, grad in zip(params, data, grads, strict=True):
-            p.grad = None
-            p.data = x
-            p.grad = grad
+            _set(p, x, grad)
         for opt, state in zip(optimizers, states, strict=True):
             opt.state = state
         rng.restore()
+
+
+def _set(p: Tensor, x: Tensor, grad: Tensor | None) -> None:
+    if p.is_leaf:
+        p.grad = None
+    p.data = x
+    if p.is_leaf:
+        p.grad = grad
 
 
 def _doubled(name: str, x: Any) -> Any:

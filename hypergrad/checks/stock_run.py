@@ -9,15 +9,17 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections import OrderedDict, defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+from hypergrad.core.loss_tensors import LossTensors
 from hypergrad.core.restore import Buffers, as_found, untouched
 from hypergrad.core.signatures import takes_hypers, takes_step
 from hypergrad.differentiate.schedule_gradients import Function, stacked
@@ -52,7 +54,7 @@ class StockRun:
 
     Args:
         model, optimizers, loss, items, val_loss, val_steps, schedules: as in `hypergradient`.
-        tensors: the hypers.
+        hypers: what losses read besides; moved in place.
         single: clip_norm, clip_value and ema; None for what is off.
         how: name -> "parameter" or "element", where a number has one derivative for each.
     """
@@ -64,19 +66,20 @@ class StockRun:
         loss: Callable[..., Tensor],
         items: Sequence[Any],
         val_loss: Callable[..., Tensor],
-        tensors: Tensors,
+        hypers: LossTensors,
         val_steps: Sequence[int] | None,
         single: Mapping[str, float | None],
         schedules: Mapping[str, Function],
         how: Mapping[str, str],
     ):
         self.model, self.optimizers, self.loss, self.items, self.val_loss = model, optimizers, loss, items, val_loss
-        self.tensors, self.single, self.schedules, self.how = tensors, dict(single), schedules, how
+        self.hypers, self.tensors = hypers, hypers.leaves
+        self.single, self.schedules, self.how = dict(single), schedules, how
         self.val_steps = (len(items),) if val_steps is None else tuple(val_steps)
         self.groups = [(i, g) for i, opt in enumerate(optimizers) for g in range(len(opt.param_groups))]
         held = [(k, p) for k, (i, g) in enumerate(self.groups) for p in optimizers[i].param_groups[g]["params"]]
         self.group_of, self.params = [k for k, _ in held], [p for _, p in held]
-        self.extra = bool(tensors) and (not schedules or takes_hypers(loss))
+        self.extra = (hypers.given,) if hypers.given and takes_hypers(loss) else ()
 
     def moved(self, name: str, index: tuple[int, ...]) -> Moved:
         """The number at `index` of the gradient in `name`."""
@@ -95,8 +98,8 @@ class StockRun:
         """The number now; of a schedule, at the first step."""
         name = at.name
         if name in self.tensors:
-            return float(self.tensors[name][at.index])
-        scheduled = self._column(name, 0, self.tensors) if name in self.schedules else None
+            return float(self.tensors[name].detach()[at.index])
+        scheduled = self._column(name, 0) if name in self.schedules else None
         if at.group is None:
             return float(self.single[name] if scheduled is None else scheduled)  # type: ignore[arg-type]
         i, g = self.groups[at.group]
@@ -109,13 +112,25 @@ class StockRun:
         return (name == "momentum" and rms) or name == "initial_accumulator_value"
 
     def __call__(self, at: Moved, delta: float) -> float:
-        tensors = {k: v.clone() for k, v in self.tensors.items()}
-        if at.name in tensors:
-            tensors[at.name][at.index] += delta
-        with as_found(self.model, self.optimizers):
-            return self._train(at, delta, tensors)
+        with as_found(self.model, self.optimizers), self._moved_in_place(at, delta):
+            return self._train(at, delta)
 
-    def _train(self, at: Moved, delta: float, tensors: Tensors) -> float:
+    @contextmanager
+    def _moved_in_place(self, at: Moved, delta: float) -> Iterator[None]:
+        """One number of the tensor that the user holds is moved, and what all of `hypers` held is put back."""
+        before = [x.detach().clone() for x in self.tensors.values()]
+        buffers = Buffers(nn.Module(), *self.hypers.nets)
+        saved = buffers.read()
+        try:
+            if at.name in self.tensors:
+                self.tensors[at.name].data[at.index] += delta
+            yield
+        finally:
+            for x, old in zip(self.tensors.values(), before, strict=True):
+                x.data.copy_(old)
+            buffers.write(saved)
+
+    def _train(self, at: Moved, delta: float) -> float:
         twins = [twin(opt) for opt in self.optimizers]
         seconds = [twin(opt) for opt in self.optimizers] if at.owner else []
         others = twins if seconds else []  # whose numbers are not moved
@@ -127,13 +142,13 @@ class StockRun:
         average = [p.detach().clone() for p in self.params] if self.single[EMA] is not None else None
         total = self._counted(0, average)
         for t, item in enumerate(self.items):
-            now = {name: self._column(name, t, tensors) for name in self.schedules}
+            now = {name: self._column(name, t) for name in self.schedules}
             single = {name: float(now[name]) if name in now else x for name, x in self.single.items()}
             if at.name in single:
                 single[at.name] += delta  # type: ignore[operator]
             self._write(others, now)
             self._write(moved, now, at, delta)
-            self._gradients(item, tensors, single)
+            self._gradients(item, single)
             self._step(twins, seconds, at)
             if average is not None:
                 for a, p in zip(average, self.params, strict=True):
@@ -141,9 +156,9 @@ class StockRun:
             total += self._counted(t + 1, average)
         return total / len(self.val_steps)
 
-    def _column(self, name: str, t: int, tensors: Tensors) -> Tensor:
+    def _column(self, name: str, t: int) -> Tensor:
         """A schedule's values at step t: [n_groups], [n_groups, 2] of betas, [] of what belongs to no group."""
-        x, one = stacked(self.schedules[name](t, tensors)).detach(), len(parts(name))
+        x, one = stacked(self.schedules[name](t, self.hypers.given)).detach(), len(parts(name))
         return x if name in self.single else x.expand(len(self.groups), *((one,) if one > 1 else ()))
 
     def _write(self, twins: list[Any], now: Tensors, at: Moved | None = None, delta: float = 0.0) -> None:
@@ -156,10 +171,10 @@ class StockRun:
             if at and at.group == k and at.name in group:
                 group[at.name] = at.shift(group[at.name] if at.name in now else given[at.name], delta)
 
-    def _gradients(self, item: Any, tensors: Tensors, single: Mapping[str, float | None]) -> None:
+    def _gradients(self, item: Any, single: Mapping[str, float | None]) -> None:
         for p in self.params:
             p.grad = None
-        self.loss(self.model, item, *((tensors,) if self.extra else ())).backward()
+        self.loss(self.model, item, *self.extra).backward()
         if single["clip_norm"] is not None:
             torch.nn.utils.clip_grad_norm_(self.params, single["clip_norm"])
         if single["clip_value"] is not None:

@@ -10,7 +10,7 @@ an adjoint joins that of the gradient.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -29,6 +29,16 @@ class RunningStats:
     def __init__(self, model: torch.nn.Module):
         self.layers = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
         self.size = sum(2 * m.num_features for m in self.layers)
+
+    def trained(self) -> bool:
+        """Whether a layer is in train mode now: a forward pass would move its statistics."""
+        return any(m.training for m in self.layers)
+
+    def moved_by(self, forward: Callable[[], object]) -> bool:
+        """Whether what runs here runs a layer in train mode."""
+        with self.watch_training() as update:
+            forward()
+        return bool(update.added)
 
     @contextmanager
     def watch_training(self) -> Iterator[_Update]:

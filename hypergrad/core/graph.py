@@ -137,7 +137,7 @@ def _weight_norm_layers(model: torch.nn.Module | None) -> str:
 
 
 @cache
-def _saved_names(node: type) -> list[str]:
+def saved_names(node: type) -> list[str]:
     return [name for name in dir(node) if name.startswith("_raw_saved_")]
 
 
@@ -148,7 +148,7 @@ def saved_bytes(*roots: Tensor | None) -> int:
     """
     sizes: dict[int, int] = {}
     for node in nodes_of(*(x.grad_fn for x in roots if x is not None)):
-        found = [getattr(node, name) for name in _saved_names(type(node))]
+        found = [getattr(node, name) for name in saved_names(type(node))]
         flat = [x for item in found for x in (item if isinstance(item, (list, tuple)) else (item,))]
         tensors = [x.data for x in flat if x.unpack_hook is None] + list(getattr(node, "saved_tensors", ()))
         for x in tensors:

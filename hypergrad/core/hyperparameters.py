@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hypergrad.core.float64 import on_host
+
 KINDS = ("positive", "unit", "unit_high", "free")
 _OPEN = {"positive": (0.0, math.inf), "unit": (0.0, 1.0), "unit_high": (0.0, 1.0), "free": (-math.inf, math.inf)}
 
@@ -43,7 +45,8 @@ class Hyperparameter:
     """A hyperparameter to be tuned.
 
     Args:
-        start: first value; a number, or a tensor for a hyperparameter in the loss. None: the value in the param groups.
+        start: first value; a number, or a tensor for a hyperparameter in the loss: that very tensor is then tuned, in place.
+            None: the value in the param groups.
         bounds: (low, high) that the value is kept within. None: the whole range of its kind.
         kind: "positive" (moved as log x), "unit" (as logit x), "unit_high" (as −log(1 − x), for values close to 1) or "free".
             None: by name for names of param groups; "free" for tensors in the loss.
@@ -71,7 +74,7 @@ class Hyperparameter:
             if not low < high:
                 raise ValueError(f"bounds must be (low, high) with low < high, got {self.bounds}.")
         if self.start is not None:
-            self._check_start(torch.as_tensor(self.start, dtype=torch.float64))
+            self._check_start(on_host(self.start).detach())
 
     def _check_start(self, start: Tensor) -> None:
         if not bool(torch.isfinite(start).all()):
@@ -133,10 +136,14 @@ class Hyperparameter:
         return torch.ones_like(x)
 
 
-def as_hyperparameter(name: str, value: Any) -> Hyperparameter:
-    """What a user wrote for a hyperparameter: a Hyperparameter, a number, a tensor, or None for the present value."""
+def as_hyperparameter(name: str, value: Any, in_loss: bool = False) -> Hyperparameter:
+    """What a user wrote for a hyperparameter: a Hyperparameter, a number, a tensor, or None for the present value.
+
+    in_loss: of a tensor in the loss, whose name says nothing of its kind.
+    """
+    name_of_kind = "" if in_loss else name
     if isinstance(value, Hyperparameter):
-        return value.named(name)
+        return value.named(name_of_kind)
     if value is None or isinstance(value, (int, float, Tensor)):
-        return Hyperparameter(value).named(name)
+        return Hyperparameter(value).named(name_of_kind)
     raise TypeError(f"{name}: expected a hypergrad.Hyperparameter, a number or a tensor, got {type(value).__name__}.")

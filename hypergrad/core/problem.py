@@ -15,12 +15,15 @@ from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from hypergrad.core.batchnorm import RunningStats
+from hypergrad.core.detached import is_cut
 from hypergrad.core.graph import Linearization, check_scalar, grad_or_none, survey, without_hooks
+from hypergrad.core.loss_tensors import LossTensors
+from hypergrad.core.parameter_writes import refused
 from hypergrad.core.processes import ALONE, Processes
 from hypergrad.core.rank_mean import RankMean
 from hypergrad.core.restore import Buffers, Rng, Saved, untouched
 from hypergrad.core.second_order import twice_differentiable
-from hypergrad.core.signatures import takes_step
+from hypergrad.core.signatures import takes_hypers, takes_step
 
 
 class Validation(NamedTuple):
@@ -38,10 +41,13 @@ class Problem:
     Args:
         model: the user's module.
         params: the tensors the optimizer holds.
-        loss: `loss(model, batch)`, or `loss(model, batch, hypers)` where `hypers` is not empty.
-        hypers: name -> leaf tensor that the loss reads.
-        pass_hypers: False where they are not an argument of the loss: only schedules read them.
+        loss: `loss(model, batch)`; or `loss(model, batch, hypers)`, where `hypers` is not empty and the loss takes it.
+        hypers: what losses read besides.
+        optimizers: those that hold the parameters.
         processes: those that train the model together.
+
+    Raises:
+        ValueError: one of `hypers` is among `params`.
     """
 
     def __init__(
@@ -49,16 +55,24 @@ class Problem:
         model: torch.nn.Module,
         params: Sequence[Tensor],
         loss: Callable[..., Tensor] | None,
-        hypers: dict[str, Tensor] | None = None,
-        pass_hypers: bool = True,
+        hypers: LossTensors | None = None,
+        optimizers: Sequence[torch.optim.Optimizer] = (),
         processes: Processes = ALONE,
     ):
         self.processes = processes
         self.model, self.params, self.loss = model, list(params), loss
-        self.hypers = hypers or {}
-        self.extra = (self.hypers,) if self.hypers and pass_hypers else ()  # further arguments of the loss
+        self.optimizers = optimizers
+        self.loss_tensors = LossTensors() if hypers is None else hypers
+        self.loss_tensors.check_apart(self.params)
+        self.hypers = self.loss_tensors.leaves
+        given = self.loss_tensors.given
+        self.extra = (
+            (given,) if given and loss is not None and takes_hypers(loss) else ()
+        )  # further arguments of the loss
         self.read: set[str] = set()  # keys of `hypers` that a loss was found to depend on
-        self.held_buffers = Buffers(model)
+        self.looked = False  # whether val_loss was seen, after a step, not to write to parameters
+        self.cut: bool | None = None  # see `is_cut`, of the first training loss whose products were taken
+        self.held_buffers = Buffers(model, *self.loss_tensors.nets)
         self.device = self.params[0].device
         self.stats: RunningStats | None = None  # set by `follow_running_stats`
 
@@ -118,6 +132,8 @@ class Problem:
                 u = torch.zeros_like(added, requires_grad=True)
                 loss, extra = loss + added @ u, [*self.hypers.values(), u]
         exact = survey(loss, self.model).exact if products else True
+        if products and self.cut is None:
+            self.cut = is_cut(loss)
         lin = Linearization(loss, self.params, extra, products)
         lin.decay, lin.exact = decay, exact
         if not self.processes.alone:
@@ -149,9 +165,17 @@ class Problem:
                 "broadcast_buffers=False, or validate in train mode."
             )
 
+    def moves_running_stats(self, batch: Any) -> bool:
+        """Whether the training loss moves the statistics that are followed: in eval() layers read them only."""
+        if self.stats is None:
+            return False
+        with self._without_effect(None):
+            return self.stats.moved_by(lambda: self.training_loss(batch))
+
     def unfollowed_since(self, before: Sequence[Saved]) -> list[str]:
         """Names of float buffers that changed and are not running statistics of BatchNorm."""
-        names = {id(module): name for name, module in self.model.named_modules()}
+        every = [*self.loss_tensors.nets, self.model]
+        names = {id(module): name for owner in every for name, module in owner.named_modules()}
         pairs = zip(self.held_buffers.places, self.buffers, before, strict=True)
         return [
             f"{names.get(id(module), '?')}.{name}".lstrip(".")
@@ -198,8 +222,9 @@ class Problem:
             self.write_buffers(buffers, silently=True)  # the same values
             rng.restore()
 
-    @staticmethod
-    def _call(val_loss: Callable[..., Tensor], t: int) -> Tensor:
-        loss = val_loss(t) if takes_step(val_loss) else val_loss()
+    def _call(self, val_loss: Callable[..., Tensor], t: int) -> Tensor:
+        with refused(self.params, self.optimizers, closely=not self.looked):
+            loss = val_loss(t) if takes_step(val_loss) else val_loss()
+        self.looked = self.looked or t > 0
         check_scalar(loss, "val_loss()")
         return loss

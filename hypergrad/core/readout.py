@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from hypergrad.core.float64 import widest
 from hypergrad.core.processes import ALONE, Processes
 
 
@@ -43,15 +44,17 @@ class Readout:
 
     def fetch(self) -> dict[str, list[float]]:
         """All numbers asked for, by name: the one wait."""
-        pieces = [[x.to(torch.float64) for x in part.values()] for part in (self.asked, self.own)]
-        joined = [torch.cat(part) for part in pieces if part]
-        if not joined:
+        every = [*self.asked.values(), *self.own.values()]
+        if not every:
             return {}
+        dtype = widest(every[0].device)
+        pieces = [[x.to(dtype) for x in part.values()] for part in (self.asked, self.own)]
+        joined = [torch.cat(part) for part in pieces if part]
         if self.asked:
             joined[0] = self.processes.mean(joined[0])
-        every = (torch.cat(joined) if len(joined) > 1 else joined[0]).tolist()
+        numbers = (torch.cat(joined) if len(joined) > 1 else joined[0]).tolist()
         out, at = {}, 0
         for name, x in (self.asked | self.own).items():
-            out[name] = every[at : at + x.numel()]
+            out[name] = numbers[at : at + x.numel()]
             at += x.numel()
         return out

@@ -50,10 +50,14 @@ class Saved(NamedTuple):
 
 
 class Buffers:
-    """The buffers of a model, by the modules that hold them: a module may put another tensor in a buffer's place."""
+    """The buffers of a model, by the modules that hold them: a module may put another tensor in a buffer's place.
 
-    def __init__(self, model: torch.nn.Module):
-        self.places = [(m, name) for m in model.modules() for name, b in m._buffers.items() if b is not None]
+    others: nets beside the model, such as one that weighs examples.
+    """
+
+    def __init__(self, model: torch.nn.Module, *others: torch.nn.Module):
+        modules = dict.fromkeys(m for owner in (model, *others) for m in owner.modules())
+        self.places = [(m, name) for m in modules for name, b in m._buffers.items() if b is not None]
 
     @property
     def slots(self) -> list[Slot]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from typing import Any, NamedTuple
 
@@ -51,8 +51,10 @@ def takes_step(val_loss: Callable[..., Any]) -> bool:
 
 
 def takes_hypers(loss: Callable[..., Any]) -> bool:
-    """Whether a loss takes hypers beside model and batch: a third positional argument that is required or `None`, or *args."""
+    """Whether a loss takes hypers beside model and batch: a third positional argument that is required, `None` or a dict by
+    default; or *args."""
     taken = positional(loss)
     if taken is None or taken.variadic:
         return True
-    return any(is_required(p) or p.default is None for p in taken.parameters[2:3])
+    third = taken.parameters[2:3]
+    return any(is_required(p) or p.default is None or isinstance(p.default, Mapping) for p in third)

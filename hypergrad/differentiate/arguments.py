@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 
-from hypergrad.core.hyperparameters import Hyperparameter
 from hypergrad.differentiate.per_element import HOW
 from hypergrad.differentiate.schedule_gradients import check_finite
 from hypergrad.optimizers.binding import Values
@@ -27,21 +25,6 @@ def as_optimizers(optimizer: Optimizers) -> list[torch.optim.Optimizer]:
     if not optimizers:
         raise ValueError("the list of optimizers is empty.")
     return optimizers  # type: ignore[return-value]
-
-
-def leaves(hypers: Mapping[str, Any] | None) -> Tensors:
-    """Leaf copies of the tensors that a loss reads."""
-    out = {}
-    for name, value in (hypers or {}).items():
-        start = value.start if isinstance(value, Hyperparameter) else value
-        if start is None:
-            raise ValueError(f"hypers[{name!r}] needs a start: hypergrad.Hyperparameter(start=...).")
-        x = torch.as_tensor(start).detach().clone()
-        x = x if x.is_floating_point() else x.to(torch.get_default_dtype())
-        if not bool(torch.isfinite(x).all()):
-            raise ValueError(f"hypers[{name!r}] is not finite.")
-        out[name] = x.requires_grad_()
-    return out
 
 
 def clipping(clip_norm: float | None, clip_value: float | None) -> tuple[str | None, float]:
@@ -74,8 +57,6 @@ def granularity(per: str | Mapping[str, str], names: Sequence[str]) -> dict[str,
 
 def check_names(names: Sequence[str], values: Values, hypers: Tensors) -> None:
     """Raise where a name is not that of a hyperparameter that exists."""
-    if not names:
-        raise ValueError("no hyperparameters named: pass for example ('lr', 'weight_decay').")
     if len(set(names)) != len(names):
         raise ValueError(f"a hyperparameter is named twice in {tuple(names)}.")
     for name in names:

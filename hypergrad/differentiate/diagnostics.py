@@ -30,6 +30,7 @@ class Diagnostics:
         self.gradients = self.products = 0
         self.norms = Series()  # of the tangent or adjoint, step after step; they stay on the device to the end
         self.ill_conditioned: Tensor | None = None  # [n_groups] bool, the same
+        self.differentiated = True  # gradients were computed
         self.moved: list[str] | None = None  # buffers that training changes, where the mode found out
         self.warnings: list[str] = []
         self.extra: dict[str, Any] = {"warnings": self.warnings}  # further entries of `Result.stats`

@@ -6,6 +6,8 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from hypergrad.core.detached import CUT
+from hypergrad.core.loss_tensors import unread_error
 from hypergrad.differentiate.diagnostics import Diagnostics
 from hypergrad.differentiate.trajectory import Trajectory
 
@@ -18,10 +20,12 @@ def evaluation(trajectory: Trajectory) -> Iterator[Diagnostics]:
         trajectory.problem.check_running_stats()
         diagnostics, before = Diagnostics(trajectory.problem.device), trajectory.problem.read_buffers()
         yield diagnostics
-        for name in trajectory.directions.unreached(trajectory.problem.read):
-            diagnostics.warn(
-                f"nothing depends on hypers[{name!r}], neither the training loss, nor a schedule, nor val_loss: gradient 0."
-            )
+        directions, problem = trajectory.directions, trajectory.problem
+        unread = problem.loss_tensors.unread(directions.wrt, problem.read | directions.schedules.reached)
+        if unread and diagnostics.differentiated:
+            raise unread_error(unread)
+        if problem.cut:
+            diagnostics.warn(CUT)
         moved = trajectory.problem.unfollowed_since(before) if diagnostics.moved is None else diagnostics.moved
         if moved:
             diagnostics.warn(

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from hypergrad.core.data_parallel import processes_of
+from hypergrad.core.loss_tensors import LossTensors
 from hypergrad.core.problem import Problem
 from hypergrad.core.restore import Rng
-from hypergrad.core.signatures import takes_hypers
-from hypergrad.differentiate.arguments import Optimizers, as_optimizers, check_names, clipping, granularity, leaves
+from hypergrad.differentiate.arguments import Optimizers, as_optimizers, check_names, clipping, granularity
 from hypergrad.differentiate.compile.compiled import compiled
 from hypergrad.differentiate.eager import EagerStepper
 from hypergrad.differentiate.modes import MODES, OPTIONS
@@ -56,20 +56,23 @@ def hypergradient(
         optimizer: a live optimizer or a list of them: torch.optim's SGD, Adam, AdamW, RMSprop, Adagrad, Adamax, NAdam, RAdam,
             Adadelta, Adafactor, Muon; Lion of pytorch_optimizer or lion_pytorch; Lamb of pytorch_optimizer; any other
             through its own step, slowly, or it is refused (docs/optimizers.md).
-        loss: `loss(model, batch)` → scalar; `loss(model, batch, hypers)` where `hypers` is given. With `schedules` either:
-            `hypers` is passed where a third positional argument is required, or is `None` by default.
+        loss: `loss(model, batch)` → scalar, or `loss(model, batch, hypers)`:
+            `hypers` is passed where a third positional argument is required, or is `None` or a dict by default; else the loss
+            may read them from a closure.
         batches: one batch a step; K in all. A lazy sequence (`len(batches)`, `batches[t]`) is asked for batch t whenever step t
             is computed, and must give the same one.
         val_loss: `val_loss()` → scalar, computed with the model's own parameters, deterministic; called as `val_loss(t)`,
             t the number of steps done, where it has a required argument, or one `t=None`.
         wrt: names in param_groups (lr, weight_decay, momentum, dampening, betas, alpha, eps, rho, lr_decay, momentum_decay,
             initial_accumulator_value, beta2_decay, d, ns_coefficients), "clip_norm", "clip_value" or "ema" where given, and keys
-            of `hypers`. Of a name that has a schedule, the derivative in a number added to its value: at each step with
-            per_step, else at every step (the sum of those).
+            of `hypers`; () for `Result.initial` alone, with mode="unrolled". Of a name that has a schedule, the derivative in a
+            number added to its value: at each step with per_step, else at every step (the sum of those).
         mode: "unrolled" (adjoint; any number of hyperparameters), "forward" (tangents; any number of steps) or "implicit"
             (the minimum that training came to).
-        hypers: name → tensor (or number) that the loss and schedules read as `hypers[name]`. The gradient in one that nothing
-            reads is 0, and a sentence in `stats["warnings"]` says so.
+        hypers: name → tensor, net or number that the loss and schedules read as `hypers[name]`. A tensor or net of your own is
+            differentiated in as it is, so that loss and val_loss may also read it from a closure; what depends on it in val_loss
+            itself is part of the gradient. Of a net the gradients are `gradients["name.parameter"]`, and "name" in `wrt`
+            stands for all of them. One in `wrt` that nothing reads is an error.
         per_step: one gradient per step, for schedules: a leading dimension [K].
         val_steps: numbers of completed steps, 0 … K, at which the validation loss is taken; None: K alone.
         clip_norm: threshold of `clip_grad_norm_` over all parameters, between gradient and step.
@@ -134,9 +137,12 @@ def hypergradient(
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}.")
     run, mode_options = _choose(mode, per_step, val_steps, ema, options)
-    tensors = leaves(hypers)
+    given = LossTensors(hypers)
+    tensors = given.leaves
     clip, threshold = clipping(clip_norm, clip_value)
-    names = (wrt,) if isinstance(wrt, str) else tuple(wrt)
+    names = given.expanded((wrt,) if isinstance(wrt, str) else wrt)
+    if not names and mode != "unrolled":
+        raise ValueError("wrt=() leaves Result.initial alone, which mode='unrolled' has: pass names, or that mode.")
     stage, optimizers = Transition if ema is None else Averaged, as_optimizers(optimizer)
     processes = processes_of(model, optimizers)
     if compile and not processes.alone:
@@ -146,7 +152,7 @@ def hypergradient(
     if isinstance(transition, Averaged):
         values |= transition.decays(check_decay(ema, "ema"))  # type: ignore[arg-type]
     check_names(names, values, tensors)
-    scheduled = Schedules(schedules or {}, tensors, values)
+    scheduled = Schedules(schedules or {}, tensors, values, given.given)
     finely = granularity(per, [name for name in names if name in values])
     rng = Rng(transition.params[0].device)
     lazy = hasattr(batches, "__getitem__") and hasattr(batches, "__len__")
@@ -155,18 +161,19 @@ def hypergradient(
     if not len(items):
         raise ValueError("batches is empty: pass at least one batch.")
     steps = len(items)
-    problem = Problem(model, transition.params, loss, tensors, schedules is None or takes_hypers(loss), processes)
+    problem = Problem(model, transition.params, loss, given, transition.optimizers, processes)
     directions = Directions(transition, names, tensors, steps if per_step else None, finely, scheduled)
     when = (steps,) if val_steps is None else tuple(val_steps)
     if not when or not all(int(t) == t and 0 <= t <= steps for t in when):
         raise ValueError(f"val_steps must be numbers of completed steps from 0 to {steps}, got {val_steps}.")
     processes.check_same("the number of batches, and val_steps,", (steps, when))
-    every_steps = scheduled.evaluate(steps, transition)
-    trajectory = Trajectory(problem, transition, items, every_steps, directions, val_loss, when)
-    stepper: Stepper = compiled(trajectory, mode) if compile else EagerStepper(trajectory)
-    result = run(trajectory, stepper, **mode_options)
-    result.stats |= stepper.stats()
-    return result
+    with given.differentiable():
+        every_steps = scheduled.evaluate(steps, transition)
+        trajectory = Trajectory(problem, transition, items, every_steps, directions, val_loss, when)
+        stepper: Stepper = compiled(trajectory, mode) if compile else EagerStepper(trajectory)
+        result = run(trajectory, stepper, **mode_options)
+        result.stats |= stepper.stats()
+        return result
 
 
 def _choose(

@@ -142,10 +142,10 @@ class _Objective:
 def _at_minimum(trajectory: Trajectory, state: State, solver: Solve, diagnostics: Diagnostics) -> Result:
     steps, total = len(trajectory.batches), Total(trajectory)
     lam = total.validate(steps, Tangent.zeros(state), state)
-    if lam.stats is not None:
+    if lam.stats is not None and any(map(trajectory.problem.moves_running_stats, _distinct(trajectory.batches))):
         raise NotImplementedError(
             "mode='implicit' leaves out the path through BatchNorm's running statistics, which val_loss reads: validate in train "
-            "mode, or use mode='unrolled' or 'forward', which have it."
+            "mode, train with those layers in eval mode, or use mode='unrolled' or 'forward', which have it."
         )
     v, trajectory.problem.stats = lam.theta, None
     objective = _Objective(trajectory, state, diagnostics)

@@ -59,6 +59,7 @@ def unrolled(
         run = Recording(trajectory, stepper, diagnostics, below is not None)
         tape = run.record(stacks, every, graph_memory)
         if below is not None and not float(run.objective()) <= below:
+            diagnostics.differentiated = False
             nothing = {name: torch.full_like(g, math.nan) for name, g in trajectory.directions.zeros().items()}
             return Result(run.objective(), nothing, diagnostics.stats(len(trajectory.batches)))
         return adjoint(trajectory, stepper, tape, diagnostics)

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from hypergrad.core.float64 import on_host
 from hypergrad.optimizers.binding import Values
 from hypergrad.optimizers.ema import EMA, check_decay
 from hypergrad.optimizers.registry import rule_of
@@ -75,14 +76,18 @@ class Schedules:
             each param group.
         hypers: the tensors φ.
         base: values that are not scheduled.
+        given: what the functions get as `hypers`, nets in place of their tensors; None: `hypers`.
 
     Raises:
         ValueError: a name that no param group has.
         TypeError: a schedule that is not a function.
     """
 
-    def __init__(self, functions: Mapping[str, Function], hypers: Tensors, base: Values):
+    def __init__(
+        self, functions: Mapping[str, Function], hypers: Tensors, base: Values, given: dict[str, Any] | None = None
+    ):
         self.functions, self.hypers, self.base = dict(functions), hypers, base
+        self.given = hypers if given is None else given
         self.reached: set[str] = set()  # keys of φ that a schedule was found to depend on
         self.evaluated: StepValues  # of every step; set by `evaluate`
         for name, f in self.functions.items():
@@ -114,7 +119,7 @@ class Schedules:
 
     def at(self, name: str, t: int) -> Tensor:
         """h_t with its graph, on the CPU in float64: [n_groups], [n_groups, 2] of betas, [] of what belongs to no group."""
-        value = self.functions[name](t, self.hypers)
+        value = self.functions[name](t, self.given)
         try:
             x = stacked(value)
         except (TypeError, ValueError, RuntimeError) as error:
@@ -155,7 +160,7 @@ class Schedules:
         """(∂f_t/∂φ)ᵀ λ, summed over the schedules. `lam(name)`: the derivative in h_t, of the shape of `at`."""
         with torch.enable_grad():
             found = [(self._again(name, t), name) for name in self.functions] if self.hypers else []
-        outputs = [(h, lam(name).to(h).view(h.shape)) for h, name in found if h.requires_grad]
+        outputs = [(h, on_host(lam(name)).view(h.shape)) for h, name in found if h.requires_grad]
         if not outputs:
             return {}
         values, cotangents = zip(*outputs, strict=True)
@@ -194,7 +199,7 @@ class Schedules:
 def stacked(value: Any) -> Tensor:
     """Numbers, tensors and sequences of them as one tensor with the graphs of all."""
     if isinstance(value, Tensor):
-        return value.to("cpu", torch.float64)
+        return on_host(value)
     if isinstance(value, (list, tuple)):
         return torch.stack([stacked(x) for x in value])
     if isinstance(value, bool) or value is None:

@@ -144,10 +144,6 @@ class Directions:
         """Whether a derivative in a name of param_groups is formed: its own, or on the way to a schedule's tensors."""
         return name in self.wrt or (name in self.schedules.functions and bool(self.hypers.keys() & set(self.wrt)))
 
-    def unreached(self, read: set[str]) -> list[str]:
-        """Tensors that nothing depends on. `read`: those that a loss depends on."""
-        return [name for name in self.wrt if name in self.hypers and name not in read | self.schedules.reached]
-
     def into_loss(self, j: int, t: int) -> list[Tensor | None] | None:
         """Direction j among the tensors in the loss at step t: one-hot; None where it is not one of them."""
         entry = self.entries[j]

@@ -31,6 +31,14 @@ def attach(tuner: Any, optimizers: Sequence[torch.optim.Optimizer], before: str,
     return weakref.finalize(tuner, _detach, handles, [weakref.ref(opt) for opt in optimizers])
 
 
+def leave_uncompiled(cls: type, *methods: str) -> None:
+    """Let torch.compile leave these methods alone; done when a tuner is made: its optimizer has loaded the compiler by then."""
+    for name in methods:
+        method = vars(cls)[name]
+        if not getattr(method, "_torchdynamo_disable", False):
+            setattr(cls, name, torch.compiler.disable(method))
+
+
 def _detach(handles: Sequence[Any], optimizers: Sequence[weakref.ref[Any]]) -> None:
     for handle in handles:
         handle.remove()

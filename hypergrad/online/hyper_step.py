@@ -180,7 +180,7 @@ class HyperSteps:
 
     def _averages(self) -> bool:
         """Whether the validation loss is taken at the running average of the weights."""
-        moving = {self.vector.entries[j].name for j in self.vector.moving}
+        moving = {self.vector.entries[j].name for j in self.vector.moving} - self.vector.hypers.keys()
         return self.average and bool(moving & STEP_NAMES)
 
     @contextmanager

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hypergrad.core.float64 import on_host
 from hypergrad.core.hyperparameters import KIND_OF, START_FROM_ZERO, Hyperparameter
 from hypergrad.differentiate.wrt import Directions, Entry
 from hypergrad.optimizers.group_values import part_of, plain
@@ -54,12 +55,12 @@ class HyperVector:
         self.value = torch.tensor(values, dtype=torch.float64)
         limits = torch.tensor([kind.limits for kind in self.kinds], dtype=torch.float64)
         self.low, self.high = limits[:, 0], limits[:, 1]
+        self.scaled = torch.tensor([kind.kind != "free" for kind in self.kinds])  # φ is a logarithm or a logit
         self.phi = self._each("to_free", self.value)
         self._found = self.phi, self.value
         self._slope = self.value, self._each("slope", self.value)
-        is_lr = [e.name == "lr" and kind.kind == "positive" for e, kind in zip(kept, self.kinds, strict=True)]
-        self.is_lr = torch.tensor(is_lr)
-        self.scaled = torch.tensor([kind.kind != "free" for kind in self.kinds])  # φ is a logarithm or a logit
+        positive = torch.tensor([kind.kind == "positive" for kind in self.kinds])
+        self.is_lr = self.called("lr") & positive
         self.moving: list[int] = list(range(len(kept)))  # the numbers that are tuned at present
         self.tuned = self.directions  # their directions
 
@@ -95,7 +96,7 @@ class HyperVector:
         if present[entry.group] == 0 and any(present):
             return None  # 0 here, not elsewhere: it stays 0 here
         if start is not None:
-            x = torch.as_tensor(start, dtype=torch.float64)
+            x = on_host(start)
             shape = self.directions.shapes[entry.name]
             if x.dim() and tuple(x.shape) != shape:
                 raise ValueError(f"start of {entry.name} must be a number or have shape {shape}, got {tuple(x.shape)}.")
@@ -121,7 +122,10 @@ class HyperVector:
         return value
 
     def _each(self, method: str, x: Tensor) -> Tensor:
-        return torch.stack([getattr(kind, method)(v) for kind, v in zip(self.kinds, x, strict=True)])
+        out = torch.ones_like(x) if method == "slope" else x.clone()  # of free ones, which may be many
+        for j in self.scaled.nonzero().flatten().tolist():
+            out[j] = getattr(self.kinds[j], method)(x[j])
+        return out
 
     def slope(self) -> Tensor:
         """dx/dφ [k], float64."""
@@ -130,12 +134,13 @@ class HyperVector:
         return self._slope[1].clone()
 
     def rows(self, name: str) -> list[int]:
-        """Places among the numbers tuned at present of those of this name."""
-        return [k for k, j in enumerate(self.moving) if self.entries[j].name == name]
+        """Places among the numbers tuned at present of those that param groups have by this name."""
+        return [k for k, j in enumerate(self.moving) if self._is(self.entries[j], name)]
 
     def pairs(self, name: str, other: str, tuned: Tensor) -> list[tuple[int, int]]:
         """Places of these two names' numbers in each group that has both, the first of which is `tuned` [k]."""
-        at = {(e.name, e.group): j for j, e in enumerate(self.entries) if self.kinds[j].kind == KIND_OF.get(e.name)}
+        mine = [(j, e) for j, e in enumerate(self.entries) if e.group is not None]
+        at = {(e.name, e.group): j for j, e in mine if self.kinds[j].kind == KIND_OF.get(e.name)}
         averages = [getattr(rule, "averages", False) for rule in self.transition.rules]
         groups = [g for n, g in at if n == name and not (other == "momentum" and g is not None and averages[g])]
         pairs = ((at[name, group], at.get((other, group))) for group in groups)
@@ -148,8 +153,13 @@ class HyperVector:
         return mask
 
     def called(self, name: str) -> Tensor:
-        """The numbers of this name [k] bool."""
-        return torch.tensor([entry.name == name for entry in self.entries])
+        """The numbers that param groups have by this name [k] bool."""
+        return torch.tensor([self._is(entry, name) for entry in self.entries])
+
+    @staticmethod
+    def _is(entry: Entry, name: str) -> bool:
+        """A tensor in the loss may be called `momentum`, and is none."""
+        return entry.name == name and entry.group is not None
 
     # ---- φ, its values and bounds: every move goes through `apply`
 
@@ -197,9 +207,9 @@ class HyperVector:
     def write_hypers(self) -> None:
         """Write the tensors in the loss, in place."""
         with torch.no_grad():
-            for j, entry in enumerate(self.entries):
-                if entry.group is None:
-                    self.hypers[entry.name][entry.index] = float(self.value[j])
+            for name, x in self.hypers.items():
+                mine = [j for j, entry in enumerate(self.entries) if entry.name == name]
+                x.copy_(self.value[mine].view(x.shape))
 
     def state_dict(self) -> dict[str, Any]:
         return {

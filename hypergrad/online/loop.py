@@ -17,6 +17,7 @@ from torch import Tensor
 
 from hypergrad.core.readout import Readout
 from hypergrad.online.accumulation import ask_whether_mean, check_mean
+from hypergrad.online.first_look import FirstLook
 from hypergrad.online.gradient_changes import Comparison, Pending
 from hypergrad.online.hyper_step import HyperSteps
 from hypergrad.online.param_groups import ParamGroupWriter
@@ -33,6 +34,7 @@ class OnlineLoop:
         hyper: the hyperparameter step, with problem, outer optimizer, tangents and journal.
         recovery: judges every step, and goes back where it must.
         phases: what is tuned when; None: everything, to the end.
+        first_look: looks at the first step's losses.
         mode, every, total: as in `Tuner`.
     """
 
@@ -43,11 +45,13 @@ class OnlineLoop:
         starts: Starts,
         recovery: Recovery,
         phases: Phases | None,
+        first_look: FirstLook,
         mode: str,
         every: int,
         total: int | None,
     ):
         self.hyper, self.writer, self.starts, self.recovery, self.phases = hyper, writer, starts, recovery, phases
+        self.first_look = first_look
         self.problem, self.outer, self.tangents = hyper.problem, hyper.outer, hyper.tangents
         self.vector, self.transition, self.journal, self.counts = (
             hyper.vector,
@@ -88,6 +92,8 @@ class OnlineLoop:
         fresh = pending if pending is not None and i not in pending.stepped else None
         if fresh is not None:
             self.tangents.average_pending()
+        if (fresh or self.given_loss is not None) and len(self.stepped) == len(self.optimizers) - 1:
+            self.first_look.take(self.t)
         comparison, read = self._read(i, g, active, fresh)
         check_mean(read, self.transition.params[0].dtype)
         # a fused optimizer is told by a GradScaler that it will leave this step out
@@ -260,7 +266,8 @@ class OnlineLoop:
         names = self.vector.directions.wrt
         if self.phases is None:
             return self.vector.tune_only(names)
-        return self.vector.tune_only(self.phases.tuned_at(self.t, self.total, names, not self.outer.climbing()))
+        at_rest, in_loss = not self.outer.climbing(), self.vector.hypers
+        return self.vector.tune_only(self.phases.tuned_at(self.t, self.total, names, at_rest, in_loss))
 
     def _say_past_the_end(self) -> None:
         self.journal.note_once(

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hypergrad.core.float64 import on_host
 from hypergrad.online.hyper_vector import HyperVector
 from hypergrad.online.policies.adam_on_phi import AdamOnPhi
 from hypergrad.online.policies.chaos_ceiling import ChaosCeiling
@@ -46,7 +47,7 @@ class OuterOptimizer:
         c = self._context(outgrown & self._safe_down, newton)
         none = torch.zeros_like(c.tuned)
         zero = torch.zeros_like(c.phi)
-        p = Proposal(gradient.to("cpu", torch.float64).clone(), c.tuned, none, zero, zero, c.phi)
+        p = Proposal(on_host(gradient).clone(), c.tuned, none, zero, zero, c.phi)
         moments = self.state[self.adam.name]
         for policy in self.policies:
             p = policy.condition(c, p, self.state[policy.name], moments)

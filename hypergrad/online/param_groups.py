@@ -95,7 +95,7 @@ class ParamGroupWriter:
         for j, entry in enumerate(self.vector.entries):
             if entry.group is not None and (entry.name, entry.group) in self.bases:
                 factors[j] = self._ratio((entry.name, entry.group))
-            elif entry.name == "lr":
+            elif entry.name == "lr" and entry.group is not None:
                 factors[j] = self.decay(t)
         return self.vector.slope() * torch.tensor(factors, dtype=torch.float64)
 

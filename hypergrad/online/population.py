@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
+from hypergrad.core.float64 import on_host
 from hypergrad.core.hyperparameters import KIND_OF, Hyperparameter
 from hypergrad.optimizers.binding import Binding
 from hypergrad.optimizers.rule import Tensors
@@ -193,7 +194,7 @@ class Population:
         assert self.val_losses is not None
         theta = self.theta.detach().requires_grad_()
         (g,) = torch.autograd.grad(self._each(self.val_losses, theta, (), False).sum(), theta)
-        return (self.z * g).sum(-1).double().cpu()
+        return on_host((self.z * g).sum(-1))
 
     def hypergradients(self) -> Tensors:
         """name → dL/dvalue [P] at the present weights, through all steps so far.

@@ -15,6 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hypergrad.core.detached import is_cut
+from hypergrad.core.float64 import on_host
+from hypergrad.core.graph import survey
 from hypergrad.core.second_order import twice_differentiable
 from hypergrad.core.signatures import takes_step
 from hypergrad.differentiate.checkpoints import Checkpoint, default_every
@@ -58,6 +61,9 @@ class ReplayWindow:
             self._record(batch)
         with nullcontext() if loop.mode == "forward" else twice_differentiable():  # as when it is replayed
             loss, before = loop.problem.training_loss(batch), loop.t
+        if loop.mode != "forward" and not loop.first_look.done:
+            loop.tangents.note_read(survey(loss, loop.problem.model).leaves)
+            loop.tangents.cut = is_cut(loss)
         self._train(loss)
         if (
             loop.t == before or loop.recovery.dropped > self.dropped
@@ -140,7 +146,7 @@ class ReplayWindow:
     def _shares(self, gradients: Tensors) -> Tensor:
         """The derivative in each number's value at each step, [steps, k]; times the value's slope there it is that in φ."""
         entries = self.loop.vector.entries
-        return torch.stack([gradients[e.name][:, *e.index] for e in entries], dim=1).to("cpu", torch.float64)
+        return on_host(torch.stack([gradients[e.name][:, *e.index] for e in entries], dim=1))
 
     def _look_back(self, batch: Any) -> None:
         loop = self.loop
@@ -148,5 +154,5 @@ class ReplayWindow:
         trajectory = self._trajectory([batch], [self._with_clip(values)], per_step=False)
         result = implicit(trajectory, EagerStepper(trajectory), look_back=self.horizon)
         shares = torch.stack([result.gradients[e.name][e.index] for e in loop.vector.entries])
-        gradient = shares.to("cpu", torch.float64) * scale
+        gradient = on_host(shares) * scale
         loop.hyper.move(loop.t, float(result.value), gradient, self.read_at)

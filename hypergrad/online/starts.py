@@ -83,7 +83,7 @@ class Starts:
         self.outer.multiply("lr", factor * self.writer.last_shape / now)
         if not self.search.active:
             self._size_all()
-            names = [f"{x:.3g}" for e, x in zip(self.vector.entries, self.vector.value) if e.name == "lr"]
+            names = [f"{x:.3g}" for x in self.vector.value[self.vector.called("lr")].tolist()]
             self.journal.note(
                 t, f"lr starts from {', '.join(names)}: slope and curvature along the first steps.", warn=False
             )

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from hypergrad.core.data_parallel import check_now
+from hypergrad.core.detached import is_cut
 from hypergrad.core.graph import Linearization, grad_or_none, survey
 from hypergrad.core.processes import ALONE, Processes
 from hypergrad.core.readout import Readout
@@ -57,6 +58,8 @@ class Tangents:
         self.unread: tuple[Tensor, list[int]] | None = None
         self.curvature = LrCurvature(vector)
         self.counts = {"gradients": 0, "hessian_products": 0, "capped": 0}
+        self.read: set[str] = set()  # names of tensors in the loss that a loss depended on
+        self.cut = False  # see `is_cut`, of the first loss
         self.forward = ForwardSwitch(model, self.products_due)
         if vector.hypers:  # their products are due from the first step on
             self.forward.attach()
@@ -82,6 +85,9 @@ class Tangents:
         scale = 1.0 if self.scaler is None else float(self.scaler.get_scale())
         params, hypers = self.transition.params, list(self.vector.hypers.values())
         graph = survey(loss, self.model)
+        self.note_read(graph.leaves)
+        if not self.counts["gradients"]:
+            self.cut = is_cut(loss)
         others = [x for x in (graph.leaves if inputs is None else inputs) if id(x) not in self._own]
         if graph.once:
             self.forward.attach()
@@ -119,6 +125,12 @@ class Tangents:
         pending = self.pending
         if pending is not None and pending.dg is not None and not pending.averaged:
             pending.dg, pending.averaged = self.processes.mean_(pending.dg), True
+
+    def note_read(self, leaves: Sequence[Tensor]) -> None:
+        """Note which tensors in the loss are among the leaves of a loss's graph."""
+        if len(self.read) < len(self.vector.hypers):
+            found = {id(x) for x in leaves}
+            self.read |= {name for name, x in self.vector.hypers.items() if id(x) in found}
 
     def count(self, gradients: int, hessian_products: int) -> None:
         """Count what was evaluated elsewhere, for `tuner.stats`."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,14 +14,15 @@ from torch import Tensor
 
 from hypergrad.core.data_parallel import is_late, processes_of
 from hypergrad.core.graph import check_scalar
+from hypergrad.core.loss_tensors import LossTensors, set_free
 from hypergrad.core.problem import Problem
-from hypergrad.differentiate.arguments import Optimizers, as_optimizers, check_names, clipping, leaves
-from hypergrad.online.hooks import attach, check_free
+from hypergrad.differentiate.arguments import Optimizers, as_optimizers, check_names, clipping
+from hypergrad.online.hooks import attach, check_free, leave_uncompiled
 from hypergrad.online.hyper_vector import specification
 from hypergrad.online.low_rank_hessian import EVERY
 from hypergrad.online.policies import DEFAULT, check
 from hypergrad.online.policies.policy import Policy
-from hypergrad.online.tuner_arguments import check_curvature, check_names_to_tune, check_numbers
+from hypergrad.online.tuner_arguments import check_curvature, check_few, check_names_to_tune, check_numbers
 from hypergrad.online.tuner_parts import Options, build
 from hypergrad.online.tuner_state import load_state, state_of
 from hypergrad.optimizers.transition import Transition
@@ -45,10 +47,17 @@ class Tuner:
             steps done, where it has a required argument.
         tune: names in param_groups, or name → Hyperparameter(start, bounds, kind). One value for each group; groups whose
             value is 0 while others' is not stay at 0.
-        hypers: name → Hyperparameter: tensors that the loss reads as `tuner.hypers[name]`.
-        loss: `loss(model, batch)`, or `loss(model, batch, hypers)` with `hypers`; for `tuner.step(batch)`.
-        mode: "forward"; with `tuner.step` also "unrolled" (the adjoint over windows of `horizon` steps) and "implicit" (the
-            update map's series, `horizon` terms).
+        hypers: name → Hyperparameter, tensor, number or net: what the loss reads besides, as `tuner.hypers[name]`. A tensor or
+            net of your own is tuned in place, so that loss and val_loss may read it as they always did; its values stay when the
+            tuner is closed, and until then it requires a gradient. Leave it out of the optimizer; its `.grad` stays as it is. All
+            are free, whatever their name, unless a Hyperparameter's kind or bounds say otherwise. What no loss has read by the
+            first step is an error there.
+        loss: `loss(model, batch)`, or `loss(model, batch, hypers)`; for `tuner.step(batch)`.
+        mode: "forward", the default; with `tuner.step` also "unrolled" (the adjoint over windows of `horizon` steps) and
+            "implicit" (the update map's series, `horizon` terms). Forward mode carries a tangent, a few copies of the weights,
+            and forms a Hessian product in every step, for every number that is tuned: two names in eight param groups are 16
+            numbers, a tensor counts its elements. More than 16 are an error unless mode="forward" is written out; the other modes
+            cost the same for any number.
         horizon: steps of a window that is replayed (mode="unrolled"), or terms of the series (mode="implicit").
         every: training steps between hyperparameter steps (mode="unrolled": each window ends in one); None is 10, with
             curvature="free" 20.
@@ -84,7 +93,7 @@ class Tuner:
             scheduler (what it writes over the group's initial lr), or with `total_steps` hypergrad's. For tensors in the loss:
             their value.
         applied: the same as the last step used them. Beside a scheduler, param_groups and get_last_lr() show what it wrote.
-        hypers: name → tensor that the loss reads.
+        hypers: name → tensor or net that the loss reads.
         val_loss: the last validation loss; NaN before the first.
         best_val_loss: the one at the weights of `best`, and
         best_step: the number of steps done there, 0 before training; NaN and −1 where none are kept.
@@ -117,7 +126,7 @@ class Tuner:
         tune: str | Sequence[str] | Mapping[str, Any] = ("lr", "weight_decay"),
         hypers: Mapping[str, Any] | None = None,
         loss: Callable[..., Tensor] | None = None,
-        mode: str = "forward",
+        mode: str | None = None,
         horizon: int = 20,
         every: int | None = None,
         hyper_lr: float = 0.1,
@@ -137,31 +146,43 @@ class Tuner:
         if not callable(val_loss):
             raise TypeError("val_loss must be a function () -> scalar tensor.")
         every = (EVERY if curvature == "free" else 10) if every is None else every
+        asked, mode = mode is not None, mode or "forward"
         check_numbers(mode, horizon, every, hyper_lr, total_steps)
         check_curvature(curvature, mode, hypers)
         self.model, self.optimizers, self.mode = model, as_optimizers(optimizer), mode
         clipping(clip_norm, None)
-        written, tensors = specification(tune), leaves(hypers)
+        written, given = specification(tune), LossTensors(hypers)
+        given.check_movable()
+        tensors = given.leaves
         check_names_to_tune(written, tensors)
         policies = check(policies)
         check_free(self.optimizers)
         processes = processes_of(model, self.optimizers)
         if scaler is not None and not hasattr(scaler, "get_scale"):
             raise TypeError(f"scaler must be a torch.amp.GradScaler, got {type(scaler).__name__}.")
-        self.hypers = tensors
+        self.hypers = given.given
         transition = Transition(self.optimizers, frozenset(written))
         check_names([*written, *tensors], transition.values(), tensors)
         options = Options(mode, horizon, every, hyper_lr, total_steps, average, warm_start, curvature, int(seed))
-        problem = Problem(model, transition.params, loss, tensors, processes=processes)
-        parts = build(
-            problem, transition, val_loss, written, hypers, options, clip_norm, scaler, log_dir, keep_best, policies
-        )
+        problem = Problem(model, transition.params, loss, given, self.optimizers, processes)
+        put_back = given.require_gradients()
+        try:
+            parts = build(
+                problem, transition, val_loss, written, options, clip_norm, scaler, log_dir, keep_best, policies
+            )
+            if not asked:
+                check_few(len(parts.loop.vector))
+        except BaseException:
+            set_free(put_back)
+            raise
+        self._free = weakref.finalize(self, set_free, put_back)
         self._loop, self._window, self._journal = parts.loop, parts.window, parts.loop.journal
         self._transition, self._vector = transition, parts.loop.vector
         self._hyper, self._best, self._counts = self._loop.hyper, self._loop.hyper.best, self._loop.counts
         self._closed = self._started = False
         for note in parts.notes:
             self._journal.note(0, note)
+        leave_uncompiled(Tuner, "backward", "step", "close")
         self._detach = attach(self._loop, self.optimizers, "before_step", "after_step")
 
     # ---- what a loop calls
@@ -218,6 +239,7 @@ class Tuner:
         """
         self._detach()
         self._loop.tangents.forward.detach()
+        self._free()
         self._closed = True
         self._hyper.progress.say_best(self._loop.t)
         self._journal.close()

@@ -8,6 +8,8 @@ from typing import Any
 
 from hypergrad.optimizers.transition import CLIPS
 
+MOST_UNASKED = 16  # numbers that are tuned in forward mode without mode="forward" written out
+
 
 def check_numbers(mode: str, horizon: int, every: int, hyper_lr: float, total_steps: int | None) -> None:
     if mode not in ("forward", "unrolled", "implicit"):
@@ -27,6 +29,16 @@ def check_curvature(curvature: str, mode: str, hypers: Any) -> None:
     if curvature == "free" and hypers:
         raise ValueError(
             "tensors in the loss act through ∂g/∂h, a product in every step: curvature='free' cannot tune `hypers`; leave it out."
+        )
+
+
+def check_few(k: int) -> None:
+    """k: numbers that are tuned in forward mode, which nobody asked for."""
+    if k > MOST_UNASKED:
+        raise ValueError(
+            f"{k} numbers are to be tuned, and tuner.backward (mode='forward') carries a tangent and forms a Hessian product in "
+            f"every step for each of them; above {MOST_UNASKED} it does so only when asked. Pass mode='unrolled' and loss=..., "
+            "and call tuner.step(batch): its cost does not depend on their number. Or tune fewer, or pass mode='forward'."
         )
 
 

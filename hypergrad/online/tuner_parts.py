@@ -14,6 +14,7 @@ from hypergrad.core.hyperparameters import as_hyperparameter
 from hypergrad.core.problem import Problem
 from hypergrad.logging import Journal
 from hypergrad.online.best_weights import BestWeights
+from hypergrad.online.first_look import FirstLook
 from hypergrad.online.hyper_step import HyperSteps
 from hypergrad.online.hyper_vector import HyperVector
 from hypergrad.online.loop import OnlineLoop
@@ -79,7 +80,6 @@ def build(
     transition: Transition,
     val_loss: Callable[..., Tensor],
     written: Mapping[str, Any],
-    hypers: Mapping[str, Any] | None,
     options: Options,
     clip_norm: float | None,
     scaler: Any,
@@ -91,11 +91,9 @@ def build(
 
     Args:
         written: name → what the user wrote for it, for names of param groups.
-        hypers: the same for tensors in the loss.
     """
     spec = {name: as_hyperparameter(name, x) for name, x in written.items()}
-    of_loss = {name: as_hyperparameter(name, x) for name, x in (hypers or {}).items()}
-    vector = HyperVector(transition, spec, of_loss, problem.hypers)
+    vector = HyperVector(transition, spec, problem.loss_tensors.specs, problem.hypers)
     same = (
         replace(options, seed=0),
         vector.labels,
@@ -104,7 +102,9 @@ def build(
     problem.processes.check_same("the arguments of a Tuner, and its values,", same)
     forward, total = options.mode == "forward", options.total_steps
     writer = ParamGroupWriter(transition, vector, total)
-    before, notes = _try(problem, val_loss, forward)
+    before = _try(problem, val_loss)
+    if not forward:
+        problem.check_running_stats()
     starts_are_hints = options.warm_start and forward and writer.writes_lr_from_groups()
     search = LrSearch(find(policies, LrWarmStart), starts_are_hints)
     low_rank = LowRankHessian(search) if options.curvature == "free" else None
@@ -127,8 +127,9 @@ def build(
     judge = None if guard is None else guard.start(transition, problem, before)
     recovery = Recovery(judge, outer, tangents, journal, counts)
     starts = Starts(policies, search, outer, tangents, writer, journal, total, starts_are_hints)
-    loop = OnlineLoop(hyper, writer, starts, recovery, find(policies, Phases), options.mode, options.every, total)
-    return Parts(loop, ReplayWindow(loop, options.horizon), [*vector.notes, *writer.take_notes(), *notes])
+    look = FirstLook(hyper, not math.isnan(before), forward)
+    loop = OnlineLoop(hyper, writer, starts, recovery, find(policies, Phases), look, options.mode, options.every, total)
+    return Parts(loop, ReplayWindow(loop, options.horizon), [*vector.notes, *writer.take_notes()])
 
 
 def _recorded(vector: HyperVector, transition: Transition, options: Options) -> dict[str, Any]:
@@ -145,18 +146,11 @@ def _recorded(vector: HyperVector, transition: Transition, options: Options) -> 
     }
 
 
-def _try(problem: Problem, val_loss: Callable[..., Tensor], forward: bool) -> tuple[float, list[str]]:
-    """Call the validation loss once, so that a wrong one is said before anything starts. Its value, and notes."""
+def _try(problem: Problem, val_loss: Callable[..., Tensor]) -> float:
+    """Call the validation loss once, so that a wrong one is said before anything starts. Its value; NaN where it cannot yet."""
     try:
         value = float(problem.processes.mean(problem.validate(val_loss, 0).value))
     except NameError:  # it reads the tuner, which does not exist yet
-        return math.nan, []
+        return math.nan
     problem.follow_running_stats(val_loss, 0)
-    if problem.stats is None or not forward:
-        problem.check_running_stats()
-        return value, []
-    problem.stop_following_running_stats()
-    return value, [
-        "val_loss runs BatchNorm in eval mode: the path from weights to running statistics is not part of the hypergradients "
-        "that tuner.backward carries along. Validate in train mode, or use tuner.step with mode='unrolled', which has it."
-    ]
+    return value

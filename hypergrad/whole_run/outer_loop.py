@@ -141,9 +141,7 @@ class OuterLoop:
         if self.finite is not None:
             self.phi = (self.phi + vector(self.finite)) / 2
             return
-        kinds = zip(self.objective.hyper_vector.entries, self.objective.hyper_vector.kinds, strict=True)
-        lr = torch.tensor([entry.name == "lr" and h.kind == "positive" for entry, h in kinds])
-        cut = self.objective.clip(torch.where(lr, self.phi - LR_CUT, self.phi))
+        cut = self.objective.clip(torch.where(self.objective.hyper_vector.is_lr, self.phi - LR_CUT, self.phi))
         if bool((cut == self.phi).all()):
             raise ValueError(
                 "the value or hypergradient of the start is not finite, so there is no step to take: start where a run of "

@@ -11,9 +11,11 @@ import torch
 from torch import Tensor
 
 from hypergrad.core.data_parallel import processes_of
-from hypergrad.core.hyperparameters import Hyperparameter, as_hyperparameter
-from hypergrad.core.signatures import is_required, positional
-from hypergrad.differentiate.arguments import Optimizers, as_optimizers, leaves
+from hypergrad.core.float64 import on_host
+from hypergrad.core.hyperparameters import as_hyperparameter
+from hypergrad.core.loss_tensors import LossTensors, set_free
+from hypergrad.core.signatures import is_required, positional, takes_hypers
+from hypergrad.differentiate.arguments import Optimizers, as_optimizers
 from hypergrad.differentiate.hypergradient import hypergradient
 from hypergrad.online.hyper_vector import HyperVector
 from hypergrad.optimizers.group_values import plain, replaced
@@ -46,7 +48,6 @@ class WholeRunObjective:
     ):
         self.build, self.seeds, self.options = build, tuple(seeds), dict(options)
         self.takes_horizon = _takes_horizon(build)
-        spec = self.spec = {name: as_hyperparameter(name, value) for name, value in hypers.items()}
         with seeded(self.seeds[0]):
             whole = self._built(self.seeds[0], 1.0)
             batches = whole.batches if isinstance(whole.batches, Sized) else list(whole.batches)
@@ -55,27 +56,27 @@ class WholeRunObjective:
             raise ValueError("build(seed) gave a run without batches: give one batch a step.")
         optimizers = as_optimizers(whole.optimizer)
         self.processes = processes_of(whole.model, optimizers)
-        transition = Transition(optimizers, frozenset(spec))
-        self.n = len(transition.params)
-        in_groups = {name: h for name, h in spec.items() if name in transition.values()}
-        in_loss = {name: h for name, h in spec.items() if name not in in_groups}
-        self.in_loss = [name for name in in_loss if name not in CLIPS]
+        transition = Transition(optimizers, frozenset(hypers))
+        self.n, self.names = len(transition.params), set(hypers)
+        in_groups = {name: as_hyperparameter(name, x) for name, x in hypers.items() if name in transition.values()}
+        self.in_loss = LossTensors({name: x for name, x in hypers.items() if name not in in_groups})
+        self.in_loss.check_movable()
+        self.given = {name: x for name, x in self.in_loss.given.items() if name not in CLIPS}
         if "lr" in in_groups and any("initial_lr" in group for group in transition.groups):
             raise ValueError(
                 "a scheduler is attached to the optimizer, and its steps are no part of a run here: leave it out of build()."
             )
-        self._check_known(in_loss, whole, list(transition.values()))
-        self.hyper_vector = HyperVector(transition, in_groups, in_loss, leaves(in_loss))
+        self._check_known(whole, list(transition.values()))
+        thresholds = {name: as_hyperparameter(name, x) for name, x in hypers.items() if name in CLIPS}
+        self.hyper_vector = HyperVector(transition, in_groups, self.in_loss.specs | thresholds, self.in_loss.leaves)
         self.start = self.hyper_vector.phi, self.hyper_vector.value
 
-    def _check_known(self, in_loss: Mapping[str, Hyperparameter], run: Run, groups: list[str]) -> None:
-        takes = positional(run.loss)
-        takes_hypers = takes is None or takes.variadic or len(takes.parameters) > 2
+    def _check_known(self, run: Run, groups: list[str]) -> None:
         for name in run.schedules or ():
-            if name in groups and name in self.spec:
+            if name in groups and name in self.names:
                 raise ValueError(f"{name!r} has a schedule: tune what the schedule reads, under another name.")
-        for name in self.in_loss:
-            if not takes_hypers and not run.schedules:
+        for name in self.given.keys() - self.in_loss.own:
+            if not takes_hypers(run.loss) and not run.schedules:
                 raise ValueError(
                     f"{name!r} is no number of the param groups, which have {groups}, and loss(model, batch) takes no third "
                     "argument `hypers` to read it from, nor is there a schedule that does."
@@ -133,7 +134,7 @@ class WholeRunObjective:
             run.batches,
             run.val_loss,
             wrt=c.directions.wrt,
-            hypers={name: c.hypers[name].detach() for name in self.in_loss} or None,
+            hypers=self.given or None,
             val_steps=run.val_steps,
             schedules=run.schedules,
             **options,
@@ -141,7 +142,7 @@ class WholeRunObjective:
 
     def _flat(self, gradients: Mapping[str, Tensor]) -> Tensor:
         """The gradient arrays as a vector [k]."""
-        arrays = {name: g.detach().to("cpu", torch.float64).numpy() for name, g in gradients.items()}
+        arrays = {name: on_host(g.detach()).numpy() for name, g in gradients.items()}
         return torch.tensor([arrays[e.name][e.index] for e in self.hyper_vector.entries], dtype=torch.float64)
 
     def cost(self, gradients: int, products: int) -> float:
@@ -149,6 +150,18 @@ class WholeRunObjective:
         return (gradients + COST_OF_PRODUCT * products) / self.steps
 
     # ---- values
+
+    @contextmanager
+    def own_tensors_put_back(self) -> Iterator[None]:
+        """Within this context tensors of the user's own hold the values of φ; afterwards, what they held before."""
+        before = {name: x.detach().clone() for name, x in self.in_loss.leaves.items()}
+        put_back = self.in_loss.require_gradients()
+        try:
+            yield
+        finally:
+            set_free(put_back)
+            for name, x in self.in_loss.leaves.items():
+                x.data.copy_(before[name])
 
     def _set(self, phi: Tensor) -> None:
         """Set φ from the start: the values are a function of φ alone, not of the φ before it."""

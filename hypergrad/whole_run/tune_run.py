@@ -55,8 +55,10 @@ def tune_run(
         build: `build(seed)` → hypergrad.Run(model, optimizer, batches, loss, val_loss, val_steps=None, schedules=None), called
             anew for every evaluation, with torch's random numbers seeded by `seed`; horizons below 1 train on its first batches.
             `build(seed, horizon)` makes the shorter run itself, such as one whose schedule is as much shorter.
-        hypers: name → hypergrad.Hyperparameter, number, tensor, or None for the value in the param groups. Names in
-            param groups, of a clipping threshold, or of what loss or schedules read as `hypers[name]`.
+        hypers: name → hypergrad.Hyperparameter, number, tensor, net, or None for the value in the param groups. Names in
+            param groups, of a clipping threshold, or of what loss or schedules read as `hypers[name]`. A tensor or net of your
+            own may also be read from a closure, by val_loss too: it holds each step's values while the call runs, and is put
+            back; `RunResult.values` has the best (of a net "name.parameter" → tensor). All are free, whatever their name.
         outer_steps: evaluations of all seeds, over all horizons, which have equal shares of them.
         outer: "adam", "sign" (each number's own step, halved when its hypergradient changes sign) or "sgd", in the transformed
             coordinate of each hyperparameter's kind: log for "positive", the value itself for "free".
@@ -116,21 +118,22 @@ def tune_run(
         unit="step",
         disable=True if not writes else None if progress is None else not progress,
     )
-    try:
-        while not loop.done():
-            found = loop.step()
-            if writes:
-                file.save(loop.state_dict())
-            row = loop.history[-1]
+    with objective.own_tensors_put_back():
+        try:
+            while not loop.done():
+                found = loop.step()
+                if writes:
+                    file.save(loop.state_dict())
+                row = loop.history[-1]
+                if record is not None:
+                    record.scalars(row["step"], _scalars(objective.hyper_vector, row, found))
+                bar.set_postfix(horizon=f"{row['horizon']:.3g}", value=f"{row['value']:.4g}")
+                bar.update()
+        finally:
+            bar.close()
             if record is not None:
-                record.scalars(row["step"], _scalars(objective.hyper_vector, row, found))
-            bar.set_postfix(horizon=f"{row['horizon']:.3g}", value=f"{row['value']:.4g}")
-            bar.update()
-    finally:
-        bar.close()
-        if record is not None:
-            record.close()
-    return loop.result()
+                record.close()
+        return loop.result()
 
 
 # ---- arguments

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from hypergrad.core.graph import survey
+from hypergrad.core.loss_tensors import LossTensors
 from hypergrad.core.problem import Problem
 from tests.cases import Case
 from tests.problems import DEVICE, randn
@@ -79,14 +80,16 @@ def test_gradients_are_those_of_backward_to_the_last_bit_where_the_survey_says_s
 def test_what_the_loss_is_called_with(hypers: dict[str, float] | None) -> None:
     seen: list[Any] = []
     model = nn.Linear(2, 1).double().to(DEVICE)
-    tensors = {name: torch.tensor(x).double().to(DEVICE).requires_grad_() for name, x in (hypers or {}).items()}
+    tensors = {name: torch.tensor(x).double().to(DEVICE) for name, x in (hypers or {}).items()}
 
     def loss(*arguments: Any) -> Tensor:
         seen.append(arguments)
         return model(arguments[1]).sum()
 
     x = randn(3, 2, seed=0)
-    Problem(model, list(model.parameters()), loss, tensors).linearize(x)
+    given = LossTensors(tensors)
+    with given.differentiable():
+        Problem(model, list(model.parameters()), loss, given).linearize(x)
     assert len(seen) == 1
     assert seen[0][:2] == (model, x)
     assert seen[0][2:] == ((tensors,) if hypers else ())

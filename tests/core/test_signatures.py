@@ -51,6 +51,7 @@ LOSSES: dict[str, tuple[Callable[..., Any], bool]] = {
     "two arguments": (lambda model, batch: None, False),
     "three": (lambda model, batch, hypers: None, True),
     "hypers=None": (lambda model, batch, hypers=None: None, True),
+    "hypers={}": (lambda model, batch, hypers={}: None, True),
     "a third with another default": (lambda model, batch, reduction="mean": None, False),
     "any arguments": (lambda *args: None, True),
     "keywords": (lambda model, batch, *, scale=1.0, **kw: None, False),

@@ -63,11 +63,17 @@ class Device:
         self.bytes_to_device = self.bytes_to_host = 0
         self.on_their_way: list[tuple[Tensor, Tensor]] = []  # host tensors, and what they will hold
         self.counts = True
+        self.float64 = True
 
     def clear(self) -> None:
-        counts, on_their_way = self.counts, self.on_their_way
+        counts, on_their_way, float64 = self.counts, self.on_their_way, self.float64
         self.__init__()
-        self.counts, self.on_their_way = counts, on_their_way
+        self.counts, self.on_their_way, self.float64 = counts, on_their_way, float64
+
+    def takes(self, dtype: torch.dtype | None) -> None:
+        """Raise where the device has no such numbers, as Apple's MPS has no float64."""
+        if dtype == torch.float64 and not self.float64:
+            raise TypeError(f"Cannot convert a {NAME} Tensor to float64 dtype as it has none.")
 
     @contextmanager
     def aside(self) -> Iterator[None]:
@@ -116,6 +122,7 @@ class OnDevice(Tensor):
 
     @staticmethod
     def __new__(cls, host: Tensor) -> OnDevice:
+        DEVICE.takes(host.dtype)
         out = Tensor._make_wrapper_subclass(
             cls,
             host.size(),
@@ -240,6 +247,8 @@ def _copied(func: Any, args: Any, kwargs: dict[str, Any]) -> Tensor:
 
 def _moved(func: Any, args: Any, kwargs: dict[str, Any], wanted: str | None) -> Tensor:
     source = args[0]
+    if isinstance(source, OnDevice):  # it converts, then copies
+        DEVICE.takes(kwargs.get("dtype"))
     out = func(*map(_host, args), **kwargs)
     if wanted == "cpu":
         DEVICE.wait("copied to the host", source.host.nbytes)
@@ -260,8 +269,8 @@ def _is_view(func: Any) -> bool:
 
 
 @contextmanager
-def stand_in() -> Iterator[Device]:
-    """While it is on there is a device NAME."""
+def stand_in(float64: bool = True) -> Iterator[Device]:
+    """While it is on there is a device NAME; with float64=False one without such numbers, as MPS."""
     plain_tensor: Callable[..., Tensor] = torch.tensor
 
     def tensor(data: Any, *args: Any, device: Any = None, **kwargs: Any) -> Tensor:
@@ -276,7 +285,12 @@ def stand_in() -> Iterator[Device]:
         return ThreadPoolExecutor(*args, initializer=lambda: _Factories().__enter__())
 
     DEVICE.clear()
+    DEVICE.float64 = float64
+    without = mock.patch("hypergrad.core.float64.WITHOUT", set() if float64 else {NAME})
     threads = mock.patch("hypergrad.differentiate.offload.ThreadPoolExecutor", pool)
     far = mock.patch.multiple("hypergrad.core.host_copy", ASYNCHRONOUS={NAME}, _event=lambda _: DEVICE)
-    with _Factories(), mock.patch("torch.tensor", tensor), threads, far:
-        yield DEVICE
+    with _Factories(), mock.patch("torch.tensor", tensor), threads, far, without:
+        try:
+            yield DEVICE
+        finally:
+            DEVICE.float64 = True

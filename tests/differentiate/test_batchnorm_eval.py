@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+import hypergrad
 from tests.cases import MODES, Case
-from tests.oracle import assert_matches, assert_same, hypergradient, stock
+from tests.oracle import AGREE, assert_matches, assert_same, derivative, hypergradient, stock
 from tests.problems import STEPS, Setup
 
 
@@ -150,3 +151,56 @@ def test_trap_instance_norm_with_running_statistics_is_said(mode: str) -> None:
 
     with pytest.warns(UserWarning, match="1.running_mean, 1.running_var; a path through them"):
         hypergradient(Instance("cnn_batchnorm", "momentum"), mode=mode)
+
+
+# ---- at a minimum
+
+
+class Standardised:
+    """Ridge regression behind a BatchNorm with fixed statistics: torch's loop, to convergence."""
+
+    def __init__(self, weight_decay: float = 0.3):
+        torch.manual_seed(0)
+        self.model = nn.Sequential(nn.BatchNorm1d(3, affine=False), nn.Linear(3, 1, bias=False)).double()
+        norm = self.model[0]
+        assert isinstance(norm, nn.BatchNorm1d) and norm.running_mean is not None and norm.running_var is not None
+        norm.running_mean.copy_(torch.tensor([0.5, -0.2, 0.1]))
+        norm.running_var.copy_(torch.tensor([0.7, 1.3, 2.0]))
+        self.model.eval()
+        self.train, self.val = [(torch.randn(12, 3).double(), torch.randn(12, 1).double()) for _ in range(2)]
+        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.2, weight_decay=weight_decay)
+
+    def loss(self, model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        return (model(batch[0]) - batch[1]).square().mean()
+
+    def ends_at(self) -> float:
+        for _ in range(300):
+            self.optimizer.zero_grad()
+            self.loss(self.model, self.train).backward()
+            self.optimizer.step()
+        return float(self.loss(self.model, self.val).detach())
+
+
+def test_fixed_statistics_at_a_minimum() -> None:
+    """In eval() in training too: no path leads through the statistics, and implicit mode takes it."""
+    want = derivative(lambda d: Standardised(0.3 + d).ends_at(), 1e-2, what="weight_decay")
+    s = Standardised()
+    s.ends_at()
+    call = (s.model, s.optimizer, s.loss, [s.train] * 3, lambda: s.loss(s.model, s.val), "weight_decay")
+    got = hypergrad.hypergradient(*call, mode="implicit").gradients["weight_decay"]
+    assert float(got[0]) == pytest.approx(want, rel=AGREE)
+
+
+@pytest.mark.parametrize("trains", ["model", "one batch of two"])
+def test_statistics_that_training_moves_are_refused_at_a_minimum(trains: str) -> None:
+    s = Standardised()
+
+    def loss(model: nn.Module, batch: Tensor) -> Tensor:
+        model.train(trains == "model" or batch is s.val)
+        out = s.loss(model, batch)
+        model.eval()
+        return out
+
+    call = (s.model, s.optimizer, loss, [s.train, s.val], lambda: s.loss(s.model, s.val), "weight_decay")
+    with pytest.raises(NotImplementedError, match=r"running statistics.*eval mode"):
+        hypergrad.hypergradient(*call, mode="implicit")

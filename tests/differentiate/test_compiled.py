@@ -20,6 +20,7 @@ from hypergrad import Result
 from hypergrad.differentiate.compile import compiled
 from tests.cases import Case, case_of
 from tests.oracle import assert_same, hypergradient
+from tests.problems import DEVICE
 
 SAME = 1e-10  # relative, in float64: another order of the same operations
 SINGLE = 1e-4  # relative, in float32: that, and the adjoint of a few steps
@@ -314,3 +315,32 @@ def test_inductor_unrolled_in_float32() -> None:
 def test_inductor_forward_in_float64() -> None:
     work = Work()
     assert_agrees(work(compile=True, mode="forward"), work(mode="forward"))
+
+
+def test_tensors_of_the_users_own(traced: None) -> None:
+    """Read by name, or held by a net: as the eager code. From a closure a graph would take them for constants."""
+    work, c = Work(), torch.tensor(0.1, dtype=torch.float64, device=DEVICE)
+    net = nn.Linear(1, 1).double().to(DEVICE)
+    penalty = lambda m: sum(p.square().sum() for p in m.parameters())  # noqa: E731
+
+    def named(model: nn.Module, batch: Any, hypers: Any) -> Tensor:
+        return work.loss(model, batch) + hypers["c"] * penalty(model)
+
+    def by_net(model: nn.Module, batch: Any) -> Tensor:
+        return work.loss(model, batch) + net(penalty(model).reshape(1)).sum() ** 2
+
+    def from_outside(model: nn.Module, batch: Any) -> Tensor:
+        return work.loss(model, batch) + c * penalty(model)
+
+    def both(model: nn.Module, batch: Any, hypers: Any) -> Tensor:
+        return work.loss(model, batch) + hypers["c"] * c * penalty(model)
+
+    for mode in MODES.values():
+        options = {"wrt": "c", "hypers": {"c": c}, **mode}
+        assert_agrees(work(named, compile=True, **options), work(named, **options))
+        nets = {"wrt": "net", "hypers": {"net": net}, **mode}
+        assert_agrees(work(by_net, compile=True, **nets), work(by_net, **nets))
+        with pytest.raises(NotImplementedError, match=r"from a closure.*third argument"):
+            work(from_outside, compile=True, **options)
+        with pytest.raises(ValueError, match="a compiled step is not what the loss computes"):
+            work(both, compile=True, **options)

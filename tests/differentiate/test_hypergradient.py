@@ -72,7 +72,7 @@ BAD: dict[str, Row] = {
     "half a pair": (
         lambda s: {"optimizer": torch.optim.Adam(s.model.parameters()), "wrt": "beta1"}, ValueError, "'betas'",
     ),
-    "no names": (lambda s: {"wrt": ()}, ValueError, r"pass for example \('lr', 'weight_decay'\)"),
+    "no names": (lambda s: {"wrt": (), "mode": "forward"}, ValueError, r"mode='unrolled'.*pass names"),
     "a name twice": (lambda s: {"wrt": ("lr", "lr")}, ValueError, "twice"),
     "a name that is no string": (lambda s: {"wrt": (0.1,)}, TypeError, "strings"),
     "clipping that is not on": (lambda s: {"wrt": "clip_norm"}, ValueError, "pass clip_norm="),
@@ -115,7 +115,7 @@ BAD: dict[str, Row] = {
         lambda s: {"optimizer": torch.optim.lr_scheduler.ConstantLR(s.optimizer)}, TypeError, "torch.optim.Optimizer",
     ),
     "no optimizer": (lambda s: {"optimizer": []}, ValueError, "empty"),
-    "LBFGS": (other(torch.optim.LBFGS), NotImplementedError, "LBFGS has no update rule.*closure"),
+    "LBFGS": (other(torch.optim.LBFGS), NotImplementedError, "LBFGS has no update rule.*closure.*AdamW"),
     "a step that loses lr": (other(OwnStep, lr=0.1), NotImplementedError, "OwnStep.*hyperparameter `lr` is lost"),
     "a parameter in two optimizers": (twice, ValueError, "two param groups"),
     "several dtypes": (mixed_dtypes, NotImplementedError, "one dtype"),

@@ -61,6 +61,18 @@ def test_matches_the_stock_loop_from_elsewhere(name: str) -> None:
         assert abs(float(got[index]) - want) <= AGREE * abs(want) + ROUNDING
 
 
+@pytest.mark.parametrize("name", ["momentum", "BatchNorm", "several validations", "an average of the weights"])
+def test_alone(name: str) -> None:
+    """wrt=(): no hyperparameter, and the same numbers."""
+    run = RUNS[name]
+    alone, beside = Run(run.case, (), ema=run.ema).hypergradient(), run.hypergradient()
+    assert alone.gradients == {}
+    assert alone.initial is not None and beside.initial is not None
+    for a, b in zip(alone.initial, beside.initial, strict=True):
+        assert a is not None and b is not None
+        assert torch.equal(a, b)
+
+
 @pytest.mark.parametrize("mode", ["forward", "implicit"])
 def test_other_modes_have_none(mode: str) -> None:
     setup = Case("ridge", "sgd").build()

@@ -180,7 +180,7 @@ def guard_after(losses: list[float]) -> tuple[list[str], Any]:
     """Verdicts on a series of training losses, and the guard; its states are kept as a loop keeps them."""
     model = nn.Linear(2, 1)
     transition = Transition([torch.optim.SGD(model.parameters(), lr=0.1)], frozenset({"lr"}))
-    guard = DivergenceGuard().start(transition, Problem(model, transition.params, None, {}), losses[0])
+    guard = DivergenceGuard().start(transition, Problem(model, transition.params, None), losses[0])
     verdicts = []
     for loss in losses:
         verdicts.append(guard.judge(loss, True, torch.zeros(3)))

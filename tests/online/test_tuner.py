@@ -550,8 +550,17 @@ def test_batchnorm_in_eval_mode_is_said_in_forward_mode_and_right_in_unrolled_mo
         return model, torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9), val_loss
 
     model, opt, val_loss = make()
+    tuner = as_given(model, opt, val_loss, tune=("lr",))
+    tuner.backward(mse(model, data()[0][0]))
     with pytest.warns(UserWarning, match="BatchNorm in eval mode"):
-        as_given(model, opt, val_loss, tune=("lr",))
+        opt.step()
+    model, opt, val_loss = make()
+    model[1].eval()
+    model.train = lambda mode=True: model  # its statistics are fixed: there is no such path, and nothing to be said
+    tuner = as_given(model, opt, val_loss, tune=("lr",))
+    model[1].eval()
+    tuner.backward(mse(model, data()[0][0]))
+    opt.step()
     model, opt, val_loss = make()
     tuner = as_given(model, opt, val_loss, tune=("lr",), loss=mse, mode="unrolled", horizon=STEPS)
     for batch in data()[0]:

@@ -70,7 +70,7 @@ def test_tensors_in_the_loss_rest_in_the_last_tenth():
     live: dict[str, Tensor] = {}
 
     def loss(m: nn.Module, batch) -> Tensor:
-        return mse(m, batch) + live.get("l2", torch.tensor(0.0)) * sum((p**2).sum() for p in m.parameters())
+        return mse(m, batch) + live.get("l2", hypers["l2"].start) * sum((p**2).sum() for p in m.parameters())
 
     for tuner in train(model, validation(model), tune=("lr",), hypers=hypers, loss=loss):
         live = tuner.hypers

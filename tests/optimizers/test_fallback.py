@@ -250,7 +250,7 @@ class Around(Broken):
 
 
 REFUSED = {
-    "a closure": (NeedsClosure, "cannot be differentiated: TypeError: .*closure"),
+    "a closure": (NeedsClosure, "calls a closure within its step.*AdamW"),
     "eval mode": (InTwoModes, r"call optimizer.train\(\) first"),
     "a name that a step writes to": (WritesLr, "`lr` is state rather than a hyperparameter"),
     "an optimizer in it": (Around, "it holds a SGD .*give the inner optimizer"),

@@ -412,3 +412,79 @@ def test_a_name_that_has_a_schedule_is_refused():
     build = lambda seed: quadratic(seed, schedules={"lr": lambda t, h: 0.1})  # noqa: E731
     with pytest.raises(ValueError, match="has a schedule: tune what the schedule reads"):
         tune_run(build, {"lr": 0.1})
+
+
+# ---- tensors and nets of the user's own
+
+
+class OwnTensors:
+    """Two steps of SGD on a c (θ − 1)²/2, then L = c' θ², c' = 1 + c²: read as `hypers`, from a closure, or held by a net."""
+
+    def __init__(self, way):
+        self.way, self.c = way, torch.tensor(0.7, dtype=torch.float64)
+        self.net = nn.Linear(1, 1, bias=False).double()
+        with torch.no_grad():
+            self.net.weight.fill_(0.7)
+
+    @property
+    def hypers(self):
+        return {"net": self.net} if self.way == "net" else {"c": self.c}
+
+    @property
+    def now(self):
+        return self.net(torch.ones(1, dtype=torch.float64))[0] if self.way == "net" else self.c
+
+    def build(self, seed):
+        model = nn.Linear(1, 1, bias=False).double()
+        nn.init.constant_(model.weight, 2.0)
+        if self.way == "argument":
+            loss = lambda model, batch, hypers: (hypers["c"] * (model.weight - 1) ** 2 / 2).sum()  # noqa: E731
+        else:
+            loss = lambda model, batch: (self.now * (model.weight - 1) ** 2 / 2).sum()  # noqa: E731
+        val_loss = lambda: ((1 + self.now**2) * model.weight**2).sum()  # noqa: E731
+        return Run(model, torch.optim.SGD(model.parameters(), lr=0.5), [None] * 2, loss, val_loss)
+
+    @staticmethod
+    def objective(c):
+        """θ − 1 is multiplied by 1 − c/2 in each step."""
+        return (1 + c**2) * (1 + (1 - c / 2) ** 2) ** 2
+
+
+@pytest.mark.parametrize("way", ["closure", "argument", "net"])
+def test_a_tensor_that_val_loss_reads_too(way):
+    """The best c is that of the closed form, to which the direct term belongs; what the user holds is put back."""
+    own = OwnTensors(way)
+    found = tune_run(own.build, own.hypers, outer="sgd", outer_lr=0.1, outer_steps=40, horizons=(1.0,))
+    grid = [i / 1000 for i in range(2000)]
+    best = min(grid, key=OwnTensors.objective)
+    name = "net.weight" if way == "net" else "c"
+    assert float(found.values[name]) == pytest.approx(best, abs=2e-3)
+    assert found.history[0]["value"] == pytest.approx(OwnTensors.objective(0.7), rel=1e-12)
+    h = 1e-5
+    slope = (OwnTensors.objective(0.7 + h) - OwnTensors.objective(0.7 - h)) / (2 * h)
+    assert found.history[0]["gradient_norm"] == pytest.approx(abs(slope), rel=1e-6)
+    assert float(own.c) == 0.7 and not own.c.requires_grad and own.c.grad is None
+    assert float(own.net.weight.detach()) == 0.7 and own.net.weight.requires_grad and own.net.weight.grad is None
+
+
+def test_what_nothing_reads_is_an_error():
+    own = OwnTensors("closure")
+    with pytest.raises(ValueError, match="nothing reads hypers"):
+        tune_run(own.build, {"c": own.c.clone()}, outer_steps=3)
+    with pytest.raises(ValueError, match="takes no third"):
+        tune_run(own.build, {"c": 0.7}, outer_steps=3)
+    with pytest.raises(ValueError, match="computed from other tensors"):
+        tune_run(own.build, {"c": own.c.requires_grad_() * 1}, outer_steps=3)
+
+
+@pytest.mark.parametrize("name", ["eps", "alpha", "momentum_decay"])
+def test_a_tensor_in_the_loss_is_free_whatever_its_name(name):
+    def build(seed):
+        model = nn.Linear(1, 1, bias=False).double()
+        nn.init.constant_(model.weight, 2.0)
+        loss = lambda model, batch, h: ((model.weight - h[name]) ** 2).sum()  # noqa: E731
+        val_loss = lambda: (model.weight + 1).square().sum()  # noqa: E731
+        return Run(model, torch.optim.SGD(model.parameters(), lr=0.4), [None], loss, val_loss)
+
+    found = tune_run(build, {name: 0.5}, outer="sgd", outer_lr=0.4, outer_steps=30, horizons=(1.0,))
+    assert float(found.values[name]) == pytest.approx(-1.75, abs=1e-3)  # θ = 0.2 · 2 + 0.8 x = −1

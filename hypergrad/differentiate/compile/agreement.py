@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_leaves
 
+from hypergrad.core.float64 import widest
 from hypergrad.differentiate.compile.placeholders import REMEDY
 
 # relative difference from the eager code beyond which a graph is refused
@@ -30,7 +31,7 @@ def disagreement(found: Any, truth: Any) -> int:
             worst = worst if torch.equal(a, b) else 2
             continue
         single, tolerance = b.numel() == 1, TOLERANCE.get(b.dtype, COARSE)
-        a, b = a.double(), b.double()
+        a, b = a.to(widest(a.device)), b.to(widest(b.device))
         size, difference = float(torch.linalg.vector_norm(b)), float(torch.linalg.vector_norm(a - b))
         if math.isnan(difference):
             worst = worst if torch.equal(a.isfinite(), b.isfinite()) else 2

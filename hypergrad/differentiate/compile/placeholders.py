@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from hypergrad.core.problem import Problem
 from hypergrad.core.restore import Slot, swapped
 from hypergrad.differentiate.compile.symbolic_floats import Environment, Registry
 from hypergrad.differentiate.trajectory import Trajectory
@@ -101,8 +102,9 @@ def placeholders(
     directions = copy.copy(trajectory.directions)
     theta, slots = next(take), {name: next(take) for name in state.slots}
     buffers = [next(take).clone() for _ in problem.buffers]
-    problem.hypers = {name: next(take).detach().requires_grad_() for name in problem.hypers}
-    problem.extra = (problem.hypers,) if problem.extra else ()
+    problem.cut, own = False, problem.hypers
+    problem.hypers = {name: next(take).detach().requires_grad_() for name in own}
+    problem.extra = ({**problem.loss_tensors.given, **_in_place_of(problem)},) if problem.extra else ()
     found = batch.of_tensors([next(take) for _ in batch.tensors])
     pairs = zip(transition.split(theta), transition.params, strict=True)
     params = [x.detach().requires_grad_(p.requires_grad) for x, p in pairs]
@@ -115,17 +117,25 @@ def placeholders(
     one = replace(
         trajectory, problem=problem, transition=transition, directions=directions, batches=[found], values=[values]
     )
-    held = [*_param_slots(trajectory, params), *zip(problem.held_buffers.slots, buffers, strict=True)]
+    instead = {id(p): x for p, x in zip(trajectory.transition.params, params, strict=True)}
+    instead |= {id(x): problem.hypers[name] for name, x in own.items()}
+    held = [*_param_slots(trajectory, instead), *zip(problem.held_buffers.slots, buffers, strict=True)]
     with swapped([slot for slot, _ in held], [x for _, x in held]):
         yield one, State(theta, slots, counts), list(take)
 
 
-def _param_slots(trajectory: Trajectory, params: Sequence[Tensor]) -> list[tuple[Slot, Tensor]]:
-    """Where modules hold the optimizer's parameters, with what takes each one's place."""
-    instead = {id(p): x for p, x in zip(trajectory.transition.params, params, strict=True)}
+def _in_place_of(problem: Problem) -> dict[str, Tensor]:
+    """The placeholders of tensors that the loss is given by name; nets hold theirs themselves."""
+    return {name: problem.hypers[name] for name, x in problem.loss_tensors.given.items() if isinstance(x, Tensor)}
+
+
+def _param_slots(trajectory: Trajectory, instead: dict[int, Tensor]) -> list[tuple[Slot, Tensor]]:
+    """Where modules hold the optimizer's parameters and `hypers`, with what takes each one's place."""
+    problem = trajectory.problem
+    modules = dict.fromkeys(m for owner in (problem.model, *problem.loss_tensors.nets) for m in owner.modules())
     return [
         ((module._parameters, name), instead[id(p)])
-        for module in trajectory.problem.model.modules()
+        for module in modules
         for name, p in module._parameters.items()
         if id(p) in instead
     ]
@@ -145,7 +155,7 @@ def static_key(trajectory: Trajectory) -> tuple[Any, ...]:
         None if transition.clip is None else transition.clip.name,
         trajectory.directions.wrt,
         tuple(trajectory.directions.fine.per.items()),
-        tuple(module.training for module in problem.model.modules()),
+        tuple(module.training for owner in (problem.model, *problem.loss_tensors.nets) for module in owner.modules()),
         torch.get_num_threads(),
         torch.is_autocast_enabled("cpu"),
         torch.is_autocast_enabled("cuda"),
@@ -160,6 +170,14 @@ def check_suited(trajectory: Trajectory, mode: str) -> None:
     if mode == "forward" and (trajectory.directions.fine.per or trajectory.directions.steps is not None):
         raise NotImplementedError(
             f"compile=True with mode='forward' differentiates per group, not per step: use mode='unrolled'. {REMEDY}"
+        )
+    problem = trajectory.problem
+    held = {id(p) for owner in (problem.model, *problem.loss_tensors.nets) for p in owner.parameters()}
+    loose = [name for name, x in problem.hypers.items() if id(x) not in held]
+    if loose and not problem.extra and not trajectory.directions.schedules.functions:
+        raise NotImplementedError(
+            f"compile=True: the loss reads hypers[{loose[0]!r}] from a closure, where a graph takes it for a constant. Let it "
+            f"take a third argument, loss(model, batch, hypers), and read it there. {REMEDY}"
         )
     for i in transition.fallbacks:
         name = type(transition.optimizers[i]).__name__

@@ -28,8 +28,14 @@ class Phases(Policy):
     longest_share: float = 0.8
     last_share: float = 0.9
 
-    def tuned_at(self, t: int, total: int | None, names: Collection[str], at_rest: bool = True) -> frozenset[str]:
-        """The names that are tuned after t steps; `at_rest`: no learning rate is climbing, or none is tuned any more.
+    def tuned_at(
+        self, t: int, total: int | None, names: Collection[str], at_rest: bool = True, in_loss: Collection[str] = ()
+    ) -> frozenset[str]:
+        """The names that are tuned after t steps.
+
+        Args:
+            at_rest: no learning rate is climbing, or none is tuned any more.
+            in_loss: those of `names` that are tensors in the loss, whatever they are called.
 
         Example:
             >>> tuned_at = Phases().tuned_at
@@ -42,7 +48,7 @@ class Phases(Policy):
         """
         if total is not None and t >= self.last_share * total:
             return frozenset()
-        early = STEP_NAMES.intersection(names)
+        early = STEP_NAMES.intersection(names).difference(in_loss)
         late = frozenset(names) - early
         if total is None or not early or not late:
             return early | late

@@ -14,12 +14,35 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from hypergrad.core.float64 import has_float64
+from hypergrad.core.signatures import positional
 from hypergrad.optimizers.group_values import floats
+from hypergrad.optimizers.registry import unhooked_step
 from hypergrad.optimizers.rule import Tensors, parts
 from hypergrad.optimizers.span import Span
 from hypergrad.optimizers.traced.memory import Memory, flat, placeholders_of, shaped, split, write_back
 from hypergrad.optimizers.traced.own_step import Inputs, Key, Outcome, own_step, trace
 from hypergrad.optimizers.traced.self_check import hyperparameters_of
+
+
+def _check_no_closure(optimizer: torch.optim.Optimizer) -> None:
+    taken = positional(unhooked_step(type(optimizer)))
+    if taken is not None and any(p.name == "closure" for p in taken.required):
+        raise NotImplementedError(
+            f"{type(optimizer).__name__} has no update rule here, and calls a closure within its step, for losses and gradients "
+            "at other weights than those of the step: that is not differentiated. Use an optimizer whose step() needs no "
+            "closure, such as torch.optim.SGD or AdamW."
+        )
+
+
+def _check_float64(optimizer: torch.optim.Optimizer) -> None:
+    device = optimizer.param_groups[0]["params"][0].device
+    if not has_float64(device):
+        raise NotImplementedError(
+            f"{type(optimizer).__name__} has no update rule here, and its own step is traced in float64, which device "
+            f"{device.type!r} does not have. Use an optimizer with a rule (docs/optimizers.md), such as "
+            "torch.optim.AdamW, or train on the CPU."
+        )
 
 
 @dataclass(frozen=True)
@@ -55,6 +78,8 @@ class Fallback:
         self.optimizer, self.number, self.group, self.param = optimizer, number, group, param
         mine = {name for group in optimizer.param_groups for name in group}
         self.tuned = frozenset(tuned & mine)
+        _check_no_closure(optimizer)
+        _check_float64(optimizer)
         if "initial_accumulator_value" in self.tuned:  # no step reads it: its derivative would be 0
             raise NotImplementedError(
                 f"{type(optimizer).__name__} has no update rule here, and its `initial_accumulator_value` acts in the "

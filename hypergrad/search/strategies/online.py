@@ -63,6 +63,7 @@ class Online(HypergradientStrategy):
             run.val_loss,
             tune=self._bounds(tuned),
             hypers=hypers or None,
+            mode="forward",
             total_steps=len(list(run.batches)),
             seed=trial.seed,
             **{name: x for name, x in self.options.items() if name in Online.takes},
