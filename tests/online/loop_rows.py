@@ -1,0 +1,172 @@
+"""A user's loop as a row: how it is built, what is expected of it under a tuner, and what came of it.
+
+The oracle is the same loop with torch alone, in float64: its central differences, and its weights bit for bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tests.online.live_loops import FD_RTOL, Backward, as_given, slope
+
+SUPPORTED, AS_PLAIN, SAID, REFUSED = "supported", "trains as plain", "said", "refused"
+N = 6  # training steps
+
+
+@dataclass
+class Live:
+    """A loop that is ready to run.
+
+    Args:
+        model: what the tuner is given.
+        optimizers: one, or several.
+        train: the whole loop, with what it calls in place of `loss.backward()`.
+        val_loss: of the model.
+        scaler: the loop's GradScaler.
+        also: tensors beside those of model and optimizers that must come out bit for bit.
+    """
+
+    model: nn.Module
+    optimizers: list[torch.optim.Optimizer]
+    train: Callable[[Backward], None]
+    val_loss: Callable[[], Tensor]
+    scaler: Any = None
+    also: Callable[[], list[Tensor]] = list
+
+
+@dataclass(frozen=True)
+class Row:
+    """A loop and what is expected of it.
+
+    Args:
+        build: the loop, from scratch.
+        status: supported: hypergradients are the finite differences, and a frozen tuner changes no bit;
+            trains as plain: the latter alone, where precision is too low for differences;
+            said: the latter, and a warning says what is not tuned;
+            refused: an error before any weight changes.
+        how: what a user has to do, for the page.
+        says: of the warning or the error, as a regular expression.
+        wrt: what is tuned.
+        options: more arguments of the tuner.
+        scheduled: a scheduler writes lr: what is tuned is a multiplier of what it writes.
+        rtol: of the hypergradients.
+        slow: takes more than about a second.
+    """
+
+    build: Callable[[], Live]
+    status: str = SUPPORTED
+    how: str = ""
+    says: str = ""
+    wrt: tuple[str, ...] = ("lr", "weight_decay")
+    options: Mapping[str, Any] = field(default_factory=dict)
+    scheduled: bool = False
+    rtol: float = FD_RTOL
+    slow: bool = False
+
+
+def seeded(val_loss: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    """With the same random numbers at every call."""
+
+    def validate() -> Tensor:
+        torch.manual_seed(11)
+        return val_loss()
+
+    return validate
+
+
+def run(live: Live, backward: Backward) -> None:
+    torch.manual_seed(7)
+    live.train(backward)
+
+
+def steps_of(row: Row) -> int:
+    """How many steps the optimizer that steps last takes."""
+    live, calls = row.build(), list[int]()
+    live.optimizers[-1].register_step_post_hook(lambda *_: calls.append(0))
+    run(live, Tensor.backward)
+    return len(calls)
+
+
+def tuner_of(row: Row, live: Live, **options: Any) -> Any:
+    options = {"average": False, "scaler": live.scaler, **row.options, **options}
+    return as_given(live.model, live.optimizers, seeded(live.val_loss), tune=row.wrt, **options)
+
+
+def stock(row: Row, name: str, group: int, delta: float) -> float:
+    """The validation loss after the loop with torch alone, with one number of one group moved by delta."""
+    live = row.build()
+    here, opt = [(g, opt) for opt in live.optimizers for g in opt.param_groups][group]
+    if row.scheduled and name == "lr":
+        written = list[float]()
+
+        def multiply(*_: Any) -> None:
+            written.append(here["lr"])
+            here["lr"] *= 1 + delta
+
+        opt.register_step_pre_hook(multiply)
+        opt.register_step_post_hook(lambda *_: here.update(lr=written[-1]))
+    else:
+        here[name] += delta
+    run(live, Tensor.backward)
+    return float(seeded(live.val_loss)().detach())
+
+
+def check_hypergradients(row: Row) -> None:
+    """Assert that every hypergradient is the finite difference of the loop with torch alone."""
+    live = row.build()
+    tuner = tuner_of(row, live, every=steps_of(row))
+    run(live, tuner.backward)
+    stats = tuner.stats
+    assert stats["plain_steps"] == stats["changed_gradients"] == stats["capped"] == 0
+    assert tuner.hypergradients, "no hyperparameter step was taken"
+    for name, found in tuner.hypergradients.items():
+        for i, got in enumerate(found.tolist()):
+            want = slope(lambda x, name=name, i=i: stock(row, name, i, x))
+            assert got == pytest.approx(want, rel=row.rtol), (name, i)
+
+
+def tensors_of(live: Live) -> list[Tensor]:
+    states = [x for opt in live.optimizers for s in opt.state.values() for x in s.values() if isinstance(x, Tensor)]
+    return [*live.model.state_dict().values(), *states, *live.also()]
+
+
+def numbers_of(live: Live) -> list[dict[str, Any]]:
+    return [{k: v for k, v in g.items() if k != "params"} for opt in live.optimizers for g in opt.param_groups]
+
+
+def check_bit_identical(row: Row) -> None:
+    """Assert that the loop ends at the same bits with a frozen tuner as with torch alone."""
+    plain, tuned = row.build(), row.build()
+    tuner = tuner_of(row, tuned, every=3)
+    tuner.freeze()
+    run(plain, Tensor.backward)
+    after_plain = torch.rand(3)
+    run(tuned, tuner.backward)
+    assert torch.equal(after_plain, torch.rand(3)), "random numbers went another way"
+    pairs = zip(tensors_of(plain), tensors_of(tuned), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
+    assert numbers_of(plain) == numbers_of(tuned)
+
+
+def check_said(row: Row) -> None:
+    """Assert that it is bit-identical, and that a warning is given once by a tuner that is not frozen."""
+    live = row.build()
+    with pytest.warns(UserWarning, match=row.says):
+        run(live, tuner_of(row, live, every=3).backward)
+    with pytest.warns(UserWarning, match=row.says):
+        check_bit_identical(row)
+
+
+def check_refused(row: Row) -> None:
+    """Assert the error, and that weights and optimizer are as they were."""
+    live = row.build()
+    before = [x.clone() for x in tensors_of(live)]
+    with pytest.raises((ValueError, TypeError, NotImplementedError), match=row.says):
+        run(live, tuner_of(row, live, every=3).backward)
+    assert all(torch.equal(a, b) for a, b in zip(before, tensors_of(live), strict=True))
