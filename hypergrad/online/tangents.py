@@ -21,6 +21,7 @@ from hypergrad.online.gradient_changes import Comparison, Pending, carried_on
 from hypergrad.online.hyper_vector import HyperVector
 from hypergrad.online.low_rank_hessian import LowRankHessian
 from hypergrad.online.lr_curvature import LrCurvature
+from hypergrad.online.written_weights import WrittenWeights
 from hypergrad.optimizers.binding import State, Values
 from hypergrad.optimizers.transition import Tangent, Transition
 
@@ -50,7 +51,7 @@ class Tangents:
         self.hit = torch.zeros(len(vector), dtype=torch.bool)  # tangents that met the cap since `take_hits`
         # on a device: whether the last step's tangents met the cap, and the numbers that moved then; see `ask_hits`
         self.unread: tuple[Tensor, list[int]] | None = None
-        self.curvature = LrCurvature(vector)
+        self.curvature, self.written = LrCurvature(vector), WrittenWeights()
         self.counts = {"gradients": 0, "hessian_products": 0, "capped": 0}
         self._own = {id(x) for x in [*transition.params, *vector.hypers.values()]}
 
@@ -62,6 +63,7 @@ class Tangents:
         params, hypers = self.transition.params, list(self.vector.hypers.values())
         found = survey(loss, self.model)
         others = [x for x in (found.leaves if inputs is None else inputs) if id(x) not in self._own]
+        self.look_at_weights(self.transition.flatten(params))
         k = len(self.vector.moving)
         due = list(range(k)) if self.low_rank is None else self.low_rank.due(self.counts["gradients"], k)
         products = bool(due) and (self.tangent is not None or bool(hypers))
@@ -85,6 +87,12 @@ class Tangents:
             self.pending = Pending(left, has, dg, lin.loss, scale)
         elif old is not None:
             self.pending = old.joined(self.transition, has, dg, lin.loss, scale)
+
+    def look_at_weights(self, theta: Tensor) -> None:
+        """Tangents of elements of the weights [n] that were written by hand are zero."""
+        same = self.written.kept(theta)
+        if same is not None and self.tangent is not None:
+            self.tangent = Tangent(torch.where(same, self.tangent.theta, 0), self.tangent.slots)
 
     def count(self, gradients: int, hessian_products: int) -> None:
         """Count what was evaluated elsewhere, for `tuner.stats`."""
@@ -254,6 +262,7 @@ class Tangents:
             return None if x is None else x.to(like)
 
         self.tangent = self.unread = None
+        self.written.forget()
         if state["theta"] is not None:
             self.tangent = Tangent(here(state["theta"]), {name: here(x) for name, x in state["slots"].items()})
         self.average, self.average_tangent = here(state["average"]), here(state["average_tangent"])

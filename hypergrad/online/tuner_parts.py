@@ -40,6 +40,7 @@ COUNTED = (
     "hessian_products",
     "plain_steps",
     "changed_gradients",
+    "written_weights",
     "nonfinite_steps",
     "spikes",
     "nonfinite_hypergradients",

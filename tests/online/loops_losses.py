@@ -11,10 +11,12 @@ from torch.func import functional_call, grad, jacrev, vmap
 from torch.nn import functional as F
 
 from tests.online.live_loops import Backward
-from tests.online.loop_rows import N, UNSEEN, Live, Row
+from tests.online.loop_rows import UNSEEN, Live, N, Row
 from tests.online.loops_steps import batches, ce, net, sgd
 
-CREATE_GRAPH = "if the size matters, leave out `detach()` (`create_graph=True`); `hypergrad.check` tells how far off it is"
+CREATE_GRAPH = (
+    "if the size matters, leave out `detach()` (`create_graph=True`); `hypergrad.check` tells how far off it is"
+)
 Batch = tuple[Tensor, Tensor]
 Loss = Callable[[nn.Module, Batch], Tensor]
 
@@ -94,7 +96,7 @@ def adversarial_l2(model: nn.Module, batch: Batch) -> Tensor:
     """The perturbation is a gradient of norm 0.5: it moves with the weights, outside the graph."""
     x = batch[0].clone().requires_grad_()
     (g,) = torch.autograd.grad(ce(model, (x, batch[1])), x)
-    return ce(model, (batch[0] + 0.5 * F.normalize(g, dim=1), batch[1]))
+    return ce(model, (batch[0] + 0.1 * F.normalize(g, dim=1), batch[1]))
 
 
 def focal(model: nn.Module, batch: Batch) -> Tensor:

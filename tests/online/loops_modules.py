@@ -14,9 +14,9 @@ from torch.nn.utils import parametrizations, prune
 from torch.utils.checkpoint import checkpoint
 
 from tests.online.live_loops import Backward
-from tests.online.loop_rows import REFUSED, N, Live, Row
+from tests.online.loop_rows import REFUSED, SAID, Live, N, Row
 from tests.online.loops_losses import of
-from tests.online.loops_steps import batches, ce, net, sgd
+from tests.online.loops_steps import ce, net
 
 CHARACTERS, LENGTH = 7, 6
 
@@ -31,7 +31,9 @@ class Block(nn.Module):
         super().__init__()
         self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(2))
         self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
-        self.mlp = nn.Sequential(nn.Linear(width, 2 * width), nn.GELU("tanh"), nn.Linear(2 * width, width), nn.Dropout(0.1))
+        self.mlp = nn.Sequential(
+            nn.Linear(width, 2 * width), nn.GELU("tanh"), nn.Linear(2 * width, width), nn.Dropout(0.1)
+        )
         self.checkpointed, self.kernel = checkpointed, kernel
 
     def body(self, x: Tensor) -> Tensor:
@@ -66,7 +68,11 @@ class TinyGPT(nn.Module):
 class Recurrent(nn.Module):
     def __init__(self, cell: Any):
         super().__init__()
-        self.characters, self.cell, self.head = nn.Embedding(CHARACTERS, 6), cell(6, 8, batch_first=True), nn.Linear(8, CHARACTERS)
+        self.characters, self.cell, self.head = (
+            nn.Embedding(CHARACTERS, 6),
+            cell(6, 8, batch_first=True),
+            nn.Linear(8, CHARACTERS),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.cell(self.characters(x))[0])
@@ -123,7 +129,9 @@ class Residual(nn.Module):
 
 def images() -> Live:
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), Residual(4), Residual(4), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(16, 3))
+    model = nn.Sequential(
+        nn.Conv2d(1, 4, 3, padding=1), Residual(4), Residual(4), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(16, 3)
+    )
     opt = decayed_matrices(model)
     x, y = torch.randn(N + 1, 5, 1, 5, 5), torch.randint(3, (N + 1, 5))
 
@@ -256,8 +264,13 @@ MODULES: dict[str, Row] = {
     "LoRA: frozen base, adapters": Row(of(ce, adapted, trainable)),
     "tied weights": Row(of(ce, Tied)),
     "parametrizations.orthogonal": Row(of(ce, parametrized(parametrizations.orthogonal))),
-    "parametrizations.spectral_norm": Row(of(ce, parametrized(parametrizations.spectral_norm))),
-    "parametrizations.weight_norm": Row(of(ce, parametrized(parametrizations.weight_norm)), REFUSED, "write v · (g/‖v‖)", "weight_norm"),
+    "parametrizations.spectral_norm": Row(
+        of(ce, parametrized(parametrizations.spectral_norm)), SAID, "the path through u and v is left out",
+        "training changes .*_u, .*_v",
+    ),
+    "parametrizations.weight_norm": Row(
+        of(ce, parametrized(parametrizations.weight_norm)), REFUSED, "write v · (g/‖v‖)", "weight_norm"
+    ),
     "pruning masks (torch.nn.utils.prune)": Row(of(ce, parametrized(pruned))),
     "custom autograd function": Row(of(ce, through(Softsign.apply))),
     "torch.jit.script": Row(of(ce, scripted)),

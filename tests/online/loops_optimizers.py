@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tests.online.live_loops import Backward
-from tests.online.loop_rows import N, Live, Row
+from tests.online.loop_rows import Live, N, Row
 from tests.online.loops_steps import batches, ce, each, net, plain_step, sgd
 
 ADAM = {"lr": 0.02, "eps": 1e-3, "weight_decay": 0.1}
@@ -18,6 +18,10 @@ ADAM = {"lr": 0.02, "eps": 1e-3, "weight_decay": 0.1}
 
 def adamw(**kw: Any) -> Callable[[nn.Module], torch.optim.AdamW]:
     return lambda model: torch.optim.AdamW(model.parameters(), **{**ADAM, **kw})
+
+
+def tensor_lr(model: nn.Module) -> torch.optim.AdamW:
+    return adamw(lr=torch.tensor(0.02))(model)
 
 
 def head_faster(model: Any) -> torch.optim.SGD:
@@ -82,11 +86,15 @@ OPTIMIZERS: dict[str, Row] = {
     "foreach=True": Row(each(plain_step, adamw(foreach=True))),
     "foreach=False": Row(each(plain_step, adamw(foreach=False))),
     "fused=True": Row(each(plain_step, adamw(fused=True))),
-    "amsgrad, maximize off": Row(each(plain_step, adamw(amsgrad=True))),
+    "amsgrad=True": Row(each(plain_step, adamw(amsgrad=True))),
     "SGD, fused": Row(each(plain_step, lambda m: sgd(m, fused=True))),
-    "lr as a tensor": Row(each(plain_step, adamw(lr=torch.tensor(0.02, dtype=torch.float64)))),
-    "Rprop (differentiated through its own step)": Row(each(plain_step, lambda m: torch.optim.Rprop(m.parameters(), lr=0.01)), wrt=("lr",)),
-    "ASGD (differentiated through its own step)": Row(each(plain_step, lambda m: torch.optim.ASGD(m.parameters(), lr=0.1))),
+    "lr as a tensor": Row(each(plain_step, tensor_lr)),
+    "Rprop (differentiated through its own step)": Row(
+        each(plain_step, lambda m: torch.optim.Rprop(m.parameters(), lr=0.01)), wrt=("lr",)
+    ),
+    "ASGD (differentiated through its own step)": Row(
+        each(plain_step, lambda m: torch.optim.ASGD(m.parameters(), lr=0.1, weight_decay=0.01))
+    ),
     "several models under one optimizer": Row(several_models, how="`nn.ModuleList([encoder, head])` as the model"),
     "several models under one optimizer, one given": Row(first_of_several_models),
     "one model under two optimizers": Row(one_model_two_optimizers, how="a list of both"),

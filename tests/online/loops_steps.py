@@ -12,7 +12,7 @@ from torch.optim.swa_utils import SWALR, AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, TensorDataset
 
 from tests.online.live_loops import Backward
-from tests.online.loop_rows import AS_PLAIN, REFUSED, N, Live, Row
+from tests.online.loop_rows import AS_PLAIN, REFUSED, Live, N, Row
 
 Step = Callable[[nn.Module, Any, Backward, int, tuple[Tensor, Tensor]], None]
 
@@ -262,9 +262,12 @@ STEPS: dict[str, Row] = {
     "two tasks, two calls of backward": Row(each(two_calls)),
     "two losses of one graph (retain_graph)": Row(each(one_graph_twice), how="pass retain_graph to `tuner.backward`"),
     "EMA of the weights (AveragedModel)": Row(averaged(0.9)),
-    "SWA (AveragedModel, SWALR)": Row(swa, how="lr is tuned as a multiplier of what the schedulers write, `swa_lr` too", scheduled=True),
+    "SWA (AveragedModel, SWALR)": Row(
+        swa, how="lr is tuned as a multiplier of what the schedulers write, `swa_lr` too", scheduled=True
+    ),
     "EMA model in val_loss": Row(
-        averaged(0.9, True), REFUSED, "validate the model that trains, or an average of `tuner.averaged()`", "shares no parameter"
+        averaged(0.9, True), REFUSED, "validate the model that trains; `average=True` takes a mean of its weights",
+        "shares no parameter",
     ),
     "iterations without optimizer.step": Row(each(every_other_left_out)),
     "batches that are skipped (continue)": Row(each(only_a_look)),

@@ -5,15 +5,25 @@ from __future__ import annotations
 import pytest
 
 from tests.online.live_loops import float64
-from tests.online.loop_rows import AS_PLAIN, REFUSED, SAID, SUPPORTED, UNSEEN, check_bit_identical, check_hypergradients
-from tests.online.loop_rows import check_refused, check_said
+from tests.online.loop_rows import (
+    AS_PLAIN,
+    REFUSED,
+    SAID,
+    SUPPORTED,
+    UNSEEN,
+    check_bit_identical,
+    check_hypergradients,
+    check_refused,
+    check_said,
+)
 from tests.online.loops_steps import STEPS
 
 __all__ = ["float64"]  # the fixture
 from tests.online.loops_by_hand import BY_HAND
 from tests.online.loops_losses import LOSSES
-from tests.online.loops_optimizers import OPTIMIZERS
 from tests.online.loops_modules import MODULES
+from tests.online.loops_optimizers import OPTIMIZERS
+
 LOOPS = STEPS | BY_HAND | LOSSES | MODULES | OPTIMIZERS
 CHECKS = {
     SUPPORTED: (check_hypergradients, check_bit_identical),
