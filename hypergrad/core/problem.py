@@ -16,7 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from hypergrad.core.batchnorm import RunningStats
 from hypergrad.core.graph import Linearization, check_scalar, grad_or_none, survey, without_hooks
-from hypergrad.core.restore import Buffers, Rng, Saved, untouched
+from hypergrad.core.restore import Buffers, HostRng, Rng, Saved, untouched
 from hypergrad.core.signatures import takes_step
 
 
@@ -167,15 +167,17 @@ class Problem:
     @contextmanager
     def _without_effect(self, seed: int | None) -> Iterator[None]:
         """With gradients enabled. Random numbers, from a stream of their own with a seed, and buffers are put back."""
-        buffers, rng = self.read_buffers(), self.rng()
+        buffers, rng, host_rng = self.read_buffers(), self.rng(), HostRng()
         try:
             if seed is not None:
                 rng.seed(seed)
+                host_rng.seed(seed)
             with torch.enable_grad():
                 yield
         finally:
             self.write_buffers(buffers, silently=True)  # the same values
             rng.restore()
+            host_rng.restore()
 
     @staticmethod
     def _call(val_loss: Callable[..., Tensor], t: int) -> Tensor:

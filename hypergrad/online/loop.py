@@ -18,6 +18,7 @@ from torch import Tensor
 from hypergrad.core.readout import Readout
 from hypergrad.online.gradient_changes import Comparison, Pending
 from hypergrad.online.hyper_step import HyperSteps
+from hypergrad.online.notes import notes
 from hypergrad.online.other_state import OtherState
 from hypergrad.online.param_groups import ParamGroupWriter
 from hypergrad.online.policies.phases import Phases
@@ -91,7 +92,7 @@ class OnlineLoop:
         # a fused optimizer is told by a GradScaler that it will leave this step out
         self.skipped = bool(read.get("found_inf", [0.0])[0])
         self.tangents.note_hits(read)
-        for note in filter(None, (self.tangents.written.said(read, self.counts), self.other.said(read))):
+        for note in notes(read, self.counts, self.tangents.counts, self.other):
             self.journal.note_once(self.t, note)
         self.known = dict(zip(self.transition.numbers_on_device(), read.get("numbers", [])))
         if "slope and curvature" in read and not self.skipped:

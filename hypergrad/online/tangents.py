@@ -52,7 +52,7 @@ class Tangents:
         # on a device: whether the last step's tangents met the cap, and the numbers that moved then; see `ask_hits`
         self.unread: tuple[Tensor, list[int]] | None = None
         self.curvature, self.written = LrCurvature(vector), WrittenWeights()
-        self.counts = {"gradients": 0, "hessian_products": 0, "capped": 0}
+        self.counts = {"gradients": 0, "hessian_products": 0, "capped": 0, "nonfinite_products": 0}
         self._own = {id(x) for x in [*transition.params, *vector.hypers.values()]}
 
     # ---- the gradient stage
@@ -151,19 +151,22 @@ class Tangents:
         self.tangent = self.transition.jvp(state, g, active, values, self.tangent, dg, seeds)
         if self.low_rank is not None:
             self.tangent = self.low_rank.faded(self.tangent)
-        return self._bound(torch.linalg.vector_norm(state.theta))
+        return self._bound(torch.linalg.vector_norm(state.theta), dg)
 
     # On a device the factor, mostly 1, is multiplied with unseen: to read it first would be one wait a step more.
-    def _bound(self, norm: Tensor) -> None:
-        """Cap every tangent at CAP times the norm of the weights; one that is not finite starts again from zero."""
+    def _bound(self, norm: Tensor, dg: Tensor) -> None:
+        """Cap every tangent at CAP times the norm of the weights; one that is not finite starts again from zero.
+
+        dg: of this step, counted where it is not finite itself.
+        """
         assert self.tangent is not None
         norms = torch.linalg.vector_norm(self.tangent.theta, dim=1)
         within = norms <= CAP * norm  # False for NaN
         if norm.device.type == "cpu" and bool(within.all()):
             return
         factor = (CAP * norm / norms.clamp_min(torch.finfo(norms.dtype).tiny)).clamp(max=1.0)
-        flags = torch.stack([~within, factor < 1])
         finite = torch.isfinite(norms).unsqueeze(-1)
+        flags = torch.stack([~within, factor < 1, ~torch.isfinite(dg).all(1)])
         factor = factor.unsqueeze(-1)
         bound = {name: torch.where(finite, x * factor, 0) for name, x in self.tangent.slots.items()}
         self.tangent = Tangent(torch.where(finite, self.tangent.theta * factor, 0), bound)
@@ -179,8 +182,9 @@ class Tangents:
 
     def note_hits(self, read: Mapping[str, list[float]]) -> None:
         if self.unread is not None and "hits" in read:
-            over, hit = torch.tensor(read["hits"], dtype=torch.float64).view(2, -1).bool()
+            over, hit, no_product = torch.tensor(read["hits"], dtype=torch.float64).view(3, -1).bool()
             self.counts["capped"] += bool(over.any())
+            self.counts["nonfinite_products"] += bool(no_product.any())
             self.hit[self.unread[1]] |= hit
             self.unread = None
 

@@ -48,6 +48,7 @@ COUNTED = (
     "backtracks",
     "false_alarms",
     "capped",
+    "nonfinite_products",
 )
 
 

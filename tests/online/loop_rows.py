@@ -5,11 +5,13 @@ The oracle is the same loop with torch alone, in float64: its central difference
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -73,18 +75,25 @@ class Row:
     slow: bool = False
 
 
+def seed(number: int) -> None:
+    """All global generators."""
+    torch.manual_seed(number)
+    np.random.seed(number)  # noqa: NPY002
+    random.seed(number)
+
+
 def seeded(val_loss: Callable[[], Tensor]) -> Callable[[], Tensor]:
     """With the same random numbers at every call."""
 
     def validate() -> Tensor:
-        torch.manual_seed(11)
+        seed(11)
         return val_loss()
 
     return validate
 
 
 def run(live: Live, backward: Backward) -> None:
-    torch.manual_seed(7)
+    seed(7)
     live.train(backward)
 
 

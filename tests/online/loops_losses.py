@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, jacrev, vmap
 from torch.nn import functional as F
 
 from tests.online.live_loops import Backward
-from tests.online.loop_rows import UNSEEN, Live, N, Row
+from tests.online.loop_rows import SAID, UNSEEN, Live, N, Row
 from tests.online.loops_steps import batches, ce, net, sgd
 
 CREATE_GRAPH = (
@@ -140,6 +142,39 @@ def pseudo_labels(model: nn.Module, batch: Batch) -> Tensor:
     return ce(model, batch) + 0.3 * F.cross_entropy(out, out.detach().argmax(1))
 
 
+def augmented(model: nn.Module, batch: Batch) -> Tensor:
+    """By numpy and by Python's random, as augmentations of images are."""
+    noise = torch.as_tensor(np.random.randn(*batch[0].shape)).to(batch[0])  # noqa: NPY002
+    return ce(model, (batch[0] * (1 if random.random() < 0.5 else -1) + 0.1 * noise, batch[1]))
+
+
+def augmented_both() -> Live:
+    """Augmentation in training and in validation."""
+    live = of(augmented)()
+    held_out = batches(N + 1)[N]
+    live.val_loss = lambda: augmented(live.model, held_out)
+    return live
+
+
+def with_norm(z: Tensor) -> Tensor:
+    return z.norm(dim=-1)
+
+
+def with_constant(z: Tensor) -> Tensor:
+    return (z.square().sum(-1) + 1e-6).sqrt()
+
+
+def hard_triplets(size: Callable[[Tensor], Tensor]) -> Loss:
+    """Of all pairs, an example and itself too, whose distance 0 is hidden by a mask."""
+
+    def loss(model: nn.Module, batch: Batch) -> Tensor:
+        z, y = model(batch[0]), batch[1]
+        d, same = size(z[:, None] - z[None]), y[:, None] == y[None]
+        return F.softplus((d * same).max(1).values - (d + 10 * same).min(1).values).mean()
+
+    return loss
+
+
 LOSSES: dict[str, Row] = {
     "gradient penalty in the inputs (WGAN-GP)": Row(of(gradient_penalty)),
     "penalty on the gradient in the weights": Row(of(penalty_on_weight_gradients)),
@@ -154,5 +189,10 @@ LOSSES: dict[str, Row] = {
     "torch.func: functional_call and vmap": Row(of(functional)),
     "torch.func: jacrev and grad in the loss": Row(of(jacobian, lambda: net(0.0))),
     "MAML, an inner step in the loss": Row(of(inner_steps)),
+    "numpy and random draw in training and validation": Row(augmented_both),
+    "hardest triplets, a constant inside the root": Row(of(hard_triplets(with_constant))),
+    "hardest triplets, roots of 0 behind a mask": Row(
+        of(hard_triplets(with_norm)), SAID, "a small constant inside the root", "nonfinite_products"
+    ),
     "pseudo-labels (detached)": Row(of(pseudo_labels)),
 }
