@@ -13,12 +13,9 @@ from torch.func import functional_call, grad, jacrev, vmap
 from torch.nn import functional as F
 
 from tests.online.live_loops import Backward
-from tests.online.loop_rows import SAID, UNSEEN, Live, N, Row
+from tests.online.loop_rows import SAID, Live, N, Row
 from tests.online.loops_steps import batches, ce, net, sgd
 
-CREATE_GRAPH = (
-    "if the size matters, leave out `detach()` (`create_graph=True`); `hypergrad.check` tells how far off it is"
-)
 Batch = tuple[Tensor, Tensor]
 Loss = Callable[[nn.Module, Batch], Tensor]
 
@@ -92,19 +89,6 @@ def adversarial(model: nn.Module, batch: Batch) -> Tensor:
     x = batch[0].clone().requires_grad_()
     (g,) = torch.autograd.grad(ce(model, (x, batch[1])), x)
     return ce(model, (batch[0] + 0.1 * g.sign(), batch[1]))
-
-
-def adversarial_l2(model: nn.Module, batch: Batch) -> Tensor:
-    """The perturbation is a gradient of norm 0.5: it moves with the weights, outside the graph."""
-    x = batch[0].clone().requires_grad_()
-    (g,) = torch.autograd.grad(ce(model, (x, batch[1])), x)
-    return ce(model, (batch[0] + 0.1 * F.normalize(g, dim=1), batch[1]))
-
-
-def focal(model: nn.Module, batch: Batch) -> Tensor:
-    """Examples weighted by their detached losses."""
-    losses = F.cross_entropy(model(batch[0]), batch[1], reduction="none")
-    return (losses.detach().softmax(0) * losses).sum()
 
 
 def functional(model: nn.Module, batch: Batch) -> Tensor:
@@ -184,8 +168,6 @@ LOSSES: dict[str, Row] = {
     "L2 in the loss": Row(of(l2_by_hand)),
     "one net used twice in a loss": Row(of(summed_uses)),
     "adversarial training, sign of the gradient (FGSM, PGD)": Row(of(adversarial)),
-    "adversarial training, normalised gradient": Row(of(adversarial_l2), UNSEEN, CREATE_GRAPH),
-    "weights from detached losses": Row(of(focal), UNSEEN, CREATE_GRAPH),
     "torch.func: functional_call and vmap": Row(of(functional)),
     "torch.func: jacrev and grad in the loss": Row(of(jacobian, lambda: net(0.0))),
     "MAML, an inner step in the loss": Row(of(inner_steps)),

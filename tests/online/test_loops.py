@@ -20,11 +20,13 @@ from tests.online.loops_steps import STEPS
 
 __all__ = ["float64"]  # the fixture
 from tests.online.loops_by_hand import BY_HAND
+from tests.online.loops_detached import DETACHED
+from tests.online.loops_fields import FIELDS
 from tests.online.loops_losses import LOSSES
 from tests.online.loops_modules import MODULES
 from tests.online.loops_optimizers import OPTIMIZERS
 
-LOOPS = STEPS | BY_HAND | LOSSES | MODULES | OPTIMIZERS
+LOOPS = STEPS | BY_HAND | LOSSES | MODULES | OPTIMIZERS | FIELDS | DETACHED
 CHECKS = {
     SUPPORTED: (check_hypergradients, check_bit_identical),
     AS_PLAIN: (check_bit_identical,),
