@@ -235,10 +235,12 @@ class OnlineLoop:
         if self.skipped:
             return
         self.stepped.add(i)
-        if len(self.stepped) == len(self.optimizers):
-            self._end_step()
-        if self.mode == "forward":
-            self.tangents.written.note(self.transition.flatten(self.transition.params))
+        try:
+            if len(self.stepped) == len(self.optimizers):
+                self._end_step()
+        finally:  # val_loss may be interrupted
+            if self.mode == "forward":
+                self.tangents.written.note(self.transition.flatten(self.transition.params))
 
     def _end_step(self) -> None:
         """One training step is done: count it, move the hyperparameters if it is time."""

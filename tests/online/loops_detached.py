@@ -34,6 +34,24 @@ def focal(model: nn.Module, batch: Batch) -> Tensor:
 # ---- what the weights act through outside every graph
 
 
+class FakeQuantised(nn.Module):
+    """Quantisation-aware training: weights rounded in the forward pass, passed straight through in the backward pass."""
+
+    def __init__(self, inner: nn.Linear):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        w = self.inner.weight
+        return F.linear(x, w + ((8 * w).round() / 8 - w).detach(), self.inner.bias)
+
+
+def quantised() -> nn.Module:
+    model = net()
+    model[0] = FakeQuantised(model[0])  # type: ignore[arg-type]
+    return model
+
+
 class Carried(nn.Module):
     """A forecaster by truncated back-propagation: its hidden state goes on, detached."""
 
@@ -163,6 +181,7 @@ CHECK = "`hypergrad.check` tells how far off it is"
 DETACHED: dict[str, Row] = {
     "adversarial training, normalised gradient": Row(of(adversarial_l2), UNSEEN, GRAPH),
     "weights from detached losses": Row(of(focal), UNSEEN, GRAPH),
+    "fake quantisation, straight through": Row(of(ce, quantised), UNSEEN, CHECK),
     "truncated BPTT, hidden state carried": Row(forecasts, UNSEEN, "the path through the carried state is left out"),
     "Q-learning with a target network": Row(q_learning, UNSEEN, "the path through the target network is left out"),
     "actor-critic, detached advantage": Row(field(lambda: mlp(3, 3), actor_critic), UNSEEN, CHECK),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -141,6 +142,28 @@ def interrupted(where: str) -> Step:
     return step
 
 
+def validation_interrupted() -> Live:
+    """Ctrl-C while the tuner calls val_loss; the next cell goes on. The plain loop is not interrupted there."""
+    live, calls = each(plain_step)(), list[int]()
+    validate = live.val_loss
+
+    def val_loss() -> Tensor:
+        calls.append(0)
+        if len(calls) == 2:  # the first is the tuner's own trial
+            raise KeyboardInterrupt
+        return validate()
+
+    step, opt = live.optimizers[0].step, live.optimizers[0]
+
+    def interruptible(*args: Any) -> None:
+        with suppress(KeyboardInterrupt):
+            step(*args)
+
+    opt.step = interruptible  # type: ignore[method-assign]
+    live.val_loss = val_loss
+    return live
+
+
 def stops_early() -> Live:
     """Validates after every epoch, keeps the best weights, stops when patience ends, and loads the best."""
     model = net()
@@ -273,11 +296,12 @@ STEPS: dict[str, Row] = {
     "batches that are skipped (continue)": Row(each(only_a_look)),
     "KeyboardInterrupt in the forward pass, and on": Row(each(interrupted("before backward"))),
     "KeyboardInterrupt between backward and step, and on": Row(each(interrupted("before the step"))),
+    "KeyboardInterrupt in val_loss, and on": Row(validation_interrupted, options={"every": 3}),
     "epochs with train()/eval(), early stopping": Row(stops_early),
     "DataLoader, shuffled": Row(loaded(0)),
     "DataLoader with a worker": Row(loaded(1), slow=True),
     "autocast to bfloat16": Row(amp(torch.bfloat16), AS_PLAIN),
-    "autocast to float16 with GradScaler": Row(amp(torch.float16, True), AS_PLAIN, "scaler="),
+    "autocast to float16 with GradScaler": Row(amp(torch.float16, True), AS_PLAIN, "`scaler=`"),
     "model.bfloat16()": Row(cast(torch.bfloat16), AS_PLAIN),
     "model.half()": Row(cast(torch.float16), AS_PLAIN),
     "float32": Row(cast(torch.float32), AS_PLAIN),
