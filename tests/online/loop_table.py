@@ -14,10 +14,12 @@ from tests.online.loops_fields import FIELDS
 from tests.online.loops_losses import LOSSES
 from tests.online.loops_modules import MODULES
 from tests.online.loops_optimizers import OPTIMIZERS
+from tests.online.loops_precision import PRECISIONS
 from tests.online.loops_steps import STEPS
 
 SECTIONS: dict[str, dict[str, Row]] = {
     "Around the step": STEPS,
+    "Precision": PRECISIONS,
     "Optimizers and models": OPTIMIZERS,
     "Modules": MODULES,
     "Losses": LOSSES,
