@@ -67,11 +67,18 @@ class Tangents:
         k = len(self.vector.moving)
         due = list(range(k)) if self.low_rank is None else self.low_rank.due(self.counts["gradients"], k)
         products = bool(due) and (self.tangent is not None or bool(hypers))
-        plain = None
+        trial = (
+            not products and self.counts["gradients"] == 0
+        )  # what has no second derivative is refused before any step
+        products, plain = products or trial, None
         if products and not found.exact:  # one pass more, for a gradient that is torch's to the last bit
             plain = grad_or_none([loss], [*params, *others], retain_graph=True)
         lin = Linearization(loss, params, [*hypers, *others], products, retain_graph)
-        dg = self._gradient_tangent(lin, len(others), retain_graph, due) if products else None
+        dg = self._gradient_tangent(lin, len(others), retain_graph, due) if products and not trial else None
+        if trial:
+            lin.jvp(lin.grads, retain=retain_graph)
+        if products and not retain_graph and all(g is None or not g.requires_grad for g in lin.grads):
+            lin.free()
         if self.low_rank is not None and self.tangent is not None:
             dg = self.low_rank.completed(self.tangent.theta, dg, due, scale)
         grads = plain or [*lin.grads, *lin.extra_grads[len(hypers) :]]
@@ -118,8 +125,6 @@ class Tangents:
             product = lin.jvp(z, extra, retain=retain_graph or i + 1 < len(jobs))
             rows[j] = transition.flatten(product)
         self.counts["hessian_products"] += len(jobs)
-        if not retain_graph and all(g is None or not g.requires_grad for g in lin.grads):
-            lin.free()
         if not rows:
             return None
         zero = torch.zeros_like(next(iter(rows.values())))
