@@ -10,6 +10,7 @@ import hypergrad
 
 # old → new: keys of `tuner.stats`, keyword names, public attributes of hypergrad
 NAMES: dict[str, str] = {"shapes": "schedules"}
+ADDED = {"written_weights", "nonfinite_products"}  # keys of `tuner.stats` that an older one lacks: not compared
 
 
 def older(name: str) -> list[str]:
@@ -34,5 +35,5 @@ def keywords(function: Callable[..., Any], options: Mapping[str, Any]) -> dict[s
 
 
 def counts(stats: Mapping[str, Any]) -> dict[str, Any]:
-    """`tuner.stats` by its present keys."""
-    return {NAMES.get(key, key): value for key, value in stats.items()}
+    """`tuner.stats` by its present keys, without those that were added."""
+    return {NAMES.get(key, key): value for key, value in stats.items() if key not in ADDED}

@@ -34,6 +34,7 @@ _REMEDIES: dict[str, tuple[str | None, str]] = {
     "aot_autograd": _COMPILED,
     "donated buffers": _COMPILED,
     "_embedding_bag": ("nn.EmbeddingBag", "replace it by nn.Embedding followed by a sum or mean"),
+    "_ctc_loss": ("ctc_loss", "replace it by its recursion in torch.logsumexp, as docs/loops.md has it"),
     "cudnn_rnn": (
         "a cuDNN layer (nn.LSTM, nn.GRU, nn.RNN)",
         "run the forward pass under `torch.backends.cudnn.flags(enabled=False)`",

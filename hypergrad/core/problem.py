@@ -21,7 +21,7 @@ from hypergrad.core.loss_tensors import LossTensors
 from hypergrad.core.parameter_writes import refused
 from hypergrad.core.processes import ALONE, Processes
 from hypergrad.core.rank_mean import RankMean
-from hypergrad.core.restore import Buffers, Rng, Saved, untouched
+from hypergrad.core.restore import Buffers, HostRng, Rng, Saved, untouched
 from hypergrad.core.second_order import twice_differentiable
 from hypergrad.core.signatures import takes_hypers, takes_step
 
@@ -212,15 +212,17 @@ class Problem:
     @contextmanager
     def _without_effect(self, seed: int | None) -> Iterator[None]:
         """With gradients enabled. Random numbers, from a stream of their own with a seed, and buffers are put back."""
-        buffers, rng = self.read_buffers(), self.rng()
+        buffers, rng, host_rng = self.read_buffers(), self.rng(), HostRng()
         try:
             if seed is not None:
                 rng.seed(seed)
+                host_rng.seed(seed)
             with torch.enable_grad(), self.processes.quiet():
                 yield
         finally:
             self.write_buffers(buffers, silently=True)  # the same values
             rng.restore()
+            host_rng.restore()
 
     def _call(self, val_loss: Callable[..., Tensor], t: int) -> Tensor:
         with refused(self.params, self.optimizers, closely=not self.looked):

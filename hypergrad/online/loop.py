@@ -20,6 +20,8 @@ from hypergrad.online.accumulation import ask_whether_mean, check_mean
 from hypergrad.online.first_look import FirstLook
 from hypergrad.online.gradient_changes import Comparison, Pending
 from hypergrad.online.hyper_step import HyperSteps
+from hypergrad.online.notes import notes
+from hypergrad.online.other_state import OtherState
 from hypergrad.online.param_groups import ParamGroupWriter
 from hypergrad.online.policies.phases import Phases
 from hypergrad.online.recovery import Recovery
@@ -60,6 +62,7 @@ class OnlineLoop:
             hyper.counts,
         )
         self.optimizers, self.mode, self.every, self.total = hyper.transition.optimizers, mode, every, total
+        self.other = OtherState(self.problem.model, self.transition.params, every)
         self.t = 0  # training steps done
         self.stepped: set[int] = set()  # the optimizers that have taken the present step
         self.skipped = False  # the present step is one that a fused optimizer leaves out
@@ -99,6 +102,8 @@ class OnlineLoop:
         # a fused optimizer is told by a GradScaler that it will leave this step out
         self.skipped = bool(read.get("found_inf", [0.0])[0])
         self.tangents.note_hits(read)
+        for note in notes(read, self.counts, self.tangents.counts, self.other):
+            self.journal.note_once(self.t, note)
         self.known = dict(zip(self.transition.numbers_on_device(), read.get("numbers", [])))
         self._observe_groups(i)
         if "slope and curvature" in read and not self.skipped:
@@ -129,6 +134,7 @@ class OnlineLoop:
         values = self._use(i)
         if self.mode != "forward":
             return
+        self.tangents.look_at_weights(state.theta)
         dg = None if comparison is None else comparison.tangent(read, len(self.vector.moving))
         if dg is not None and scale is not None:
             dg = dg / scale
@@ -159,6 +165,9 @@ class OnlineLoop:
             if tensors:
                 readout.ask_own(name, torch.stack([x.reshape(()) for x in tensors.values()]))
         tangents.ask_hits(readout)
+        tangents.written.ask(readout)
+        if self.mode == "forward":
+            self.other.ask(self.t, readout)
         loss = self.given_loss if fresh is None else fresh.loss / fresh.scale
         if loss is not None:
             readout.ask("loss", loss)
@@ -243,8 +252,12 @@ class OnlineLoop:
         if self.skipped:
             return
         self.stepped.add(i)
-        if len(self.stepped) == len(self.optimizers):
-            self._end_step()
+        try:
+            if len(self.stepped) == len(self.optimizers):
+                self._end_step()
+        finally:  # val_loss may be interrupted
+            if self.mode == "forward":
+                self.tangents.written.note(self.transition.flatten(self.transition.params))
 
     def _end_step(self) -> None:
         """One training step is done: count it, move the hyperparameters if it is time."""

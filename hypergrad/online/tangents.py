@@ -25,6 +25,7 @@ from hypergrad.online.gradient_changes import Comparison, Pending, carried_on
 from hypergrad.online.hyper_vector import HyperVector
 from hypergrad.online.low_rank_hessian import LowRankHessian
 from hypergrad.online.lr_curvature import LrCurvature
+from hypergrad.online.written_weights import WrittenWeights
 from hypergrad.optimizers.binding import State, Values
 from hypergrad.optimizers.transition import Tangent, Transition
 
@@ -56,8 +57,8 @@ class Tangents:
         self.hit = torch.zeros(len(vector), dtype=torch.bool)  # tangents that met the cap since `take_hits`
         # on a device: whether the last step's tangents met the cap, and the numbers that moved then; see `ask_hits`
         self.unread: tuple[Tensor, list[int]] | None = None
-        self.curvature = LrCurvature(vector)
-        self.counts = {"gradients": 0, "hessian_products": 0, "capped": 0}
+        self.curvature, self.written = LrCurvature(vector), WrittenWeights()
+        self.counts = {"gradients": 0, "hessian_products": 0, "capped": 0, "nonfinite_products": 0}
         self.read: set[str] = set()  # names of tensors in the loss that a loss depended on
         self.cut = False  # see `is_cut`, of the first loss
         self.forward = ForwardSwitch(model, self.products_due)
@@ -91,12 +92,19 @@ class Tangents:
         others = [x for x in (graph.leaves if inputs is None else inputs) if id(x) not in self._own]
         if graph.once:
             self.forward.attach()
+        self.look_at_weights(self.transition.flatten(params))
         due, products = self._due(), self.products_due()
-        plain = None
+        # what has no second derivative is refused before any step
+        trial = not products and self.counts["gradients"] == 0 and not graph.once
+        products, plain = products or trial, None
         if products and not graph.exact:  # one pass more, for a gradient that is torch's to the last bit
             plain = grad_or_none([loss], [*params, *others], retain_graph=True)
         lin = Linearization(loss, params, [*hypers, *others], products, retain_graph)
-        dg = self._gradient_tangent(lin, len(others), retain_graph, due) if products else None
+        dg = self._gradient_tangent(lin, len(others), retain_graph, due) if products and not trial else None
+        if trial:
+            lin.jvp(lin.grads, retain=retain_graph)
+        if products and not retain_graph and all(g is None or not g.requires_grad for g in lin.grads):
+            lin.free()
         if self.low_rank is not None and self.tangent is not None:
             if dg is not None and not self.processes.alone:
                 dg[due] = self.processes.mean(dg[due])
@@ -132,6 +140,12 @@ class Tangents:
             found = {id(x) for x in leaves}
             self.read |= {name for name, x in self.vector.hypers.items() if id(x) in found}
 
+    def look_at_weights(self, theta: Tensor) -> None:
+        """Tangents of elements of the weights [n] that were written by hand are zero."""
+        same = self.written.kept(theta)
+        if same is not None and self.tangent is not None:
+            self.tangent = Tangent(torch.where(same, self.tangent.theta, 0), self.tangent.slots)
+
     def count(self, gradients: int, hessian_products: int) -> None:
         """Count what was evaluated elsewhere, for `tuner.stats`."""
         self.counts["gradients"] += gradients
@@ -156,8 +170,6 @@ class Tangents:
             product = lin.jvp(z, extra, retain=retain_graph or i + 1 < len(jobs))
             rows[j] = transition.flatten(product)
         self.counts["hessian_products"] += len(jobs)
-        if not retain_graph and all(g is None or not g.requires_grad for g in lin.grads):
-            lin.free()
         if not rows:
             return None
         zero = torch.zeros_like(next(iter(rows.values())))
@@ -189,11 +201,14 @@ class Tangents:
         self.tangent = self.transition.jvp(state, g, active, values, self.tangent, dg, seeds)
         if self.low_rank is not None:
             self.tangent = self.low_rank.faded(self.tangent)
-        return self._bound(torch.linalg.vector_norm(state.theta))
+        return self._bound(torch.linalg.vector_norm(state.theta), dg)
 
     # On a device the factor, mostly 1, is multiplied with unseen: to read it first would be one wait a step more.
-    def _bound(self, norm: Tensor) -> None:
-        """Cap every tangent at CAP times the norm of the weights; one that is not finite starts again from zero."""
+    def _bound(self, norm: Tensor, dg: Tensor) -> None:
+        """Cap every tangent at CAP times the norm of the weights; one that is not finite starts again from zero.
+
+        dg: of this step, counted where it is not finite itself.
+        """
         assert self.tangent is not None
         norms = torch.linalg.vector_norm(self.tangent.theta, dim=1)
         within = norms <= CAP * norm  # False for NaN
@@ -201,8 +216,8 @@ class Tangents:
         if at_once and bool(within.all()):
             return
         factor = (CAP * norm / norms.clamp_min(torch.finfo(norms.dtype).tiny)).clamp(max=1.0)
-        flags = torch.stack([~within, factor < 1])
         finite = torch.isfinite(norms).unsqueeze(-1)
+        flags = torch.stack([~within, factor < 1, ~torch.isfinite(dg).all(1)])
         factor = factor.unsqueeze(-1)
         bound = {name: torch.where(finite, x * factor, 0) for name, x in self.tangent.slots.items()}
         self.tangent = Tangent(torch.where(finite, self.tangent.theta * factor, 0), bound)
@@ -218,8 +233,9 @@ class Tangents:
 
     def note_hits(self, read: Mapping[str, list[float]]) -> None:
         if self.unread is not None and "hits" in read:
-            over, hit = torch.tensor(read["hits"], dtype=torch.float64).view(2, -1).bool()
+            over, hit, no_product = torch.tensor(read["hits"], dtype=torch.float64).view(3, -1).bool()
             self.counts["capped"] += bool(over.any())
+            self.counts["nonfinite_products"] += bool(no_product.any())
             self.hit[self.unread[1]] |= hit
             self.unread = None
 
@@ -304,6 +320,7 @@ class Tangents:
             return None if x is None else x.to(like)
 
         self.tangent = self.unread = None
+        self.written.forget()
         if state["theta"] is not None:
             self.tangent = Tangent(here(state["theta"]), {name: here(x) for name, x in state["slots"].items()})
         self.average, self.average_tangent = here(state["average"]), here(state["average_tangent"])

@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor
+from torch.nn import Module
 
 from hypergrad.core.hyperparameters import as_hyperparameter
+from hypergrad.core.multi_tensor import norms
 from hypergrad.core.problem import Problem
 from hypergrad.logging import Journal
 from hypergrad.online.best_weights import BestWeights
@@ -41,6 +43,7 @@ COUNTED = (
     "hessian_products",
     "plain_steps",
     "changed_gradients",
+    "written_weights",
     "nonfinite_steps",
     "spikes",
     "nonfinite_hypergradients",
@@ -48,6 +51,7 @@ COUNTED = (
     "backtracks",
     "false_alarms",
     "capped",
+    "nonfinite_products",
 )
 
 
@@ -148,9 +152,25 @@ def _recorded(vector: HyperVector, transition: Transition, options: Options) -> 
 
 def _try(problem: Problem, val_loss: Callable[..., Tensor]) -> float:
     """Call the validation loss once, so that a wrong one is said before anything starts. Its value; NaN where it cannot yet."""
+    held = list({id(p): p for p in [*problem.params, *problem.model.parameters()]}.values())
+    sizes = norms(held, 1)
     try:
         value = float(problem.processes.mean(problem.validate(val_loss, 0).value))
     except NameError:  # it reads the tuner, which does not exist yet
         return math.nan
+    _check_unchanged(problem.model, held, sizes)
     problem.follow_running_stats(val_loss, 0)
     return value
+
+
+def _check_unchanged(model: Module, held: Sequence[Tensor], sizes: Tensor) -> None:
+    """Raise where parameters are not of the sizes that they had."""
+    now, names = norms(held, 1), {id(p): name for name, p in model.named_parameters()}
+    other = ((now != sizes) & ~(now.isnan() & sizes.isnan())).tolist()
+    changed = [names.get(id(p), "of the optimizer") for p, flag in zip(held, other, strict=True) if flag]
+    if changed:
+        raise ValueError(
+            f"val_loss changes parameters ({', '.join(changed[:4])}): it is called between training steps, and must leave them "
+            "as it finds them. Guard what the model updates by itself, such as a momentum encoder, with `if self.training`, and "
+            "call model.eval() in val_loss."
+        )

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import random
 
+import numpy as np
 import torch
 from torch import nn
 
-from hypergrad.core.restore import Buffers, Rng, all_params, as_found, swapped
+from hypergrad.core.restore import Buffers, HostRng, Rng, all_params, as_found, swapped
 from tests.problems import DEVICE
 
 
@@ -60,3 +62,12 @@ def test_swapped() -> None:
         assert all(a is b for a, b in zip(buffers.now(), new, strict=True))
         raise KeyboardInterrupt
     assert all(a is b for a, b in zip(buffers.now(), old, strict=True))
+
+
+def test_numpys_and_pythons_generators_are_restored() -> None:
+    state = HostRng()
+    first = np.random.rand(3), random.random()  # noqa: NPY002
+    state.seed(2**40)
+    state.restore()
+    again = np.random.rand(3), random.random()  # noqa: NPY002
+    assert (first[0] == again[0]).all() and first[1] == again[1]

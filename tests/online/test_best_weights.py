@@ -276,7 +276,9 @@ def test_the_copy_shares_no_memory() -> None:
     assert kept.isdisjoint(x.data_ptr() for x in others)
 
 
-@pytest.mark.filterwarnings("ignore:blow-up", "ignore:a loss", "ignore:a validation loss")
+@pytest.mark.filterwarnings(
+    "ignore:blow-up", "ignore:a loss", "ignore:a validation loss", "ignore:weights were written"
+)
 def test_a_blow_up_that_is_rolled_back_leaves_the_best_alone() -> None:
     run = Run(warm_start=False)
     run.train(0, STEPS)

@@ -103,6 +103,7 @@ def test_buffer_that_is_replaced_in_both_modes() -> None:
         torch.testing.assert_close(found["forward"][name], live[name], rtol=1e-9, atol=0)
 
 
+@pytest.mark.filterwarnings("ignore:training changes 0.mu")
 def test_frozen_tuner_leaves_a_buffer_that_is_replaced_bit_identical() -> None:
     results = []
     for tuned in (False, True):

@@ -1,0 +1,27 @@
+"""What a step's numbers say of a loop that a user should hear once."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from hypergrad.online.other_state import OtherState
+from hypergrad.online.written_weights import WrittenWeights
+
+NOT_FINITE = (
+    "gradients are finite, but their derivative along the tangents is not (tuner.stats['nonfinite_products']): the loss has an "
+    "operation without a second derivative where it was taken, such as a norm or a root at 0 (add a small constant inside the "
+    "root, also where a mask hides the entry). Tangents start again from zero there, so hypergradients are mostly missing."
+)
+
+
+def notes(
+    read: Mapping[str, list[float]], counts: dict[str, int], of_tangents: Mapping[str, int], other: OtherState
+) -> list[str]:
+    """Sentences on what was read before a step. Counts what is found.
+
+    Args:
+        counts: of the loop.
+        of_tangents: the counts of `Tangents`.
+    """
+    found = [NOT_FINITE] if of_tangents["nonfinite_products"] else []
+    return [*found, *filter(None, (WrittenWeights.said(read, counts), other.said(read)))]

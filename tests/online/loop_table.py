@@ -1,0 +1,182 @@
+"""The table of loops in docs/loops.md as data: rows of test_loops.py, and rows whose tests are elsewhere.
+
+`scripts/loops.py` writes the page from it; a test holds that every test named here exists.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from tests.online.loop_rows import REFUSED, SAID, SUPPORTED, Row
+from tests.online.loops_by_hand import BY_HAND
+from tests.online.loops_detached import DETACHED
+from tests.online.loops_fields import FIELDS
+from tests.online.loops_losses import LOSSES
+from tests.online.loops_modules import MODULES
+from tests.online.loops_optimizers import OPTIMIZERS
+from tests.online.loops_precision import PRECISIONS
+from tests.online.loops_steps import STEPS
+
+SECTIONS: dict[str, dict[str, Row]] = {
+    "Around the step": STEPS,
+    "Precision": PRECISIONS,
+    "Optimizers and models": OPTIMIZERS,
+    "Modules": MODULES,
+    "Losses": LOSSES,
+    "Fields": FIELDS,
+    "Weights and gradients written by hand": BY_HAND,
+    "What is in no graph": DETACHED,
+}
+LOOPS: dict[str, Row] = {name: row for rows in SECTIONS.values() for name, row in rows.items()}
+
+
+@dataclass(frozen=True)
+class Listed:
+    """A loop whose test is elsewhere.
+
+    Args:
+        loop, status, how: as in a `Row`.
+        test: file::function, below tests/.
+    """
+
+    loop: str
+    status: str
+    how: str
+    test: str
+
+
+FD = "online/test_tuner.py::test_hypergradient_of_a_live_loop_is_that_of_finite_differences"
+SEVERAL = "online/test_tuner_several_optimizers.py::"
+LAYERS = "core/test_layers.py::test_layer"
+ARGUMENTS, PHASES = "online/test_tuner_arguments.py::", "online/test_tuner_phases.py::"
+REGRESSIONS, RESUME = "online/test_tuner_regressions.py::", "online/test_tuner_resume.py::"
+
+ELSEWHERE: tuple[Listed, ...] = (
+    Listed("every optimizer that has a rule", SUPPORTED, "", FD),
+    Listed("gradient accumulation, with zeros kept too", SUPPORTED, "", FD),
+    Listed("clip_grad_norm_", SUPPORTED, "`clip_norm=`", FD),
+    Listed("GradScaler, with a fused optimizer too", SUPPORTED, "`scaler=`", FD),
+    Listed(
+        "steps that a GradScaler skips",
+        SUPPORTED,
+        "`scaler=`",
+        "online/test_tuner.py::test_step_skipped_by_a_scaler_leaves_no_trace",
+    ),
+    Listed(
+        "a scheduler",
+        SUPPORTED,
+        "lr is a multiplier of what it writes",
+        "online/test_tuner.py::test_multiplier_of_a_scheduler",
+    ),
+    Listed(
+        "a scheduler and total_steps",
+        REFUSED,
+        "one of the two",
+        "online/test_tuner.py::test_scheduler_and_total_steps_is_an_error",
+    ),
+    Listed(
+        "OneCycleLR with momentum tuned",
+        REFUSED,
+        "`cycle_momentum=False`",
+        ARGUMENTS + "test_one_cycle_with_momentum_tuned_is_refused_at_once",
+    ),
+    Listed("tensors in the loss", SUPPORTED, "`hypers=`", "online/test_tuner.py::test_tensor_in_the_loss_is_tuned"),
+    Listed("a batch that is NaN", SUPPORTED, "passed over", "online/test_tuner.py::test_bad_batch_does_nothing"),
+    Listed(
+        "loss.backward() at some steps",
+        SAID,
+        "`tuner.backward(loss)`",
+        "online/test_tuner.py::test_plain_backward_is_counted_and_warned_of_once_and_trains_as_without",
+    ),
+    Listed(
+        "clipping that was not declared",
+        SAID,
+        "`clip_norm=`",
+        REGRESSIONS + "test_clipping_that_was_not_declared_so_is_counted_and_said",
+    ),
+    Listed(
+        "optimizer.step(closure)",
+        REFUSED,
+        "step without it",
+        REGRESSIONS + "test_closure_is_refused_before_anything_changes",
+    ),
+    Listed(
+        "hooks on parameters", SUPPORTED, "differentiated", REGRESSIONS + "test_hook_on_a_parameter_is_differentiated"
+    ),
+    Listed(
+        "full backward hooks on modules",
+        REFUSED,
+        "hooks on parameters",
+        REGRESSIONS + "test_full_backward_hook_is_refused",
+    ),
+    Listed(
+        "momentum written by hand in mid-run",
+        SUPPORTED,
+        "",
+        REGRESSIONS + "test_momentum_written_from_0_during_the_run",
+    ),
+    Listed(
+        "two tuners of one optimizer",
+        REFUSED,
+        "`close()` the first",
+        REGRESSIONS + "test_second_tuner_of_an_optimizer_is_refused_until_the_first_is_closed",
+    ),
+    Listed(
+        "parameters that some steps do not use",
+        SUPPORTED,
+        "",
+        "online/test_tuner_modules.py::test_parameter_that_some_steps_do_not_use",
+    ),
+    Listed(
+        "buffers that the model replaces",
+        SAID,
+        "right where they do not depend on the weights",
+        "online/test_tuner_modules.py::test_buffer_that_is_replaced_in_a_live_loop",
+    ),
+    Listed(
+        "BatchNorm validated in eval mode",
+        SAID,
+        'validate in train mode, or `tuner.step` with mode="unrolled"',
+        "online/test_tuner.py::test_batchnorm_in_eval_mode_is_said_in_forward_mode_and_right_in_unrolled_mode",
+    ),
+    Listed(
+        "several optimizers, together or in turn",
+        SUPPORTED,
+        "a list of them",
+        SEVERAL + "test_several_optimizers_have_the_hypergradients_of_finite_differences",
+    ),
+    Listed(
+        "several optimizers, each with a scheduler",
+        SUPPORTED,
+        "a list of them",
+        SEVERAL + "test_several_optimizers_each_with_a_scheduler",
+    ),
+    Listed(
+        "several optimizers, each clipped by itself",
+        SAID,
+        "clip over all",
+        SEVERAL + "test_several_optimizers_clipped_each_by_itself_is_counted",
+    ),
+    Listed(
+        "validation batches drawn by a loader",
+        SUPPORTED,
+        "",
+        REGRESSIONS + "test_validation_batches_drawn_by_a_loader_differ_and_leave_trainings_stream_alone",
+    ),
+    Listed(
+        "resumed from state_dicts, in any order",
+        SUPPORTED,
+        "",
+        RESUME + "test_run_resumes_exactly_whatever_is_loaded_first",
+    ),
+    Listed(
+        "steps beyond total_steps",
+        SAID,
+        "epochs * len(train_loader)",
+        PHASES + "test_the_first_step_beyond_total_steps_is_said_once",
+    ),
+    # rows of distributed training, frozen layers, GANs, clip_value and hypers come here, with their tests
+    Listed("torch.compile'd model", REFUSED, "`model._orig_mod`", LAYERS),
+    Listed("checkpoint(use_reentrant=True)", REFUSED, "`use_reentrant=False`", LAYERS),
+    Listed("@once_differentiable functions", REFUSED, "differentiable operations in backward", LAYERS),
+)
