@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import cache
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from hypergrad.core.second_order import ONCE
+from hypergrad.core.second_order import ONCE, twice_differentiable
 
 _COMPILED = (
     "a module under torch.compile",
@@ -167,6 +167,7 @@ class Linearization:
         extra: more leaves that count as columns (hyperparameters in the loss), or whose gradient is wanted.
         products: False where no product is needed; the graph is then freed at once.
         retain: keep it all the same.
+        plain: the loss was computed under `twice_differentiable`, and so is what checkpointing computes of it again.
     """
 
     def __init__(
@@ -176,11 +177,12 @@ class Linearization:
         extra: Sequence[Tensor] = (),
         products: bool = True,
         retain: bool = False,
+        plain: bool = False,
     ):
-        self.params, self.extra = list(params), list(extra)
+        self.params, self.extra, self.plain = list(params), list(extra), plain
         check_scalar(loss, "the loss")
         inputs = [*self.params, *self.extra]
-        with _explained():
+        with _explained(plain):
             grads = grad_or_none([loss], inputs, create_graph=products, retain_graph=products or retain)
         self._whole = loss
         self.loss = loss.detach()
@@ -217,7 +219,7 @@ class Linearization:
         if not used:
             return [None] * len(inputs)
         outputs, cotangents = zip(*used, strict=True)
-        with _explained(), without_hooks(inputs):
+        with _explained(self.plain), without_hooks(inputs):
             return grad_or_none(outputs, inputs, cotangents, retain_graph=retain)
 
     # With hooks on parameters g = c(∇ℓ), and ∂g/∂θ = c' H is not symmetric: J z = ∂(Jᵀu)/∂uᵀ z.
@@ -235,7 +237,7 @@ class Linearization:
         outputs = [g for g in rows if g is not None and g.requires_grad]
         us = [torch.zeros_like(g, requires_grad=True) for g in outputs]
         inputs, tangents = [*self.params, *self.extra], [*vectors, *(extra or [None] * len(self.extra))]
-        with _explained(), without_hooks(inputs):
+        with _explained(self.plain), without_hooks(inputs):
             vjp = grad_or_none(outputs, inputs, us, create_graph=True) if outputs else [None] * len(inputs)
             pairs = [(x, v) for x, v in zip(vjp, tangents, strict=True) if v is not None and x is not None]
             pairs = [(x, v) for x, v in pairs if x.requires_grad]
@@ -252,14 +254,16 @@ class Linearization:
 
     def free(self) -> None:
         """Free the graph where no product did: the gradient does not depend on the parameters."""
-        grad_or_none([self._whole], self.params)
+        with _explained(self.plain):
+            grad_or_none([self._whole], self.params)
 
 
 @contextmanager
-def _explained() -> Iterator[None]:
-    """Raise with the remedy where torch has no second derivative."""
+def _explained(plain: bool) -> Iterator[None]:
+    """Raise with the remedy where torch has no second derivative. plain: under `twice_differentiable`."""
     try:
-        yield
+        with twice_differentiable() if plain else nullcontext():
+            yield
     except (RuntimeError, NotImplementedError) as error:
         for symptom, (layer, remedy) in _REMEDIES.items():
             if symptom in str(error):

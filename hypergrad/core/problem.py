@@ -74,6 +74,7 @@ class Problem:
         self.cut: bool | None = None  # see `is_cut`, of the first training loss whose products were taken
         self.held_buffers = Buffers(model, *self.loss_tensors.nets)
         self.device = self.params[0].device
+        self.validating = False  # a validation loss is being computed
         self.stats: RunningStats | None = None  # set by `follow_running_stats`
 
     # ---- state that is neither θ nor the optimizer's
@@ -134,7 +135,7 @@ class Problem:
         exact = survey(loss, self.model).exact if products else True
         if products and self.cut is None:
             self.cut = is_cut(loss)
-        lin = Linearization(loss, self.params, extra, products)
+        lin = Linearization(loss, self.params, extra, products, plain=True)
         lin.decay, lin.exact = decay, exact
         if not self.processes.alone:
             lin = RankMean(lin, self.processes, len(self.hypers))
@@ -213,6 +214,7 @@ class Problem:
     def _without_effect(self, seed: int | None) -> Iterator[None]:
         """With gradients enabled. Random numbers, from a stream of their own with a seed, and buffers are put back."""
         buffers, rng, host_rng = self.read_buffers(), self.rng(), HostRng()
+        self.validating = True
         try:
             if seed is not None:
                 rng.seed(seed)
@@ -220,6 +222,7 @@ class Problem:
             with torch.enable_grad(), self.processes.quiet():
                 yield
         finally:
+            self.validating = False
             self.write_buffers(buffers, silently=True)  # the same values
             rng.restore()
             host_rng.restore()

@@ -14,29 +14,36 @@ from typing import Any
 
 import torch
 
+from hypergrad.core.problem import Problem
 from hypergrad.core.second_order import twice_differentiable
 
 
 class ForwardSwitch:
-    """Runs `model(...)` under `twice_differentiable` where `due()`.
+    """Runs the model's training calls under `twice_differentiable` where `due()`.
 
     Args:
+        problem: with the model; it tells validation, which needs no product.
         due: a bound method; its object is not kept alive.
     """
 
-    def __init__(self, model: torch.nn.Module, due: Callable[[], bool]):
-        self.model, self._due = model, weakref.WeakMethod(due)
+    def __init__(self, problem: Problem, due: Callable[[], bool]):
+        self.problem, self.model, self._due = problem, problem.model, weakref.WeakMethod(due)
+        self.allowed = True  # False where training is to be the same bit for bit
         self.handles: list[Any] | None = None
         self.compiled: Any = None  # of model.compile()
         self.open: list[ExitStack] = []  # of the calls under way, a call within a call last
 
+    @property
+    def attached(self) -> bool:
+        return self.handles is not None
+
     def due(self) -> bool:
         due = self._due()
-        return due is not None and due()
+        return self.allowed and not self.problem.validating and due is not None and due()
 
     def attach(self) -> None:
         """Begin; a second call changes nothing."""
-        if self.handles is not None:
+        if self.attached:
             return
         self.handles = []
         if getattr(self.model, "_compiled_call_impl", None) is not None:

@@ -64,7 +64,10 @@ class HyperSteps:
         self.hypergradients: dict[str, Tensor] = {}
 
     def freeze(self) -> None:
-        self.frozen = True
+        self._set_frozen(True)
+
+    def _set_frozen(self, frozen: bool) -> None:
+        self.frozen, self.tangents.forward.allowed = frozen, not frozen
 
     def take(self, t: int, warming: bool) -> bool:
         """One hyperparameter step from the tangents, after t training steps; once nothing is tuned any more, the loss alone.
@@ -235,6 +238,7 @@ class HyperSteps:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.frozen, self.val_loss = bool(state["frozen"]), float(state["val_loss"])
+        self._set_frozen(bool(state["frozen"]))
+        self.val_loss = float(state["val_loss"])
         self.validated, self.moved = int(state["validated"]), bool(state["moved"])
         self.noise.load_state_dict(state["noise"])

@@ -8,7 +8,7 @@ has to know is asked of a `Readout`, which the loop fetches once a step.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -17,8 +17,10 @@ from torch import Tensor
 from hypergrad.core.data_parallel import check_now
 from hypergrad.core.detached import is_cut
 from hypergrad.core.graph import Linearization, grad_or_none, survey
+from hypergrad.core.problem import Problem
 from hypergrad.core.processes import ALONE, Processes
 from hypergrad.core.readout import Readout
+from hypergrad.core.second_order import twice_differentiable
 from hypergrad.online.accumulation import accumulate, expected, found
 from hypergrad.online.forward_switch import ForwardSwitch
 from hypergrad.online.gradient_changes import Comparison, Pending, carried_on
@@ -40,14 +42,14 @@ class Tangents:
         self,
         transition: Transition,
         vector: HyperVector,
-        model: torch.nn.Module,
+        problem: Problem,
         scaler: Any,
         clip_norm: Any,
         low_rank: LowRankHessian | None = None,
         processes: Processes = ALONE,
     ):
         self.processes = processes
-        self.transition, self.vector, self.model = transition, vector, model
+        self.transition, self.vector, self.model = transition, vector, problem.model
         self.scaler, self.clip_norm = scaler, clip_norm
         self.low_rank = low_rank  # None: every product is formed
         self.tangent: Tangent | None = None  # None: zero
@@ -61,7 +63,7 @@ class Tangents:
         self.counts = {"gradients": 0, "hessian_products": 0, "capped": 0, "nonfinite_products": 0}
         self.read: set[str] = set()  # names of tensors in the loss that a loss depended on
         self.cut = False  # see `is_cut`, of the first loss
-        self.forward = ForwardSwitch(model, self.products_due)
+        self.forward = ForwardSwitch(problem, self.products_due)
         if vector.hypers:  # their products are due from the first step on
             self.forward.attach()
         self._own = {id(x) for x in [*transition.params, *vector.hypers.values()]}
@@ -93,13 +95,16 @@ class Tangents:
         if graph.once:
             self.forward.attach()
         self.look_at_weights(self.transition.flatten(params))
-        due, products = self._due(), self.products_due()
+        due, products = self._due(), self.products_due() and (self.forward.allowed or not graph.once)
         # what has no second derivative is refused before any step
-        trial = not products and self.counts["gradients"] == 0 and not graph.once
+        trial = not products and self.counts["gradients"] == 0 and not graph.once and not self.forward.attached
         products, plain = products or trial, None
         if products and not graph.exact:  # one pass more, for a gradient that is torch's to the last bit
-            plain = grad_or_none([loss], [*params, *others], retain_graph=True)
-        lin = Linearization(loss, params, [*hypers, *others], products, retain_graph)
+            with twice_differentiable() if self.forward.attached else nullcontext():
+                plain = grad_or_none([loss], [*params, *others], retain_graph=True)
+        lin = Linearization(
+            loss, params, [*hypers, *others], products, retain_graph, products and self.forward.attached
+        )
         dg = self._gradient_tangent(lin, len(others), retain_graph, due) if products and not trial else None
         if trial:
             lin.jvp(lin.grads, retain=retain_graph)

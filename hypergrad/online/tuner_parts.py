@@ -113,7 +113,7 @@ def build(
     search = LrSearch(find(policies, LrWarmStart), starts_are_hints)
     low_rank = LowRankHessian(search) if options.curvature == "free" else None
     processes = problem.processes
-    tangents = Tangents(transition, vector, problem.model, scaler, clip_norm, low_rank, processes)
+    tangents = Tangents(transition, vector, problem, scaler, clip_norm, low_rank, processes)
     outer = OuterOptimizer(vector, policies, options.hyper_lr)
     counts: dict[str, int] = dict.fromkeys(COUNTED, 0)
     journal = Journal(log_dir, _recorded(vector, transition, options), silent=processes.rank > 0)

@@ -59,7 +59,7 @@ class Row:
         says: of the warning or the error, as a regular expression. A loop that is supported may be warned of too.
         wrt: what is tuned.
         options: more arguments of the tuner.
-        scheduled: a scheduler writes lr: what is tuned is a multiplier of what it writes.
+        scheduled: a scheduler writes lr: what is tuned is the scale of what it writes, over the group's initial lr.
         rtol: of the hypergradients.
         slow: takes more than about a second.
     """
@@ -115,11 +115,11 @@ def stock(row: Row, name: str, group: int, delta: float) -> float:
     live = row.build()
     here, opt = [(g, opt) for opt in live.optimizers for g in opt.param_groups][group]
     if row.scheduled and name == "lr":
-        written = list[float]()
+        written, base = list[float](), here.get("initial_lr", here["lr"])
 
         def multiply(*_: Any) -> None:
             written.append(here["lr"])
-            here["lr"] *= 1 + delta
+            here["lr"] *= 1 + delta / base
 
         opt.register_step_pre_hook(multiply)
         opt.register_step_post_hook(lambda *_: here.update(lr=written[-1]))

@@ -49,6 +49,7 @@ FD = "online/test_tuner.py::test_hypergradient_of_a_live_loop_is_that_of_finite_
 SEVERAL = "online/test_tuner_several_optimizers.py::"
 LAYERS = "core/test_layers.py::test_layer"
 ARGUMENTS, PHASES = "online/test_tuner_arguments.py::", "online/test_tuner_phases.py::"
+SCHEDULERS = "online/test_schedulers.py::"
 REGRESSIONS, RESUME = "online/test_tuner_regressions.py::", "online/test_tuner_resume.py::"
 
 ELSEWHERE: tuple[Listed, ...] = (
@@ -65,14 +66,44 @@ ELSEWHERE: tuple[Listed, ...] = (
     Listed(
         "a scheduler",
         SUPPORTED,
-        "lr is a multiplier of what it writes",
-        "online/test_tuner.py::test_multiplier_of_a_scheduler",
+        "its shape is lr's shape; a scale is tuned",
+        SCHEDULERS + "test_hypergradient_is_that_of_scaling_all_that_is_written",
     ),
     Listed(
-        "a scheduler and total_steps",
+        "a scheduler and total_steps, or made in mid-run, or a schedule of the loop's own",
+        SUPPORTED,
+        "",
+        SCHEDULERS + "test_the_shape_of_total_steps_by_a_scheduler_gives_the_same_run",
+    ),
+    Listed(
+        "eta_min, min_lr and other learning rates that are not relative to the initial one",
+        SAID,
+        "give them relative to it",
+        SCHEDULERS + "test_absolute_learning_rates_are_said_once_with_the_relative_form",
+    ),
+    Listed(
+        "SWALR more than a hundred times off the initial lr",
         REFUSED,
-        "one of the two",
-        "online/test_tuner.py::test_scheduler_and_total_steps_is_an_error",
+        "`swa_lr=0.5 * lr`",
+        SCHEDULERS + "test_swa_lr_far_from_the_initial_lr_is_refused_before_weights_change",
+    ),
+    Listed(
+        "fused attention (scaled_dot_product_attention, nn.Transformer), torch.compile(model), model.compile()",
+        SUPPORTED,
+        "the plain form of the forward pass runs where a product is due; gradients are equal to rounding there",
+        "online/test_forward_switch.py::test_hypergradients_are_those_of_the_stock_loop",
+    ),
+    Listed(
+        "a compiled optimizer.step",
+        SUPPORTED,
+        "lr in a tensor, as torch advises, saves one compilation",
+        "online/test_forward_switch.py::test_a_compiled_step_is_not_compiled_again_and_gives_the_same",
+    ),
+    Listed(
+        "fused attention in a part that is called beside the model",
+        REFUSED,
+        "call the model, or `sdpa_kernel(SDPBackend.MATH)`",
+        "online/test_forward_switch.py::test_a_part_called_beside_the_model_is_refused_with_the_way_out",
     ),
     Listed(
         "OneCycleLR with momentum tuned",
@@ -96,9 +127,15 @@ ELSEWHERE: tuple[Listed, ...] = (
     ),
     Listed(
         "optimizer.step(closure)",
+        SUPPORTED,
+        "",
+        "online/test_closures.py::test_a_closure_gives_what_backward_and_step_give",
+    ),
+    Listed(
+        "an optimizer that calls its closure more than once",
         REFUSED,
-        "step without it",
-        REGRESSIONS + "test_closure_is_refused_before_anything_changes",
+        "another optimizer",
+        "online/test_closures.py::test_an_optimizer_that_needs_two_gradients_is_refused_and_weights_stay",
     ),
     Listed(
         "hooks on parameters", SUPPORTED, "differentiated", REGRESSIONS + "test_hook_on_a_parameter_is_differentiated"

@@ -193,6 +193,7 @@ DETACHED: dict[str, Row] = {
     ),
     "deep equilibrium, backward in a hook": Row(field(Equilibrium, classes), UNSEEN, CHECK),
     "EMA weights swapped in and out inside val_loss": Row(
-        ema_swapped_in, UNSEEN, "validate the weights themselves; `average=True` takes a mean of them"
+        ema_swapped_in, REFUSED, "validate the weights themselves; `average=True` takes a mean of them",
+        "val_loss writes to the parameters",
     ),
 }  # fmt: skip

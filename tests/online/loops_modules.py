@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils import parametrizations, prune
 from torch.utils.checkpoint import checkpoint
 
@@ -27,20 +26,19 @@ CHARACTERS, LENGTH = 7, 6
 class Block(nn.Module):
     """Of a GPT-2."""
 
-    def __init__(self, width: int, checkpointed: bool, kernel: SDPBackend):
+    def __init__(self, width: int, checkpointed: bool):
         super().__init__()
         self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(2))
         self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
         self.mlp = nn.Sequential(
             nn.Linear(width, 2 * width), nn.GELU("tanh"), nn.Linear(2 * width, width), nn.Dropout(0.1)
         )
-        self.checkpointed, self.kernel = checkpointed, kernel
+        self.checkpointed = checkpointed
 
     def body(self, x: Tensor) -> Tensor:
         b, t, w = x.shape
         q, k, v = (z.view(b, t, 2, w // 2).transpose(1, 2) for z in self.qkv(self.norms[0](x)).split(w, dim=2))
-        with sdpa_kernel(self.kernel):
-            y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         x = x + self.out(y.transpose(1, 2).reshape(b, t, w))
         return x + self.mlp(self.norms[1](x))
 
@@ -51,10 +49,10 @@ class Block(nn.Module):
 class TinyGPT(nn.Module):
     """GPT-2 with its head tied to the embedding of characters."""
 
-    def __init__(self, checkpointed: bool = False, kernel: SDPBackend = SDPBackend.MATH):
+    def __init__(self, checkpointed: bool = False):
         super().__init__()
         self.characters, self.places = nn.Embedding(CHARACTERS, 8), nn.Embedding(LENGTH, 8)
-        self.blocks = nn.ModuleList(Block(8, checkpointed, kernel) for _ in range(2))
+        self.blocks = nn.ModuleList(Block(8, checkpointed) for _ in range(2))
         self.norm, self.head = nn.LayerNorm(8), nn.Linear(8, CHARACTERS, bias=False)
         self.head.weight = self.characters.weight
 
@@ -252,10 +250,7 @@ def parallel() -> nn.Module:
 
 MODULES: dict[str, Row] = {
     "GPT-2, tied head, clipped": Row(
-        of_characters(TinyGPT, 0.5), how="`sdpa_kernel(SDPBackend.MATH)`, `clip_norm=`", options={"clip_norm": 0.5}
-    ),
-    "GPT-2 with another attention kernel": Row(
-        of_characters(lambda: TinyGPT(kernel=SDPBackend.FLASH_ATTENTION)), REFUSED, "`sdpa_kernel(SDPBackend.MATH)`", "MATH"
+        of_characters(TinyGPT, 0.5), how="`clip_norm=`", options={"clip_norm": 0.5}
     ),
     "activation checkpointing": Row(of_characters(lambda: TinyGPT(True)), how="`use_reentrant=False`"),
     "LSTM": Row(of_characters(lambda: Recurrent(nn.LSTM))),

@@ -156,7 +156,7 @@ def test_the_compiled_form_runs_where_no_product_is_due_and_is_compiled_once(nam
         graphs.append(counters["stats"]["unique_graphs"])
     assert ran_compiled == [not product for product in formed]
     assert sum(formed) > 10 and not any(formed[-4:])  # from 90 % on nothing is tuned
-    assert graphs[-1] == graphs[6]  # two validations
+    assert graphs[-1] - graphs[2] <= 1  # the validation batch, of another shape, where it is read without a product
 
 
 @pytest.mark.parametrize("name", NETS)
