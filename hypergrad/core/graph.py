@@ -54,6 +54,7 @@ class Survey(NamedTuple):
     leaves: list[Tensor]
     exact: bool  # the gradient is the same bit for bit, with its graph kept or not
     once: bool  # it holds what `second_order.twice_differentiable` avoids
+    compiled: bool  # among it a compiled module or function
 
 
 def nodes_of(*roots: Any) -> Iterator[Any]:
@@ -69,7 +70,7 @@ def nodes_of(*roots: Any) -> Iterator[Any]:
 
 def survey(loss: Tensor, model: torch.nn.Module | None = None) -> Survey:
     """The leaves of a loss's graph. Raise where the graph holds something that cannot be differentiated twice."""
-    leaves, exact, once = [], True, False
+    leaves, exact, once, of_compiled = [], True, False, False
     for node in nodes_of(loss.grad_fn):
         variable = getattr(node, "variable", None)
         if variable is not None:
@@ -77,7 +78,7 @@ def survey(loss: Tensor, model: torch.nn.Module | None = None) -> Survey:
         elif (name := node.name()) in _INEXACT:
             exact = False
         elif name.startswith(ONCE):
-            once = True
+            once, of_compiled = True, of_compiled or name.startswith("CompiledFunction")
         elif node.name() == "WeightNormInterfaceBackward0":
             raise NotImplementedError(
                 f"{_weight_norm_layers(model)} has a wrong second derivative in torch: remove it "
@@ -98,7 +99,7 @@ def survey(loss: Tensor, model: torch.nn.Module | None = None) -> Survey:
             _check_embedding(node, model)
         elif isinstance(node, torch.autograd.function.BackwardCFunction):
             _check_twice_differentiable(node)
-    return Survey(leaves, exact, once)
+    return Survey(leaves, exact, once, of_compiled)
 
 
 def _check_twice_differentiable(node: Any) -> None:

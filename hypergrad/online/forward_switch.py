@@ -46,7 +46,7 @@ class ForwardSwitch:
         if self.attached:
             return
         self.handles = []
-        if getattr(self.model, "_compiled_call_impl", None) is not None:
+        if _compiled_call(self.model) is not None:
             self._wrap_compiled_call()
             return
         enter: Any = torch.compiler.disable(self._enter)
@@ -56,8 +56,17 @@ class ForwardSwitch:
             self.model.register_forward_hook(leave, always_call=True),
         ]
 
+    def check_compiled(self) -> None:
+        """Raise where a graph has a compiled part, and the model has none: its call cannot be switched."""
+        if not any(hasattr(x, "_orig_mod") or _compiled_call(x) is not None for x in self.model.modules()):
+            raise NotImplementedError(
+                "the loss went through code under torch.compile, which has no second derivative in torch, and the model that "
+                "hypergrad was given is not compiled: give it the compiled module that the loss calls. A function that calls the "
+                "model or the tuner may not be compiled."
+            )
+
     def _wrap_compiled_call(self) -> None:
-        model, self.compiled = self.model, self.model._compiled_call_impl
+        model, self.compiled = self.model, _compiled_call(self.model)
 
         def call(*args: Any, **kwargs: Any) -> Any:
             if not self.due():
@@ -84,3 +93,8 @@ class ForwardSwitch:
         if self.compiled is not None:
             self.model._compiled_call_impl = self.compiled
         self.handles = self.compiled = None
+
+
+def _compiled_call(module: torch.nn.Module) -> Any:
+    """What `module.compile()` has made; None without."""
+    return getattr(module, "_compiled_call_impl", None)

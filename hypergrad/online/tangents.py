@@ -92,6 +92,8 @@ class Tangents:
         if not self.counts["gradients"]:
             self.cut = is_cut(loss)
         others = [x for x in (graph.leaves if inputs is None else inputs) if id(x) not in self._own]
+        if graph.compiled:
+            self.forward.check_compiled()
         if graph.once:
             self.forward.attach()
         self.look_at_weights(self.transition.flatten(params))
