@@ -11,15 +11,36 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from hypergrad.core.graph import without_hooks
+from hypergrad.core.multi_tensor import copies
 from hypergrad.core.processes import Processes, column_sums, is_mean
 from hypergrad.core.readout import Readout
 from hypergrad.online.gradient_changes import Pending, any_of_each
 from hypergrad.optimizers.transition import Transition
+
+
+class _Hand(torch.autograd.Function):
+    """A node whose backward pass hands given gradients to leaves.
+
+    It keeps none of them: autograd takes a gradient that nobody else holds for `.grad` as it is, and copies it otherwise, tensor
+    by tensor.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, grads: list[Tensor], *leaves: Tensor) -> Tensor:
+        ctx.grads = grads
+        return leaves[0].new_empty(())
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> Any:
+        grads = tuple(ctx.grads)
+        ctx.grads.clear()
+        return (None, *grads)
 
 
 def accumulate(inputs: Sequence[Tensor], grads: Sequence[Tensor | None]) -> None:
@@ -27,8 +48,14 @@ def accumulate(inputs: Sequence[Tensor], grads: Sequence[Tensor | None]) -> None
     pairs = [(x, g.detach()) for x, g in zip(inputs, grads, strict=True) if g is not None]
     leaves = [x for x, _ in pairs if x.is_leaf]
     if leaves:
+        first = [g for x, g in pairs if x.is_leaf and x.grad is None]
+        each = iter(copies(first))
+        fresh = [next(each) if x.grad is None else g for x, g in pairs if x.is_leaf]
+        del each
+        with torch.enable_grad():
+            root = _Hand.apply(fresh, *leaves)
         with without_hooks(leaves):
-            torch.autograd.backward(leaves, [g for x, g in pairs if x.is_leaf])
+            torch.autograd.backward([root], [root.detach()])
     for x, g in pairs:
         if not x.is_leaf:  # of backward(inputs=...)
             with warnings.catch_warnings():

@@ -282,10 +282,12 @@ def test_weights_come_back_from_the_average_and_from_a_roll_back() -> None:
 def own_kernels(loop: Loop, layers: int) -> tuple[int, list[int]]:
     """The number of tensors, and of the kernels of each step that are hypergrad's own.
 
-    Not counted: the user's forward passes, autograd's own kernels in a backward pass or product, and torch's optimizer.
+    Not counted: the user's forward passes, autograd's own kernels in a backward pass or product, and torch's optimizer. Where
+    there are gradients already, autograd adds to them tensor by tensor, as in `loss.backward()`; else it takes them as they are.
     """
-    grad, kernels = torch.autograd.grad, []
-    with stand_in(), quiet(), mock.patch("torch.autograd.grad", aside(grad)):
+    grad, backward, kernels = torch.autograd.grad, torch.autograd.backward, []
+    adds = mock.patch("torch.autograd.backward", aside(backward) if loop.parts > 1 else backward)
+    with stand_in(), quiet(), mock.patch("torch.autograd.grad", aside(grad)), adds:
         run = loop.build(NAME, layers)
         run.tuner._hyper.validation = aside(run.tuner._hyper.validation)
         for opt in run.optimizers:
