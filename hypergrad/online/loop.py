@@ -277,8 +277,15 @@ class OnlineLoop:
             )
 
     def state_dict(self) -> dict[str, Any]:
-        return {"t": self.t, "values": dict(self.used[0]), "slopes": self.used[1]}
+        return {
+            "t": self.t,
+            "values": dict(self.used[0]),
+            "slopes": self.used[1],
+            "stepped": sorted(self.stepped),
+            "void": self.void,
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.t = int(state["t"])
         self.used = dict(state["values"]), state["slopes"].clone()
+        self.stepped, self.void = set(state["stepped"]), bool(state["void"])

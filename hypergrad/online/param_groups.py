@@ -35,6 +35,8 @@ class ParamGroupWriter:
                 self._not_beside_a_scheduler(entry.name)
         named = {entry.name for entry in vector.entries if entry.group is not None}
         self.left: dict[Key, Any] = {(n, g): plain(x.get(n)) for n in named for g, x in enumerate(groups)}
+        self.found = dict(self.left)
+        self.fresh: dict[Key, Any] = {}  # what was there before a state was loaded, until the first step after it
         self.base: dict[Key, Any] = {}  # what something else wrote, put back after the step
         self.multiplies = {("lr", g) for g in scheduled}
         for j, entry in enumerate(vector.entries):
@@ -82,7 +84,7 @@ class ParamGroupWriter:
                 continue
             key, group = (entry.name, entry.group), groups[entry.group]
             now = known[key] if key in known else plain(group[entry.name])
-            if key not in self.multiplies and self.left[key] is not None and now != self.left[key]:
+            if key not in self.multiplies and now != self.left[key] and not self._not_loaded(key, now, group):
                 self._taken_over(j, key)
                 multipliers.append(j)
             value = float(self.vector.value[j])
@@ -97,6 +99,7 @@ class ParamGroupWriter:
             if key in known:
                 known[key] = torch.tensor(value, dtype=group[entry.name].dtype).item()
             self.left[key] = known[key] if key in known else plain(group[entry.name])
+            self.fresh.pop(key, None)
         return multipliers
 
     def restore(self, optimizer: int) -> None:
@@ -116,15 +119,19 @@ class ParamGroupWriter:
             group[name] = value
 
     def state_dict(self) -> dict[str, Any]:
-        return {"multiplies": sorted([list(key) for key in self.multiplies], key=str)}
+        return {
+            "multiplies": sorted([list(key) for key in self.multiplies], key=str),
+            "left": [[*key, value] for key, value in self.left.items()],
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.multiplies = {(str(name), int(group)) for name, group in state["multiplies"]}
-        self.accept_present()
+        self.left = {(str(name), int(group)): value for name, group, value in state["left"]}
+        self.fresh = dict(self.found)
 
-    def accept_present(self) -> None:
-        """Take whatever is in the param groups now as ours (after load_state_dict)."""
-        self.left = dict.fromkeys(self.left)
+    def _not_loaded(self, key: Key, now: Any, group: dict[str, Any]) -> bool:
+        """Whether a group's value is that of a fresh optimizer beside a tuner that goes on: its state was not loaded."""
+        return key in self.fresh and now == self.fresh[key] and "initial_lr" not in group
 
     def _taken_over(self, j: int, key: Key) -> None:
         """Something else wrote a value: from now on ours is a multiplier of what it writes."""

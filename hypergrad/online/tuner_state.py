@@ -7,7 +7,7 @@ from typing import Any
 
 from hypergrad.online.loop import OnlineLoop
 
-VERSION = 2  # of the layout below; a state of another one is refused
+VERSION = 3  # of the layout below; a state of another one is refused
 
 
 def state_of(loop: OnlineLoop, counts: Mapping[str, int]) -> dict[str, Any]:

@@ -30,7 +30,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hypergrad.core.problem import Problem, Saved
+from hypergrad.core.problem import Problem
+from hypergrad.online.kept_state import KeptState, as_buffers, values_of
 from hypergrad.online.policies.policy import Policy
 from hypergrad.optimizers.binding import State
 from hypergrad.optimizers.transition import Transition
@@ -58,12 +59,6 @@ class DivergenceGuard(Policy):
         return StepJudge(self, transition, problem, reference)
 
 
-@dataclass
-class _Good:
-    state: State
-    buffers: list[Saved]
-
-
 class StepJudge:
     """Judges every step before it is taken, and keeps the last good states."""
 
@@ -76,7 +71,7 @@ class StepJudge:
         self.cut = self.policy.lr_cut  # by which lr is divided at the next roll-back
         self.seen = self.bad_in_a_row = 0
         self.restored = False  # the weights of this step are those that were rolled back to
-        self.good: deque[_Good] = deque(maxlen=2)
+        self.good: deque[KeptState] = deque(maxlen=2)
         self.first_buffers = problem.read_buffers()
 
     def judge(self, loss: float | None, finite: bool, theta: Tensor) -> str:
@@ -160,7 +155,7 @@ class StepJudge:
         progress = 0.0 if math.isinf(self.best) else max(self.reference - self.best, 0.0)
         kept = self.mean <= self.reference - (1 - self.policy.lost_share / 2) * progress
         if (kept and not self.bad_in_a_row) or not self.good:
-            self.good.append(_Good(state, self.problem.read_buffers()))
+            self.good.append(KeptState(state, self.problem.read_buffers()))
 
     def mend_buffers(self) -> None:
         """A bad batch may have put a NaN into running statistics: take those of the last good state, or the first ones."""
@@ -172,7 +167,7 @@ class StepJudge:
         self.mean, self.variance, self.seen, self.bad_in_a_row, self.restored = 0.0, 0.0, 0, 0, False
         self.best = self.level = math.inf
         self.good.clear()
-        self.good.append(_Good(state, self.problem.read_buffers()))
+        self.good.append(KeptState(state, self.problem.read_buffers()))
 
     def roll_back(self) -> bool:
         """Copy weights, buffers and optimizer tensors back, in place, from the older of the states kept."""
@@ -187,7 +182,11 @@ class StepJudge:
         return True
 
     def state_dict(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in (*_FLOATS, *_COUNTS)}
+        numbers = {name: getattr(self, name) for name in (*_FLOATS, *_COUNTS)}
+        good = [kept.state_dict() for kept in self.good]
+        return numbers | {"good": good, "first buffers": values_of(self.first_buffers)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         vars(self).update({name: float(state[name]) for name in _FLOATS} | {name: int(state[name]) for name in _COUNTS})
+        self.good = deque((KeptState.from_state_dict(x, self.problem) for x in state["good"]), maxlen=2)
+        self.first_buffers = as_buffers(state["first buffers"], self.problem)
