@@ -113,6 +113,12 @@ class OnlineLoop:
                 self._drop_gradients(i)
                 self.recovery.act(self.t, verdict, loss)
                 return
+            zero = read["sum"][0] == 0 and not bool(g.any())
+            if not self.stepped and self.starts.undoes(state, loss, zero):
+                self.void = True
+                self._drop_gradients(i)
+                self.recovery.undo_start(self.t, *self.starts.undo())
+                return
         if not self.stepped:
             self.tangents.follow(state.theta, self.t)
         values = self._use(i)

@@ -9,12 +9,14 @@ import torch
 from torch import Tensor
 
 from hypergrad.logging import Journal
+from hypergrad.online.kept_state import KeptState
 from hypergrad.online.outer_optimizer import OuterOptimizer
 from hypergrad.online.param_groups import ParamGroupWriter
 from hypergrad.online.policies.lr_warm_start import LrSearch
 from hypergrad.online.policies.momentum_start import MomentumStart, largest_momentum
 from hypergrad.online.policies.policy import Policy, find
 from hypergrad.online.policies.weight_decay_sizing import WeightDecaySizing
+from hypergrad.online.start_watch import StartWatch
 from hypergrad.online.tangents import Tangents
 from hypergrad.optimizers.binding import State, Values
 
@@ -24,6 +26,7 @@ class Starts:
 
     Args:
         search: lr's warm start.
+        watch: whether it is to be undone.
         hints: whether typed starts of lr, momentum and weight decay are hints.
         total: steps of the run; None: not known.
     """
@@ -32,6 +35,7 @@ class Starts:
         self,
         policies: Sequence[Policy],
         search: LrSearch,
+        watch: StartWatch,
         outer: OuterOptimizer,
         tangents: Tangents,
         writer: ParamGroupWriter,
@@ -39,7 +43,8 @@ class Starts:
         total: int | None,
         hints: bool,
     ):
-        self.search, self.outer, self.tangents, self.writer, self.journal = search, outer, tangents, writer, journal
+        self.search, self.watch = search, watch
+        self.outer, self.tangents, self.writer, self.journal = outer, tangents, writer, journal
         self.vector, self.transition, self.total = outer.vector, tangents.transition, total
         self.hints = hints
         self.of_momentum, self.sizing = find(policies, MomentumStart), find(policies, WeightDecaySizing)
@@ -52,6 +57,7 @@ class Starts:
             return
         if frozen or any("initial_lr" in group for group in self.transition.groups):
             self.search.stop()
+            self.watch.stop()
         elif self.momentum is None:
             self._start_momentum(t)
 
@@ -99,6 +105,14 @@ class Starts:
             push_again()
         self.tangents.take_hits()
 
+    def undoes(self, state: State, loss: float | None, zero: bool) -> bool:
+        """Whether the warm start is to be undone, as of a step that is about to be taken. zero: its gradient is exactly 0."""
+        return self.watch.active and self.watch.sees(state, loss, zero, self.search.active)
+
+    def undo(self) -> tuple[KeptState, float]:
+        """The state to go back to, and by what lr is divided."""
+        return self.watch.undo(), self.watch.policy.lr_cut
+
     def begin_phase(self) -> None:
         """Other numbers are tuned from now on. Where weight decay is one of them it is sized."""
         moving = {self.vector.entries[j].name for j in self.vector.moving}
@@ -127,6 +141,7 @@ class Starts:
     def state_dict(self) -> dict[str, Any]:
         return {
             "search": self.search.state_dict(),
+            "watch": self.watch.state_dict(),
             "hints": self.hints,
             "momentum": self.momentum,
             "sizes due": list(self.sizes_due),
@@ -134,4 +149,5 @@ class Starts:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.search.load_state_dict(state["search"])
+        self.watch.load_state_dict(state["watch"])
         self.hints, self.momentum, self.sizes_due = state["hints"], state["momentum"], list(state["sizes due"])

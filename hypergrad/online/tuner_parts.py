@@ -28,6 +28,7 @@ from hypergrad.online.policies.policy import Policy, find
 from hypergrad.online.progress import Progress
 from hypergrad.online.recovery import Recovery
 from hypergrad.online.replay_window import ReplayWindow
+from hypergrad.online.start_watch import StartWatch
 from hypergrad.online.starts import Starts
 from hypergrad.online.tangents import Tangents
 from hypergrad.optimizers.transition import Transition
@@ -118,8 +119,9 @@ def build(
     )
     guard = find(policies, DivergenceGuard)
     judge = None if guard is None else guard.start(transition, problem, before)
-    recovery = Recovery(judge, outer, tangents, journal, counts)
-    starts = Starts(policies, search, outer, tangents, writer, journal, total, starts_are_hints)
+    recovery = Recovery(judge, problem, outer, tangents, journal, counts)
+    watch = StartWatch(search.policy, problem, search.active and not transition.maximizes)
+    starts = Starts(policies, search, watch, outer, tangents, writer, journal, total, starts_are_hints)
     loop = OnlineLoop(hyper, writer, starts, recovery, find(policies, Phases), options.mode, options.every, total)
     return Parts(loop, ReplayWindow(loop, options.horizon), [*vector.notes, *notes])
 

@@ -1,6 +1,6 @@
-"""A run killed after any of its steps and gone on with ends as the run that was not killed, bit for bit, whatever happens in it.
+"""A run killed after any of its steps and gone on with ends as one that was not, bit for bit, whatever happens in it.
 
-The runs are eventful on purpose: batches that are not finite, spikes, roll-backs, backtracks, changes of phase, clipping, schedulers,
+The runs are eventful on purpose: bad batches, spikes, roll-backs, backtracks, changes of phase, clipping, a scheduler,
 several optimizers that do not step equally often.
 """
 
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 import hypergrad
+from hypergrad.policies import DEFAULT, AdamOnPhi, DivergenceGuard, LrWarmStart, Phases, without
 from tests.online.live_loops import float64
 
 __all__ = ["float64"]  # the fixture
@@ -85,9 +86,15 @@ EVENTFUL = {
     ),
     "backtrack": Eventful(
         lambda m: [torch.optim.SGD(m.parameters(), lr=1.0)],
-        tuner={"warm_start": False, "every": 2, "policies": hypergrad.policies.without(
-            hypergrad.policies.DEFAULT, hypergrad.policies.DivergenceGuard)},
+        tuner={"warm_start": False, "every": 2, "policies": without(DEFAULT, DivergenceGuard)},
         happens=("backtracks",),
+    ),
+    "start undone": Eventful(
+        lambda m: [torch.optim.Adam(m.parameters(), lr=0.1)],
+        steps=60,
+        disturbed=dict.fromkeys(range(12, 60), 30.0),
+        tuner={"policies": [Phases(), LrWarmStart(), AdamOnPhi()]},
+        happens=("rollbacks",),
     ),
     "two optimizers": Eventful(two, disturbed=THREE_BAD, happens=("rollbacks",)),
     "in turn": Eventful(two, turns=lambda t: [t % 2], disturbed=THREE_BAD | {30: SPIKE}),

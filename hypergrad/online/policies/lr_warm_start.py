@@ -27,13 +27,20 @@ from hypergrad.online.policies.policy import Policy
 
 @dataclass(frozen=True)
 class LrWarmStart(Policy):
-    """Finds the scale of lr in the first steps of a run. All lr of all groups keep their ratios."""
+    """Finds the scale of lr in the first steps of a run. All lr of all groups keep their ratios.
+
+    Fields from `watched` on: when it is undone, see start_watch.py.
+    """
 
     tiny: float = 1e-3
     growth: float = 2.0
     share: float = 0.5
     shortest: int = 8
     longest: int = 30
+    watched: int = 20
+    losses: int = 5
+    patience: int = 3
+    lr_cut: float = 4.0
 
 
 class LrSearch:
