@@ -5,6 +5,7 @@ p.grad is compared with what `backward` left there:
     g' = g                     J = I
     g' = g/scale               J = I/scale                               with `scaler`
     g' = c g, c < 1            J = c (I − g gᵀ/(N (N + ε)))              with `clip_norm`, N = ‖g‖, c = M/(N + ε)
+    g' = min(max(g, −M), M)    J = diag(|g| ≤ M)                         with `clip_value`
     anything else              unknown: the tangents start again from zero
 
 Between two calls of `backward` gradients may have been zeroed, all of them or some: then what earlier calls left there is void.
@@ -15,7 +16,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -100,7 +100,7 @@ class Comparison:
     Args:
         g: p.grad of the active parameters [n], 0 elsewhere.
         active: the parameters of the optimizer that is about to step which have a gradient.
-        clip_norm: the threshold of `clip_grad_norm_`; None: the loop does not clip.
+        clip: "clip_norm" or "clip_value" and its threshold; None: the loop does not clip.
         scaled: whether the loop has a GradScaler.
     """
 
@@ -110,22 +110,29 @@ class Comparison:
         transition: Transition,
         g: Tensor,
         active: Sequence[bool],
-        clip_norm: Any,
+        clip: tuple[str | None, float],
         scaled: bool,
         readout: Readout,
     ):
-        self.pending, self.clip_norm, self.scaled = pending, clip_norm, scaled
+        self.pending, self.scaled, self.g = pending, scaled, g
+        self.clip, self.threshold = clip
         part = pending.left
         if not all(active):
             part = transition.flatten([x if a else None for x, a in zip(transition.split(part), active, strict=True)])
         readout.ask("same", (g == part).all())
         if pending.changed is not None:
             readout.ask("changed", pending.changed)
-        self.active = active
-        if clip_norm is None and not scaled:
+        self.active, self.sizes = active, transition.sizes
+        self.part = part
+        if self.clip is None and not scaled:
             return
-        self.ref, part = pending.left / pending.scale, part / pending.scale
-        self.rtol, square = 64 * torch.finfo(g.dtype).eps, part @ part
+        self.ref, self.part = pending.left / pending.scale, part / pending.scale
+        part, self.rtol = self.part, 64 * torch.finfo(g.dtype).eps
+        if self.clip == "clip_value":
+            off = (g - part.clamp(-self.threshold, self.threshold)).abs()
+            readout.ask("clamped", (off <= self.rtol * part.abs()).all())  # False for NaN
+            return
+        square = part @ part
         self.c = (g @ part) / square
         self.norm = total_norm(self.ref, transition.sizes)
         off, size = (g - self.c * part).abs(), self.rtol * self.c.abs()
@@ -145,9 +152,18 @@ class Comparison:
         dg = left.new_zeros(k, len(left)) if self.pending.dg is None else self.pending.dg
         if read["same"][0]:
             return dg
+        if "clamped" in read:
+            if not read["clamped"][0]:
+                return None
+            return torch.where(self.ref.abs() > self.threshold, 0, dg / self.pending.scale)
         if "scaling" not in read:
             return None
         return self._through_scaling(read["scaling"], dg / self.pending.scale, any(changed))
+
+    def unknown(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The gradient as the optimizer sees it and as `backward` left it, unscaled [n], 0 where it does not step; all's norm."""
+        left = self.pending.left / self.pending.scale if self.scaled else self.pending.left
+        return self.g, self.part, total_norm(left, self.sizes)
 
     def _through_scaling(self, numbers: Sequence[float], dg: Tensor, changed: bool) -> Tensor | None:
         """J dg for a gradient g = c·ref; a norm is that of the whole ref."""
@@ -156,9 +172,9 @@ class Comparison:
             return None
         if self.scaled and abs(c - 1) < self.rtol:
             return dg
-        if self.clip_norm is None or c > 1 + self.rtol or changed:
+        if self.clip is None or c > 1 + self.rtol or changed:
             return None
-        if abs(c * (n + TORCH_EPS) / float(self.clip_norm) - 1) > self.rtol:
+        if abs(c * (n + TORCH_EPS) / self.threshold - 1) > self.rtol:
             return None  # clipped at another threshold, or over other parameters too
         ref, c_, n_ = self.ref, self.c, self.norm
         return torch.addcmul(c_ * dg, (dg @ ref).unsqueeze(-1) * (-c_ / (n_ * (n_ + TORCH_EPS))), ref)

@@ -22,6 +22,7 @@ from hypergrad.online.param_groups import ParamGroupWriter
 from hypergrad.online.policies.phases import Phases
 from hypergrad.online.recovery import Recovery
 from hypergrad.online.starts import Starts
+from hypergrad.online.unknown_changes import UnknownChanges
 from hypergrad.optimizers.binding import State, Values
 
 
@@ -60,6 +61,7 @@ class OnlineLoop:
         self.skipped = False  # the present step is one that a fused optimizer leaves out
         self.void = False  # the present step was judged to do nothing
         self.given_loss: Tensor | None = None  # of a whole step that `tuner.step` takes
+        self.unknown = UnknownChanges(hyper.journal, hyper.counts)
         self.known: dict[tuple[str, int], float] = {}  # what tensors on the device among the groups' numbers hold
         self.used: tuple[Values, Tensor] = {}, self.vector.slope()  # by the last step: values, dx/dφ
         self.choose_what_is_tuned()
@@ -127,7 +129,7 @@ class OnlineLoop:
         dg = None if comparison is None else comparison.tangent(read, len(self.vector.moving))
         if dg is not None and scale is not None:
             dg = dg / scale
-        self._push(i, state, g, active, values, dg, fresh)
+        self._push(i, state, g, active, values, dg, fresh, comparison)
         if fresh is not None:
             if loss is not None and not self.stepped:
                 self.hyper.progress.note_training_loss(loss)
@@ -177,11 +179,15 @@ class OnlineLoop:
         values: Values,
         dg: Tensor | None,
         fresh: Pending | None,
+        comparison: Comparison | None,
     ) -> None:
         """Tangents through the step; in the first steps what they show of the starts."""
         tangents = self.tangents
         if dg is None:
-            self._count_unknown(fresh is None)
+            tuning = bool(self.vector.moving) and not self.hyper.frozen
+            self.unknown.note(i, self.t, None if fresh is None else comparison, tuning)
+        else:
+            self.unknown.known(i)
         if fresh is not None and not fresh.stepped and dg is not None:
             tangents.curvature.add(tangents.tangent, tangents.pending)
         tangents.push(state, g, active, values, self.used[1], dg)
@@ -265,23 +271,6 @@ class OnlineLoop:
             "epochs * len(train_loader).",
         )
 
-    def _count_unknown(self, plain: bool) -> None:
-        if plain:
-            self.counts["plain_steps"] += 1
-            self.journal.note_once(
-                self.t,
-                "a step's gradients did not come from tuner.backward(loss): it trains as always, but tangents start again "
-                "from zero there (tuner.stats['plain_steps']). Replace loss.backward() by tuner.backward(loss).",
-            )
-        else:
-            self.counts["changed_gradients"] += 1
-            self.journal.note_once(
-                self.t,
-                "the gradients were changed between tuner.backward and optimizer.step in a way hypergrad does not know: "
-                "tangents start again from zero there (tuner.stats['changed_gradients']). Pass clip_norm=... if the loop "
-                "clips by norm, scaler=... if it has a GradScaler.",
-            )
-
     def state_dict(self) -> dict[str, Any]:
         return {
             "t": self.t,
@@ -289,9 +278,11 @@ class OnlineLoop:
             "slopes": self.used[1],
             "stepped": sorted(self.stepped),
             "void": self.void,
+            "unknown changes": self.unknown.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.t = int(state["t"])
         self.used = dict(state["values"]), state["slopes"].clone()
         self.stepped, self.void = set(state["stepped"]), bool(state["void"])
+        self.unknown.load_state_dict(state["unknown changes"])

@@ -28,6 +28,8 @@ from hypergrad.optimizers.binding import State, Values
 from hypergrad.optimizers.rule import Tensors
 from hypergrad.optimizers.transition import Transition
 
+_CLIPS = {"clip_norm": torch.nn.utils.clip_grad_norm_, "clip_value": torch.nn.utils.clip_grad_value_}
+
 
 class ReplayWindow:
     """The whole training step of a tuner, and the window of steps that is open."""
@@ -78,11 +80,12 @@ class ReplayWindow:
             loop.tangents.backward(scaled, None, False)
         else:
             scaled.backward(inputs=[p for p in loop.transition.params if p.requires_grad])
-        if loop.tangents.clip_norm is not None:
+        clip, threshold = loop.tangents.clip
+        if clip is not None:
             if scaler is not None:
                 for opt in loop.optimizers:
                     scaler.unscale_(opt)
-            torch.nn.utils.clip_grad_norm_(loop.transition.params, loop.tangents.clip_norm)
+            _CLIPS[clip](loop.transition.params, threshold)
         with loop.whole_step(loss.detach()):
             for opt in loop.optimizers:
                 opt.step() if scaler is None else scaler.step(opt)
@@ -101,12 +104,12 @@ class ReplayWindow:
         self.batches.append(batch)
 
     def _with_clip(self, values: Values) -> Values:
-        m = self.loop.tangents.clip_norm
-        return values if m is None else values | {"clip_norm": [float(m)]}
+        clip, threshold = self.loop.tangents.clip
+        return values if clip is None else values | {clip: [threshold]}
 
     def _trajectory(self, batches: list[Any], values: list[Values], per_step: bool) -> Trajectory:
         loop = self.loop
-        clip = None if loop.tangents.clip_norm is None else "clip_norm"
+        clip, _ = loop.tangents.clip
         names = list(loop.vector.directions.wrt)
         transition = Transition(loop.optimizers, frozenset(names), clip)
         directions = Directions(transition, names, loop.problem.hypers, len(batches) if per_step else None)

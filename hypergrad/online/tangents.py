@@ -37,11 +37,11 @@ class Tangents:
         vector: HyperVector,
         model: torch.nn.Module,
         scaler: Any,
-        clip_norm: Any,
+        clip: tuple[str | None, float],
         low_rank: LowRankHessian | None = None,
     ):
         self.transition, self.vector, self.model = transition, vector, model
-        self.scaler, self.clip_norm = scaler, clip_norm
+        self.scaler, self.clip = scaler, clip  # clip: its name and threshold
         self.low_rank = low_rank  # None: every product is formed
         self.tangent: Tangent | None = None  # None: zero
         self.average: Tensor | None = None  # θ̄ [n]
@@ -123,7 +123,7 @@ class Tangents:
         """Ask what was done to the gradients [n] between `backward` and the step; None where none of them are from there."""
         if self.pending is None:
             return None
-        return Comparison(self.pending, self.transition, g, active, self.clip_norm, self.scaler is not None, readout)
+        return Comparison(self.pending, self.transition, g, active, self.clip, self.scaler is not None, readout)
 
     def push(
         self, state: State, g: Tensor, active: tuple[bool, ...], values: Values, scale: Tensor, dg: Tensor | None

@@ -57,7 +57,8 @@ class Tuner:
             there. A run that ends earlier leaves lr where its decay had come to, and before 30 % weight decay untuned.
             After a warm start weight decay is kept where it decays the weights by 0.01 to 50 e-foldings over the rest of the
             run, unless it has a start or bounds of its own.
-        clip_norm: threshold, if the loop calls `clip_grad_norm_` (tuner.step then calls it).
+        clip_norm, clip_value: threshold, if the loop calls `clip_grad_norm_` or `clip_grad_value_` over all parameters
+            (tuner.step then calls it). One of them: which comes first would matter.
         scaler: the loop's GradScaler, if it has one.
         average: while lr, momentum, … are tuned, take the validation loss at a running average of the weights, which looks
             back over a tenth of the run so far; its tangent is the same average of the tangents.
@@ -119,6 +120,7 @@ class Tuner:
         hyper_lr: float = 0.1,
         total_steps: int | None = None,
         clip_norm: float | None = None,
+        clip_value: float | None = None,
         scaler: Any = None,
         average: bool = True,
         warm_start: bool = True,
@@ -136,7 +138,7 @@ class Tuner:
         check_numbers(mode, horizon, every, hyper_lr, total_steps)
         check_curvature(curvature, mode, hypers)
         self.model, self.optimizers, self.mode = model, as_optimizers(optimizer), mode
-        clipping(clip_norm, None)
+        clip = clipping(clip_norm, clip_value)
         written, tensors = specification(tune), leaves(hypers)
         check_names_to_tune(written, tensors)
         policies = check(policies)
@@ -149,7 +151,7 @@ class Tuner:
         options = Options(mode, horizon, every, hyper_lr, total_steps, average, warm_start, curvature, int(seed))
         problem = Problem(model, transition.params, loss, tensors)
         parts = build(
-            problem, transition, val_loss, written, hypers, options, clip_norm, scaler, log_dir, keep_best, policies
+            problem, transition, val_loss, written, hypers, options, clip, scaler, log_dir, keep_best, policies
         )
         self._loop, self._window, self._journal = parts.loop, parts.window, parts.loop.journal
         self._transition, self._vector = transition, parts.loop.vector

@@ -82,7 +82,7 @@ def build(
     written: Mapping[str, Any],
     hypers: Mapping[str, Any] | None,
     options: Options,
-    clip_norm: float | None,
+    clip: tuple[str | None, float],
     scaler: Any,
     log_dir: str | Path | None,
     keep_best: bool,
@@ -103,7 +103,7 @@ def build(
     starts_are_hints = options.warm_start and forward and writer.writes_lr_alone()
     search = LrSearch(find(policies, LrWarmStart), starts_are_hints)
     low_rank = LowRankHessian(search) if options.curvature == "free" else None
-    tangents = Tangents(transition, vector, problem.model, scaler, clip_norm, low_rank)
+    tangents = Tangents(transition, vector, problem.model, scaler, clip, low_rank)
     outer = OuterOptimizer(vector, policies, options.hyper_lr)
     counts: dict[str, int] = dict.fromkeys(COUNTED, 0)
     journal = Journal(log_dir, _recorded(vector, transition, options))
