@@ -177,11 +177,13 @@ class HyperSteps:
     @contextmanager
     def _where(self) -> Iterator[Tensor | None]:
         """The weights at which the validation loss is taken, in the model; yields their tangent [k, n]."""
-        if not self._averages():
-            yield None if self.tangents.tangent is None else self.tangents.tangent.theta
-            return
-        with self.tangents.averaged():
-            yield self.tangents.average_tangent
+        frozen = self.tangents.frozen
+        with frozen.lifted(frozen.present()):
+            if not self._averages():
+                yield None if self.tangents.tangent is None else self.tangents.tangent.theta
+                return
+            with self.tangents.averaged():
+                yield self.tangents.average_tangent
 
     def move(self, t: int, value: float, gradient: Tensor, theta: Tensor | None) -> None:
         """One hyperparameter step from a validation loss and dL/dφ [k]. theta: see `_move`."""

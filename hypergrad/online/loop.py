@@ -246,6 +246,7 @@ class OnlineLoop:
         self.stepped.clear()
         self.void = False
         self.t += 1
+        self.tangents.frozen.step_done()
         self.counts |= {"steps": self.t, **self.tangents.counts}
         if self.mode == "forward" and self.t % self.every == 0 and self.hyper.take(self.t, self.starts.search.active):
             assert self.hyper.record is not None

@@ -47,6 +47,7 @@ class ReplayWindow:
         self.values: list[Values] = []
         self.scales: list[Tensor] = []
         self.after: State | None = None  # after the last step of the window
+        self.trained: list[bool] = []  # the parameters that require gradients in the window
 
     def step(self, batch: Any) -> Tensor:
         loop = self.loop
@@ -93,11 +94,12 @@ class ReplayWindow:
             scaler.update()
 
     def _record(self, batch: Any) -> None:
-        """Keep what a replay of this step needs. Where the state was changed from outside, a new window begins."""
+        """Keep what a replay of this step needs. Where state or what is trained was changed from outside, a window begins."""
         problem, transition = self.loop.problem, self.loop.transition
-        state = transition.read()
-        if self.after is not None and not state.equals(self.after):
+        state, trained = transition.read(), [p.requires_grad for p in transition.params]
+        if self.after is not None and not (state.equals(self.after) and trained == self.trained):
             self.reset()
+        self.trained = trained
         if len(self.batches) % self.tape.every == 0:
             self.tape.checkpoints.append(Checkpoint(state, problem.read_buffers()))
         self.tape.rng.append(problem.rng())

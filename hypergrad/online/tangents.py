@@ -17,6 +17,7 @@ from torch import Tensor
 from hypergrad.core.graph import Linearization, grad_or_none, survey
 from hypergrad.core.multi_tensor import add, copies
 from hypergrad.core.readout import Readout
+from hypergrad.online.frozen_layers import FrozenLayers
 from hypergrad.online.gradient_changes import Comparison, Pending, carried_on
 from hypergrad.online.hyper_vector import HyperVector
 from hypergrad.online.low_rank_hessian import LowRankHessian
@@ -43,6 +44,7 @@ class Tangents:
         self.transition, self.vector, self.model = transition, vector, model
         self.scaler, self.clip = scaler, clip  # clip: its name and threshold
         self.low_rank = low_rank  # None: every product is formed
+        self.frozen = FrozenLayers(model, transition.params)
         self.tangent: Tangent | None = None  # None: zero
         self.average: Tensor | None = None  # θ̄ [n]
         self.average_tangent: Tensor | None = None  # dθ̄/dφ [k, n]; None: zero
@@ -65,14 +67,19 @@ class Tangents:
         k = len(self.vector.moving)
         due = list(range(k)) if self.low_rank is None else self.low_rank.due(self.counts["gradients"], k)
         products = bool(due) and (self.tangent is not None or bool(hypers))
-        plain = None
+        plain, frozen = None, self.frozen.in_graph(loss, found.leaves)
         if products and not found.exact:  # one pass more, for a gradient that is torch's to the last bit
             plain = grad_or_none([loss], [*params, *others], retain_graph=True)
-        lin = Linearization(loss, params, [*hypers, *others], products, retain_graph)
-        dg = self._gradient_tangent(lin, len(others), retain_graph, due) if products else None
+        with self.frozen.lifted(frozen):
+            lin = Linearization(loss, params, [*hypers, *others], products, retain_graph)
+            dg = self._gradient_tangent(lin, len(others), retain_graph, due) if products else None
         if self.low_rank is not None and self.tangent is not None:
             dg = self.low_rank.completed(self.tangent.theta, dg, due, scale)
         grads = plain or [*lin.grads, *lin.extra_grads[len(hypers) :]]
+        for i in frozen:  # their gradients are none, and stay so
+            grads[i] = None
+            if dg is not None:
+                dg[:, slice(*self.transition.ranges[i])] = 0
         if inputs is not None:
             chosen = {id(x) for x in inputs}
             grads = [g if id(x) in chosen else None for x, g in zip([*params, *others], grads, strict=True)]
@@ -141,6 +148,7 @@ class Tangents:
                 self.tangent.slots[name] = x.new_zeros(len(directions), x.numel())
         seeds, _ = directions.seeds(0, scale[self.vector.moving].to(state.theta))
         self.tangent = self.transition.jvp(state, g, active, values, self.tangent, dg, seeds)
+        self.frozen.trained(active)
         if self.low_rank is not None:
             self.tangent = self.low_rank.faded(self.tangent)
         return self._bound(torch.linalg.vector_norm(state.theta))
@@ -199,6 +207,7 @@ class Tangents:
         """Tangents are zero from here on; `also_pending`: so is that of a gradient which waits for its step."""
         self.tangent = self.average_tangent = None
         self.curvature.forget()
+        self.frozen.forget()
         if also_pending and self.pending is not None:
             self.pending.forget_tangent()
 
@@ -256,6 +265,7 @@ class Tangents:
         self.tangent = self.unread = None
         if state["theta"] is not None:
             self.tangent = Tangent(here(state["theta"]), {name: here(x) for name, x in state["slots"].items()})
+        self.frozen.has_tangents(here(state["theta"]))
         self.average, self.average_tangent = here(state["average"]), here(state["average_tangent"])
         self.curvature.load_state_dict(state["curvature"], like)
         self.hit = state["hit"].clone()

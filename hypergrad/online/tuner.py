@@ -36,7 +36,8 @@ class Tuner:
     backtracking.py).
 
     Args:
-        model: the module that is trained.
+        model: the module that is trained. Its layers may be frozen by `requires_grad_(False)` in mid-run, and unfrozen: what they
+            were trained to before goes on to count (frozen_layers.py), which costs their backward pass.
         optimizer: its live optimizer, with any param groups, or a list of them: any that `hypergrad.hypergradient` takes.
         val_loss: `val_loss()` → scalar: the loss of a validation batch, computed with the model's own parameters. Random
             numbers and buffers are put back after it; it must not call backward. Called as `val_loss(t)`, t the number of
@@ -199,6 +200,7 @@ class Tuner:
         Values in the param groups stay as they are. Where a scheduler writes them it goes on alone, without our multiplier.
         """
         self._detach()
+        self._loop.tangents.frozen.remove()
         self._closed = True
         self._hyper.progress.say_best(self._loop.t)
         self._journal.close()

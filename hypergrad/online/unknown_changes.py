@@ -117,7 +117,10 @@ def _cause(before: Scaling | None, now: Scaling | None, clamp: float | None) -> 
     if before is not None and _alike(before.threshold, now.threshold):
         return f"their norm was clipped. Pass clip_norm={now.threshold:.6g}."
     if before is not None and _alike(before.factor, now.factor):
-        return f"they were multiplied by {now.factor:.6g}. Pass scaler=... if that is a GradScaler's, else multiply the loss by it."
+        by = f"{now.factor:.6g}"
+        return (
+            f"they were multiplied by {by}. Pass scaler=... if that is a GradScaler's, else multiply the loss by {by}."
+        )
     return (
         "they were multiplied by a number that changes from step to step. Pass clip_norm=..., and give clip_grad_norm_ the "
         "optimizer's parameters alone, all of them, with norm_type=2."
