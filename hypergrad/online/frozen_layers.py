@@ -4,10 +4,10 @@ With a the parameters that are trained and f those frozen by `requires_grad_(Fal
 
     dg_a/dφ = H_aa z_a + H_af z_f        dL/dφ = ∂L/∂θ_a z_a + ∂L/∂θ_f z_f
 
-Both need a graph that goes on to θ_f. So while the model, or a module at most DEPTH below it, is called with gradients enabled, frozen
-parameters whose tangent is not zero require gradients; on the way out they do not. What the call computes is the same, and
-`loss.backward()` leaves them without a gradient, as torch accumulates none into a leaf that does not require it by then. The hooks
-that do it go with the tuner.
+Both need a graph that goes on to θ_f. So while the model, or a module at most DEPTH below it, is called with gradients enabled,
+frozen parameters whose tangent is not zero require gradients; on the way out they do not. What the call computes is the same,
+and `loss.backward()` leaves them without a gradient, as torch accumulates none into a leaf that does not require it by then. The
+hooks that do it go with the tuner.
 """
 
 from __future__ import annotations
@@ -112,8 +112,8 @@ class FrozenLayers:
             which = ", ".join(names.get(id(self.params[i]), "one of another module") for i in missed)
             raise NotImplementedError(
                 f"parameters were frozen in mid-run, and are read outside of a call of the model: {which}. What they were "
-                "trained to before depends on the hyperparameters: compute the loss by model(...), or by calls of modules at most "
-                f"{DEPTH} below it, or close this tuner and make a new one."
+                "trained to before depends on the hyperparameters: compute the loss by model(...), or by calls of modules at "
+                f"most {DEPTH} below it, or close this tuner and make a new one."
             )
         return [i for i in places if id(self.params[i]) in found]
 
