@@ -2,14 +2,14 @@
 
     python -m experiments.gan [--seeds 5] [--quick]
 
-Eight Gaussians on a ring (radius 1, standard deviation 0.05), generator 2-64-64-2 and discriminator 2-64-64-1, the non-saturating
-losses of Goodfellow et al. (2014), Adam with betas (0.5, 0.999), batches of 128. The discriminator takes one or five steps for each of the
-generator's, of which there are 400. The tuner is given both optimizers and the energy distance between generated points and held-out
-ones as its validation loss; lr of both is tuned, from 1e-4 or from 2e-3.
+Eight Gaussians on a ring (radius 1, standard deviation 0.05), generator 2-64-64-2 and discriminator 2-64-64-1, the
+non-saturating losses of Goodfellow et al. (2014), Adam with betas (0.5, 0.999), batches of 128. The discriminator takes one or
+five steps for each of the generator's, of which there are 400. The tuner is given both optimizers and the energy distance between
+generated points and held-out ones as its validation loss; lr of both is tuned, from 1e-4 or from 2e-3.
 
-`distance` is the energy distance between 2,000 generated points and 2,000 of the ring that nothing else has seen, after the last step:
-0 for equal distributions, 0.7 for an untrained generator. `ratio` is that over the mean of plain runs at 2e-3. `passed_over` are steps that
-the tuner dropped.
+`distance` is the energy distance between 2,000 generated points and 2,000 of the ring that nothing else has seen, after the last
+step: 0 for equal distributions, about 0.7 for an untrained generator. `ratio` is that over the mean of plain runs at 2e-3.
+`passed_over` are steps that the tuner dropped.
 """
 
 from __future__ import annotations
@@ -70,7 +70,9 @@ class GAN(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.g = nn.Sequential(nn.Linear(2, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 2))
-        self.d = nn.Sequential(nn.Linear(2, 64), nn.LeakyReLU(0.2), nn.Linear(64, 64), nn.LeakyReLU(0.2), nn.Linear(64, 1))
+        self.d = nn.Sequential(
+            nn.Linear(2, 64), nn.LeakyReLU(0.2), nn.Linear(64, 64), nn.LeakyReLU(0.2), nn.Linear(64, 1)
+        )
 
     def loss_d(self, real: Tensor) -> Tensor:
         fake = self.g(torch.randn(len(real), 2)).detach()
@@ -113,7 +115,12 @@ def fit(seed: int, start: float, turns: int, steps: int, tuned: bool, **options:
         row["distance"] = float(energy_distance(made, ring(2000, fresh)))
     lr_d, lr_g = tuner.values["lr"].tolist() if tuner else (start, start)
     stats = tuner.stats if tuner else {}
-    row |= {"lr_d": lr_d, "lr_g": lr_g, "rollbacks": stats.get("rollbacks", 0), "backtracks": stats.get("backtracks", 0)}
+    row |= {
+        "lr_d": lr_d,
+        "lr_g": lr_g,
+        "rollbacks": stats.get("rollbacks", 0),
+        "backtracks": stats.get("backtracks", 0),
+    }
     row["passed_over"] = stats.get("spikes", 0) + stats.get("nonfinite_steps", 0)
     if tuner:
         tuner.close()

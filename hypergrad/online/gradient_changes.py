@@ -14,6 +14,7 @@ All comparisons are of flat vectors [n], in a number of kernels that does not gr
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -33,10 +34,11 @@ class Pending:
     left: Tensor  # a copy of every p.grad [n], 0 where there is none
     has: tuple[bool, ...]  # the parameters that have one
     dg: Tensor | None  # tangent of the gradient [k, n]; None is zero
-    loss: Tensor  # the largest of the accumulated losses, times scale
+    losses: dict[frozenset[int], Tensor]  # the largest of those accumulated, by the optimizers they reach, times scale
     scale: float  # of a GradScaler at the time
     changed: Tensor | None = None  # [n_params] bool: changed before more was added to it; None: nothing was added
     stepped: set[int] = field(default_factory=set)  # the optimizers that have used it
+    coupled: bool = False  # a loss reads parameters of several optimizers
     survives: Tensor | None = None  # 0-d bool, while more is added: not all of it was zeroed
 
     def forget_tangent(self) -> None:
@@ -47,17 +49,40 @@ class Pending:
         self.stepped.add(optimizer)
 
     def joined(
-        self, transition: Transition, has: Sequence[bool], dg: Tensor | None, loss: Tensor, scale: float
+        self, transition: Transition, has: Sequence[bool], dg: Tensor | None, loss: Tensor, scale: float, coupled: bool
     ) -> Pending:
         """One more call of `backward` added to what `carried_on` returned; p.grad is what both left there."""
         if self.dg is not None:
             dg = self.dg if dg is None else self.dg + dg
-        if not self.stepped:
-            both = torch.maximum(self.loss, loss)
-            loss = both if self.survives is None else torch.where(self.survives, both, loss)
+        coupled = coupled or (self.coupled and not self.stepped)
+        losses = self._joined_losses(reached(transition, has), loss)
         has = tuple(a or b for a, b in zip(self.has, has, strict=True))
         left = [p.grad if h else None for p, h in zip(transition.params, has, strict=True)]
-        return Pending(transition.flatten(left), has, dg, loss, scale, self.changed)
+        return Pending(transition.flatten(left), has, dg, losses, scale, self.changed, coupled=coupled)
+
+    def _joined_losses(self, to: frozenset[int], loss: Tensor) -> dict[frozenset[int], Tensor]:
+        if self.stepped:  # the others were of a step that is done
+            return {to: loss}
+        nothing = torch.full_like(loss, -math.inf)
+        old = self.losses
+        if self.survives is not None:  # False: what is there was zeroed
+            old = {key: torch.where(self.survives, x, nothing) for key, x in old.items()}
+        return old | {to: torch.maximum(old.get(to, nothing), loss)}
+
+    def loss_of(self, optimizer: int) -> Tensor:
+        """The largest of the losses that reach an optimizer, or of all, where none does."""
+        mine = [x for key, x in self.losses.items() if optimizer in key] or list(self.losses.values())
+        return mine[0] if len(mine) == 1 else torch.stack(mine).amax()
+
+    def shared(self, optimizer: int) -> bool:
+        """Whether every loss reaches this optimizer, or there is one alone."""
+        return len(self.losses) == 1 or all(optimizer in key for key in self.losses)
+
+
+def reached(transition: Transition, has: Sequence[bool]) -> frozenset[int]:
+    """The optimizers of the parameters that have a gradient."""
+    pairs = zip(transition.group_of, has, strict=True)
+    return frozenset(transition.optimizer_of_group[group] for group, h in pairs if h)
 
 
 def carried_on(pending: Pending, transition: Transition) -> Pending | None:

@@ -127,9 +127,10 @@ class HyperVector:
             self._slope = self.value, self._each("slope", self.value)
         return self._slope[1].clone()
 
-    def rows(self, name: str) -> list[int]:
-        """Places among the numbers tuned at present of those of this name."""
-        return [k for k, j in enumerate(self.moving) if self.entries[j].name == name]
+    def rows(self, name: str, optimizer: int | None = None) -> list[int]:
+        """Places among the numbers tuned at present of those of this name (and optimizer)."""
+        mine = self.called(name, optimizer).tolist()
+        return [k for k, j in enumerate(self.moving) if mine[j]]
 
     def pairs(self, name: str, other: str, tuned: Tensor) -> list[tuple[int, int]]:
         """Places of these two names' numbers in each group that has both, the first of which is `tuned` [k]."""
@@ -145,9 +146,15 @@ class HyperVector:
         mask[self.moving] = True
         return mask
 
-    def called(self, name: str) -> Tensor:
-        """The numbers of this name [k] bool."""
-        return torch.tensor([entry.name == name for entry in self.entries])
+    def called(self, name: str, optimizer: int | None = None) -> Tensor:
+        """The numbers of this name (and optimizer) [k] bool."""
+        of = self.transition.optimizer_of_group
+        return torch.tensor(
+            [
+                e.name == name and (optimizer is None or (e.group is not None and of[e.group] == optimizer))
+                for e in self.entries
+            ]
+        )
 
     # ---- φ, its values and bounds: every move goes through `apply`
 

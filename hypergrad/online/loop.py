@@ -23,6 +23,7 @@ from hypergrad.online.policies.phases import Phases
 from hypergrad.online.recovery import Recovery
 from hypergrad.online.starts import Starts
 from hypergrad.online.unknown_changes import UnknownChanges
+from hypergrad.online.used_values import UsedValues
 from hypergrad.optimizers.binding import State, Values
 
 
@@ -63,7 +64,7 @@ class OnlineLoop:
         self.given_loss: Tensor | None = None  # of a whole step that `tuner.step` takes
         self.unknown = UnknownChanges(hyper.journal, hyper.counts)
         self.known: dict[tuple[str, int], float] = {}  # what tensors on the device among the groups' numbers hold
-        self.used: tuple[Values, Tensor] = {}, self.vector.slope()  # by the last step: values, dx/dφ
+        self.used = UsedValues(self.vector)
         self.choose_what_is_tuned()
 
     # ---- before the step
@@ -87,19 +88,31 @@ class OnlineLoop:
             g = self.transition.flatten(grads)
         pending = self.tangents.pending
         fresh = pending if pending is not None and i not in pending.stepped else None
+        if (
+            fresh is not None
+            and g is not None
+            and not self.apart
+            and (not fresh.shared(i) or (self.stepped and not fresh.stepped))
+        ):
+            self.starts.part()
+            self.recovery.part(self.stepped)
+        if fresh is not None and self.apart and fresh.coupled and not self.starts.search.coupled:
+            self.starts.couple()
         comparison, read = self._read(i, g, active, fresh)
         # a fused optimizer is told by a GradScaler that it will leave this step out
         self.skipped = bool(read.get("found_inf", [0.0])[0])
         self.tangents.note_hits(read)
         self.known = dict(zip(self.transition.numbers_on_device(), read.get("numbers", [])))
         if "slope and curvature" in read and not self.skipped:
-            self.starts.observe(self.t, self.recovery.doubts(read["loss"][0]), *read["slope and curvature"])
+            self.starts.observe(i, self.t, self.recovery.doubts(i, read["loss"][0]), *read["slope and curvature"])
         self._write(i, self.hyper.frozen and self.total is None and not self.hyper.moved)
         self.transition.refresh()
         if self.void and pending is None:  # judged at another optimizer's step
             self._drop_gradients(i)
             return
         if self.skipped or g is None:
+            if fresh is not None and not self.skipped:
+                fresh.used_by(i)
             return
         state = self.transition.read(read.get("counts"))
         scale = getattr(self.optimizers[i], "grad_scale", None)  # fused optimizers unscale by themselves
@@ -109,7 +122,7 @@ class OnlineLoop:
         if not self.hyper.frozen:
             finite = math.isfinite(read["sum"][0]) or bool(torch.isfinite(g).all())  # the sum may overflow
             keep = not self.stepped and self.t % self.every == 0
-            verdict = self.recovery.verdict(state, finite, loss, keep, not self.stepped)
+            verdict = self.recovery.verdict(i, state, finite, loss, keep, not self.stepped)
             if verdict != "good":
                 self.void = True
                 self._drop_gradients(i)
@@ -155,11 +168,15 @@ class OnlineLoop:
             if tensors:
                 readout.ask(name, torch.stack([x.reshape(()) for x in tensors.values()]))
         tangents.ask_hits(readout)
-        loss = self.given_loss if fresh is None else fresh.loss / fresh.scale
+        loss = self.given_loss if fresh is None else fresh.loss_of(i) / fresh.scale
         if loss is not None:
             readout.ask("loss", loss)
-        if fresh is not None and self.starts.search.active and not self.stepped and not self.void:
-            tangents.curvature.ask_common(tangents.tangent, tangents.pending, readout)
+        search = self.starts.search
+        if fresh is not None and not self.void and search.of(i).active:
+            if not self.apart and not self.stepped:
+                tangents.curvature.ask_common(tangents.tangent, fresh, readout, None)
+            elif self.apart and not search.begins(i):
+                tangents.curvature.ask_common(tangents.tangent, fresh, readout, i)
         if g is not None:
             readout.ask("sum", g.sum())
             comparison = tangents.compare(g, active, readout)
@@ -188,33 +205,25 @@ class OnlineLoop:
             self.unknown.note(i, self.t, None if fresh is None else comparison, tuning)
         else:
             self.unknown.known(i)
-        if fresh is not None and not fresh.stepped and dg is not None:
-            tangents.curvature.add(tangents.tangent, tangents.pending)
-        tangents.push(state, g, active, values, self.used[1], dg)
-        if self.starts.search.active and self.t == self.recovery.passed_over:  # the first step that is taken
+        if fresh is not None and dg is not None and (self.apart or not fresh.stepped):
+            tangents.curvature.add(tangents.tangent, fresh, i if self.apart else None)
+        before, search = tangents.tangent, self.starts.search
+        tangents.push(state, g, active, values, self.used.slopes, dg)
+        first = search.begins(i) if self.apart else self.t == self.recovery.passed_over  # the first step that is taken
+        if search.of(i).active and first:
 
             def push_again() -> None:
                 self._write(i, False)
-                tangents.forget()
-                tangents.push(state, g, active, self._use(i), self.used[1], dg)
+                tangents.take_again(before if self.apart else None)
+                tangents.push(state, g, active, self._use(i), self.used.slopes, dg)
 
-            self.starts.make_small(state, push_again)
+            self.starts.make_small(i, state, push_again)
+        search.stepped(i, self.t)
         self.starts.size_decay(i, self.t, state, g, active, values, self.hyper.frozen)
 
     def _use(self, i: int) -> Values:
         """Note the values of this step as optimizer i uses them, and dx/dφ."""
-        values, slopes = self.transition.values(self.known), self.writer.slopes(self.t)
-        if len(self.optimizers) == 1:
-            self.used = values, slopes
-            return values
-        old = self.used[0] or values
-        mine = [j == i for j in self.transition.optimizer_of_group]
-        merged = {
-            name: [new if m else x for new, x, m in zip(values[name], old[name], mine, strict=True)] for name in values
-        }
-        rows = torch.tensor([e.group is None or mine[e.group] for e in self.vector.entries])
-        self.used = merged, torch.where(rows, slopes, self.used[1])
-        return values
+        return self.used.note(i, self.transition.values(self.known), self.writer.slopes(self.t))
 
     def _drop_gradients(self, i: int) -> None:
         """Make optimizer i do nothing. The others' gradients stay until they step: a GradScaler wants to see them."""
@@ -248,7 +257,8 @@ class OnlineLoop:
         self.t += 1
         self.tangents.frozen.step_done()
         self.counts |= {"steps": self.t, **self.tangents.counts}
-        if self.mode == "forward" and self.t % self.every == 0 and self.hyper.take(self.t, self.starts.search.active):
+        due, warming = self.mode == "forward" and self.t % self.every == 0, self.starts.search.active
+        if due and self.hyper.take(self.t, warming, self.starts.search.coupled):
             assert self.hyper.record is not None
             self.recovery.go_back(self.t, self.hyper.record, self.hyper.val_loss)
         if self.t == self.total:
@@ -264,6 +274,11 @@ class OnlineLoop:
             return self.vector.tune_only(names)
         return self.vector.tune_only(self.phases.tuned_at(self.t, self.total, names, not self.outer.climbing()))
 
+    @property
+    def apart(self) -> bool:
+        """Whether every optimizer goes down a loss of its own, as in a GAN."""
+        return self.starts.search.apart
+
     def _say_past_the_end(self) -> None:
         self.journal.note_once(
             self.t,
@@ -275,8 +290,7 @@ class OnlineLoop:
     def state_dict(self) -> dict[str, Any]:
         return {
             "t": self.t,
-            "values": dict(self.used[0]),
-            "slopes": self.used[1],
+            "used": self.used.state_dict(),
             "stepped": sorted(self.stepped),
             "void": self.void,
             "unknown changes": self.unknown.state_dict(),
@@ -284,6 +298,6 @@ class OnlineLoop:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.t = int(state["t"])
-        self.used = dict(state["values"]), state["slopes"].clone()
+        self.used.load_state_dict(state["used"])
         self.stepped, self.void = set(state["stepped"]), bool(state["void"])
         self.unknown.load_state_dict(state["unknown changes"])

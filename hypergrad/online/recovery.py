@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from hypergrad.core.problem import Problem
@@ -38,12 +38,17 @@ class Recovery:
         self.passed_over = 0  # steps, as bad batches or spikes
         self.dropped = 0  # steps that did nothing, for whatever reason
 
-    def doubts(self, loss: float) -> bool:
-        """Whether a loss, not judged yet, looks like the batch's own fault."""
-        return self.judge is not None and self.judge.doubts(loss)
+    def doubts(self, i: int, loss: float) -> bool:
+        """Whether a loss of optimizer i, not judged yet, looks like the batch's own fault."""
+        return self.judge is not None and self.judge.doubts(loss, i)
 
-    def verdict(self, state: State, finite: bool, loss: float | None, keep: bool, first: bool) -> str:
-        """What a step is: "good" where it may be taken, else what is wrong with it, for `act`.
+    def part(self, begun: Collection[int]) -> None:
+        """Each optimizer has a loss of its own; those so far were of the optimizers that have begun."""
+        if self.judge is not None:
+            self.judge.part(begun)
+
+    def verdict(self, i: int, state: State, finite: bool, loss: float | None, keep: bool, first: bool) -> str:
+        """What a step of optimizer i is: "good" where it may be taken, else what is wrong with it, for `act`.
 
         Args:
             finite: whether the gradient is.
@@ -52,7 +57,7 @@ class Recovery:
         """
         if self.judge is None:
             return "good"
-        verdict = self.judge.judge(loss, finite, state.theta)
+        verdict = self.judge.judge(loss, finite, state.theta, i)
         if verdict in ("false alarm", "bad data"):
             self.counts["false_alarms"] += 1
             self.outer.multiply("lr", self.judge.cut)

@@ -53,7 +53,7 @@ class ReplayWindow:
         loop = self.loop
         if loop.recovery.dropped > self.dropped:  # in a step that was not taken here
             self.reset()
-        if loop.mode == "implicit" and loop.used[0] and loop.t % loop.every == 0:
+        if loop.mode == "implicit" and loop.used.values and loop.t % loop.every == 0:
             self._look_back(batch)
         if loop.mode == "unrolled":
             self._record(batch)
@@ -66,8 +66,8 @@ class ReplayWindow:
         if self.batches:
             self.after = loop.transition.read()
             self.tape.losses.append(loss.detach())
-            self.values.append(self._with_clip(loop.used[0]))
-            self.scales.append(loop.used[1])
+            self.values.append(self._with_clip(loop.used.values))
+            self.scales.append(loop.used.slopes)
         if len(self.batches) == self.horizon:
             self._close_window()
         return loss.detach()
@@ -144,7 +144,7 @@ class ReplayWindow:
 
     def _look_back(self, batch: Any) -> None:
         loop = self.loop
-        values, scale = loop.used
+        values, scale = loop.used.values, loop.used.slopes
         trajectory = self._trajectory([batch], [self._with_clip(values)], per_step=False)
         result = implicit(trajectory, EagerStepper(trajectory), look_back=self.horizon)
         shares = torch.stack([result.gradients[e.name][e.index] for e in loop.vector.entries])

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from hypergrad.logging import Journal
 from hypergrad.online.kept_state import KeptState
+from hypergrad.online.lr_searches import LrSearches
 from hypergrad.online.outer_optimizer import OuterOptimizer
 from hypergrad.online.param_groups import ParamGroupWriter
-from hypergrad.online.policies.lr_warm_start import LrSearch
 from hypergrad.online.policies.momentum_start import MomentumStart, largest_momentum
 from hypergrad.online.policies.policy import Policy, find
 from hypergrad.online.policies.weight_decay_sizing import WeightDecaySizing
@@ -34,7 +34,7 @@ class Starts:
     def __init__(
         self,
         policies: Sequence[Policy],
-        search: LrSearch,
+        search: LrSearches,
         watch: StartWatch,
         outer: OuterOptimizer,
         tangents: Tangents,
@@ -76,34 +76,53 @@ class Starts:
         self.momentum = largest_momentum(values, rules)
 
     # lr is its tuned value times a shape; the warm start sets their product, and at its end the value
-    def observe(self, t: int, doubtful: bool, slope: float, curvature: float) -> None:
-        """Before step t of the warm start: the lr that it is taken with. doubtful: the step will be passed over, lr stays."""
-        factor = 1.0 if doubtful else self.search.observe(slope, curvature, self.momentum or 0.0)
-        now = self.writer.shape(t) if self.search.active else 1.0
-        self.outer.multiply("lr", factor * self.writer.shape(t - 1) / now)
-        if not self.search.active:
-            self._size_all()
-            names = [f"{x:.3g}" for e, x in zip(self.vector.entries, self.vector.value) if e.name == "lr"]
+    def observe(self, i: int, t: int, doubtful: bool, slope: float, curvature: float) -> None:
+        """Before step t of optimizer i in the warm start: the lr that it is taken with.
+
+        doubtful: the step will be passed over, lr stays.
+        """
+        search, alone = self.search.of(i), i if self.search.apart else None
+        factor = 1.0 if doubtful else search.observe(slope, curvature, self.momentum or 0.0)
+        now, last = self.writer.shape(t) if search.active else 1.0, self.search.last[i] if self.search.apart else t - 1
+        self.outer.multiply("lr", factor * self.writer.shape(last) / now, alone)
+        if not search.active:
+            self.sizes_due = (
+                sorted({*self.sizes_due, i}) if self.search.apart else list(range(len(self.transition.optimizers)))
+            )
+            mine = self.vector.called("lr", alone)
+            names = [f"{x:.3g}" for m, x in zip(mine, self.vector.value) if m]
             self.journal.note(
                 t, f"lr starts from {', '.join(names)}: slope and curvature along the first steps.", warn=False
             )
 
-    def make_small(self, state: State, push_again: Callable[[], None]) -> None:
-        """Make the first step tiny. Repeated, as a tangent far too large is not told from one at the cap.
+    def make_small(self, i: int, state: State, push_again: Callable[[], None]) -> None:
+        """Make optimizer i's first step tiny. Repeated, as a tangent far too large is not told from one at the cap.
 
         Args:
             push_again: write the values and take the tangents through the step once more.
         """
-        norm = float(torch.linalg.vector_norm(state.theta))
+        alone = i if self.search.apart else None
+        mine = 1.0 if alone is None else self.transition.of_optimizer(i)
+        norm = float(torch.linalg.vector_norm(state.theta * mine))
         for _ in range(20):
             assert self.tangents.tangent is not None
-            moved = torch.linalg.vector_norm(self.tangents.tangent.theta[self.vector.rows("lr")].sum(0))
-            factor = self.search.first(float(moved), norm)
+            moved = self.tangents.tangent.theta[self.vector.rows("lr", alone)].sum(0)
+            factor = self.search.of(i).first(float(torch.linalg.vector_norm(moved * mine)), norm)
             if abs(factor - 1) < 0.01:
                 break
-            self.outer.multiply("lr", factor)
+            self.outer.multiply("lr", factor, alone)
             push_again()
         self.tangents.take_hits()
+
+    def part(self) -> None:
+        """Each optimizer has a loss of its own."""
+        self.search.part(range(len(self.transition.optimizers)))
+        self.watch.stop()
+
+    def couple(self) -> None:
+        """Their losses depend on the same parameters."""
+        self.search.couple()
+        self.tangents.curvature.couple()
 
     def undoes(self, state: State, loss: float | None, zero: bool) -> bool:
         """Whether the warm start is to be undone, as of a step that is about to be taken. zero: its gradient is exactly 0."""

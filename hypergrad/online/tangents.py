@@ -18,7 +18,7 @@ from hypergrad.core.graph import Linearization, grad_or_none, survey
 from hypergrad.core.multi_tensor import add, copies
 from hypergrad.core.readout import Readout
 from hypergrad.online.frozen_layers import FrozenLayers
-from hypergrad.online.gradient_changes import Comparison, Pending, carried_on
+from hypergrad.online.gradient_changes import Comparison, Pending, carried_on, reached
 from hypergrad.online.hyper_vector import HyperVector
 from hypergrad.online.low_rank_hessian import LowRankHessian
 from hypergrad.online.lr_curvature import LrCurvature
@@ -76,22 +76,23 @@ class Tangents:
         if self.low_rank is not None and self.tangent is not None:
             dg = self.low_rank.completed(self.tangent.theta, dg, due, scale)
         grads = plain or [*lin.grads, *lin.extra_grads[len(hypers) :]]
-        for i in frozen:  # their gradients are none, and stay so
-            grads[i] = None
-            if dg is not None:
-                dg[:, slice(*self.transition.ranges[i])] = 0
-        if inputs is not None:
-            chosen = {id(x) for x in inputs}
-            grads = [g if id(x) in chosen else None for x, g in zip([*params, *others], grads, strict=True)]
+        coupled = len(reached(self.transition, [g is not None for g in grads[: len(params)]])) > 1
+        chosen = None if inputs is None else {id(x) for x in inputs}
+        left_out = {id(params[i]) for i in frozen}  # their gradients are none, and stay so
+        for i, x in enumerate([*params, *others]):
+            if id(x) in left_out or (chosen is not None and id(x) not in chosen):
+                grads[i] = None
+                if dg is not None and i < len(params):
+                    dg[:, slice(*self.transition.ranges[i])] = 0
         old = None if self.pending is None else carried_on(self.pending, self.transition)
         has = tuple(g is not None for g in grads[: len(params)])
         left = self.transition.flatten(grads[: len(params)]) if old is None else None
         _accumulate([*params, *others], grads)
         self.counts["gradients"] += 1
         if left is not None:
-            self.pending = Pending(left, has, dg, lin.loss, scale)
+            self.pending = Pending(left, has, dg, {reached(self.transition, has): lin.loss}, scale, coupled=coupled)
         elif old is not None:
-            self.pending = old.joined(self.transition, has, dg, lin.loss, scale)
+            self.pending = old.joined(self.transition, has, dg, lin.loss, scale, coupled)
 
     def count(self, gradients: int, hessian_products: int) -> None:
         """Count what was evaluated elsewhere, for `tuner.stats`."""
@@ -210,6 +211,12 @@ class Tangents:
         self.frozen.forget()
         if also_pending and self.pending is not None:
             self.pending.forget_tangent()
+
+    def take_again(self, before: Tangent | None) -> None:
+        """The last step is to be taken through once more, from these tangents."""
+        if before is None:
+            self.forget()
+        self.tangent = before
 
     def start_again(self) -> None:
         """Tangents are zero, and the running average of the weights starts again: training goes on from other weights."""

@@ -18,11 +18,12 @@ from hypergrad.online.hyper_step import HyperSteps
 from hypergrad.online.hyper_vector import HyperVector
 from hypergrad.online.loop import OnlineLoop
 from hypergrad.online.low_rank_hessian import LowRankHessian
+from hypergrad.online.lr_searches import LrSearches
 from hypergrad.online.outer_optimizer import OuterOptimizer
 from hypergrad.online.param_groups import ParamGroupWriter
 from hypergrad.online.policies.backtracking import Backtracking
 from hypergrad.online.policies.divergence_guard import DivergenceGuard
-from hypergrad.online.policies.lr_warm_start import LrSearch, LrWarmStart
+from hypergrad.online.policies.lr_warm_start import LrWarmStart
 from hypergrad.online.policies.phases import Phases
 from hypergrad.online.policies.policy import Policy, find
 from hypergrad.online.progress import Progress
@@ -101,7 +102,7 @@ def build(
     writer = ParamGroupWriter(transition, vector, total)
     before, notes = _try(problem, val_loss, forward)
     starts_are_hints = options.warm_start and forward and writer.writes_lr_alone()
-    search = LrSearch(find(policies, LrWarmStart), starts_are_hints)
+    search = LrSearches(find(policies, LrWarmStart), starts_are_hints)
     low_rank = LowRankHessian(search) if options.curvature == "free" else None
     tangents = Tangents(transition, vector, problem.model, scaler, clip, low_rank)
     outer = OuterOptimizer(vector, policies, options.hyper_lr)
@@ -120,7 +121,7 @@ def build(
     guard = find(policies, DivergenceGuard)
     judge = None if guard is None else guard.start(transition, problem, before)
     recovery = Recovery(judge, problem, outer, tangents, journal, counts)
-    watch = StartWatch(search.policy, problem, search.active and not transition.maximizes)
+    watch = StartWatch(search.common.policy, problem, search.active and not transition.maximizes)
     starts = Starts(policies, search, watch, outer, tangents, writer, journal, total, starts_are_hints)
     loop = OnlineLoop(hyper, writer, starts, recovery, find(policies, Phases), options.mode, options.every, total)
     return Parts(loop, ReplayWindow(loop, options.horizon), [*vector.notes, *notes])

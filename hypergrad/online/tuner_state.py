@@ -84,7 +84,7 @@ def _check(loop: OnlineLoop, counts: Mapping[str, int], state: Mapping[str, Any]
 
 
 # parts whose keys depend on the run
-_FREE = {("stats",), ("loop", "values"), ("tangents", "slots"), ("backtracking", "start")}
+_FREE = {("stats",), ("loop", "used", "values"), ("tangents", "slots"), ("backtracking", "start")}
 
 
 def _missing(mine: Mapping[str, Any], state: Mapping[str, Any], place: tuple[str, ...] = ()) -> list[str]:

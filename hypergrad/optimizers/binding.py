@@ -121,6 +121,12 @@ class Binding:
             return shape if rule.elementwise else rule.slot_shapes(shape).get(name, (0,))  # type: ignore[attr-defined]
         return shape if any(other.elementwise and name in other.slots for other in self.rules) else (0,)
 
+    def of_optimizer(self, i: int) -> Tensor:
+        """1 at the parameters of optimizer i, 0 elsewhere [n]."""
+        p = self.params[0]
+        mine = [self.optimizer_of_group[group] == i for group in self.group_of]
+        return torch.cat([p.new_full((size,), float(m)) for size, m in zip(self.sizes, mine, strict=True)]).detach()
+
     def flatten(self, tensors: Sequence[Tensor | None]) -> Tensor:
         """One flat detached vector of tensors shaped like the parameters; None counts as zero."""
         missing = [size for size, x in zip(self.sizes, tensors, strict=True) if x is None]
