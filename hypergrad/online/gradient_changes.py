@@ -15,7 +15,7 @@ All comparisons are of flat vectors [n], in a number of kernels that does not gr
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -74,9 +74,10 @@ class Pending:
         mine = [x for key, x in self.losses.items() if optimizer in key] or list(self.losses.values())
         return mine[0] if len(mine) == 1 else torch.stack(mine).amax()
 
-    def shared(self, optimizer: int) -> bool:
-        """Whether every loss reaches this optimizer, or there is one alone."""
-        return len(self.losses) == 1 or all(optimizer in key for key in self.losses)
+    def is_own(self, optimizer: int, others: Collection[int]) -> bool:
+        """Whether it is a loss of this optimizer's own: not all of them reach it, or others have stepped before there was one."""
+        shared = len(self.losses) == 1 or all(optimizer in key for key in self.losses)
+        return not shared or bool(others and not self.stepped)
 
 
 def reached(transition: Transition, has: Sequence[bool]) -> frozenset[int]:

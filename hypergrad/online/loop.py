@@ -22,6 +22,7 @@ from hypergrad.online.param_groups import ParamGroupWriter
 from hypergrad.online.policies.phases import Phases
 from hypergrad.online.recovery import Recovery
 from hypergrad.online.starts import Starts
+from hypergrad.online.tuner_arguments import check_groups
 from hypergrad.online.unknown_changes import UnknownChanges
 from hypergrad.online.used_values import UsedValues
 from hypergrad.optimizers.binding import State, Values
@@ -71,8 +72,7 @@ class OnlineLoop:
 
     def before_step(self, i: int) -> None:
         """Write the values of this step, judge its gradients, take the tangents through it."""
-        if len(self.transition.groups) != len(self.transition.rules):
-            raise ValueError("param groups were added: close this tuner and make a new one.")
+        check_groups(self.transition)
         if i in self.stepped:  # it steps more often than others: theirs are left out
             self._end_step()
         if self.t == self.total and not self.stepped:
@@ -88,16 +88,11 @@ class OnlineLoop:
             g = self.transition.flatten(grads)
         pending = self.tangents.pending
         fresh = pending if pending is not None and i not in pending.stepped else None
-        if (
-            fresh is not None
-            and g is not None
-            and not self.apart
-            and (not fresh.shared(i) or (self.stepped and not fresh.stepped))
-        ):
-            self.starts.part()
-            self.recovery.part(self.stepped)
-        if fresh is not None and self.apart and fresh.coupled and not self.starts.search.coupled:
-            self.starts.couple()
+        if fresh is not None and g is not None:
+            if not self.apart and fresh.is_own(i, self.stepped):
+                self.starts.part()
+                self.recovery.part(self.stepped)
+            self.starts.couple(self.apart and fresh.coupled)
         comparison, read = self._read(i, g, active, fresh)
         # a fused optimizer is told by a GradScaler that it will leave this step out
         self.skipped = bool(read.get("found_inf", [0.0])[0])
@@ -257,8 +252,8 @@ class OnlineLoop:
         self.t += 1
         self.tangents.frozen.step_done()
         self.counts |= {"steps": self.t, **self.tangents.counts}
-        due, warming = self.mode == "forward" and self.t % self.every == 0, self.starts.search.active
-        if due and self.hyper.take(self.t, warming, self.starts.search.coupled):
+        due, search = self.mode == "forward" and self.t % self.every == 0, self.starts.search
+        if due and self.hyper.take(self.t, search.active, search.coupled):
             assert self.hyper.record is not None
             self.recovery.go_back(self.t, self.hyper.record, self.hyper.val_loss)
         if self.t == self.total:

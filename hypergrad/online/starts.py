@@ -119,10 +119,11 @@ class Starts:
         self.search.part(range(len(self.transition.optimizers)))
         self.watch.stop()
 
-    def couple(self) -> None:
-        """Their losses depend on the same parameters."""
-        self.search.couple()
-        self.tangents.curvature.couple()
+    def couple(self, coupled: bool) -> None:
+        """Whether one of their losses depends on parameters of another's."""
+        if coupled and not self.search.coupled:
+            self.search.couple()
+            self.tangents.curvature.couple()
 
     def undoes(self, state: State, loss: float | None, zero: bool) -> bool:
         """Whether the warm start is to be undone, as of a step that is about to be taken. zero: its gradient is exactly 0."""

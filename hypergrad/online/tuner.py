@@ -267,6 +267,13 @@ class Tuner:
         with self._best.in_model():
             yield self.model
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Copies and pickles of the hooks on an optimizer do not follow: a copy of a tuner would tune nothing."""
+        raise TypeError(
+            "a Tuner cannot be copied or pickled: copy the model and the optimizer, make a new Tuner of the copies, and give it "
+            "the state with its load_state_dict(copy.deepcopy(tuner.state_dict()))."
+        )
+
     def state_dict(self) -> dict[str, Any]:
         """Everything that `load_state_dict` needs to go on; tensors are not copied. Loads with weights_only=True."""
         return state_of(self._loop, self._counts)

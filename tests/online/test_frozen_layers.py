@@ -264,6 +264,50 @@ def test_two_nets_each_frozen_while_the_other_learns() -> None:
             assert got == pytest.approx(slope(at), rel=FD_RTOL), (name, i)
 
 
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("advice", ["frozen from the start", "a new tuner"])
+def test_group_added_in_mid_run_is_refused_and_what_the_error_says_works(advice: str) -> None:
+    """The layer that comes later learns: the end is no worse than without tuning from a good lr."""
+
+    def ends_at(tuned: bool) -> tuple[float, list[float]]:
+        model, _ = maker("mlp", "sgd")()
+        x = torch.randn(64, 5, generator=torch.Generator().manual_seed(5))
+        batch = x, x.sum(1, keepdim=True).sin()
+        early, late = [*model.norm.parameters(), *model.last.parameters()], list(model.first.parameters())
+        held = [{"params": early}, *([{"params": late}] if advice == "frozen from the start" else [])]
+        model.first.requires_grad_(False)
+        opt = torch.optim.SGD(held, lr=0.05 if not tuned else 1e-4, momentum=0.9)
+        tuner = hypergrad.Tuner(model, opt, lambda: mse(model, batch), tune=("lr",), every=5)
+        if not tuned:
+            tuner.close()
+        for t in range(200):
+            if t == 60:
+                model.first.requires_grad_(True)
+            if t == 60 and advice == "a new tuner":
+                opt.add_param_group({"params": late})
+                opt.zero_grad()
+                if tuned:
+                    tuner.backward(mse(model, batch))
+                    with pytest.raises(
+                        ValueError, match=r"requires_grad_\(False\).*tuner\.close\(\).*warm_start=False"
+                    ):
+                        opt.step()
+                    lr = float(tuner.values["lr"][0])
+                    tuner.close()
+                    for group in opt.param_groups:
+                        group["lr"] = lr
+                    tuner = as_given(model, opt, lambda: mse(model, batch), tune=("lr",), every=5)
+            opt.zero_grad()
+            tuner.backward(mse(model, batch))
+            opt.step()
+        lrs = [g["lr"] for g in opt.param_groups]
+        return mse(model, batch).item(), lrs
+
+    ours, lrs = ends_at(True)
+    assert ours <= 1.2 * ends_at(False)[0]
+    assert min(lrs) > 1e-3 and max(lrs) < 20 * min(lrs)
+
+
 # ---- what the loop and the model are afterwards
 
 
