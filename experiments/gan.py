@@ -166,7 +166,7 @@ def main(args: Args) -> list[dict[str, Any]]:
                 f"{method:6} from {start:g}, {turns} to 1: distance {fmean(r['distance'] for r in mine):.4f}, ratio "
                 f"{fmean(r['ratio'] for r in mine):.2f}, passed over {fmean(r['passed_over'] for r in mine):.0f}"
             )
-    results.write(out / "gan.json", command("experiments.gan", args), rows)
+    results.write(out / "gan.json", command(args), rows)
     return rows
 
 

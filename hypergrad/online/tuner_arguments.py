@@ -44,9 +44,9 @@ def check_names_to_tune(written: Mapping[str, Any], tensors: Mapping[str, Any]) 
 
 def check_groups(transition: Transition) -> None:
     """Raise where a param group was added since."""
-    if len(transition.groups) != len(transition.rules):
+    if transition.grown:
         raise ValueError(
             "param groups were added in mid-run. Either hold all parameters in the optimizer from the start, those of later "
-            "frozen by requires_grad_(False), and unfreeze them; or call tuner.close(), give the old groups the lr in tuner.values and "
-            "the new one that of its neighbours, and make a new Tuner with warm_start=False, and total_steps the steps left."
+            "frozen by requires_grad_(False), and unfreeze them; or call tuner.close(), give the old groups the lr in "
+            "tuner.values and the new one that of its neighbours, and make a new Tuner with warm_start=False, and total_steps the steps left."
         )

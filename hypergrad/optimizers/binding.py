@@ -65,6 +65,7 @@ class Binding:
 
     def __init__(self, optimizers: Sequence[torch.optim.Optimizer], wrt: frozenset[str]):
         self.optimizers, self.wrt = list(optimizers), wrt
+        self.n_groups = [len(opt.param_groups) for opt in optimizers]
         self.optimizer_of_group = [i for i, opt in enumerate(optimizers) for _ in opt.param_groups]
         self.params: list[Tensor] = [p for group in self.groups for p in group["params"]]
         _check_params(self.params)
@@ -98,8 +99,13 @@ class Binding:
 
     @property
     def groups(self) -> list[dict[str, Any]]:
-        """The param groups of all optimizers. Read each time: load_state_dict replaces them."""
-        return [group for opt in self.optimizers for group in opt.param_groups]
+        """The param groups of all optimizers, but those added since. Read each time: load_state_dict replaces them."""
+        return [g for opt, n in zip(self.optimizers, self.n_groups, strict=True) for g in opt.param_groups[:n]]
+
+    @property
+    def grown(self) -> bool:
+        """Whether param groups were added."""
+        return any(len(opt.param_groups) > n for opt, n in zip(self.optimizers, self.n_groups, strict=True))
 
     def _lay_out_slots(self) -> None:
         """Names of all slots, the shape of each parameter's share of a slot, and its range in the flat slot."""
