@@ -48,5 +48,6 @@ def check_groups(transition: Transition) -> None:
         raise ValueError(
             "param groups were added in mid-run. Either hold all parameters in the optimizer from the start, those of later "
             "frozen by requires_grad_(False), and unfreeze them; or call tuner.close(), give the old groups the lr in "
-            "tuner.values and the new one that of its neighbours, and make a new Tuner with warm_start=False, and total_steps the steps left."
+            "tuner.values and the new one that of its neighbours, and make a new Tuner with warm_start=False, and total_steps "
+            "the steps that are left."
         )
