@@ -143,6 +143,14 @@ def saved_names(node: type) -> list[str]:
     return [name for name in dir(node) if name.startswith("_raw_saved_")]
 
 
+def saved_tensors(node: Any) -> list[Tensor]:
+    """What a node has kept for its backward pass; what saved-tensor hooks keep, such as those of checkpointing, is left out."""
+    found = [getattr(node, name) for name in saved_names(type(node))]
+    flat = [x for item in found for x in (item if isinstance(item, (list, tuple)) else (item,))]
+    tensors = [x.data for x in flat if x.unpack_hook is None] + list(getattr(node, "saved_tensors", ()))
+    return [x for x in tensors if isinstance(x, Tensor)]
+
+
 def saved_bytes(*roots: Tensor | None) -> int:
     """Bytes of all that graphs keep of intermediate results, each storage once, leaves (parameters, batches) left out.
 
@@ -150,11 +158,8 @@ def saved_bytes(*roots: Tensor | None) -> int:
     """
     sizes: dict[int, int] = {}
     for node in nodes_of(*(x.grad_fn for x in roots if x is not None)):
-        found = [getattr(node, name) for name in saved_names(type(node))]
-        flat = [x for item in found for x in (item if isinstance(item, (list, tuple)) else (item,))]
-        tensors = [x.data for x in flat if x.unpack_hook is None] + list(getattr(node, "saved_tensors", ()))
-        for x in tensors:
-            if isinstance(x, Tensor) and not (x.is_leaf or (x._base is not None and x._base.is_leaf)):
+        for x in saved_tensors(node):
+            if not (x.is_leaf or (x._base is not None and x._base.is_leaf)):
                 sizes[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
     return sum(sizes.values())
 

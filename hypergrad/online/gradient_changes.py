@@ -5,6 +5,7 @@ p.grad is compared with what `backward` left there:
     g' = g                     J = I
     g' = g/scale               J = I/scale                               with `scaler`
     g' = c g, c < 1            J = c (I − g gᵀ/(N (N + ε)))              with `clip_norm`, N = ‖g‖, c = M/(N + ε)
+    g' = min(max(g, −M), M)    J = diag(|g| ≤ M)                         with `clip_value`
     anything else              unknown: the tangents start again from zero
 
 Between two calls of `backward` gradients may have been zeroed, all of them or some: then what earlier calls left there is void.
@@ -13,9 +14,9 @@ All comparisons are of flat vectors [n], in a number of kernels that does not gr
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,10 +34,11 @@ class Pending:
     left: Tensor  # a copy of every p.grad [n], 0 where there is none
     has: tuple[bool, ...]  # the parameters that have one
     dg: Tensor | None  # tangent of the gradient [k, n]; None is zero
-    loss: Tensor  # the largest of the accumulated losses, times scale
+    losses: dict[frozenset[int], Tensor]  # the largest of those accumulated, by the optimizers they reach, times scale
     scale: float  # of a GradScaler at the time
     changed: Tensor | None = None  # [n_params] bool: changed before more was added to it; None: nothing was added
     stepped: set[int] = field(default_factory=set)  # the optimizers that have used it
+    coupled: bool = False  # a loss reads parameters of several optimizers
     survives: Tensor | None = None  # 0-d bool, while more is added: not all of it was zeroed
     averaged: bool = False  # dg is the mean of the processes'
     own: Tensor | None = (
@@ -52,15 +54,45 @@ class Pending:
 
     def joined(self, more: Pending) -> Pending:
         """One more call of `backward` added to what `carried_on` returned. more: with the sum of both in `left`."""
-        dg, loss = more.dg, more.loss
+        dg = more.dg
         if self.dg is not None:
             dg = self.dg if dg is None else self.dg + dg
-        if not self.stepped:
-            both = torch.maximum(self.loss, loss)
-            loss = both if self.survives is None else torch.where(self.survives, both, loss)
         changed = self.changed if more.changed is None or self.changed is None else self.changed | more.changed
-        has = tuple(a or b for a, b in zip(self.has, more.has, strict=True))
-        return replace(more, has=has, dg=dg, loss=loss, changed=changed, averaged=self.averaged and more.averaged)
+        return replace(
+            more,
+            has=tuple(a or b for a, b in zip(self.has, more.has, strict=True)),
+            dg=dg,
+            losses=self._joined_losses(*more.losses.items()),
+            changed=changed,
+            coupled=more.coupled or (self.coupled and not self.stepped),
+            averaged=self.averaged and more.averaged,
+        )
+
+    def _joined_losses(self, new: tuple[frozenset[int], Tensor]) -> dict[frozenset[int], Tensor]:
+        to, loss = new
+        if self.stepped:  # the others were of a step that is done
+            return {to: loss}
+        nothing = torch.full_like(loss, -math.inf)
+        old = self.losses
+        if self.survives is not None:  # False: what is there was zeroed
+            old = {key: torch.where(self.survives, x, nothing) for key, x in old.items()}
+        return old | {to: torch.maximum(old.get(to, nothing), loss)}
+
+    def loss_of(self, optimizer: int) -> Tensor:
+        """The largest of the losses that reach an optimizer, or of all, where none does."""
+        mine = [x for key, x in self.losses.items() if optimizer in key] or list(self.losses.values())
+        return mine[0] if len(mine) == 1 else torch.stack(mine).amax()
+
+    def is_own(self, optimizer: int, others: Collection[int]) -> bool:
+        """Whether it is a loss of this optimizer's own: not all of them reach it, or others have stepped before there was one."""
+        shared = len(self.losses) == 1 or all(optimizer in key for key in self.losses)
+        return not shared or bool(others and not self.stepped)
+
+
+def reached(transition: Transition, has: Sequence[bool]) -> frozenset[int]:
+    """The optimizers of the parameters that have a gradient."""
+    pairs = zip(transition.group_of, has, strict=True)
+    return frozenset(transition.optimizer_of_group[group] for group, h in pairs if h)
 
 
 def carried_on(pending: Pending, transition: Transition) -> Pending | None:
@@ -103,7 +135,7 @@ class Comparison:
     Args:
         g: p.grad of the active parameters [n], 0 elsewhere.
         active: the parameters of the optimizer that is about to step which have a gradient.
-        clip_norm: the threshold of `clip_grad_norm_`; None: the loop does not clip.
+        clip: "clip_norm" or "clip_value" and its threshold; None: the loop does not clip.
         scaled: whether the loop has a GradScaler.
     """
 
@@ -113,22 +145,29 @@ class Comparison:
         transition: Transition,
         g: Tensor,
         active: Sequence[bool],
-        clip_norm: Any,
+        clip: tuple[str | None, float],
         scaled: bool,
         readout: Readout,
     ):
-        self.pending, self.clip_norm, self.scaled = pending, clip_norm, scaled
+        self.pending, self.scaled, self.g = pending, scaled, g
+        self.clip, self.threshold = clip
         part = pending.left
         if not all(active):
             part = transition.flatten([x if a else None for x, a in zip(transition.split(part), active, strict=True)])
         readout.ask("same", (g == part).all())
         if pending.changed is not None:
             readout.ask("changed", pending.changed)
-        self.active = active
-        if clip_norm is None and not scaled:
+        self.active, self.sizes = active, transition.sizes
+        self.part = part
+        if self.clip is None and not scaled:
             return
-        self.ref, part = pending.left / pending.scale, part / pending.scale
-        self.rtol, square = 64 * torch.finfo(g.dtype).eps, part @ part
+        self.ref, self.part = pending.left / pending.scale, part / pending.scale
+        part, self.rtol = self.part, 64 * torch.finfo(g.dtype).eps
+        if self.clip == "clip_value":
+            off = (g - part.clamp(-self.threshold, self.threshold)).abs()
+            readout.ask("clamped", (off <= self.rtol * part.abs()).all())  # False for NaN
+            return
+        square = part @ part
         self.c = (g @ part) / square
         self.norm = total_norm(self.ref, transition.sizes)
         off, size = (g - self.c * part).abs(), self.rtol * self.c.abs()
@@ -148,9 +187,18 @@ class Comparison:
         dg = left.new_zeros(k, len(left)) if self.pending.dg is None else self.pending.dg
         if read["same"][0] == 1:
             return dg
+        if "clamped" in read:
+            if not read["clamped"][0]:
+                return None
+            return torch.where(self.ref.abs() > self.threshold, 0, dg / self.pending.scale)
         if "scaling" not in read:
             return None
         return self._through_scaling(read["scaling"], dg / self.pending.scale, any(changed))
+
+    def unknown(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The gradient as the optimizer sees it and as `backward` left it, unscaled [n], 0 where it does not step; all's norm."""
+        left = self.pending.left / self.pending.scale if self.scaled else self.pending.left
+        return self.g, self.part, total_norm(left, self.sizes)
 
     def _through_scaling(self, numbers: Sequence[float], dg: Tensor, changed: bool) -> Tensor | None:
         """J dg for a gradient g = c·ref; a norm is that of the whole ref."""
@@ -159,9 +207,9 @@ class Comparison:
             return None
         if self.scaled and abs(c - 1) < self.rtol:
             return dg
-        if self.clip_norm is None or c > 1 + self.rtol or changed:
+        if self.clip is None or c > 1 + self.rtol or changed:
             return None
-        if abs(c * (n + TORCH_EPS) / float(self.clip_norm) - 1) > self.rtol:
+        if abs(c * (n + TORCH_EPS) / self.threshold - 1) > self.rtol:
             return None  # clipped at another threshold, or over other parameters too
         ref, c_, n_ = self.ref, self.c, self.norm
         return torch.addcmul(c_ * dg, (dg @ ref).unsqueeze(-1) * (-c_ / (n_ * (n_ + TORCH_EPS))), ref)

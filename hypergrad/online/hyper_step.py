@@ -69,11 +69,13 @@ class HyperSteps:
     def _set_frozen(self, frozen: bool) -> None:
         self.frozen, self.tangents.forward.allowed = frozen, not frozen
 
-    def take(self, t: int, warming: bool) -> bool:
+    def take(self, t: int, warming: bool, coupled: bool = False) -> bool:
         """One hyperparameter step from the tangents, after t training steps; once nothing is tuned any more, the loss alone.
 
         Args:
             warming: whether the warm start is under way; its readings say nothing of the run.
+            coupled: whether optimizers go down losses of their own that depend on the same parameters, as in a GAN: a rise is no
+                sign of a large lr there.
 
         Returns:
             whether the validation loss has risen, so that training should go back (see backtracking.py).
@@ -82,7 +84,7 @@ class HyperSteps:
             self.val_loss = self._mean_losses([self.problem.evaluate(self.validation, t, self.seed + t)])[0]
             self._note_best(t, None)
             self.progress.record(t, self.val_loss, {}, self.validated <= 1)
-            return self._risen(t, self.val_loss, None, warming)
+            return self._risen(t, self.val_loss, None, warming or coupled)
         again = None
         with self._where() as tangent:
             value, of_params, of_hypers, _ = self.problem.validate(self.validation, t, self.seed + t)
@@ -104,7 +106,7 @@ class HyperSteps:
         self._move(t, read["value"][0], gradient, read, theta)
         if again is not None:
             self._note_noise(t, read["hypergradient"], read["another hypergradient"])
-        return self._risen(t, read["value"][0], theta, warming)
+        return self._risen(t, read["value"][0], theta, warming or coupled)
 
     # dL/dφ_j = ∂L/∂θ · dθ/dφ_j + ∂L/∂x_j · dx_j/dφ_j
     def _gradient(self, read: Mapping[str, list[float]], direct: Mapping[str, torch.Size]) -> Tensor:
@@ -189,11 +191,13 @@ class HyperSteps:
     @contextmanager
     def _where(self) -> Iterator[Tensor | None]:
         """The weights at which the validation loss is taken, in the model; yields their tangent [k, n]."""
-        if not self._averages():
-            yield None if self.tangents.tangent is None else self.tangents.tangent.theta
-            return
-        with self.tangents.averaged():
-            yield self.tangents.average_tangent
+        frozen = self.tangents.frozen
+        with frozen.lifted(frozen.present()):
+            if not self._averages():
+                yield None if self.tangents.tangent is None else self.tangents.tangent.theta
+                return
+            with self.tangents.averaged():
+                yield self.tangents.average_tangent
 
     def move(self, t: int, value: float, gradient: Tensor, theta: Tensor | None) -> None:
         """One hyperparameter step from a validation loss and dL/dφ [k]. theta: see `_move`."""

@@ -133,9 +133,10 @@ class HyperVector:
             self._slope = self.value, self._each("slope", self.value)
         return self._slope[1].clone()
 
-    def rows(self, name: str) -> list[int]:
-        """Places among the numbers tuned at present of those that param groups have by this name."""
-        return [k for k, j in enumerate(self.moving) if self._is(self.entries[j], name)]
+    def rows(self, name: str, optimizer: int | None = None) -> list[int]:
+        """Places among the numbers tuned at present of those of this name (and optimizer)."""
+        mine = self.called(name, optimizer).tolist()
+        return [k for k, j in enumerate(self.moving) if mine[j]]
 
     def pairs(self, name: str, other: str, tuned: Tensor) -> list[tuple[int, int]]:
         """Places of these two names' numbers in each group that has both, the first of which is `tuned` [k]."""
@@ -152,14 +153,15 @@ class HyperVector:
         mask[self.moving] = True
         return mask
 
-    def called(self, name: str) -> Tensor:
-        """The numbers that param groups have by this name [k] bool."""
-        return torch.tensor([self._is(entry, name) for entry in self.entries])
-
-    @staticmethod
-    def _is(entry: Entry, name: str) -> bool:
-        """A tensor in the loss may be called `momentum`, and is none."""
-        return entry.name == name and entry.group is not None
+    def called(self, name: str, optimizer: int | None = None) -> Tensor:
+        """The numbers that param groups (of one optimizer) have by this name [k] bool; a tensor in the loss may have it too."""
+        of = self.transition.optimizer_of_group
+        return torch.tensor(
+            [
+                e.name == name and e.group is not None and (optimizer is None or of[e.group] == optimizer)
+                for e in self.entries
+            ]
+        )
 
     # ---- φ, its values and bounds: every move goes through `apply`
 

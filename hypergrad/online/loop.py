@@ -26,6 +26,9 @@ from hypergrad.online.param_groups import ParamGroupWriter
 from hypergrad.online.policies.phases import Phases
 from hypergrad.online.recovery import Recovery
 from hypergrad.online.starts import Starts
+from hypergrad.online.tuner_arguments import check_groups
+from hypergrad.online.unknown_changes import UnknownChanges
+from hypergrad.online.used_values import UsedValues
 from hypergrad.optimizers.binding import State, Values
 
 
@@ -68,16 +71,16 @@ class OnlineLoop:
         self.skipped = False  # the present step is one that a fused optimizer leaves out
         self.void = False  # the present step was judged to do nothing
         self.given_loss: Tensor | None = None  # of a whole step that `tuner.step` takes
+        self.unknown = UnknownChanges(hyper.journal, hyper.counts)
         self.known: dict[tuple[str, int], float] = {}  # what tensors on the device among the groups' numbers hold
-        self.used: tuple[Values, Tensor] = {}, self.vector.slope()  # by the last step: values, dx/dφ
+        self.used = UsedValues(self.vector)
         self.choose_what_is_tuned()
 
     # ---- before the step
 
     def before_step(self, i: int) -> None:
         """Write the values of this step, judge its gradients, take the tangents through it."""
-        if len(self.transition.groups) != len(self.transition.rules):
-            raise ValueError("param groups were added: close this tuner and make a new one.")
+        check_groups(self.transition)
         if i in self.stepped:  # it steps more often than others: theirs are left out
             self._end_step()
         if self.t == self.total and not self.stepped:
@@ -97,6 +100,11 @@ class OnlineLoop:
             self.tangents.average_pending()
         if (fresh or self.given_loss is not None) and len(self.stepped) == len(self.optimizers) - 1:
             self.first_look.take(self.t)
+        if fresh is not None and g is not None:
+            if not self.apart and fresh.is_own(i, self.stepped):
+                self.starts.part()
+                self.recovery.part(self.stepped)
+            self.starts.couple(self.apart and fresh.coupled)
         comparison, read = self._read(i, g, active, fresh)
         check_mean(read, self.transition.params[0].dtype)
         # a fused optimizer is told by a GradScaler that it will leave this step out
@@ -107,13 +115,15 @@ class OnlineLoop:
         self.known = dict(zip(self.transition.numbers_on_device(), read.get("numbers", [])))
         self._observe_groups(i)
         if "slope and curvature" in read and not self.skipped:
-            self.starts.observe(i, self.t, self.recovery.doubts(read["loss"][0]), *read["slope and curvature"])
+            self.starts.observe(i, self.t, self.recovery.doubts(i, read["loss"][0]), *read["slope and curvature"])
         self._write(i, self.hyper.frozen and self.total is None and not self.hyper.moved)
         self.transition.refresh()
         if self.void and pending is None:  # judged at another optimizer's step
             self._drop_gradients(i)
             return
         if self.skipped or g is None:
+            if fresh is not None and not self.skipped:
+                fresh.used_by(i)
             return
         state = self.transition.read(read.get("counts"))
         scale = getattr(self.optimizers[i], "grad_scale", None)  # fused optimizers unscale by themselves
@@ -123,11 +133,17 @@ class OnlineLoop:
         if not self.hyper.frozen:
             finite = math.isfinite(read["sum"][0]) or bool(torch.isfinite(g).all())  # the sum may overflow
             keep = not self.stepped and self.t % self.every == 0
-            verdict = self.recovery.verdict(state, finite, loss, keep, not self.stepped)
+            verdict = self.recovery.verdict(i, state, finite, loss, keep, not self.stepped)
             if verdict != "good":
                 self.void = True
                 self._drop_gradients(i)
                 self.recovery.act(self.t, verdict, loss)
+                return
+            zero = read["sum"][0] == 0 and not bool(g.any())
+            if not self.stepped and self.starts.undoes(state, loss, zero):
+                self.void = True
+                self._drop_gradients(i)
+                self.recovery.undo_start(self.t, *self.starts.undo())
                 return
         if not self.stepped:
             self.tangents.follow(state.theta, self.t)
@@ -138,7 +154,7 @@ class OnlineLoop:
         dg = None if comparison is None else comparison.tangent(read, len(self.vector.moving))
         if dg is not None and scale is not None:
             dg = dg / scale
-        self._push(i, state, g, active, values, dg, fresh)
+        self._push(i, state, g, active, values, dg, fresh, comparison)
         if fresh is not None:
             if loss is not None and not self.stepped:
                 self.hyper.progress.note_training_loss(loss)
@@ -168,11 +184,15 @@ class OnlineLoop:
         tangents.written.ask(readout)
         if self.mode == "forward":
             self.other.ask(self.t, readout)
-        loss = self.given_loss if fresh is None else fresh.loss / fresh.scale
+        loss = self.given_loss if fresh is None else fresh.loss_of(i) / fresh.scale
         if loss is not None:
             readout.ask("loss", loss)
-        if fresh is not None and self.starts.search.active and not self.stepped and not self.void:
-            tangents.curvature.ask_common(tangents.tangent, tangents.pending, readout)
+        search = self.starts.search
+        if fresh is not None and not self.void and search.of(i).active:
+            if not self.apart and not self.stepped:
+                tangents.curvature.ask_common(tangents.tangent, fresh, readout, None)
+            elif self.apart and not search.begins(i):
+                tangents.curvature.ask_common(tangents.tangent, fresh, readout, i)
         if g is not None:
             readout.ask("sum", g.sum())
             comparison = tangents.compare(g, active, readout)
@@ -198,37 +218,32 @@ class OnlineLoop:
         values: Values,
         dg: Tensor | None,
         fresh: Pending | None,
+        comparison: Comparison | None,
     ) -> None:
         """Tangents through the step; in the first steps what they show of the starts."""
         tangents = self.tangents
         if dg is None:
-            self._count_unknown(fresh is None)
-        if fresh is not None and not fresh.stepped and dg is not None:
-            tangents.curvature.add(tangents.tangent, tangents.pending)
-        tangents.push(state, g, active, values, self.used[1], dg)
+            tuning = bool(self.vector.moving) and not self.hyper.frozen
+            self.unknown.note(i, self.t, None if fresh is None else comparison, tuning)
+        else:
+            self.unknown.known(i)
+        if fresh is not None and dg is not None and (self.apart or not fresh.stepped):
+            tangents.curvature.add(tangents.tangent, fresh, i if self.apart else None)
+        before, search = tangents.tangent, self.starts.search
+        tangents.push(state, g, active, values, self.used.slopes, dg)
 
         def push_again() -> None:
             self._write(i, False)
-            tangents.forget()
-            tangents.push(state, g, active, self._use(i), self.used[1], dg)
+            tangents.take_again(before if self.apart else None)
+            tangents.push(state, g, active, self._use(i), self.used.slopes, dg)
 
         self.starts.make_small(i, self.t, state, push_again)
+        search.stepped(i, self.t)
         self.starts.size_decay(i, self.t, state, g, active, values, self.hyper.frozen)
 
     def _use(self, i: int) -> Values:
         """Note the values of this step as optimizer i uses them, and dx/dφ."""
-        values, slopes = self.transition.values(self.known), self.writer.slopes(self.t)
-        if len(self.optimizers) == 1:
-            self.used = values, slopes
-            return values
-        old = self.used[0] or values
-        mine = [j == i for j in self.transition.optimizer_of_group]
-        merged = {
-            name: [new if m else x for new, x, m in zip(values[name], old[name], mine, strict=True)] for name in values
-        }
-        rows = torch.tensor([e.group is None or mine[e.group] for e in self.vector.entries])
-        self.used = merged, torch.where(rows, slopes, self.used[1])
-        return values
+        return self.used.note(i, self.transition.values(self.known), self.writer.slopes(self.t))
 
     def _drop_gradients(self, i: int) -> None:
         """Make optimizer i do nothing. The others' gradients stay until they step: a GradScaler wants to see them."""
@@ -264,8 +279,10 @@ class OnlineLoop:
         self.stepped.clear()
         self.void = False
         self.t += 1
+        self.tangents.frozen.step_done()
         self.counts |= {"steps": self.t, **self.tangents.counts}
-        if self.mode == "forward" and self.t % self.every == 0 and self.hyper.take(self.t, self.starts.search.active):
+        due, search = self.mode == "forward" and self.t % self.every == 0, self.starts.search
+        if due and self.hyper.take(self.t, search.active, search.coupled):
             assert self.hyper.record is not None
             self.recovery.go_back(self.t, self.hyper.record, self.hyper.val_loss)
         if self.t == self.total:
@@ -282,6 +299,11 @@ class OnlineLoop:
         at_rest, in_loss = not self.outer.climbing(), self.vector.hypers
         return self.vector.tune_only(self.phases.tuned_at(self.t, self.total, names, at_rest, in_loss))
 
+    @property
+    def apart(self) -> bool:
+        """Whether every optimizer goes down a loss of its own, as in a GAN."""
+        return self.starts.search.apart
+
     def _say_past_the_end(self) -> None:
         self.journal.note_once(
             self.t,
@@ -290,26 +312,17 @@ class OnlineLoop:
             "epochs * len(train_loader).",
         )
 
-    def _count_unknown(self, plain: bool) -> None:
-        if plain:
-            self.counts["plain_steps"] += 1
-            self.journal.note_once(
-                self.t,
-                "a step's gradients did not come from tuner.backward(loss): it trains as always, but tangents start again "
-                "from zero there (tuner.stats['plain_steps']). Replace loss.backward() by tuner.backward(loss).",
-            )
-        else:
-            self.counts["changed_gradients"] += 1
-            self.journal.note_once(
-                self.t,
-                "the gradients were changed between tuner.backward and optimizer.step in a way hypergrad does not know: "
-                "tangents start again from zero there (tuner.stats['changed_gradients']). Pass clip_norm=... if the loop "
-                "clips by norm, scaler=... if it has a GradScaler.",
-            )
-
     def state_dict(self) -> dict[str, Any]:
-        return {"t": self.t, "values": dict(self.used[0]), "slopes": self.used[1]}
+        return {
+            "t": self.t,
+            "used": self.used.state_dict(),
+            "stepped": sorted(self.stepped),
+            "void": self.void,
+            "unknown changes": self.unknown.state_dict(),
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.t = int(state["t"])
-        self.used = dict(state["values"]), state["slopes"].clone()
+        self.used.load_state_dict(state["used"])
+        self.stepped, self.void = set(state["stepped"]), bool(state["void"])
+        self.unknown.load_state_dict(state["unknown changes"])

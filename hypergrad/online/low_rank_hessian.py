@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hypergrad.online.policies.lr_warm_start import LrSearch
+from hypergrad.online.lr_searches import LrSearches
 from hypergrad.optimizers.transition import Tangent
 
 GAP = 40  # gradients from product to product
@@ -39,7 +39,7 @@ class LowRankHessian:
             wants slopes and curvatures as they are.
     """
 
-    def __init__(self, search: LrSearch):
+    def __init__(self, search: LrSearches):
         self.search = search
         self.u: Tensor | None = None  # [RANK, n], the newest last
         self.c: Tensor | None = None  # [RANK], infinite where there is no u yet

@@ -28,34 +28,61 @@ class LrCurvature:
     def __init__(self, vector: HyperVector):
         self.vector, self.transition = vector, vector.transition
         self.sums: Tensor | None = None  # a and B [m, 1 + m]
+        self.told = (
+            True  # False: losses of several optimizers depend on the same parameters, and none says where a run goes
+        )
 
-    def _along(self, tangent: Tangent | None, pending: Pending | None) -> tuple[Tensor, Tensor, Tensor] | None:
+    def _along(
+        self, tangent: Tangent | None, pending: Pending | None, optimizer: int | None
+    ) -> tuple[Tensor, Tensor, Tensor] | None:
         """z of every lr [m, n], g [n] and Hz [m, n] of the pending batch; None where these are not known."""
-        rows = self.vector.rows("lr")
+        rows = self.vector.rows("lr", optimizer)
         if tangent is None or pending is None or pending.dg is None or not rows:
             return None
         z, hz = _rows(tangent.theta, rows), _rows(pending.dg, rows)
+        if optimizer is not None:
+            z = z * self.transition.of_optimizer(optimizer)
         return z, pending.left / pending.scale, hz / pending.scale
 
-    def ask_common(self, tangent: Tangent | None, pending: Pending | None, readout: Readout) -> None:
-        """Ask for a = gᵀz and b = zᵀHz of the pending batch, z = dθ/dlog c of a common factor c of every lr."""
-        seen = self._along(tangent, pending)
+    def ask_common(
+        self, tangent: Tangent | None, pending: Pending | None, readout: Readout, optimizer: int | None
+    ) -> None:
+        """Ask for a = gᵀz and b = zᵀHz of the pending batch, z = dθ/dlog c of a common factor c of every lr.
+
+        optimizer: of its lr, and its parameters, alone.
+        """
+        seen = self._along(tangent, pending, optimizer)
         if seen is not None:
             z, g, hz = seen[0].sum(0), seen[1], seen[2].sum(0)
             readout.ask("slope and curvature", torch.stack([g @ z, hz @ z]))
 
-    def add(self, tangent: Tangent | None, pending: Pending | None) -> None:
-        """Add this step's batch: slope and curvature of its own loss, whatever is done to its gradient afterwards."""
-        seen, signs = (
-            self._along(tangent, pending),
-            {bool(getattr(rule, "maximize", False)) for rule in self.transition.rules},
-        )
+    def add(self, tangent: Tangent | None, pending: Pending | None, optimizer: int | None = None) -> None:
+        """Add this step's batch: slope and curvature of its own loss, whatever is done to its gradient afterwards.
+
+        optimizer: whose loss it is alone; None: it is that of all.
+        """
+        rules = zip(self.transition.rules, self.transition.optimizer_of_group, strict=True)
+        signs = {bool(getattr(rule, "maximize", False)) for rule, i in rules if optimizer in (None, i)}
+        seen = self._along(tangent, pending, optimizer)
         if seen is None or len(signs) > 1:
             return
         z, g, hz = seen
         along = torch.cat([(z @ g).unsqueeze(-1), z @ hz.T], dim=1)
-        along = -along if self.transition.maximizes else along
+        along = -along if signs == {True} else along
+        if optimizer is not None:
+            along = self._among_all(along, optimizer)
         self.sums = along if self.sums is None else self.sums + along
+
+    def _among_all(self, along: Tensor, optimizer: int) -> Tensor:
+        """a and B of one optimizer's lr among those of all [m, 1 + m], 0 elsewhere."""
+        every = self.vector.rows("lr")
+        mine = torch.tensor([every.index(row) for row in self.vector.rows("lr", optimizer)], device=along.device)
+        out = along.new_zeros(len(every), 1 + len(every))
+        out[mine[:, None], torch.cat([mine.new_zeros(1), 1 + mine])] = along
+        return out
+
+    def couple(self) -> None:
+        self.told = False
 
     def forget(self) -> None:
         self.sums = None
@@ -72,7 +99,7 @@ class LrCurvature:
         """
         newton = torch.full((len(self.vector),), math.nan, dtype=torch.float64)
         along, self.sums = self.sums, None
-        if along is None:
+        if along is None or not self.told:
             return newton
         read = {"along": along.flatten().tolist()} if read is None else read
         a, b = torch.tensor(read["along"], dtype=torch.float64).view(along.shape).tensor_split([1], dim=1)
@@ -83,9 +110,10 @@ class LrCurvature:
         return newton
 
     def state_dict(self) -> dict[str, Any]:
-        return {"sums": self.sums}
+        return {"sums": self.sums, "told": self.told}
 
     def load_state_dict(self, state: Mapping[str, Any], like: Tensor) -> None:
+        self.told = bool(state["told"])
         self.sums = None if state["sums"] is None else state["sums"].to(like)
 
 

@@ -72,9 +72,9 @@ class OuterOptimizer:
 
     # ---- what else moves φ
 
-    def multiply(self, name: str, factor: float) -> bool:
-        """Multiply the values of one positive hyperparameter. False if it is not tuned."""
-        mine = self.vector.called(name)
+    def multiply(self, name: str, factor: float, optimizer: int | None = None) -> bool:
+        """Multiply the values of one positive hyperparameter (of one optimizer). False if it is not tuned."""
+        mine = self.vector.called(name, optimizer)
         self.vector.apply(self.vector.multiplied(mine, factor))
         self.state = {p.name: p.rescaled(mine, factor, self.state[p.name]) for p in self.policies}
         return bool(mine.any())

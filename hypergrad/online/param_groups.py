@@ -38,11 +38,12 @@ class ParamGroupWriter:
         self.transition, self.vector, self.total = transition, vector, total
         named = {entry.name for entry in vector.entries if entry.group is not None}
         self.typed: dict[Key, Any] = {(n, g): plain(x.get(n)) for n in named for g, x in enumerate(transition.groups)}
+        self.fresh: dict[Key, Any] = {}  # what was there before a state was loaded, until the first step after it
         self.left: dict[Key, Any] = dict(self.typed)  # what was in the groups after the last step; None: not known
         self.bases: dict[Key, float] = {}
         self.written: dict[Key, Any] = {}  # by something else, put back after the step
         self.applied: dict[Key, Any] = {}
-        self.last_shape = 1.0  # of lr, at the last step
+        self.last_shape: dict[int, float] = {}  # of lr, at each optimizer's last step
         self.notes: list[str] = []
         for i in range(len(transition.optimizers)):
             self._find_schedulers(i, -1, self._numbers(i))
@@ -114,7 +115,8 @@ class ParamGroupWriter:
         begun = self._find_schedulers(optimizer, t, keys)
         for j, key in keys:
             now = known[key] if key in known else plain(self.transition.groups[key[1]][key[0]])
-            if key not in self.bases and self.left[key] is not None and now != self.left[key]:
+            other = key not in self.bases and self.left[key] is not None and now != self.left[key]
+            if other and not self._not_loaded(key, now):
                 self._taken_over(j, key, t, float(now))
                 begun.append(j)
             if key in self.bases:
@@ -144,10 +146,11 @@ class ParamGroupWriter:
             if key in known:
                 known[key] = torch.tensor(value, dtype=group[entry.name].dtype).item()
             self.left[key] = self.applied[key] = known[key] if key in known else plain(group[entry.name])
+            self.fresh.pop(key, None)
 
     def restore(self, optimizer: int, t: int) -> None:
         """After step t: what a scheduler wrote, as it wrote it."""
-        self.last_shape = self.lr_shape(t, optimizer)
+        self.last_shape[optimizer] = self.lr_shape(t, optimizer)
         for (name, group), written in self.written.items():
             if self.transition.optimizer_of_group[group] == optimizer:
                 self._put(self.transition.groups[group], name, written)
@@ -166,13 +169,24 @@ class ParamGroupWriter:
         return notes
 
     def state_dict(self) -> dict[str, Any]:
-        bases = [[name, group, base] for (name, group), base in self.bases.items()]
-        return {"bases": sorted(bases, key=str), "last shape": self.last_shape}
+        return {
+            "bases": [[*key, base] for key, base in self.bases.items()],
+            "last shape": [list(pair) for pair in self.last_shape.items()],
+            "left": [[*key, value] for key, value in self.left.items()],
+            "typed": [[*key, value] for key, value in self.typed.items()],
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.fresh = dict(self.typed)
         self.bases = {(str(name), int(group)): float(base) for name, group, base in state["bases"]}
-        self.last_shape = float(state["last shape"])
-        self.left = dict.fromkeys(self.left, None)  # whatever is in the groups now is taken as ours
+        self.last_shape = {int(i): float(x) for i, x in state["last shape"]}
+        self.left, self.typed = (
+            {(str(name), int(group)): x for name, group, x in state[kind]} for kind in ("left", "typed")
+        )
+
+    def _not_loaded(self, key: Key, now: Any) -> bool:
+        """Whether a group's value is that of a fresh optimizer beside a tuner that goes on: its state was not loaded."""
+        return key in self.fresh and now == self.fresh[key] and "initial_lr" not in self.transition.groups[key[1]]
 
     # ---- what else writes
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
+from hypergrad.core.problem import Problem
 from hypergrad.logging import Journal
+from hypergrad.online.kept_state import KeptState
 from hypergrad.online.outer_optimizer import OuterOptimizer
 from hypergrad.online.policies.backtracking import LossRecord
 from hypergrad.online.policies.divergence_guard import StepJudge
@@ -25,21 +27,28 @@ class Recovery:
     def __init__(
         self,
         judge: StepJudge | None,
+        problem: Problem,
         outer: OuterOptimizer,
         tangents: Tangents,
         journal: Journal,
         counts: dict[str, int],
     ):
-        self.judge, self.outer, self.tangents, self.journal, self.counts = judge, outer, tangents, journal, counts
+        self.judge, self.problem, self.outer, self.tangents = judge, problem, outer, tangents
+        self.journal, self.counts = journal, counts
         self.passed_over = 0  # steps, as bad batches or spikes
         self.dropped = 0  # steps that did nothing, for whatever reason
 
-    def doubts(self, loss: float) -> bool:
-        """Whether a loss, not judged yet, looks like the batch's own fault."""
-        return self.judge is not None and self.judge.doubts(loss)
+    def doubts(self, i: int, loss: float) -> bool:
+        """Whether a loss of optimizer i, not judged yet, looks like the batch's own fault."""
+        return self.judge is not None and self.judge.doubts(loss, i)
 
-    def verdict(self, state: State, finite: bool, loss: float | None, keep: bool, first: bool) -> str:
-        """What a step is: "good" where it may be taken, else what is wrong with it, for `act`.
+    def part(self, begun: Collection[int]) -> None:
+        """Each optimizer has a loss of its own; those so far were of the optimizers that have begun."""
+        if self.judge is not None:
+            self.judge.part(begun)
+
+    def verdict(self, i: int, state: State, finite: bool, loss: float | None, keep: bool, first: bool) -> str:
+        """What a step of optimizer i is: "good" where it may be taken, else what is wrong with it, for `act`.
 
         Args:
             finite: whether the gradient is.
@@ -48,7 +57,7 @@ class Recovery:
         """
         if self.judge is None:
             return "good"
-        verdict = self.judge.judge(loss, finite, state.theta)
+        verdict = self.judge.judge(loss, finite, state.theta, i)
         if verdict in ("false alarm", "bad data"):
             self.counts["false_alarms"] += 1
             self.outer.multiply("lr", self.judge.cut)
@@ -90,6 +99,22 @@ class Recovery:
         self.outer.cap("lr", by**0.5)
         self.tangents.start_again()
         return cut
+
+    def undo_start(self, t: int, kept: KeptState, by: float) -> None:
+        """The warm start has led to where training is worse off than before the first step: there again, with a smaller lr."""
+        transition = self.tangents.transition
+        transition.write(kept.state)
+        self.problem.write_buffers(kept.buffers)
+        if self.judge is not None:
+            self.judge.start_again(transition.read())
+        self._cut_lr(by)
+        self.tangents.drop_pending()
+        self.dropped += 1
+        self.counts["rollbacks"] += 1
+        back = (
+            f"the lr found in the first steps led nowhere: weights taken back to the first ones, lr divided by {by:g}."
+        )
+        self.journal.note(t, back, warn=False)
 
     def go_back(self, t: int, record: LossRecord, loss: float) -> None:
         """The validation loss has risen to `loss`: weights back to where it was lowest, with a smaller lr."""

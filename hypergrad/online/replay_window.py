@@ -33,6 +33,8 @@ from hypergrad.optimizers.binding import State, Values
 from hypergrad.optimizers.rule import Tensors
 from hypergrad.optimizers.transition import Transition
 
+_CLIPS = {"clip_norm": torch.nn.utils.clip_grad_norm_, "clip_value": torch.nn.utils.clip_grad_value_}
+
 
 class ReplayWindow:
     """The whole training step of a tuner, and the window of steps that is open."""
@@ -50,12 +52,13 @@ class ReplayWindow:
         self.values: list[Values] = []
         self.scales: list[Tensor] = []
         self.after: State | None = None  # after the last step of the window
+        self.trained: list[bool] = []  # the parameters that require gradients in the window
 
     def step(self, batch: Any) -> Tensor:
         loop = self.loop
         if loop.recovery.dropped > self.dropped:  # in a step that was not taken here
             self.reset()
-        if loop.mode == "implicit" and loop.used[0] and loop.t % loop.every == 0:
+        if loop.mode == "implicit" and loop.used.values and loop.t % loop.every == 0:
             self._look_back(batch)
         if loop.mode == "unrolled":
             self._record(batch)
@@ -72,8 +75,8 @@ class ReplayWindow:
         if self.batches:
             self.after = loop.transition.read()
             self.tape.after_step(loop.problem.processes.mean(loss.detach()))  # as a replay's
-            self.values.append(self._with_clip(loop.used[0]))
-            self.scales.append(loop.used[1])
+            self.values.append(self._with_clip(loop.used.values))
+            self.scales.append(loop.used.slopes)
         if len(self.batches) == self.horizon:
             self._close_window()
         return loss.detach()
@@ -90,11 +93,12 @@ class ReplayWindow:
             scaled.backward(inputs=params)
             for p, grad in zip(params, loop.problem.processes.means([p.grad for p in params], params), strict=True):
                 p.grad = grad
-        if loop.tangents.clip_norm is not None:
+        clip, threshold = loop.tangents.clip
+        if clip is not None:
             if scaler is not None:
                 for opt in loop.optimizers:
                     scaler.unscale_(opt)
-            torch.nn.utils.clip_grad_norm_(loop.transition.params, loop.tangents.clip_norm)
+            _CLIPS[clip](loop.transition.params, threshold)
         with loop.whole_step(loss.detach()):
             for opt in loop.optimizers:
                 opt.step() if scaler is None else scaler.step(opt)
@@ -102,22 +106,23 @@ class ReplayWindow:
             scaler.update()
 
     def _record(self, batch: Any) -> None:
-        """Keep what a replay of this step needs. Where the state was changed from outside, a new window begins."""
+        """Keep what a replay of this step needs. Where state or what is trained was changed from outside, a window begins."""
         problem, transition = self.loop.problem, self.loop.transition
-        state = transition.read()
-        if self.after is not None and not state.equals(self.after):
+        state, trained = transition.read(), [p.requires_grad for p in transition.params]
+        if self.after is not None and not (state.equals(self.after) and trained == self.trained):
             self.reset()
+        self.trained = trained
         self.batches.append(batch)
         last = len(self.batches) == self.horizon
         self.tape.before_step(Checkpoint(state, problem.read_buffers()), problem.rng(), last)
 
     def _with_clip(self, values: Values) -> Values:
-        m = self.loop.tangents.clip_norm
-        return values if m is None else values | {"clip_norm": [float(m)]}
+        clip, threshold = self.loop.tangents.clip
+        return values if clip is None else values | {clip: [threshold]}
 
     def _trajectory(self, batches: list[Any], values: list[Values], per_step: bool) -> Trajectory:
         loop = self.loop
-        clip = None if loop.tangents.clip_norm is None else "clip_norm"
+        clip, _ = loop.tangents.clip
         names = list(loop.vector.directions.wrt)
         transition = Transition(loop.optimizers, frozenset(names), clip)
         directions = Directions(transition, names, loop.problem.hypers, len(batches) if per_step else None)
@@ -150,7 +155,7 @@ class ReplayWindow:
 
     def _look_back(self, batch: Any) -> None:
         loop = self.loop
-        values, scale = loop.used
+        values, scale = loop.used.values, loop.used.slopes
         trajectory = self._trajectory([batch], [self._with_clip(values)], per_step=False)
         result = implicit(trajectory, EagerStepper(trajectory), look_back=self.horizon)
         shares = torch.stack([result.gradients[e.name][e.index] for e in loop.vector.entries])

@@ -10,12 +10,14 @@ from torch import Tensor
 
 from hypergrad.core.readout import Readout
 from hypergrad.logging import Journal
+from hypergrad.online.kept_state import KeptState
+from hypergrad.online.lr_searches import LrSearches
 from hypergrad.online.outer_optimizer import OuterOptimizer
 from hypergrad.online.param_groups import ParamGroupWriter
-from hypergrad.online.policies.lr_warm_start import LrSearch
 from hypergrad.online.policies.momentum_start import MomentumStart, largest_momentum
 from hypergrad.online.policies.policy import Policy, find
 from hypergrad.online.policies.weight_decay_sizing import WeightDecaySizing
+from hypergrad.online.start_watch import StartWatch
 from hypergrad.online.tangents import Tangents
 from hypergrad.optimizers.binding import State, Values
 
@@ -25,6 +27,7 @@ class Starts:
 
     Args:
         search: lr's warm start.
+        watch: whether it is to be undone.
         hints: whether typed starts of lr, momentum and weight decay are hints.
         total: steps of the run; None: not known.
     """
@@ -32,7 +35,8 @@ class Starts:
     def __init__(
         self,
         policies: Sequence[Policy],
-        search: LrSearch,
+        search: LrSearches,
+        watch: StartWatch,
         outer: OuterOptimizer,
         tangents: Tangents,
         writer: ParamGroupWriter,
@@ -40,7 +44,8 @@ class Starts:
         total: int | None,
         hints: bool,
     ):
-        self.search, self.outer, self.tangents, self.writer, self.journal = search, outer, tangents, writer, journal
+        self.search, self.watch = search, watch
+        self.outer, self.tangents, self.writer, self.journal = outer, tangents, writer, journal
         self.vector, self.transition, self.total = outer.vector, tangents.transition, total
         self.hints = hints
         self.of_momentum, self.sizing = find(policies, MomentumStart), find(policies, WeightDecaySizing)
@@ -54,6 +59,7 @@ class Starts:
             return
         if frozen:
             self.search.stop()
+            self.watch.stop()
         elif self.momentum is None:
             self._start_momentum(t)
 
@@ -74,44 +80,70 @@ class Starts:
     # lr is its tuned value times a shape; the warm start sets their product, and at its end what it will be where the shape is
     # largest
     def observe(self, i: int, t: int, doubtful: bool, slope: float, curvature: float) -> None:
-        """Before step t of the warm start: the lr that it is taken with. doubtful: the step will be passed over, lr stays."""
+        """Before step t of optimizer i in the warm start: the lr that it is taken with.
+
+        doubtful: the step will be passed over, lr stays.
+        """
+        search, alone = self.search.of(i), i if self.search.apart else None
         shape = self.writer.lr_shape(t, i)
         if self.began is None or shape == 0:
             return
-        factor = 1.0 if doubtful else self.search.observe(slope, curvature, self.momentum or 0.0)
-        now = shape if self.search.active else max(shape, self.writer.peak_shape(i))
-        self.outer.multiply("lr", factor * self.writer.last_shape / now)
-        if not self.search.active:
-            self._size_all()
-            names = [f"{x:.3g}" for x in self.vector.value[self.vector.called("lr")].tolist()]
+        factor = 1.0 if doubtful else search.observe(slope, curvature, self.momentum or 0.0)
+        now = shape if search.active else max(shape, self.writer.peak_shape(i))
+        self.outer.multiply("lr", factor * self.writer.last_shape.get(i, 1.0) / now, alone)
+        if not search.active:
+            self.sizes_due = (
+                sorted({*self.sizes_due, i}) if self.search.apart else list(range(len(self.transition.optimizers)))
+            )
+            names = [f"{x:.3g}" for x in self.vector.value[self.vector.called("lr", alone)].tolist()]
             self.journal.note(
                 t, f"lr starts from {', '.join(names)}: slope and curvature along the first steps.", warn=False
             )
 
     def make_small(self, i: int, t: int, state: State, push_again: Callable[[], None]) -> None:
-        """Make the first step that is taken, with an lr that is not 0, tiny.
+        """Make optimizer i's first step that is taken, with an lr that is not 0, tiny.
 
         Repeated, as a tangent far too large is not told from one at the cap.
 
         Args:
             push_again: write the values and take the tangents through the step once more.
         """
-        if not self.search.active or self.began not in (None, t) or self.writer.lr_shape(t, i) == 0:
+        first = self.search.begins(i) if self.search.apart else self.began in (None, t)
+        if not (self.search.of(i).active and first) or self.writer.lr_shape(t, i) == 0:
             return
-        self.began = t
+        self.began = t if self.began is None else self.began
+        alone = i if self.search.apart else None
+        mine = 1.0 if alone is None else self.transition.of_optimizer(i)
         for _ in range(20):
             assert self.tangents.tangent is not None
-            moved, readout = (
-                self.tangents.tangent.theta[self.vector.rows("lr")].sum(0),
-                Readout(self.tangents.processes),
-            )
-            readout.ask("norms", torch.stack([torch.linalg.vector_norm(x) for x in (moved, state.theta)]))
-            factor = self.search.first(*readout.fetch()["norms"])
+            moved = self.tangents.tangent.theta[self.vector.rows("lr", alone)].sum(0)
+            readout = Readout(self.tangents.processes)
+            readout.ask("norms", torch.stack([torch.linalg.vector_norm(x * mine) for x in (moved, state.theta)]))
+            factor = self.search.of(i).first(*readout.fetch()["norms"])
             if abs(factor - 1) < 0.01:
                 break
-            self.outer.multiply("lr", factor)
+            self.outer.multiply("lr", factor, alone)
             push_again()
         self.tangents.take_hits()
+
+    def part(self) -> None:
+        """Each optimizer has a loss of its own."""
+        self.search.part(range(len(self.transition.optimizers)))
+        self.watch.stop()
+
+    def couple(self, coupled: bool) -> None:
+        """Whether one of their losses depends on parameters of another's."""
+        if coupled and not self.search.coupled:
+            self.search.couple()
+            self.tangents.curvature.couple()
+
+    def undoes(self, state: State, loss: float | None, zero: bool) -> bool:
+        """Whether the warm start is to be undone, as of a step that is about to be taken. zero: its gradient is exactly 0."""
+        return self.watch.active and self.watch.sees(state, loss, zero, self.search.active)
+
+    def undo(self) -> tuple[KeptState, float]:
+        """The state to go back to, and by what lr is divided."""
+        return self.watch.undo(), self.watch.policy.lr_cut
 
     def begin_phase(self) -> None:
         """Other numbers are tuned from now on. Where weight decay is one of them it is sized."""
@@ -141,6 +173,7 @@ class Starts:
     def state_dict(self) -> dict[str, Any]:
         return {
             "search": self.search.state_dict(),
+            "watch": self.watch.state_dict(),
             "hints": self.hints,
             "momentum": self.momentum,
             "began": self.began,
@@ -149,5 +182,6 @@ class Starts:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.search.load_state_dict(state["search"])
+        self.watch.load_state_dict(state["watch"])
         self.hints, self.momentum, self.sizes_due = state["hints"], state["momentum"], list(state["sizes due"])
         self.began = state["began"]

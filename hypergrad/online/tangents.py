@@ -23,7 +23,8 @@ from hypergrad.core.readout import Readout
 from hypergrad.core.second_order import twice_differentiable
 from hypergrad.online.accumulation import accumulate, expected, found
 from hypergrad.online.forward_switch import ForwardSwitch
-from hypergrad.online.gradient_changes import Comparison, Pending, carried_on
+from hypergrad.online.frozen_layers import FrozenLayers
+from hypergrad.online.gradient_changes import Comparison, Pending, carried_on, reached
 from hypergrad.online.hyper_vector import HyperVector
 from hypergrad.online.low_rank_hessian import LowRankHessian
 from hypergrad.online.lr_curvature import LrCurvature
@@ -44,14 +45,15 @@ class Tangents:
         vector: HyperVector,
         problem: Problem,
         scaler: Any,
-        clip_norm: Any,
+        clip: tuple[str | None, float],
         low_rank: LowRankHessian | None = None,
         processes: Processes = ALONE,
     ):
         self.processes = processes
         self.transition, self.vector, self.model = transition, vector, problem.model
-        self.scaler, self.clip_norm = scaler, clip_norm
+        self.scaler, self.clip = scaler, clip  # clip: its name and threshold
         self.low_rank = low_rank  # None: every product is formed
+        self.frozen = FrozenLayers(problem.model, transition.params)
         self.tangent: Tangent | None = None  # None: zero
         self.average: Tensor | None = None  # θ̄ [n]
         self.average_tangent: Tensor | None = None  # dθ̄/dφ [k, n]; None: zero
@@ -101,32 +103,40 @@ class Tangents:
         # what has no second derivative is refused before any step
         trial = not products and self.counts["gradients"] == 0 and not graph.once and not self.forward.attached
         products, plain = products or trial, None
+        frozen = self.frozen.in_graph(loss, graph.leaves)
         if products and not graph.exact:  # one pass more, for a gradient that is torch's to the last bit
             with twice_differentiable() if self.forward.attached else nullcontext():
                 plain = grad_or_none([loss], [*params, *others], retain_graph=True)
-        lin = Linearization(
-            loss, params, [*hypers, *others], products, retain_graph, products and self.forward.attached
-        )
-        dg = self._gradient_tangent(lin, len(others), retain_graph, due) if products and not trial else None
-        if trial:
-            lin.jvp(lin.grads, retain=retain_graph)
-        if products and not retain_graph and all(g is None or not g.requires_grad for g in lin.grads):
-            lin.free()
+        with self.frozen.lifted(frozen):
+            lin = Linearization(
+                loss, params, [*hypers, *others], products, retain_graph, products and self.forward.attached
+            )
+            dg = self._gradient_tangent(lin, len(others), retain_graph, due) if products and not trial else None
+            if trial:
+                lin.jvp(lin.grads, retain=retain_graph)
+            if products and not retain_graph and all(g is None or not g.requires_grad for g in lin.grads):
+                lin.free()
         if self.low_rank is not None and self.tangent is not None:
             if dg is not None and not self.processes.alone:
                 dg[due] = self.processes.mean(dg[due])
             dg = self.low_rank.completed(self.tangent.theta, dg, due, scale)
         grads = plain or [*lin.grads, *lin.extra_grads[len(hypers) :]]
-        if inputs is not None:
-            chosen = {id(x) for x in inputs}
-            grads = [g if id(x) in chosen else None for x, g in zip([*params, *others], grads, strict=True)]
+        coupled = len(reached(self.transition, [g is not None for g in grads[: len(params)]])) > 1
+        chosen = None if inputs is None else {id(x) for x in inputs}
+        left_out = {id(params[i]) for i in frozen}  # their gradients are none, and stay so
+        for i, x in enumerate([*params, *others]):
+            if id(x) in left_out or (chosen is not None and id(x) not in chosen):
+                grads[i] = None
+                if dg is not None and i < len(params):
+                    dg[:, slice(*self.transition.ranges[i])] = 0
         old = None if self.pending is None else carried_on(self.pending, self.transition)
         if whole and not self.processes.alone:
             grads[: len(params)] = self.processes.means(grads[: len(params)], params)
         has = tuple(g is not None for g in grads[: len(params)])
         self.counts["gradients"] += 1
         left = self.transition.flatten(grads[: len(params)])
-        new = Pending(left, has, dg, lin.loss, scale, averaged=self.low_rank is not None)
+        losses = {reached(self.transition, has): lin.loss}
+        new = Pending(left, has, dg, losses, scale, coupled=coupled, averaged=self.low_rank is not None)
         new = expected(new, old, self.transition, self.processes)
         new = new if old is None else old.joined(new)
         if self.processes.alone:
@@ -188,7 +198,7 @@ class Tangents:
         """Ask what was done to the gradients [n] between `backward` and the step; None where none of them are from there."""
         if self.pending is None:
             return None
-        return Comparison(self.pending, self.transition, g, active, self.clip_norm, self.scaler is not None, readout)
+        return Comparison(self.pending, self.transition, g, active, self.clip, self.scaler is not None, readout)
 
     def push(
         self, state: State, g: Tensor, active: tuple[bool, ...], values: Values, scale: Tensor, dg: Tensor | None
@@ -206,6 +216,7 @@ class Tangents:
                 self.tangent.slots[name] = x.new_zeros(len(directions), x.numel())
         seeds, _ = directions.seeds(0, scale[self.vector.moving].to(state.theta))
         self.tangent = self.transition.jvp(state, g, active, values, self.tangent, dg, seeds)
+        self.frozen.trained(active)
         if self.low_rank is not None:
             self.tangent = self.low_rank.faded(self.tangent)
         return self._bound(torch.linalg.vector_norm(state.theta), dg)
@@ -269,8 +280,15 @@ class Tangents:
         """Tangents are zero from here on; `also_pending`: so is that of a gradient which waits for its step."""
         self.tangent = self.average_tangent = None
         self.curvature.forget()
+        self.frozen.forget()
         if also_pending and self.pending is not None:
             self.pending.forget_tangent()
+
+    def take_again(self, before: Tangent | None) -> None:
+        """The last step is to be taken through once more, from these tangents."""
+        if before is None:
+            self.forget()
+        self.tangent = before
 
     def start_again(self) -> None:
         """Tangents are zero, and the running average of the weights starts again: training goes on from other weights."""
@@ -330,6 +348,7 @@ class Tangents:
         self.written.forget()
         if state["theta"] is not None:
             self.tangent = Tangent(here(state["theta"]), {name: here(x) for name, x in state["slots"].items()})
+        self.frozen.has_tangents(here(state["theta"]))
         self.average, self.average_tangent = here(state["average"]), here(state["average_tangent"])
         self.curvature.load_state_dict(state["curvature"], like)
         self.hit = state["hit"].clone()

@@ -40,7 +40,9 @@ class Tuner:
     (docs/distributed.md).
 
     Args:
-        model: the module that is trained, or the DistributedDataParallel module around it.
+        model: the module that is trained, or the DistributedDataParallel module around it. Its layers may be frozen by
+            `requires_grad_(False)` in mid-run, and unfrozen: what they were trained to before goes on to count
+            (frozen_layers.py), which costs their backward pass.
         optimizer: its live optimizer, with any param groups, or a list of them: any that `hypergrad.hypergradient` takes.
         val_loss: `val_loss()` → scalar: the loss of a validation batch, computed with the model's own parameters. Random
             numbers and buffers are put back after it; it must not call backward. Called as `val_loss(t)`, t the number of
@@ -68,7 +70,8 @@ class Tuner:
             last, smallest value there. A run that ends earlier leaves lr where its decay had come to, and before 30 % weight
             decay untuned. After a warm start weight decay is kept where it decays the weights by 0.01 to 50 e-foldings over the
             rest of the run, unless it has a start or bounds of its own.
-        clip_norm: threshold, if the loop calls `clip_grad_norm_` (tuner.step then calls it).
+        clip_norm, clip_value: threshold, if the loop calls `clip_grad_norm_` or `clip_grad_value_` over all parameters
+            (tuner.step then calls it). One of them: which comes first would matter.
         scaler: the loop's GradScaler, if it has one.
         average: while lr, momentum, … are tuned, take the validation loss at a running average of the weights, which looks
             back over a tenth of the run so far; its tangent is the same average of the tangents.
@@ -132,6 +135,7 @@ class Tuner:
         hyper_lr: float = 0.1,
         total_steps: int | None = None,
         clip_norm: float | None = None,
+        clip_value: float | None = None,
         scaler: Any = None,
         average: bool = True,
         warm_start: bool = True,
@@ -150,7 +154,7 @@ class Tuner:
         check_numbers(mode, horizon, every, hyper_lr, total_steps)
         check_curvature(curvature, mode, hypers)
         self.model, self.optimizers, self.mode = model, as_optimizers(optimizer), mode
-        clipping(clip_norm, None)
+        clip = clipping(clip_norm, clip_value)
         written, given = specification(tune), LossTensors(hypers)
         given.check_movable()
         tensors = given.leaves
@@ -167,9 +171,7 @@ class Tuner:
         problem = Problem(model, transition.params, loss, given, self.optimizers, processes)
         put_back = given.require_gradients()
         try:
-            parts = build(
-                problem, transition, val_loss, written, options, clip_norm, scaler, log_dir, keep_best, policies
-            )
+            parts = build(problem, transition, val_loss, written, options, clip, scaler, log_dir, keep_best, policies)
             if not asked:
                 check_few(len(parts.loop.vector))
         except BaseException:
@@ -240,6 +242,7 @@ class Tuner:
         self._detach()
         self._loop.tangents.forward.detach()
         self._free()
+        self._loop.tangents.frozen.remove()
         self._closed = True
         self._hyper.progress.say_best(self._loop.t)
         self._journal.close()
@@ -313,6 +316,13 @@ class Tuner:
             raise RuntimeError("no best weights are kept: make the tuner with keep_best=True.")
         with self._best.in_model():
             yield self.model
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Copies and pickles of the hooks on an optimizer do not follow: a copy of a tuner would tune nothing."""
+        raise TypeError(
+            "a Tuner cannot be copied or pickled: copy the model and the optimizer, make a new Tuner of the copies, and give it "
+            "the state with its load_state_dict(copy.deepcopy(tuner.state_dict()))."
+        )
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that `load_state_dict` needs to go on; tensors are not copied. Loads with weights_only=True."""

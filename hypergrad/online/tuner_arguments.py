@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from hypergrad.optimizers.transition import CLIPS
+from hypergrad.optimizers.transition import CLIPS, Transition
 
 MOST_UNASKED = 16  # numbers that are tuned in forward mode without mode="forward" written out
 
@@ -51,4 +51,15 @@ def check_names_to_tune(written: Mapping[str, Any], tensors: Mapping[str, Any]) 
     if "initial_accumulator_value" in written:
         raise NotImplementedError(
             "initial_accumulator_value acts before the first step alone: use hypergrad.hypergradient for it."
+        )
+
+
+def check_groups(transition: Transition) -> None:
+    """Raise where a param group was added since."""
+    if transition.grown:
+        raise ValueError(
+            "param groups were added in mid-run. Either hold all parameters in the optimizer from the start, those of later "
+            "frozen by requires_grad_(False), and unfreeze them; or call tuner.close(), give the old groups the lr in "
+            "tuner.values and the new one that of its neighbours, and make a new Tuner with warm_start=False, and total_steps "
+            "the steps that are left."
         )

@@ -21,16 +21,18 @@ from hypergrad.online.hyper_step import HyperSteps
 from hypergrad.online.hyper_vector import HyperVector
 from hypergrad.online.loop import OnlineLoop
 from hypergrad.online.low_rank_hessian import LowRankHessian
+from hypergrad.online.lr_searches import LrSearches
 from hypergrad.online.outer_optimizer import OuterOptimizer
 from hypergrad.online.param_groups import ParamGroupWriter
 from hypergrad.online.policies.backtracking import Backtracking
 from hypergrad.online.policies.divergence_guard import DivergenceGuard
-from hypergrad.online.policies.lr_warm_start import LrSearch, LrWarmStart
+from hypergrad.online.policies.lr_warm_start import LrWarmStart
 from hypergrad.online.policies.phases import Phases
 from hypergrad.online.policies.policy import Policy, find
 from hypergrad.online.progress import Progress
 from hypergrad.online.recovery import Recovery
 from hypergrad.online.replay_window import ReplayWindow
+from hypergrad.online.start_watch import StartWatch
 from hypergrad.online.starts import Starts
 from hypergrad.online.tangents import Tangents
 from hypergrad.optimizers.transition import Transition
@@ -85,7 +87,7 @@ def build(
     val_loss: Callable[..., Tensor],
     written: Mapping[str, Any],
     options: Options,
-    clip_norm: float | None,
+    clip: tuple[str | None, float],
     scaler: Any,
     log_dir: str | Path | None,
     keep_best: bool,
@@ -110,10 +112,10 @@ def build(
     if not forward:
         problem.check_running_stats()
     starts_are_hints = options.warm_start and forward and writer.writes_lr_from_groups()
-    search = LrSearch(find(policies, LrWarmStart), starts_are_hints)
+    search = LrSearches(find(policies, LrWarmStart), starts_are_hints)
     low_rank = LowRankHessian(search) if options.curvature == "free" else None
     processes = problem.processes
-    tangents = Tangents(transition, vector, problem, scaler, clip_norm, low_rank, processes)
+    tangents = Tangents(transition, vector, problem, scaler, clip, low_rank, processes)
     outer = OuterOptimizer(vector, policies, options.hyper_lr)
     counts: dict[str, int] = dict.fromkeys(COUNTED, 0)
     journal = Journal(log_dir, _recorded(vector, transition, options), silent=processes.rank > 0)
@@ -129,8 +131,9 @@ def build(
     )
     guard = find(policies, DivergenceGuard)
     judge = None if guard is None else guard.start(transition, problem, before)
-    recovery = Recovery(judge, outer, tangents, journal, counts)
-    starts = Starts(policies, search, outer, tangents, writer, journal, total, starts_are_hints)
+    recovery = Recovery(judge, problem, outer, tangents, journal, counts)
+    watch = StartWatch(search.common.policy, problem, search.active and not transition.maximizes)
+    starts = Starts(policies, search, watch, outer, tangents, writer, journal, total, starts_are_hints)
     look = FirstLook(hyper, not math.isnan(before), forward)
     loop = OnlineLoop(hyper, writer, starts, recovery, find(policies, Phases), look, options.mode, options.every, total)
     return Parts(loop, ReplayWindow(loop, options.horizon), [*vector.notes, *writer.take_notes()])

@@ -7,7 +7,7 @@ from typing import Any
 
 from hypergrad.online.loop import OnlineLoop
 
-VERSION = 2  # of the layout below; a state of another one is refused
+VERSION = 3  # of the layout below; a state of another one is refused
 
 
 def state_of(loop: OnlineLoop, counts: Mapping[str, int]) -> dict[str, Any]:
@@ -85,7 +85,7 @@ def _check(loop: OnlineLoop, counts: Mapping[str, int], state: Mapping[str, Any]
 
 
 # parts whose keys depend on the run
-_FREE = {("stats",), ("loop", "values"), ("tangents", "slots"), ("backtracking", "start")}
+_FREE = {("stats",), ("loop", "used", "values"), ("tangents", "slots"), ("backtracking", "start")}
 
 
 def _missing(mine: Mapping[str, Any], state: Mapping[str, Any], place: tuple[str, ...] = ()) -> list[str]:

@@ -65,6 +65,7 @@ class Binding:
 
     def __init__(self, optimizers: Sequence[torch.optim.Optimizer], wrt: frozenset[str]):
         self.optimizers, self.wrt = list(optimizers), wrt
+        self.n_groups = [len(opt.param_groups) for opt in optimizers]
         self.optimizer_of_group = [i for i, opt in enumerate(optimizers) for _ in opt.param_groups]
         self.params: list[Tensor] = [p for group in self.groups for p in group["params"]]
         _check_params(self.params)
@@ -98,8 +99,13 @@ class Binding:
 
     @property
     def groups(self) -> list[dict[str, Any]]:
-        """The param groups of all optimizers. Read each time: load_state_dict replaces them."""
-        return [group for opt in self.optimizers for group in opt.param_groups]
+        """The param groups of all optimizers, but those added since. Read each time: load_state_dict replaces them."""
+        return [g for opt, n in zip(self.optimizers, self.n_groups, strict=True) for g in opt.param_groups[:n]]
+
+    @property
+    def grown(self) -> bool:
+        """Whether param groups were added."""
+        return any(len(opt.param_groups) > n for opt, n in zip(self.optimizers, self.n_groups, strict=True))
 
     def _lay_out_slots(self) -> None:
         """Names of all slots, the shape of each parameter's share of a slot, and its range in the flat slot."""
@@ -120,6 +126,12 @@ class Binding:
         if name in rule.slots:
             return shape if rule.elementwise else rule.slot_shapes(shape).get(name, (0,))  # type: ignore[attr-defined]
         return shape if any(other.elementwise and name in other.slots for other in self.rules) else (0,)
+
+    def of_optimizer(self, i: int) -> Tensor:
+        """1 at the parameters of optimizer i, 0 elsewhere [n]."""
+        p = self.params[0]
+        mine = [self.optimizer_of_group[group] == i for group in self.group_of]
+        return torch.cat([p.new_full((size,), float(m)) for size, m in zip(self.sizes, mine, strict=True)]).detach()
 
     def flatten(self, tensors: Sequence[Tensor | None]) -> Tensor:
         """One flat detached vector of tensors shaped like the parameters; None counts as zero."""

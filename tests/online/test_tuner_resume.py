@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -120,7 +121,7 @@ def test_state_saved_in_the_middle_is_not_changed_by_training_on() -> None:
 
 
 # keys of these depend on the run: counts, names of values and of slots
-RUN_DEPENDENT = {("stats",), ("loop", "values"), ("tangents", "slots"), ("backtracking", "start")}
+RUN_DEPENDENT = {("stats",), ("loop", "used", "values"), ("tangents", "slots"), ("backtracking", "start")}
 
 
 def test_truncated_state_leaves_the_tuner_unchanged() -> None:
@@ -144,12 +145,30 @@ def test_truncated_state_leaves_the_tuner_unchanged() -> None:
                 yield from places(inner, (*at, key))
 
     paths = list(places(state))
-    assert ("recovery", "judge", "mean") in paths and ("policies", "AdamOnPhi", "m") in paths
+    assert ("recovery", "judge", "past", "mean") in paths and ("policies", "AdamOnPhi", "m") in paths
     before = repr(other.tuner.state_dict())
     for path in paths:
         with pytest.raises(ValueError, match="state_dict"):
             other.tuner.load_state_dict(cut(path))
         assert repr(other.tuner.state_dict()) == before, path
+
+
+def test_tuner_is_not_copied_and_what_the_error_says_to_do_goes_on() -> None:
+    run = Run(None)
+    run.train(0, MIDDLE)
+    for copied in (copy.deepcopy, copy.copy, pickle.dumps):
+        with pytest.raises(TypeError, match=r"make a new Tuner of the copies.*load_state_dict"):
+            copied((run.model, run.optimizer, run.tuner) if copied is copy.deepcopy else run.tuner)
+    twin = Run(None)
+    twin.model = copy.deepcopy(run.model)
+    twin.optimizer = sgd(momentum=0.9)(twin.model)
+    twin.optimizer.load_state_dict(copy.deepcopy(run.optimizer.state_dict()))
+    twin.tuner = hypergrad.Tuner(twin.model, twin.optimizer, validation(twin.model), every=3)
+    twin.tuner.load_state_dict(copy.deepcopy(run.tuner.state_dict()))
+    run.train(MIDDLE, 12)
+    twin.train(MIDDLE, 12)
+    assert all(torch.equal(p, q) for p, q in zip(run.model.parameters(), twin.model.parameters(), strict=True))
+    assert run.tuner.stats == twin.tuner.stats
 
 
 # ---- modes that replay

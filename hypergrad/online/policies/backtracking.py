@@ -38,18 +38,13 @@ from typing import Any
 from torch import Tensor
 
 from hypergrad.core.problem import Problem, Saved
+from hypergrad.online.kept_state import KeptState, as_buffers, values_of
 from hypergrad.online.policies.policy import Policy
 from hypergrad.optimizers.binding import State
 from hypergrad.optimizers.transition import Transition
 
 # reads the validation loss `pairs` times at the present weights' average and at the record's, in turn: what it is there, and here
 ReadBoth = Callable[[Tensor], tuple[Sequence[float], Sequence[float]]]
-
-
-@dataclass
-class _Kept:
-    state: State
-    buffers: list[Saved]
 
 
 def _first_state(transition: Transition) -> State:
@@ -92,7 +87,7 @@ class LossRecord:
         self.policy, self.transition, self.problem, self.before = policy, transition, problem, before
         # up to this step the run starts again
         self.until = 0.0 if total is None or not math.isfinite(before) else self.policy.restart_share * total
-        self.start = _Kept(_first_state(transition), problem.read_buffers()) if self.until else None
+        self.start = KeptState(_first_state(transition), problem.read_buffers()) if self.until else None
         self.second: deque[float] = deque(maxlen=self.policy.recent)
         self.phase: list[int] = []  # the numbers that were tuned at the last reading
         self._begin()
@@ -167,28 +162,19 @@ class LossRecord:
             "best": self.best,
             "step": self.step,
             "theta": self.theta,
-            "buffers": [saved.value for saved in self.buffers],
+            "buffers": values_of(self.buffers),
             "last": list(self.last),
             "second": list(self.second),
             "wait": self.wait,
             "phase": list(self.phase),
-            "start": None if start is None else vars(start.state) | {"buffers": [x.value for x in start.buffers]},
+            "start": None if start is None else start.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        like = self.transition.params[0]
-
-        def saved(values: Sequence[Tensor]) -> list[Saved]:
-            pairs = zip(self.problem.buffers, values, strict=False)
-            return [Saved(b, x.to(b.device, copy=True)) for b, x in pairs]
-
         self.before, self.until, self.best = float(state["before"]), float(state["until"]), float(state["best"])
         self.step, self.wait, self.phase = int(state["step"]), int(state["wait"]), list(state["phase"])
         self.last, self.second = list(state["last"]), deque(state["second"], maxlen=self.policy.recent)
-        self.theta = None if state["theta"] is None else state["theta"].to(like, copy=True)
-        self.buffers, self.start = saved(state["buffers"]), None
-        if state["start"] is not None:
-            old = state["start"]
-            slots = {name: x.to(like.device, copy=True) for name, x in old["slots"].items()}
-            whole = State(old["theta"].to(like, copy=True), slots, tuple(old["counts"]), dict(old["rest"]))
-            self.start = _Kept(whole, saved(old["buffers"]))
+        self.theta = None if state["theta"] is None else state["theta"].to(self.transition.params[0], copy=True)
+        self.buffers = as_buffers(state["buffers"], self.problem)
+        old = state["start"]
+        self.start = None if old is None else KeptState.from_state_dict(old, self.problem)

@@ -27,13 +27,21 @@ from hypergrad.online.policies.policy import Policy
 
 @dataclass(frozen=True)
 class LrWarmStart(Policy):
-    """Finds the scale of lr in the first steps of a run. All lr of all groups keep their ratios."""
+    """Finds the scale of lr in the first steps of a run. All lr of all groups keep their ratios.
+
+    Fields from `watched` on: when it is undone, see start_watch.py.
+    """
 
     tiny: float = 1e-3
     growth: float = 2.0
     share: float = 0.5
     shortest: int = 8
     longest: int = 30
+    coupled: float = 4.0
+    watched: int = 20
+    losses: int = 5
+    patience: int = 3
+    lr_cut: float = 4.0
 
 
 class LrSearch:
@@ -49,6 +57,7 @@ class LrSearch:
         self.lr = 1.0  # of the last step, in units of the first
         self.numerator = self.denominator = 0.0
         self.observed = 0
+        self.coupled = False  # what the loss calls for is not what the run does: other optimizers move it too
         # of lr under momentum: now, so far, and in the end, of the steps so far
         self.velocity = self.effect = self.whole_effect = 0.0
 
@@ -74,6 +83,8 @@ class LrSearch:
         self.denominator += b / e**2
         self.observed += 1
         best = p.share * self.numerator / self.denominator if self.denominator > 0 else math.inf
+        if self.coupled:
+            best = min(best, p.coupled)
         lr = min(p.growth * self.lr, max(best, self.lr / p.growth))
         self.active = self.observed < p.longest and not (self.observed >= p.shortest and self.lr >= best)
         factor, self.lr = lr / self.lr, lr

@@ -1,0 +1,40 @@
+"""A training state that is kept to go back to: weights, the optimizers' tensors and counts, and the model's buffers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from hypergrad.core.problem import Problem, Saved
+from hypergrad.optimizers.binding import State
+
+
+@dataclass
+class KeptState:
+    """Its tensors are never written to."""
+
+    state: State
+    buffers: list[Saved]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors are not copied."""
+        return vars(self.state) | {"buffers": values_of(self.buffers)}
+
+    @staticmethod
+    def from_state_dict(saved: Mapping[str, Any], problem: Problem) -> KeptState:
+        like = problem.params[0]
+        slots = {name: x.to(like.device, copy=True) for name, x in saved["slots"].items()}
+        state = State(saved["theta"].to(like, copy=True), slots, tuple(saved["counts"]), dict(saved["rest"]))
+        return KeptState(state, as_buffers(saved["buffers"], problem))
+
+
+def values_of(buffers: Sequence[Saved]) -> list[Tensor]:
+    return [saved.value for saved in buffers]
+
+
+def as_buffers(values: Sequence[Tensor], problem: Problem) -> list[Saved]:
+    """Values of the model's buffers, as they were saved."""
+    return [Saved(b, x.to(b.device, copy=True)) for b, x in zip(problem.buffers, values, strict=False)]

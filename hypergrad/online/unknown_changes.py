@@ -1,0 +1,131 @@
+"""Gradients that are changed at every step in a way not known: nothing is tuned then, so it is an error, which names the cause.
+
+g is the gradient as the optimizer sees it, r as `backward` left it (of the parameters that step), c = gᵀr/rᵀr, N = ‖r‖ of all:
+
+    g = c r, c (N + ε) the same at two steps     clip_grad_norm_ at that threshold
+    g = c r, c the same at two steps             multiplied: a GradScaler, a mean over something
+    g = c r                                      clip_grad_norm_ over other tensors too, or another norm
+    g = min(max(r, −M), M), M = max |g|          clip_grad_value_ at M
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from hypergrad.logging import Journal
+from hypergrad.online.gradient_changes import Comparison
+from hypergrad.optimizers.clip import TORCH_EPS
+
+PATIENCE = 20  # such steps in a row
+_SAME = 1e-4  # relative
+
+
+class Scaling(NamedTuple):
+    """g = c r: the factor and the threshold that it would come from; None: it is no multiple."""
+
+    factor: float
+    threshold: float
+
+
+class UnknownChanges:
+    """Says where gradients are not known, and counts the steps in a row in which they were changed, for each optimizer.
+
+    Args:
+        counts: what happened, for `tuner.stats`.
+    """
+
+    def __init__(self, journal: Journal, counts: dict[str, int]):
+        self.journal, self.counts = journal, counts
+        self.in_a_row: dict[int, int] = {}
+        self.last: dict[int, Scaling | None] = {}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"in a row": [list(pair) for pair in self.in_a_row.items()]}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.in_a_row = {int(i): int(n) for i, n in state["in a row"]}
+
+    def known(self, i: int) -> None:
+        """Optimizer i's gradients are as they were left, or changed in a way that is known."""
+        self.in_a_row[i] = 0
+
+    def note(self, i: int, t: int, comparison: Comparison | None, tuning: bool) -> None:
+        """Another step t of optimizer i whose gradients are not known; None: they did not come from `tuner.backward`.
+
+        Args:
+            tuning: whether something is to be tuned at present.
+
+        Raises:
+            ValueError: where gradients were changed in so many steps in a row.
+        """
+        if comparison is None:
+            self.counts["plain_steps"] += 1
+            self.journal.note_once(
+                t,
+                "a step's gradients did not come from tuner.backward(loss): it trains as always, but tangents start again "
+                "from zero there (tuner.stats['plain_steps']). Replace loss.backward() by tuner.backward(loss).",
+            )
+            return
+        self.counts["changed_gradients"] += 1
+        self.journal.note_once(
+            t,
+            "the gradients were changed between tuner.backward and optimizer.step in a way hypergrad does not know: "
+            "tangents start again from zero there (tuner.stats['changed_gradients']). Pass clip_norm=... or clip_value=... if "
+            "the loop clips, scaler=... if it has a GradScaler.",
+        )
+        n = self.in_a_row[i] = self.in_a_row.get(i, 0) + 1
+        if n < PATIENCE - 1 or not tuning:
+            return
+        g, ref, norm = comparison.unknown()
+        before, now = self.last.get(i), scaling(g, ref, norm)
+        self.last[i] = now
+        if n >= PATIENCE:
+            raise ValueError(
+                f"in {n} steps in a row the gradients were changed between tuner.backward and optimizer.step in a way hypergrad "
+                f"does not know, so that nothing can be tuned: {_cause(before, now, clamped_at(g, ref))} If they are to stay as "
+                "they are, call tuner.freeze() and train on without tuning."
+            )
+
+
+def scaling(g: Tensor, ref: Tensor, norm: Tensor) -> Scaling | None:
+    c = (g @ ref) / (ref @ ref)
+    off, size = (g - c * ref).abs(), 256 * torch.finfo(g.dtype).eps * c.abs()
+    if not bool((off <= size * (ref.abs() + ref.abs().amax())).all()):  # False for NaN
+        return None
+    return Scaling(float(c), float(c * (norm + TORCH_EPS)))
+
+
+def clamped_at(g: Tensor, ref: Tensor) -> float | None:
+    """The threshold of clip_grad_value_, where that is what was done."""
+    m = g.abs().amax()
+    off = (g - torch.clamp(ref, -m, m)).abs()
+    return float(m) if bool((off <= 64 * torch.finfo(g.dtype).eps * m).all()) and bool(m > 0) else None
+
+
+def _cause(before: Scaling | None, now: Scaling | None, clamp: float | None) -> str:
+    if now is None:
+        if clamp is not None:
+            return f"they were clipped by value. Pass clip_value={clamp:.6g}."
+        return (
+            "they are no multiple of what was left, nor clipped by value. Change them by a hook on each parameter "
+            "(p.register_hook), which is differentiated, or change the loss; clipping must be over all parameters at once."
+        )
+    if before is not None and _alike(before.threshold, now.threshold):
+        return f"their norm was clipped. Pass clip_norm={now.threshold:.6g}."
+    if before is not None and _alike(before.factor, now.factor):
+        by = f"{now.factor:.6g}"
+        return (
+            f"they were multiplied by {by}. Pass scaler=... if that is a GradScaler's, else multiply the loss by {by}."
+        )
+    return (
+        "they were multiplied by a number that changes from step to step. Pass clip_norm=..., and give clip_grad_norm_ the "
+        "optimizer's parameters alone, all of them, with norm_type=2."
+    )
+
+
+def _alike(a: float, b: float) -> bool:
+    return abs(a - b) <= _SAME * abs(b)

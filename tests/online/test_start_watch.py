@@ -1,0 +1,91 @@
+"""A warm start that leads nowhere is undone; others are left alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import hypergrad
+from hypergrad.core.problem import Problem
+from hypergrad.online.policies import LrWarmStart
+from hypergrad.online.start_watch import StartWatch
+from hypergrad.optimizers.transition import Transition
+
+
+class Scalar(nn.Module):
+    """One number, and a ReLU unit that dies where it is far below 0."""
+
+    def __init__(self, w: float, f: Callable[[Tensor, Tensor], Tensor]):
+        super().__init__()
+        self.w, self.f = nn.Parameter(torch.tensor([w])), f
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.f(self.w, x)
+
+
+UNITS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "relu(wx)": lambda w, x: torch.relu(w * x),
+    "relu(x + w)": lambda w, x: torch.relu(x + w),
+    "relu(w)": lambda w, x: torch.relu(w) + 0 * x,
+}
+
+
+def ends_at(
+    unit: str, w: float, kind: Any, tuned: bool, n: int = 16, steps: int = 150
+) -> tuple[float, hypergrad.Tuner]:
+    """The loss on fresh data after a run on batches of n, from lr 0.1."""
+    model = Scalar(w, UNITS[unit])
+    opt, g = kind(model.parameters(), lr=0.1), torch.Generator().manual_seed(0)
+    loss = lambda x: ((model(x) - x) ** 2).mean()  # noqa: E731
+    held_out = torch.rand(256, generator=g)
+    tuner = hypergrad.Tuner(model, opt, lambda: loss(held_out), tune=("lr",))
+    if not tuned:
+        tuner.close()
+    for _ in range(steps):
+        opt.zero_grad()
+        tuner.backward(loss(torch.rand(n, generator=g)))
+        opt.step()
+    return loss(held_out).item(), tuner
+
+
+@pytest.mark.parametrize("kind", [torch.optim.Adam, torch.optim.AdamW])
+@pytest.mark.parametrize(("unit", "w"), [("relu(wx)", 15.0), ("relu(x + w)", 0.9), ("relu(w)", 3.0), ("relu(wx)", 0.5)])
+def test_adam_on_one_number_does_not_end_with_a_dead_unit(unit: str, w: float, kind: Any) -> None:
+    plain, _ = ends_at(unit, w, kind, tuned=False)
+    ours, tuner = ends_at(unit, w, kind, tuned=True)
+    assert ours <= 1.2 * plain + 1e-3
+    assert float(tuner.values["lr"]) < 2
+
+
+def test_a_start_that_is_undone_is_said_to_be_rolled_back() -> None:
+    assert ends_at("relu(wx)", 15.0, torch.optim.Adam, tuned=True)[1].stats["rollbacks"] > 0
+    assert ends_at("relu(wx)", 0.5, torch.optim.Adam, tuned=True)[1].stats["rollbacks"] == 0
+
+
+def undone(losses: list[float], zero: frozenset[int] = frozenset()) -> int | None:
+    """At which of these losses a start is undone whose search ends with the tenth."""
+    model = nn.Linear(2, 1)
+    transition = Transition([torch.optim.SGD(model.parameters(), lr=0.1)], frozenset({"lr"}))
+    watch = StartWatch(LrWarmStart(), Problem(model, transition.params, None, {}), True)
+    for t, loss in enumerate(losses):
+        if watch.sees(transition.read(), loss, t in zero, t < 10):
+            assert torch.equal(watch.undo().state.theta, transition.read().theta)
+            return t
+    return None
+
+
+def test_start_is_undone_where_losses_stay_above_the_first_ones() -> None:
+    down = [1.0, 1.1, 0.9, 1.2, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3]
+    assert undone([*down, *[1.3] * 20]) == 29
+    assert undone([*down, *[1.3] * 19, 1.1]) is None  # not above all of them
+    assert undone([*down, *[0.5] * 20, *[9.0] * 20]) is None  # later it is not the start's fault
+
+
+def test_start_is_undone_where_gradients_are_exactly_zero_and_losses_are_not() -> None:
+    assert undone([1.0] * 40, frozenset(range(12, 40))) == 14
+    assert undone([1.0] * 40, frozenset({12, 13, 15, 16})) is None
+    assert undone([1.0] * 10 + [0.0] * 30, frozenset(range(10, 40))) is None
