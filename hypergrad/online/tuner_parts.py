@@ -84,6 +84,7 @@ def build(
     clip_norm: float | None,
     scaler: Any,
     log_dir: str | Path | None,
+    on_log: Callable[[dict[str, float], int], object] | None,
     keep_best: bool,
     policies: Sequence[Policy],
 ) -> Parts:
@@ -105,7 +106,7 @@ def build(
     tangents = Tangents(transition, vector, problem.model, scaler, clip_norm, low_rank)
     outer = OuterOptimizer(vector, policies, options.hyper_lr)
     counts: dict[str, int] = dict.fromkeys(COUNTED, 0)
-    journal = Journal(log_dir, _recorded(vector, transition, options))
+    journal = Journal(log_dir, _recorded(vector, transition, options), on_log)
     record, back = None, find(policies, Backtracking)
     if back and forward and any(e.name == "lr" and e.group is not None for e in vector.entries):
         record = back.start(transition, problem, before, total)
