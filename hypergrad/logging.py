@@ -136,7 +136,7 @@ def layout(tags: Iterable[str]) -> dict[str, dict[str, list[Any]]]:
 class Journal:
     """The log and the warnings of one tuner.
 
-    Scalars and sentences go to a `Recorder` where there is a log_dir, scalars to `on_log` too; sentences are also Python warnings.
+    Scalars and sentences go to a `Recorder` where there is a log_dir, scalars to `on_log`; sentences are also Python warnings.
 
     Args:
         log_dir, hparams: as of `Recorder`.

@@ -21,7 +21,8 @@ _COMPILED = ("a module under torch.compile", "give hypergrad the uncompiled modu
 _REMEDIES: dict[str, tuple[str | None, str]] = {
     "scaled_dot_product": (
         "scaled_dot_product_attention (also inside nn.MultiheadAttention and nn.Transformer)",
-        "wrap the forward pass in `torch.nn.attention.sdpa_kernel(SDPBackend.MATH)`",
+        "wrap the forward pass in `torch.nn.attention.sdpa_kernel(SDPBackend.MATH)`; a model of Transformers: make it with "
+        "attn_implementation='eager'",
     ),
     "aot_autograd": _COMPILED,
     "donated buffers": _COMPILED,

@@ -1,1 +1,1 @@
-"""Tuners inside other packages' training loops: one module each, which imports its package when it is imported (docs/integrations.md)."""
+"""Tuners inside other packages' training loops (docs/integrations.md): one module a package, which only that module imports."""

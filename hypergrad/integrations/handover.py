@@ -1,7 +1,7 @@
 """How a framework's own `loss.backward()` becomes `tuner.backward(loss)`, without a change to the framework.
 
-    of_loss(loss, tuner)     this one tensor's `backward` is the tuner's; where the framework shows us its loss before backward
-    of_calls(tuner)          inside the `with`, every tensor's is; where the framework makes the loss that it differentiates itself
+of_loss(loss, tuner)     this one tensor's `backward` is the tuner's; where the framework shows us its loss before backward
+of_calls(tuner)          inside the `with`, every tensor's is; where the framework makes the loss that it differentiates itself
 """
 
 from __future__ import annotations

@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from hypergrad.integrations.handover import of_loss
 from hypergrad.online.tuner import Tuner
 
-try:
+if TYPE_CHECKING:
     from lightning.pytorch import Callback, LightningModule, Trainer
-except ImportError:
+else:
     try:
-        from pytorch_lightning import Callback, LightningModule, Trainer  # type: ignore[no-redef]
-    except ImportError as error:
-        raise ImportError("this needs Lightning: pip install 'torch-hypergrad[lightning]'.") from error
+        from lightning.pytorch import Callback, LightningModule, Trainer
+    except ImportError:  # its other package; one program uses one of them
+        try:
+            from pytorch_lightning import Callback, LightningModule, Trainer
+        except ImportError as error:
+            raise ImportError("this needs Lightning: pip install 'torch-hypergrad[lightning]'.") from error
 
 CLIPS = {"norm": "clip_norm"}  # gradient_clip_algorithm → the tuner's argument
 
@@ -29,10 +32,10 @@ class TunerCallback(Callback):
     read from the trainer; the tuner's state is in every checkpoint, and `fit(ckpt_path=…)` goes on with it.
 
     Args:
-        val_loss: `val_loss(module)` → scalar: the loss of a validation batch, on `module.device`. It is called in the trainer's
-            precision, and must not log.
-        tune, **tuner_options: as of `hypergrad.Tuner`. In manual optimization `total_steps` is the number of batches unless given,
-            and what `self.clip_gradients` does is told by clip_norm=….
+        val_loss: `val_loss(module)` → scalar: the loss of a validation batch, on `module.device`. It is called in the
+            trainer's precision, and must not log.
+        tune, **tuner_options: as of `hypergrad.Tuner`. In manual optimization `total_steps` is the number of batches unless
+            given, and what `self.clip_gradients` does is told by clip_norm=….
 
     Attributes:
         tuner: the `hypergrad.Tuner` of the last fit; None before it. Closed when the fit has ended, by an exception too.
@@ -79,7 +82,7 @@ class TunerCallback(Callback):
         for name, values in self.tuner.applied.items():
             if name not in self.tuner.hypers and values.dim() == 1:
                 tags = [f"{name}/applied"] if len(values) == 1 else [f"{name}/applied/{g}" for g in range(len(values))]
-                self.log_dict(dict(zip(tags, values.tolist(), strict=True)))
+                pl_module.log_dict(dict(zip(tags, values.tolist(), strict=True)))
 
     def state_dict(self) -> dict[str, Any]:
         return {} if self.tuner is None else self.tuner.state_dict()

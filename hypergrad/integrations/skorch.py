@@ -20,8 +20,8 @@ except ImportError as error:
 class TunerCallback(Callback):
     """Tune the hyperparameters of a net's optimizer while `fit` or `partial_fit` trains it.
 
-    `total_steps` is `max_epochs` times the batches of an epoch, unless given; a GradientNormClipping among the net's callbacks is told
-    to the tuner. The lr that the last step used is in the history, as lr/applied.
+    `total_steps` is `max_epochs` times the batches of an epoch, unless given; a GradientNormClipping among the net's callbacks is
+    told to the tuner. The lr that the last step used is in the history, as lr/applied.
 
     Args:
         val_loss: `val_loss(net)` → scalar: the loss of validation data, such as `net.get_loss(net.infer(x), y)`.
@@ -43,6 +43,10 @@ class TunerCallback(Callback):
     def get_params(self, deep: bool = True) -> dict[str, Any]:
         return {name: x for name, x in vars(self).items() if not name.endswith("_")}
 
+    def set_params(self, **params: Any) -> TunerCallback:
+        vars(self).update(params)
+        return self
+
     def initialize(self) -> TunerCallback:
         self.tuner_: Tuner | None = None
         self.hook_: Any = None  # on the optimizer
@@ -59,8 +63,8 @@ class TunerCallback(Callback):
             return
         if len(net._optimizers) != 1:
             raise NotImplementedError(
-                f"this net has the optimizers {net._optimizers}, which skorch steps one after the other on one closure: hypergrad "
-                "tunes one. Give one optimizer the parameters of all, in several param groups."
+                f"this net has the optimizers {net._optimizers}, which skorch steps one after the other on one closure: "
+                "hypergrad tunes one. Give one optimizer the parameters of all, in several param groups."
             )
         options = {**self.get_params()}
         val_loss, tune = options.pop("val_loss"), options.pop("tune")
@@ -117,14 +121,14 @@ class TunerCallback(Callback):
         return self.tuner_.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Let the next `partial_fit` of an initialized net go on from a state, its module's and optimizer's loaded by `load_params`."""
+        """Let the next `partial_fit` of an initialized net go on from a state; load its module's and optimizer's beside it."""
         self.loaded_ = state
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: x for name, x in super().__getstate__().items() if name not in ("tuner_", "hook_", "loaded_")}
+        return self.get_params()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
+        vars(self).update(state)
         self.initialize()
 
     def _close(self) -> None:

@@ -30,9 +30,9 @@ class TunerMixin(Trainer):
 
         class MyTrainer(TunerMixin, Trainer): ...
 
-    Clipping (`max_grad_norm`, 1.0 by default), the length of the run and a GradScaler are read from the trainer, and its scheduler's
-    shape is lr's. The tuner's state is in every checkpoint, and `train(resume_from_checkpoint=…)` goes on with it. In the trainer's
-    log, learning_rate is the lr that the last step used in the first param group, and weight_decay, … stand beside it.
+    Clipping (`max_grad_norm`, 1.0 by default), the length of the run and a GradScaler are read from the trainer, and its
+    scheduler's shape is lr's. The tuner's state is in every checkpoint, and `train(resume_from_checkpoint=…)` goes on with it.
+    In the trainer's log, learning_rate is the lr that the last step used in the first param group, and weight_decay, … are beside it.
 
     Args:
         val_loss: `val_loss(model)` → scalar: the loss of a validation batch, on `model.device`.
@@ -41,7 +41,8 @@ class TunerMixin(Trainer):
         args, kwargs: those of the Trainer.
 
     Attributes:
-        tuner: the `hypergrad.Tuner` of the last call of `train`; None before it. Closed when `train` has ended, by an exception too.
+        tuner: the `hypergrad.Tuner` of the last call of `train`; None before it. Closed when `train` has ended, by an exception
+            too.
     """
 
     def __init__(
@@ -67,7 +68,8 @@ class TunerMixin(Trainer):
         options = {"total_steps": self.state.max_steps - done, "scaler": self.accelerator.scaler}
         if self.args.max_grad_norm:
             options["clip_norm"] = float(self.args.max_grad_norm)
-        model, optimizer = self.model, self.optimizer
+        model: Any = self.model
+        optimizer: Any = self.optimizer
         self.tuner = Tuner(
             model, optimizer, lambda: self.val_loss(model), self.tune, **{**options, **self.tuner_options}
         )

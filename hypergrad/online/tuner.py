@@ -156,7 +156,18 @@ class Tuner:
         options = Options(mode, horizon, every, hyper_lr, total_steps, average, warm_start, curvature, int(seed))
         problem = Problem(model, transition.params, loss, tensors)
         parts = build(
-            problem, transition, val_loss, written, hypers, options, clip_norm, scaler, log_dir, on_log, keep_best, policies
+            problem,
+            transition,
+            val_loss,
+            written,
+            hypers,
+            options,
+            clip_norm,
+            scaler,
+            log_dir,
+            on_log,
+            keep_best,
+            policies,
         )
         self._loop, self._window, self._journal = parts.loop, parts.window, parts.loop.journal
         self._transition, self._vector = transition, parts.loop.vector
