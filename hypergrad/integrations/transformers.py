@@ -32,7 +32,7 @@ class TunerMixin(Trainer):
 
     Clipping (`max_grad_norm`, 1.0 by default), the length of the run and a GradScaler are read from the trainer, and its
     scheduler's shape is lr's. The tuner's state is in every checkpoint, and `train(resume_from_checkpoint=…)` goes on with it.
-    In the trainer's log, learning_rate is the lr that the last step used in the first param group, and weight_decay, … are beside it.
+    In the trainer's log, learning_rate is the lr that the last step used in the first param group; weight_decay, … are beside it.
 
     Args:
         val_loss: `val_loss(model)` → scalar: the loss of a validation batch, on `model.device`.

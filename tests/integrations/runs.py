@@ -11,8 +11,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
-from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.optim.lr_scheduler import LambdaLR
@@ -20,12 +20,15 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import hypergrad
 
+pytest.importorskip("sklearn")
 ROWS, BATCH, EPOCHS = 640, 32, 2
 STEPS = ROWS // BATCH * EPOCHS
 
 
 @cache
 def digits() -> tuple[Tensor, Tensor]:
+    from sklearn.datasets import load_digits
+
     x, y = load_digits(return_X_y=True)
     return torch.tensor(x / 16, dtype=torch.float32), torch.tensor(y)
 
