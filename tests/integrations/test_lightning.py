@@ -48,6 +48,15 @@ def test_bf16_is_that_of_the_plain_loop() -> None:
     assert all(torch.equal(a, b) for a, b in zip(one.weights, other.weights, strict=True))
 
 
+def test_float16_with_a_scaler() -> None:
+    from lightning.pytorch.plugins.precision import MixedPrecision
+
+    precision = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=2.0**8))
+    one, found = runs.plain(Job()), runs.lightning(Job(), plugins=[precision])
+    assert found.tuner.stats["changed_gradients"] == found.tuner.stats["plain_steps"] == 0
+    assert len(found.used) == STEPS and max(found.used) == pytest.approx(max(one.used), rel=0.5)
+
+
 def test_lr_as_it_was_used_is_logged(tmp_path: Path) -> None:
     from lightning.pytorch.loggers import CSVLogger
 
