@@ -24,7 +24,7 @@ def main(epochs: int = 30) -> dict[str, float]:
 
     net = NeuralNetClassifier(
         nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10)),
-        criterion=nn.CrossEntropyLoss,
+        criterion=nn.CrossEntropyLoss,  # type: ignore[arg-type]
         optimizer=torch.optim.SGD,
         optimizer__momentum=0.9,
         optimizer__weight_decay=1e-6,
@@ -32,7 +32,7 @@ def main(epochs: int = 30) -> dict[str, float]:
         max_epochs=epochs,
         batch_size=50,
         iterator_train__shuffle=True,
-        train_split=None,
+        train_split=None,  # type: ignore[arg-type]
         callbacks=[("tuner", TunerCallback(val_loss, tune=("lr", "weight_decay")))],
         verbose=0,
     )

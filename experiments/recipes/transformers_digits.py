@@ -34,8 +34,9 @@ def main(epochs: int = 10, folder: str | Path | None = None) -> dict[str, float]
         intermediate_size=64,
         hidden_dropout_prob=0.0,
         attention_probs_dropout_prob=0.0,
-        num_labels=10,
-        attn_implementation="eager",  # the default kernels of attention cannot be differentiated twice
+        num_labels=10,  # type: ignore[call-arg]
+        # its default kernels of attention cannot be differentiated twice
+        attn_implementation="eager",  # type: ignore[call-arg]
     )
     model = ViTForImageClassification(config)
 
