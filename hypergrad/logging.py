@@ -136,25 +136,52 @@ def layout(tags: Iterable[str]) -> dict[str, dict[str, list[Any]]]:
 class Journal:
     """The log and the warnings of one tuner.
 
-    Scalars and sentences go to a `Recorder` where there is a log_dir; sentences are also Python warnings.
+    Scalars and sentences go to a `Recorder` where there is a log_dir, scalars to `on_log`; sentences are also Python warnings.
 
     Args:
-        log_dir, hparams: as of `Recorder`; without a log_dir there are only warnings.
+        log_dir, hparams: as of `Recorder`.
+        on_log: `on_log(metrics, step)`, called with every row of scalars; what it raises is raised.
         silent: neither log nor warnings: another process has them.
     """
 
-    def __init__(self, log_dir: str | Path | None, hparams: Mapping[str, Any], silent: bool = False):
+    def __init__(
+        self,
+        log_dir: str | Path | None,
+        hparams: Mapping[str, Any],
+        on_log: Callable[[dict[str, float], int], object] | None = None,
+        silent: bool = False,
+    ):
         self.silent = silent
         self.recorder = None if log_dir is None or silent else Recorder(log_dir, hparams)
+        self.on_log, self.hparams = None if silent else on_log, dict(hparams)
+        self.begun = False  # a row has been written
         self.noted: set[str] = set()
         self.step, self.clock = 0, time.perf_counter()
+
+    @property
+    def on(self) -> bool:
+        """Whether scalars go anywhere."""
+        return self.recorder is not None or self.on_log is not None
+
+    def begin(self, values: Mapping[str, float]) -> None:
+        """As `Recorder.begin`."""
+        self.begun = True
+        if self.recorder is not None:
+            self.recorder.begin(values)
+        self._hand_on(0, values)
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         now = time.perf_counter()
         elapsed = 1e3 * (now - self.clock) / max(step - self.step, 1)
-        self.step, self.clock = step, now
+        self.step, self.clock, self.begun = step, now, True
+        row = {**values, "run/ms_per_step": elapsed}
         if self.recorder is not None:
-            self.recorder.scalars(step, {**values, "run/ms_per_step": elapsed})
+            self.recorder.scalars(step, row)
+        self._hand_on(step, row)
+
+    def _hand_on(self, step: int, values: Mapping[str, float]) -> None:
+        if self.on_log is not None:
+            self.on_log({tag: float(x) for tag, x in values.items()}, step)
 
     def note(self, step: int, message: str, warn: bool = True) -> None:
         if self.recorder is not None:

@@ -10,7 +10,8 @@ import hypergrad
 from hypergrad.differentiate.modes import MODES, OPTIONS
 
 NAMES = {"Hyperparameter", "Result", "hypergradient", "solvers"}
-HEAVY = ("torchvision", "sklearn", "matplotlib", "ray", "optuna", "lightning", "tensorboard")
+HEAVY = ("torchvision", "sklearn", "matplotlib", "ray", "optuna", "tensorboard")
+HEAVY += ("lightning", "pytorch_lightning", "transformers", "accelerate", "skorch")
 
 
 def test_names_are_there_and_documented() -> None:

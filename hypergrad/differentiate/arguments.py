@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 
@@ -17,14 +18,28 @@ Optimizers = torch.optim.Optimizer | Sequence[torch.optim.Optimizer]
 
 
 def as_optimizers(optimizer: Optimizers) -> list[torch.optim.Optimizer]:
-    """One or several optimizers as a list."""
+    """One or several optimizers as a list, frameworks' wrappers taken off."""
     optimizers = list(optimizer) if isinstance(optimizer, (list, tuple)) else [optimizer]
+    optimizers = [without_wrappers(opt) for opt in optimizers]
     for opt in optimizers:
         if not isinstance(opt, torch.optim.Optimizer):
             raise TypeError(f"optimizer must be a torch.optim.Optimizer or a list of them, got {type(opt).__name__}.")
     if not optimizers:
         raise ValueError("the list of optimizers is empty.")
     return optimizers  # type: ignore[return-value]
+
+
+def without_wrappers(optimizer: Any) -> Any:
+    """The optimizer that steps, of one that hands its steps on to it.
+
+    accelerate's and Lightning's wrappers pass for optimizers, and have no hooks: those of the optimizer inside are called.
+    """
+    while "_optimizer_step_pre_hooks" not in getattr(optimizer, "__dict__", ()):
+        inside = getattr(optimizer, "optimizer", None)
+        if not isinstance(inside, torch.optim.Optimizer):
+            break
+        optimizer = inside
+    return optimizer
 
 
 def clipping(clip_norm: float | None, clip_value: float | None) -> tuple[str | None, float]:

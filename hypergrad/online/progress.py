@@ -35,7 +35,7 @@ class Progress:
 
     @property
     def on(self) -> bool:
-        return self.journal.recorder is not None
+        return self.journal.on
 
     def note_training_loss(self, loss: float) -> None:
         self.losses.append(loss)
@@ -48,17 +48,17 @@ class Progress:
             first: of the run.
         """
         losses, self.losses = self.losses, []
-        recorder, labels = self.journal.recorder, self.vector.labels
-        if recorder is None:
+        journal = self.journal
+        if not journal.on:
             return
-        if not recorder.last and first:  # a run that begins, rather than one that goes on
-            recorder.begin(self._shown([recorder.hparams[f"{label} start"] for label in labels]))
+        if not journal.begun and first:  # a run that begins, rather than one that goes on
+            journal.begin(self._shown([journal.hparams[f"{label} start"] for label in self.vector.labels]))
         row = self._shown(self.vector.value.tolist()) | self._applied() | {"loss/val": val_loss}
         if self.best is not None:
             row["loss/val_best"] = self.best.loss
         if losses:
             row["loss/train"] = fmean(losses)
-        self.journal.scalars(t, row | self._diagnosis(sizes))
+        journal.scalars(t, row | self._diagnosis(sizes))
 
     def _shown(self, values: Sequence[float]) -> dict[str, float]:
         """Values of all that is tuned, those that move by orders of magnitude also by their logarithm: charts are linear."""

@@ -19,11 +19,14 @@ ABSOLUTE = ("eta_min", "min_lrs", "swa_lr")  # attributes of torch's schedulers 
 
 
 def schedulers_of(optimizer: Optimizer) -> list[LRScheduler]:
-    """The schedulers that hold this optimizer, also those inside others."""
+    """The schedulers that hold this optimizer, or a framework's wrapper of it; also those inside others."""
     referrers = gc.get_referrers(optimizer)
     owners = [owner for x in referrers if isinstance(x, dict) and x.get("optimizer") is optimizer
               for owner in gc.get_referrers(x)]  # fmt: skip
-    return [x for x in (*referrers, *owners) if isinstance(x, LRScheduler)]
+    holders = [*referrers, *owners]
+    wrappers = [x for x in holders if isinstance(x, Optimizer) and vars(x).get("optimizer") is optimizer]
+    found = [x for x in holders if isinstance(x, LRScheduler)]
+    return found + [scheduler for wrapper in wrappers for scheduler in schedulers_of(wrapper)]
 
 
 def holds_plateau(optimizer: Optimizer) -> bool:

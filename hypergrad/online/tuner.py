@@ -87,6 +87,8 @@ class Tuner:
             stay too high. Only for numbers in param groups and mode="forward".
         seed: of the random numbers that val_loss draws, a stream of its own; recorded with the run.
         log_dir: folder for TensorBoard events and `metrics.jsonl`.
+        on_log: `on_log(metrics, step)`, called with each row of `metrics.jsonl` (tag → float) and the number of steps done; works
+            without a log_dir too. For other loggers: docs/integrations.md. What it raises is raised by `optimizer.step()`.
         keep_best: keep the weights and buffers at the best validation loss so far, one copy, in host memory: see `best`.
         policies: the rules of the online method, with their constants: `hypergrad.policies.DEFAULT`, or that list with some
             left out (`hypergrad.policies.without`) or changed (`replaced`). docs/online.md tells what each is for.
@@ -144,11 +146,14 @@ class Tuner:
         log_dir: str | Path | None = None,
         keep_best: bool = True,
         policies: Sequence[Policy] = DEFAULT,
+        on_log: Callable[[dict[str, float], int], object] | None = None,
     ):
         if not isinstance(model, torch.nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}.")
         if not callable(val_loss):
             raise TypeError("val_loss must be a function () -> scalar tensor.")
+        if on_log is not None and not callable(on_log):
+            raise TypeError(f"on_log must be a function (metrics, step), got {type(on_log).__name__}.")
         every = (EVERY if curvature == "free" else 10) if every is None else every
         asked, mode = mode is not None, mode or "forward"
         check_numbers(mode, horizon, every, hyper_lr, total_steps)
@@ -171,7 +176,9 @@ class Tuner:
         problem = Problem(model, transition.params, loss, given, self.optimizers, processes)
         put_back = given.require_gradients()
         try:
-            parts = build(problem, transition, val_loss, written, options, clip, scaler, log_dir, keep_best, policies)
+            parts = build(
+                problem, transition, val_loss, written, options, clip, scaler, log_dir, on_log, keep_best, policies
+            )
             if not asked:
                 check_few(len(parts.loop.vector))
         except BaseException:

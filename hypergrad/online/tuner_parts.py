@@ -90,6 +90,7 @@ def build(
     clip: tuple[str | None, float],
     scaler: Any,
     log_dir: str | Path | None,
+    on_log: Callable[[dict[str, float], int], object] | None,
     keep_best: bool,
     policies: Sequence[Policy],
 ) -> Parts:
@@ -118,7 +119,7 @@ def build(
     tangents = Tangents(transition, vector, problem, scaler, clip, low_rank, processes)
     outer = OuterOptimizer(vector, policies, options.hyper_lr)
     counts: dict[str, int] = dict.fromkeys(COUNTED, 0)
-    journal = Journal(log_dir, _recorded(vector, transition, options), silent=processes.rank > 0)
+    journal = Journal(log_dir, _recorded(vector, transition, options), on_log, processes.rank > 0)
     record, back = None, find(policies, Backtracking)
     if back and forward and any(e.name == "lr" and e.group is not None for e in vector.entries):
         record = back.start(transition, problem, before, total)
