@@ -40,7 +40,7 @@ from experiments import datasets, flops, grid, results
 from experiments.arguments import arg, command, parse
 from experiments.clarke import LookBack
 from experiments.sweep import sweep
-from hypergrad.online.tangents import AVERAGE_SHARE
+from hypergrad.online.weight_average import SHARE
 
 METHODS: dict[str, dict[str, Any]] = {
     "grid": {"decay": True, "average": True},
@@ -206,7 +206,7 @@ def train(
 # θ̄ ← θ̄ + a (θ − θ̄), a = 1/(share of the steps so far), before every step: as in Tangents.follow
 @torch.no_grad()
 def follow(average: nn.Module, model: nn.Module, step: int) -> None:
-    a = min(1.0, 1 / (AVERAGE_SHARE * (step + 1)))
+    a = min(1.0, 1 / (SHARE * (step + 1)))
     for mean, p in zip(average.parameters(), model.parameters(), strict=True):
         mean.lerp_(p, a)
 

@@ -70,9 +70,13 @@ def check_now(processes: Processes) -> None:
                 )
 
 
-def is_late(processes: Processes, model: nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> bool:
-    """Whether the model came into DistributedDataParallel after `processes` were asked for."""
-    return processes is ALONE and not processes_of(model, optimizers).alone
+def check_in_time(processes: Processes, model: nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> None:
+    """Raise where the model came into DistributedDataParallel after `processes` were asked for."""
+    if processes is ALONE and not processes_of(model, optimizers).alone:
+        raise RuntimeError(
+            "the model was put into DistributedDataParallel after the tuner was made, which would tune on each rank apart: "
+            "make the Tuner after it."
+        )
 
 
 def _in_a_group() -> bool:

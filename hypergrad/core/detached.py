@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, strided
 
-from hypergrad.core.graph import nodes_of, saved_names
+from hypergrad.core.survey import nodes_of, saved_names
 
 CUT = (
     "the training loss uses a tensor of its graph a second time, detached (.detach() or .data), as where weights of examples are "

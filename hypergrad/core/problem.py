@@ -16,7 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from hypergrad.core.batchnorm import RunningStats
 from hypergrad.core.detached import is_cut
-from hypergrad.core.graph import Linearization, check_scalar, grad_or_none, survey, without_hooks
+from hypergrad.core.graph import Linearization, check_scalar, grad_or_none, without_hooks
 from hypergrad.core.loss_tensors import LossTensors
 from hypergrad.core.parameter_writes import refused
 from hypergrad.core.processes import ALONE, Processes
@@ -24,6 +24,7 @@ from hypergrad.core.rank_mean import RankMean
 from hypergrad.core.restore import Buffers, HostRng, Rng, Saved, untouched
 from hypergrad.core.second_order import twice_differentiable
 from hypergrad.core.signatures import takes_hypers, takes_step
+from hypergrad.core.survey import survey
 
 
 class Validation(NamedTuple):

@@ -20,7 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hypergrad.core.graph import nodes_of, saved_tensors, without_hooks
+from hypergrad.core.graph import without_hooks
+from hypergrad.core.survey import nodes_of, saved_tensors
 
 DEPTH = 2
 

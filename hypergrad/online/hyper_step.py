@@ -102,7 +102,7 @@ class HyperSteps:
         self._ask(readout)
         read = readout.fetch()
         gradient = self._gradient(read, {name: g.shape for name, g in found.items()})
-        theta = self.tangents.average if self._averages() else None
+        theta = self.tangents.average.theta if self._averages() else None
         self._move(t, read["value"][0], gradient, read, theta)
         if again is not None:
             self._note_noise(t, read["hypergradient"], read["another hypergradient"])
@@ -140,7 +140,7 @@ class HyperSteps:
         if self.record is None or self.frozen or warming:
             return False
         theta = self.transition.flatten(self.transition.params) if theta is None else theta
-        average = self.tangents.average
+        average = self.tangents.average.theta
 
         def read_both(other: Tensor) -> tuple[list[float], list[float]]:
             return self._read_both(t, theta if average is None else average, other)
@@ -171,7 +171,7 @@ class HyperSteps:
     def _ask(self, readout: Readout) -> None:
         """What a step of φ needs besides a gradient, and what is recorded of it."""
         self.tangents.curvature.ask_newton(readout)
-        self.tangents.ask_hits(readout)
+        self.tangents.cap.ask(readout)
         if self.progress.on and self.tangents.tangent is not None:
             weights = self.transition.flatten(self.transition.params)
             sizes = torch.linalg.vector_norm(self.tangents.tangent.theta, dim=1) / torch.linalg.vector_norm(weights)
@@ -196,8 +196,8 @@ class HyperSteps:
             if not self._averages():
                 yield None if self.tangents.tangent is None else self.tangents.tangent.theta
                 return
-            with self.tangents.averaged():
-                yield self.tangents.average_tangent
+            with self.tangents.average.in_model():
+                yield self.tangents.average.tangent
 
     def move(self, t: int, value: float, gradient: Tensor, theta: Tensor | None) -> None:
         """One hyperparameter step from a validation loss and dL/dφ [k]. theta: see `_move`."""
@@ -209,7 +209,7 @@ class HyperSteps:
         self, t: int, value: float, gradient: Tensor, read: Mapping[str, list[float]], theta: Tensor | None
     ) -> None:
         """theta: the weights [n] at which the loss was read; None: those in the model."""
-        self.tangents.note_hits(read)
+        self.tangents.cap.note(read)
         self.val_loss, sizes = value, dict(zip(self.vector.moving, read.get("sizes", [])))
         self._note_best(t, theta)
         self.counts["val_evaluations"] += 1

@@ -76,6 +76,25 @@ class HyperVector:
         """Name and place of each number: lr/0, betas/1/0."""
         return ["/".join([e.name, *map(str, e.index)]) for e in self.entries]
 
+    def by_name(self, groups: Mapping[tuple[str, int], Any], values: bool = True) -> dict[str, Tensor]:
+        """What is tuned, as tensors by name.
+
+        Args:
+            groups: numbers of the param groups, by name and group; None where a group has none.
+            values: put those of this vector in their place.
+        """
+        out: dict[str, Tensor] = {}
+        for name, shape in self.directions.shapes.items():
+            if name in self.hypers:
+                out[name] = self.hypers[name].detach().clone()
+                continue
+            column = [groups[name, g] for g in range(len(self.transition.groups))]
+            out[name] = torch.tensor([math.nan if x is None else x for x in column], dtype=torch.float64).view(shape)
+        for entry, x in zip(self.entries, self.value, strict=True):
+            if entry.group is not None and values:
+                out[entry.name][entry.index] = x
+        return out
+
     def tune_only(self, names: Collection[str]) -> bool:
         """Tune only the numbers of these names from now on. True where that is a change."""
         moving = [j for j, entry in enumerate(self.entries) if entry.name in names]

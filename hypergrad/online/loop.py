@@ -8,15 +8,14 @@ after the step     values put back → every so many steps a hyperparameter step
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from hypergrad.core.readout import Readout
-from hypergrad.online.accumulation import ask_whether_mean, check_mean
+from hypergrad.online.accumulation import check_mean
 from hypergrad.online.first_look import FirstLook
 from hypergrad.online.gradient_changes import Comparison, Pending
 from hypergrad.online.hyper_step import HyperSteps
@@ -26,6 +25,7 @@ from hypergrad.online.param_groups import ParamGroupWriter
 from hypergrad.online.policies.phases import Phases
 from hypergrad.online.recovery import Recovery
 from hypergrad.online.starts import Starts
+from hypergrad.online.step_reading import StepReading
 from hypergrad.online.tuner_arguments import check_groups
 from hypergrad.online.unknown_changes import UnknownChanges
 from hypergrad.online.used_values import UsedValues
@@ -71,6 +71,7 @@ class OnlineLoop:
         self.skipped = False  # the present step is one that a fused optimizer leaves out
         self.void = False  # the present step was judged to do nothing
         self.given_loss: Tensor | None = None  # of a whole step that `tuner.step` takes
+        self.reading = StepReading(self.tangents, starts.search, self.other, mode == "forward")
         self.unknown = UnknownChanges(hyper.journal, hyper.counts)
         self.known: dict[tuple[str, int], float] = {}  # what tensors on the device among the groups' numbers hold
         self.used = UsedValues(self.vector)
@@ -105,11 +106,13 @@ class OnlineLoop:
                 self.starts.part()
                 self.recovery.part(self.stepped)
             self.starts.couple(self.apart and fresh.coupled)
-        comparison, read = self._read(i, g, active, fresh)
+        loss = self.given_loss if fresh is None else fresh.loss_of(i) / fresh.scale
+        begins = not (self.void or self.stepped)
+        comparison, read = self.reading.take(i, self.t, g, active, fresh, loss, begins, self.void)
         check_mean(read, self.transition.params[0].dtype)
         # a fused optimizer is told by a GradScaler that it will leave this step out
         self.skipped = bool(read.get("found_inf", [0.0])[0])
-        self.tangents.note_hits(read)
+        self.tangents.cap.note(read)
         for note in notes(read, self.counts, self.tangents.counts, self.other):
             self.journal.note_once(self.t, note)
         self.known = dict(zip(self.transition.numbers_on_device(), read.get("numbers", [])))
@@ -146,7 +149,7 @@ class OnlineLoop:
                 self.recovery.undo_start(self.t, *self.starts.undo())
                 return
         if not self.stepped:
-            self.tangents.follow(state.theta, self.t)
+            self.tangents.average.follow(state.theta, self.tangents.tangent, self.t)
         values = self._use(i)
         if self.mode != "forward":
             return
@@ -159,44 +162,6 @@ class OnlineLoop:
             if loss is not None and not self.stepped:
                 self.hyper.progress.note_training_loss(loss)
             fresh.used_by(i)
-
-    def _read(
-        self, i: int, g: Tensor | None, active: Sequence[bool], fresh: Pending | None
-    ) -> tuple[Comparison | None, dict[str, list[float]]]:
-        """All that the host has to know before this step, in one wait for the device.
-
-        Args:
-            g: the gradients that optimizer i will see [n]; None where it has none.
-            fresh: what `backward` left, where optimizer i has not used it yet.
-        """
-        readout, tangents, comparison = Readout(self.tangents.processes), self.tangents, None
-        ask_whether_mean(fresh, readout)
-        found_inf = getattr(self.optimizers[i], "found_inf", None)
-        if found_inf is not None:
-            readout.ask("found_inf", found_inf)
-        for name, tensors in (
-            ("numbers", self.transition.numbers_on_device()),
-            ("counts", self.transition.counters(on_device=True)),
-        ):
-            if tensors:
-                readout.ask_own(name, torch.stack([x.reshape(()) for x in tensors.values()]))
-        tangents.ask_hits(readout)
-        tangents.written.ask(readout)
-        if self.mode == "forward":
-            self.other.ask(self.t, readout)
-        loss = self.given_loss if fresh is None else fresh.loss_of(i) / fresh.scale
-        if loss is not None:
-            readout.ask("loss", loss)
-        search = self.starts.search
-        if fresh is not None and not self.void and search.of(i).active:
-            if not self.apart and not self.stepped:
-                tangents.curvature.ask_common(tangents.tangent, fresh, readout, None)
-            elif self.apart and not search.begins(i):
-                tangents.curvature.ask_common(tangents.tangent, fresh, readout, i)
-        if g is not None:
-            readout.ask("sum", g.sum())
-            comparison = tangents.compare(g, active, readout)
-        return comparison, readout.fetch()
 
     def _observe_groups(self, i: int) -> None:
         """What something else has written into optimizer i's groups."""

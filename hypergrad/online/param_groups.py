@@ -103,6 +103,11 @@ class ParamGroupWriter:
     def _ratio(self, key: Key) -> float:
         return float(self.written.get(key, self.bases[key])) / self.bases[key]
 
+    def present(self) -> dict[Key, Any]:
+        """What is in the param groups now, of the names that are tuned."""
+        found = self.transition.values()
+        return {(name, g): found[name][g] for name, g in self.typed}
+
     # ---- around a step
 
     def observe(self, optimizer: int, t: int, known: dict[Key, float]) -> list[int]:

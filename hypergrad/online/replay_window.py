@@ -17,9 +17,9 @@ from torch import Tensor
 
 from hypergrad.core.detached import is_cut
 from hypergrad.core.float64 import on_host
-from hypergrad.core.graph import survey
 from hypergrad.core.second_order import twice_differentiable
 from hypergrad.core.signatures import takes_step
+from hypergrad.core.survey import survey
 from hypergrad.differentiate.checkpoints import Checkpoint, default_every
 from hypergrad.differentiate.diagnostics import Diagnostics
 from hypergrad.differentiate.eager import EagerStepper

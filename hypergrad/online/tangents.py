@@ -7,8 +7,8 @@ has to know is asked of a `Readout`, which the loop fetches once a step.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -16,11 +16,12 @@ from torch import Tensor
 
 from hypergrad.core.data_parallel import check_now
 from hypergrad.core.detached import is_cut
-from hypergrad.core.graph import Linearization, grad_or_none, survey
+from hypergrad.core.graph import Linearization, grad_or_none
 from hypergrad.core.problem import Problem
 from hypergrad.core.processes import ALONE, Processes
 from hypergrad.core.readout import Readout
 from hypergrad.core.second_order import twice_differentiable
+from hypergrad.core.survey import survey
 from hypergrad.online.accumulation import accumulate, expected, found
 from hypergrad.online.forward_switch import ForwardSwitch
 from hypergrad.online.frozen_layers import FrozenLayers
@@ -28,12 +29,11 @@ from hypergrad.online.gradient_changes import Comparison, Pending, carried_on, r
 from hypergrad.online.hyper_vector import HyperVector
 from hypergrad.online.low_rank_hessian import LowRankHessian
 from hypergrad.online.lr_curvature import LrCurvature
+from hypergrad.online.tangent_cap import TangentCap
+from hypergrad.online.weight_average import WeightAverage
 from hypergrad.online.written_weights import WrittenWeights
 from hypergrad.optimizers.binding import State, Values
 from hypergrad.optimizers.transition import Tangent, Transition
-
-CAP = 2.0  # a tangent (per unit of log value) is not let grow beyond so many times the norm of the weights
-AVERAGE_SHARE = 0.1  # the running average looks back over so much of the run so far
 
 
 class Tangents:
@@ -55,14 +55,11 @@ class Tangents:
         self.low_rank = low_rank  # None: every product is formed
         self.frozen = FrozenLayers(problem.model, transition.params)
         self.tangent: Tangent | None = None  # None: zero
-        self.average: Tensor | None = None  # θ̄ [n]
-        self.average_tangent: Tensor | None = None  # dθ̄/dφ [k, n]; None: zero
+        self.average = WeightAverage(transition)
         self.pending: Pending | None = None
-        self.hit = torch.zeros(len(vector), dtype=torch.bool)  # tangents that met the cap since `take_hits`
-        # on a device: whether the last step's tangents met the cap, and the numbers that moved then; see `ask_hits`
-        self.unread: tuple[Tensor, list[int]] | None = None
         self.curvature, self.written = LrCurvature(vector), WrittenWeights()
         self.counts = {"gradients": 0, "hessian_products": 0, "capped": 0, "nonfinite_products": 0}
+        self.cap = TangentCap(vector, self.counts, processes)
         self.read: set[str] = set()  # names of tensors in the loss that a loss depended on
         self.cut = False  # see `is_cut`, of the first loss
         self.forward = ForwardSwitch(problem, self.products_due)
@@ -206,7 +203,8 @@ class Tangents:
         """Take the tangents through one step. dg None: unknown, so they start again from zero at this step."""
         directions = self.vector.tuned
         if not len(directions):
-            return self.forget()
+            self.forget()
+            return
         if self.tangent is None or dg is None:
             self.forget()
             self.tangent = Tangent.zeros(state, len(directions))
@@ -219,66 +217,22 @@ class Tangents:
         self.frozen.trained(active)
         if self.low_rank is not None:
             self.tangent = self.low_rank.faded(self.tangent)
-        return self._bound(torch.linalg.vector_norm(state.theta), dg)
-
-    # On a device the factor, mostly 1, is multiplied with unseen: to read it first would be one wait a step more.
-    def _bound(self, norm: Tensor, dg: Tensor) -> None:
-        """Cap every tangent at CAP times the norm of the weights; one that is not finite starts again from zero.
-
-        dg: of this step, counted where it is not finite itself.
-        """
-        assert self.tangent is not None
-        norms = torch.linalg.vector_norm(self.tangent.theta, dim=1)
-        within = norms <= CAP * norm  # False for NaN
-        at_once = norm.device.type == "cpu" and self.processes.alone
-        if at_once and bool(within.all()):
-            return
-        factor = (CAP * norm / norms.clamp_min(torch.finfo(norms.dtype).tiny)).clamp(max=1.0)
-        finite = torch.isfinite(norms).unsqueeze(-1)
-        flags = torch.stack([~within, factor < 1, ~torch.isfinite(dg).all(1)])
-        factor = factor.unsqueeze(-1)
-        bound = {name: torch.where(finite, x * factor, 0) for name, x in self.tangent.slots.items()}
-        self.tangent = Tangent(torch.where(finite, self.tangent.theta * factor, 0), bound)
-        self._flush_hits()
-        self.unread = flags, self.vector.moving
-        if at_once:
-            self._flush_hits()
-
-    def ask_hits(self, readout: Readout) -> None:
-        """Ask whether the last step's tangents met the cap; to be noted with `note_hits`."""
-        if self.unread is not None:
-            readout.ask("hits", self.unread[0])
-
-    def note_hits(self, read: Mapping[str, list[float]]) -> None:
-        if self.unread is not None and "hits" in read:
-            over, hit, no_product = torch.tensor(read["hits"], dtype=torch.float64).view(3, -1).bool()
-            self.counts["capped"] += bool(over.any())
-            self.counts["nonfinite_products"] += bool(no_product.any())
-            self.hit[self.unread[1]] |= hit
-            self.unread = None
-
-    def _flush_hits(self) -> None:
-        """The same at once."""
-        if self.unread is not None:
-            readout = Readout(self.processes)
-            self.ask_hits(readout)
-            self.note_hits(readout.fetch())
+        self.tangent = self.cap.bound(self.tangent, torch.linalg.vector_norm(state.theta), dg)
 
     def take_hits(self) -> Tensor:
         """Which numbers' tangents met the cap since the last call [k of all]. Those start again from zero."""
-        self._flush_hits()
-        hit, self.hit = self.hit, torch.zeros_like(self.hit)
+        hit = self.cap.take()
         if self.tangent is not None and bool(hit.any()):
             keep = (~hit[self.vector.moving]).to(self.tangent.theta).unsqueeze(-1)
             slots = {name: x * keep for name, x in self.tangent.slots.items()}
             self.tangent = Tangent(self.tangent.theta * keep, slots)
-            if self.average_tangent is not None:
-                self.average_tangent = self.average_tangent * keep
+            if self.average.tangent is not None:
+                self.average.tangent = self.average.tangent * keep
         return hit
 
     def forget(self, also_pending: bool = False) -> None:
         """Tangents are zero from here on; `also_pending`: so is that of a gradient which waits for its step."""
-        self.tangent = self.average_tangent = None
+        self.tangent = self.average.tangent = None
         self.curvature.forget()
         self.frozen.forget()
         if also_pending and self.pending is not None:
@@ -293,48 +247,24 @@ class Tangents:
     def start_again(self) -> None:
         """Tangents are zero, and the running average of the weights starts again: training goes on from other weights."""
         self.forget(also_pending=True)
-        self.average = None
+        self.average.theta = None
 
     def drop_pending(self) -> None:
         """The gradient that waits for its step will not be used."""
         self.pending = None
 
-    # θ̄ ← θ̄ + a (θ − θ̄) and the same for its tangent, a = 1/(share of the steps so far)
-    def follow(self, theta: Tensor, t: int) -> None:
-        """Move the running averages towards the present weights and tangents."""
-        a = min(1.0, 1 / (AVERAGE_SHARE * (t + 1)))
-        self.average = theta if self.average is None else self.average.lerp(theta, a)
-        if self.tangent is not None:
-            old = self.average_tangent
-            self.average_tangent = self.tangent.theta * a if old is None else old.lerp(self.tangent.theta, a)
-
-    @contextmanager
-    def averaged(self) -> Iterator[None]:
-        """The running average of the weights in the model, and the weights themselves back on the way out."""
-        theta = self.transition.flatten(self.transition.params)
-        if self.average is not None:
-            self.transition.load(self.average)
-        try:
-            yield
-        finally:
-            self.transition.load(theta)
-
     def load_counts(self, stats: Mapping[str, int]) -> None:
         self.counts.update({k: v for k, v in stats.items() if k in self.counts})
 
     def state_dict(self) -> dict[str, Any]:
-        if self.processes.alone:  # a state may be asked for on one process alone
-            self._flush_hits()
-        tangent, hit = self.tangent, self.hit.clone()
-        if self.unread is not None:
-            hit[self.unread[1]] |= self.unread[0][1].cpu()
+        tangent = self.tangent
         return {
             "theta": None if tangent is None else tangent.theta,
             "slots": None if tangent is None else dict(tangent.slots),
-            "average": self.average,
-            "average_tangent": self.average_tangent,
+            "average": self.average.theta,
+            "average_tangent": self.average.tangent,
             "curvature": self.curvature.state_dict(),
-            "hit": hit,
+            "hit": self.cap.state(),
             **({} if self.low_rank is None else {"low rank": self.low_rank.state_dict()}),
         }
 
@@ -344,14 +274,14 @@ class Tangents:
         def here(x: Any) -> Any:
             return None if x is None else x.to(like)
 
-        self.tangent = self.unread = None
+        self.tangent = None
         self.written.forget()
         if state["theta"] is not None:
             self.tangent = Tangent(here(state["theta"]), {name: here(x) for name, x in state["slots"].items()})
         self.frozen.has_tangents(here(state["theta"]))
-        self.average, self.average_tangent = here(state["average"]), here(state["average_tangent"])
+        self.average.theta, self.average.tangent = here(state["average"]), here(state["average_tangent"])
         self.curvature.load_state_dict(state["curvature"], like)
-        self.hit = state["hit"].clone()
+        self.cap.load(state["hit"])
         if self.low_rank is not None:
             self.low_rank.load_state_dict(state["low rank"], like)
         self.pending = None

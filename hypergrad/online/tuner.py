@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hypergrad.core.data_parallel import is_late, processes_of
+from hypergrad.core.data_parallel import check_in_time, processes_of
 from hypergrad.core.graph import check_scalar
 from hypergrad.core.loss_tensors import LossTensors, set_free
 from hypergrad.core.problem import Problem
@@ -22,7 +22,14 @@ from hypergrad.online.hyper_vector import specification
 from hypergrad.online.low_rank_hessian import EVERY
 from hypergrad.online.policies import DEFAULT, check
 from hypergrad.online.policies.policy import Policy
-from hypergrad.online.tuner_arguments import check_curvature, check_few, check_names_to_tune, check_numbers
+from hypergrad.online.tuner_arguments import (
+    NO_COPY,
+    check_curvature,
+    check_few,
+    check_names_to_tune,
+    check_numbers,
+    check_objects,
+)
 from hypergrad.online.tuner_parts import Options, build
 from hypergrad.online.tuner_state import load_state, state_of
 from hypergrad.optimizers.transition import Transition
@@ -148,12 +155,7 @@ class Tuner:
         policies: Sequence[Policy] = DEFAULT,
         on_log: Callable[[dict[str, float], int], object] | None = None,
     ):
-        if not isinstance(model, torch.nn.Module):
-            raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}.")
-        if not callable(val_loss):
-            raise TypeError("val_loss must be a function () -> scalar tensor.")
-        if on_log is not None and not callable(on_log):
-            raise TypeError(f"on_log must be a function (metrics, step), got {type(on_log).__name__}.")
+        check_objects(model, val_loss, scaler, on_log)
         every = (EVERY if curvature == "free" else 10) if every is None else every
         asked, mode = mode is not None, mode or "forward"
         check_numbers(mode, horizon, every, hyper_lr, total_steps)
@@ -167,8 +169,6 @@ class Tuner:
         policies = check(policies)
         check_free(self.optimizers)
         processes = processes_of(model, self.optimizers)
-        if scaler is not None and not hasattr(scaler, "get_scale"):
-            raise TypeError(f"scaler must be a torch.amp.GradScaler, got {type(scaler).__name__}.")
         self.hypers = given.given
         transition = Transition(self.optimizers, frozenset(written))
         check_names([*written, *tensors], transition.values(), tensors)
@@ -226,15 +226,8 @@ class Tuner:
 
     def _check_processes(self) -> None:
         """At the first training step: raise where the model came into DistributedDataParallel after the tuner."""
-        if (
-            not self._started
-            and not self._closed
-            and is_late(self._loop.problem.processes, self.model, self.optimizers)
-        ):
-            raise RuntimeError(
-                "the model was put into DistributedDataParallel after the tuner was made, which would tune on each rank apart: "
-                "make the Tuner after it."
-            )
+        if not (self._started or self._closed):
+            check_in_time(self._loop.problem.processes, self.model, self.optimizers)
         self._started = True
 
     def freeze(self) -> None:
@@ -276,31 +269,16 @@ class Tuner:
 
     @property
     def values(self) -> dict[str, Tensor]:
-        out = self._per_group({})
-        for entry, x in zip(self._vector.entries, self._vector.value, strict=True):
-            if entry.group is not None:
-                out[entry.name][entry.index] = x
-        return out
+        return self._vector.by_name(self._loop.writer.present())
 
     @property
     def applied(self) -> dict[str, Tensor]:
-        return self._per_group(self._loop.writer.applied)
-
-    def _per_group(self, instead: Mapping[tuple[str, int], Any]) -> dict[str, Tensor]:
-        """What is tuned, as it stands in the param groups, or `instead` by name and group."""
-        out: dict[str, Tensor] = {}
-        for name, shape in self._vector.directions.shapes.items():
-            if name in self.hypers:
-                out[name] = self.hypers[name].detach().clone()
-                continue
-            column = [instead.get((name, g), x) for g, x in enumerate(self._transition.values()[name])]
-            out[name] = torch.tensor([math.nan if x is None else x for x in column], dtype=torch.float64).view(shape)
-        return out
+        return self._vector.by_name(self._loop.writer.present() | self._loop.writer.applied, values=False)
 
     @contextmanager
     def averaged(self) -> Iterator[torch.nn.Module]:
         """The running average of the weights in the model, and the weights themselves back on the way out."""
-        with self._loop.tangents.averaged():
+        with self._loop.tangents.average.in_model():
             yield self.model
 
     @contextmanager
@@ -326,10 +304,7 @@ class Tuner:
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Copies and pickles of the hooks on an optimizer do not follow: a copy of a tuner would tune nothing."""
-        raise TypeError(
-            "a Tuner cannot be copied or pickled: copy the model and the optimizer, make a new Tuner of the copies, and give it "
-            "the state with its load_state_dict(copy.deepcopy(tuner.state_dict()))."
-        )
+        raise TypeError(NO_COPY)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that `load_state_dict` needs to go on; tensors are not copied. Loads with weights_only=True."""

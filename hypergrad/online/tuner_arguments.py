@@ -6,9 +6,28 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+import torch
+
 from hypergrad.optimizers.transition import CLIPS, Transition
 
 MOST_UNASKED = 16  # numbers that are tuned in forward mode without mode="forward" written out
+
+
+NO_COPY = (
+    "a Tuner cannot be copied or pickled: copy the model and the optimizer, make a new Tuner of the copies, and give it the "
+    "state with its load_state_dict(copy.deepcopy(tuner.state_dict()))."
+)
+
+
+def check_objects(model: Any, val_loss: Any, scaler: Any, on_log: Any) -> None:
+    if not isinstance(model, torch.nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}.")
+    if not callable(val_loss):
+        raise TypeError("val_loss must be a function () -> scalar tensor.")
+    if scaler is not None and not hasattr(scaler, "get_scale"):
+        raise TypeError(f"scaler must be a torch.amp.GradScaler, got {type(scaler).__name__}.")
+    if on_log is not None and not callable(on_log):
+        raise TypeError(f"on_log must be a function (metrics, step), got {type(on_log).__name__}.")
 
 
 def check_numbers(mode: str, horizon: int, every: int, hyper_lr: float, total_steps: int | None) -> None:

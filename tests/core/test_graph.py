@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.functional import hessian
 
-from hypergrad.core.graph import Linearization, check_scalar, survey
+from hypergrad.core.graph import Linearization, check_scalar
+from hypergrad.core.survey import survey
 from tests.problems import DEVICE, randn
 
 EXACT = 1e-12

@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from hypergrad.core.graph import survey
 from hypergrad.core.loss_tensors import LossTensors
 from hypergrad.core.problem import Problem
+from hypergrad.core.survey import survey
 from tests.cases import Case
 from tests.problems import DEVICE, randn
 

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from hypergrad.core.data_parallel import processes_of
-from hypergrad.core.graph import survey
 from hypergrad.core.processes import ALONE, SUMS, column_sums, is_mean
+from hypergrad.core.survey import survey
 
 
 def test_one_process_is_alone() -> None:

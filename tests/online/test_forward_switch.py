@@ -12,7 +12,7 @@ from torch._dynamo.utils import counters
 from torch.nn import functional as F
 
 import hypergrad
-from hypergrad.core.graph import nodes_of
+from hypergrad.core.survey import nodes_of
 from tests.online.live_loops import FD_RTOL, as_given, float64, slope
 
 __all__ = ["float64"]  # the fixture
