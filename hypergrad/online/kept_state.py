@@ -10,6 +10,8 @@ from torch import Tensor
 
 from hypergrad.core.problem import Problem, Saved
 from hypergrad.optimizers.binding import State
+from hypergrad.optimizers.traced.packing import packed, unpacked
+from hypergrad.optimizers.transition import Transition
 
 
 @dataclass
@@ -21,13 +23,15 @@ class KeptState:
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors are not copied."""
-        return vars(self.state) | {"buffers": values_of(self.buffers)}
+        rest = [[i, packed(x)] for i, x in self.state.rest.items()]
+        return vars(self.state) | {"rest": rest, "buffers": values_of(self.buffers)}
 
     @staticmethod
-    def from_state_dict(saved: Mapping[str, Any], problem: Problem) -> KeptState:
+    def from_state_dict(saved: Mapping[str, Any], problem: Problem, transition: Transition) -> KeptState:
         like = problem.params[0]
         slots = {name: x.to(like.device, copy=True) for name, x in saved["slots"].items()}
-        state = State(saved["theta"].to(like, copy=True), slots, tuple(saved["counts"]), dict(saved["rest"]))
+        rest = {i: unpacked(x, transition.fallbacks[i].read()[1]) for i, x in saved["rest"]}
+        state = State(saved["theta"].to(like, copy=True), slots, tuple(saved["counts"]), rest)
         return KeptState(state, as_buffers(saved["buffers"], problem))
 
 

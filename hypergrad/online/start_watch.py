@@ -22,6 +22,7 @@ from hypergrad.core.problem import Problem
 from hypergrad.online.kept_state import KeptState
 from hypergrad.online.policies.lr_warm_start import LrWarmStart
 from hypergrad.optimizers.binding import State
+from hypergrad.optimizers.transition import Transition
 
 
 class StartWatch:
@@ -32,8 +33,8 @@ class StartWatch:
         active: False where lr does not come from a warm start, and once the watch is over.
     """
 
-    def __init__(self, policy: LrWarmStart, problem: Problem, active: bool):
-        self.policy, self.problem, self.active = policy, problem, active
+    def __init__(self, policy: LrWarmStart, problem: Problem, transition: Transition, active: bool):
+        self.policy, self.problem, self.transition, self.active = policy, problem, transition, active
         self.kept: KeptState | None = None  # before the first step
         self.first: list[float] = []
         self.since: list[float] = []  # losses since the warm start, or since it was undone
@@ -87,4 +88,4 @@ class StartWatch:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.active, self.zeros = bool(state["active"]), int(state["zeros"])
         self.first, self.since, kept = list(state["first"]), list(state["since"]), state["kept"]
-        self.kept = None if kept is None else KeptState.from_state_dict(kept, self.problem)
+        self.kept = None if kept is None else KeptState.from_state_dict(kept, self.problem, self.transition)

@@ -133,7 +133,7 @@ def build(
     guard = find(policies, DivergenceGuard)
     judge = None if guard is None else guard.start(transition, problem, before)
     recovery = Recovery(judge, problem, outer, tangents, journal, counts)
-    watch = StartWatch(search.common.policy, problem, search.active and not transition.maximizes)
+    watch = StartWatch(search.common.policy, problem, transition, search.active and not transition.maximizes)
     starts = Starts(policies, search, watch, outer, tangents, writer, journal, total, starts_are_hints)
     look = FirstLook(hyper, not math.isnan(before), forward)
     loop = OnlineLoop(hyper, writer, starts, recovery, find(policies, Phases), look, options.mode, options.every, total)

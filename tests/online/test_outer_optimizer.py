@@ -42,7 +42,7 @@ class Numbers:
         mask[self.moving] = True
         return mask
 
-    def called(self, name: str) -> torch.Tensor:
+    def called(self, name: str, optimizer: int | None = None) -> torch.Tensor:
         return torch.tensor([entry.name == name for entry in self.entries])
 
     def multiplied(self, mine: torch.Tensor, factor: float) -> torch.Tensor:

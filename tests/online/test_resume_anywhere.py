@@ -45,6 +45,28 @@ def adamw(m: nn.Sequential) -> list[Any]:
     return [torch.optim.AdamW(m.parameters(), lr=0.02, weight_decay=0.1)]
 
 
+class Own(torch.optim.Optimizer):
+    """Momentum, with a step counter, a flag, a history and a function that no update rule knows."""
+
+    def __init__(self, params: Any, lr: float):
+        super().__init__(params, {"lr": lr, "decay": 0.9, "form": (1, "heavy")})
+        self.shape, self.last = math.sqrt, (None, [0, True])
+
+    @torch.no_grad()
+    def step(self) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    state = self.state[p]
+                    state["n"] = state.get("n", 0) + 1
+                    state["m"] = group["decay"] * state.get("m", torch.zeros_like(p)) + p.grad
+                    p.sub_(group["lr"] * state["m"])
+
+
+def own(m: nn.Sequential) -> list[Any]:
+    return [Own(m.parameters(), lr=0.05)]
+
+
 def two(m: nn.Sequential) -> list[Any]:
     return [
         torch.optim.SGD(m[:2].parameters(), lr=0.05, momentum=0.9),
@@ -96,6 +118,8 @@ EVENTFUL = {
         tuner={"policies": [Phases(), LrWarmStart(), AdamOnPhi()]},
         happens=("rollbacks",),
     ),
+    "an optimizer of one's own": Eventful(own, tuner={"tune": "lr"}, disturbed=THREE_BAD, happens=("rollbacks",)),
+    "one's own, total known": Eventful(own, tuner={"tune": "lr", "total_steps": 40}, disturbed={5: NOT_A_NUMBER}),
     "two optimizers": Eventful(two, disturbed=THREE_BAD, happens=("rollbacks",)),
     "in turn": Eventful(two, turns=lambda t: [t % 2], disturbed=THREE_BAD | {30: SPIKE}),
     "three to one": Eventful(two, turns=lambda t: [int(t % 4 == 3)], disturbed={14: NOT_A_NUMBER}),

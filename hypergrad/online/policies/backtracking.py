@@ -177,4 +177,4 @@ class LossRecord:
         self.theta = None if state["theta"] is None else state["theta"].to(self.transition.params[0], copy=True)
         self.buffers = as_buffers(state["buffers"], self.problem)
         old = state["start"]
-        self.start = None if old is None else KeptState.from_state_dict(old, self.problem)
+        self.start = None if old is None else KeptState.from_state_dict(old, self.problem, self.transition)

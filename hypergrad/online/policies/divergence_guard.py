@@ -161,5 +161,7 @@ class StepJudge:
         for i, saved in state["own"] or ():
             assert self.own is not None
             self.own[int(i)].load_state_dict(saved)
-        self.good = deque((KeptState.from_state_dict(x, self.problem) for x in state["good"]), maxlen=2)
+        self.good = deque(
+            (KeptState.from_state_dict(x, self.problem, self.transition) for x in state["good"]), maxlen=2
+        )
         self.first_buffers = as_buffers(state["first buffers"], self.problem)

@@ -125,4 +125,4 @@ class LossPast:
         return {name: getattr(self, name) for name in (*_FLOATS, *_COUNTS)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        vars(self).update({name: float(state[name]) for name in _FLOATS} | {name: int(state[name]) for name in _COUNTS})
+        vars(self).update({name: type(x)(state[name]) for name, x in self.state_dict().items()})
