@@ -69,7 +69,7 @@ SUITES = {
     "nan": Suite(FEW, ((1e-3, 1e-4),), case="nan"),
     "shuffled": Suite(FEW, ((1e-3, 1e-4),), case="shuffled"),
     "momentum": Suite(
-        ("logistic_fashion", "mlp_mnist1d", "cnn_mnist1d", "matrix_factorisation"),
+        ("logistic_fashion", "mlp_fashion", "cnn_mnist1d", "diabetes"),  # trained by SGD
         ((1e-4, 1e-4), (0.1, 1e-4)),
         ("lr", "weight_decay", "momentum"),
     ),

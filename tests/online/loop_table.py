@@ -5,12 +5,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from tests.online.loop_rows import REFUSED, SAID, SUPPORTED, Row
 from tests.online.loops_by_hand import BY_HAND
 from tests.online.loops_detached import DETACHED
 from tests.online.loops_fields import FIELDS
+from tests.online.loops_listed import FURTHER, Listed
 from tests.online.loops_losses import LOSSES
 from tests.online.loops_modules import MODULES
 from tests.online.loops_optimizers import OPTIMIZERS
@@ -28,21 +27,6 @@ SECTIONS: dict[str, dict[str, Row]] = {
     "What is in no graph": DETACHED,
 }
 LOOPS: dict[str, Row] = {name: row for rows in SECTIONS.values() for name, row in rows.items()}
-
-
-@dataclass(frozen=True)
-class Listed:
-    """A loop whose test is elsewhere.
-
-    Args:
-        loop, status, how: as in a `Row`.
-        test: file::function, below tests/.
-    """
-
-    loop: str
-    status: str
-    how: str
-    test: str
 
 
 FD = "online/test_tuner.py::test_hypergradient_of_a_live_loop_is_that_of_finite_differences"
@@ -212,8 +196,7 @@ ELSEWHERE: tuple[Listed, ...] = (
         "epochs * len(train_loader)",
         PHASES + "test_the_first_step_beyond_total_steps_is_said_once",
     ),
-    # rows of distributed training, frozen layers, GANs, clip_value and hypers come here, with their tests
-    Listed("torch.compile'd model", REFUSED, "`model._orig_mod`", LAYERS),
+    *FURTHER,
     Listed("checkpoint(use_reentrant=True)", REFUSED, "`use_reentrant=False`", LAYERS),
     Listed("@once_differentiable functions", REFUSED, "differentiable operations in backward", LAYERS),
 )

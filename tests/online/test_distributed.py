@@ -208,7 +208,7 @@ def test_whole_steps(ranks: Ranks, mode: str, inner: bool) -> None:
         {"mode": "implicit", "wrt": ("weight_decay", "scale"), "net": linear},
         {"mode": "unrolled", "net": Unused},
     ],
-    ids=lambda options: " ".join(str(x) for x in options.values()),
+    ids=lambda options: " ".join(getattr(x, "__name__", str(x)) for x in options.values()),
 )
 def test_hypergradient_is_that_of_one_process_on_all_rows(ranks: Ranks, options: dict[str, Any]) -> None:
     one, other = ranks(rank_jobs.whole_run, options, False)
