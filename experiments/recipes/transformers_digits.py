@@ -36,7 +36,6 @@ def main(epochs: int = 10, folder: str | Path | None = None) -> dict[str, float]
         attention_probs_dropout_prob=0.0,
         num_labels=10,  # type: ignore[call-arg]
         # its default kernels of attention cannot be differentiated twice
-        attn_implementation="eager",  # type: ignore[call-arg]
     )
     model = ViTForImageClassification(config)
 

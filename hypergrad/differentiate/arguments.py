@@ -34,7 +34,9 @@ def without_wrappers(optimizer: Any) -> Any:
 
     accelerate's and Lightning's wrappers pass for optimizers, and have no hooks: those of the optimizer inside are called.
     """
-    while "_optimizer_step_pre_hooks" not in getattr(optimizer, "__dict__", ()):
+    while isinstance(optimizer, torch.optim.Optimizer) and "_optimizer_step_pre_hooks" not in getattr(
+        optimizer, "__dict__", ()
+    ):
         inside = getattr(optimizer, "optimizer", None)
         if not isinstance(inside, torch.optim.Optimizer):
             break

@@ -142,7 +142,9 @@ class _Hook:
 
     def __call__(self, *_: Any) -> None:
         layers = None if self.layers is None else self.layers()
-        if layers is not None:
+        if (
+            layers is not None and not torch.compiler.is_compiling()
+        ):  # a part of a compiled module is no call of its own
             getattr(layers, self.method)()
 
     def __deepcopy__(self, memo: Any) -> _Hook:
@@ -161,11 +163,14 @@ def _hooked(layers: FrozenLayers, model: nn.Module) -> list[Any]:
 
 def _called(module: nn.Module, depth: int) -> list[nn.Module]:
     """A module and those below it; one that cannot be called itself is no level."""
-    callable_itself = type(module).forward is not nn.Module.forward and not isinstance(
-        module, (nn.ModuleList, nn.ModuleDict)
+    whole = isinstance(module, torch.jit.ScriptModule) or hasattr(
+        module, "_orig_mod"
+    )  # scripted, or torch.compile(module)
+    callable_itself = whole or (
+        type(module).forward is not nn.Module.forward and not isinstance(module, (nn.ModuleList, nn.ModuleDict))
     )
     found = {id(module): module} if callable_itself else {}
-    if depth or not callable_itself:
+    if not whole and (depth or not callable_itself):
         for child in module.children():
             found |= {id(m): m for m in _called(child, depth - callable_itself)}
     return list(found.values())

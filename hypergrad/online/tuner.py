@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,10 +30,11 @@ from hypergrad.online.tuner_arguments import (
 )
 from hypergrad.online.tuner_parts import Options, build
 from hypergrad.online.tuner_state import load_state, state_of
+from hypergrad.online.tuner_view import TunerView
 from hypergrad.optimizers.transition import Transition
 
 
-class Tuner:
+class Tuner(TunerView):
     r"""Tune hyperparameters of a live optimizer by gradient descent on a validation loss.
 
     Write `tuner.backward(loss)` in place of `loss.backward()`; everything else in the loop stays as it is. Every `every`
@@ -246,61 +245,6 @@ class Tuner:
         self._closed = True
         self._hyper.progress.say_best(self._loop.t)
         self._journal.close()
-
-    @property
-    def stats(self) -> dict[str, int]:
-        return dict(self._counts)
-
-    @property
-    def val_loss(self) -> float:
-        return self._hyper.val_loss
-
-    @property
-    def best_val_loss(self) -> float:
-        return math.nan if self._best is None else self._best.loss
-
-    @property
-    def best_step(self) -> int:
-        return -1 if self._best is None else self._best.step
-
-    @property
-    def hypergradients(self) -> dict[str, Tensor]:
-        return self._hyper.hypergradients
-
-    @property
-    def values(self) -> dict[str, Tensor]:
-        return self._vector.by_name(self._loop.writer.present())
-
-    @property
-    def applied(self) -> dict[str, Tensor]:
-        return self._vector.by_name(self._loop.writer.present() | self._loop.writer.applied, values=False)
-
-    @contextmanager
-    def averaged(self) -> Iterator[torch.nn.Module]:
-        """The running average of the weights in the model, and the weights themselves back on the way out."""
-        with self._loop.tangents.average.in_model():
-            yield self.model
-
-    @contextmanager
-    def best(self) -> Iterator[torch.nn.Module]:
-        """The weights and buffers at the best validation loss in the model; what was there back on the way out.
-
-        Where the loss was read at the running average of the weights, that average is what was kept. Best is the lowest reading,
-        but where readings are noisy, as on random batches, the one with the least max(reading, mean of the last 5), as the lowest
-        is luck there (see best_weights.py). Tensors in the loss stay as they are. Random numbers go on afterwards as if none
-        had been drawn inside. To end a run with these weights:
-
-            with tuner.best() as model:
-                best = copy.deepcopy(model.state_dict())
-            model.load_state_dict(best)
-
-        Raises:
-            RuntimeError: with keep_best=False, and where no finite validation loss has been read yet.
-        """
-        if self._best is None:
-            raise RuntimeError("no best weights are kept: make the tuner with keep_best=True.")
-        with self._best.in_model():
-            yield self.model
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Copies and pickles of the hooks on an optimizer do not follow: a copy of a tuner would tune nothing."""

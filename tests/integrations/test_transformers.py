@@ -168,7 +168,9 @@ def test_accumulated_tokens_are_divided_as_the_trainer_divides_them(tmp_path: Pa
     torch.testing.assert_close(val_loss(own.model), val_loss(model), rtol=1e-3, atol=0)
 
 
-def test_sdpa_attention_names_the_way_out(tmp_path: Path) -> None:
-    own = trainer(language_model("sdpa"), tmp_path)
-    with pytest.raises(NotImplementedError, match="attn_implementation='eager'"):
-        own.train()
+def test_fused_attention_is_computed_by_matrix_products_where_one_is_due(tmp_path: Path) -> None:
+    own, eager = (trainer(language_model(kind), tmp_path / kind) for kind in ("sdpa", "eager"))
+    for each in (own, eager):
+        each.train()
+    assert own.tuner.stats == eager.tuner.stats and own.tuner.stats["hessian_products"] > 0
+    assert own.tuner.values["lr"].item() == pytest.approx(eager.tuner.values["lr"].item(), rel=1e-3)

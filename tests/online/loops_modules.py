@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
@@ -245,7 +246,10 @@ def bag(sparse: bool) -> nn.Module:
 
 
 def parallel() -> nn.Module:
-    return nn.DataParallel(net())
+    with patch(
+        "torch.nn.parallel.data_parallel._get_available_device_type", return_value=None
+    ):  # without an accelerator
+        return nn.DataParallel(net())
 
 
 MODULES: dict[str, Row] = {

@@ -70,7 +70,7 @@ def undone(losses: list[float], zero: frozenset[int] = frozenset()) -> int | Non
     """At which of these losses a start is undone whose search ends with the tenth."""
     model = nn.Linear(2, 1)
     transition = Transition([torch.optim.SGD(model.parameters(), lr=0.1)], frozenset({"lr"}))
-    watch = StartWatch(LrWarmStart(), Problem(model, transition.params, None, {}), transition, True)
+    watch = StartWatch(LrWarmStart(), Problem(model, transition.params, None), transition, True)
     for t, loss in enumerate(losses):
         if watch.sees(transition.read(), loss, t in zero, t < 10):
             assert torch.equal(watch.undo().state.theta, transition.read().theta)

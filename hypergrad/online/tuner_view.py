@@ -1,0 +1,74 @@
+"""What a tuner shows of a run: values, losses, hypergradients, the averaged and the best weights. Nothing here changes it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from hypergrad.online.loop import OnlineLoop
+
+
+class TunerView:
+    """The part of `Tuner` that is read; what each is says its docstring."""
+
+    model: torch.nn.Module
+    _loop: OnlineLoop
+
+    @property
+    def stats(self) -> dict[str, int]:
+        return dict(self._loop.counts)
+
+    @property
+    def val_loss(self) -> float:
+        return self._loop.hyper.val_loss
+
+    @property
+    def best_val_loss(self) -> float:
+        return math.nan if self._loop.hyper.best is None else self._loop.hyper.best.loss
+
+    @property
+    def best_step(self) -> int:
+        return -1 if self._loop.hyper.best is None else self._loop.hyper.best.step
+
+    @property
+    def hypergradients(self) -> dict[str, Tensor]:
+        return self._loop.hyper.hypergradients
+
+    @property
+    def values(self) -> dict[str, Tensor]:
+        return self._loop.vector.by_name(self._loop.writer.present())
+
+    @property
+    def applied(self) -> dict[str, Tensor]:
+        return self._loop.vector.by_name(self._loop.writer.present() | self._loop.writer.applied, values=False)
+
+    @contextmanager
+    def averaged(self) -> Iterator[torch.nn.Module]:
+        """The running average of the weights in the model, and the weights themselves back on the way out."""
+        with self._loop.tangents.average.in_model():
+            yield self.model
+
+    @contextmanager
+    def best(self) -> Iterator[torch.nn.Module]:
+        """The weights and buffers at the best validation loss in the model; what was there back on the way out.
+
+        Where the loss was read at the running average of the weights, that average is what was kept. Best is the lowest reading,
+        but where readings are noisy, as on random batches, the one with the least max(reading, mean of the last 5), as the lowest
+        is luck there (see best_weights.py). Tensors in the loss stay as they are. Random numbers go on afterwards as if none
+        had been drawn inside. To end a run with these weights:
+
+            with tuner.best() as model:
+                best = copy.deepcopy(model.state_dict())
+            model.load_state_dict(best)
+
+        Raises:
+            RuntimeError: with keep_best=False, and where no finite validation loss has been read yet.
+        """
+        if self._loop.hyper.best is None:
+            raise RuntimeError("no best weights are kept: make the tuner with keep_best=True.")
+        with self._loop.hyper.best.in_model():
+            yield self.model
