@@ -46,6 +46,8 @@ class ForwardSwitch:
         if self.attached:
             return
         self.handles = []
+        if isinstance(self.model, torch.jit.ScriptModule):  # it takes no hooks
+            return
         if _compiled_call(self.model) is not None:
             self._wrap_compiled_call()
             return

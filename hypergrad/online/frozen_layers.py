@@ -163,9 +163,9 @@ def _hooked(layers: FrozenLayers, model: nn.Module) -> list[Any]:
 
 def _called(module: nn.Module, depth: int) -> list[nn.Module]:
     """A module and those below it; one that cannot be called itself is no level."""
-    whole = isinstance(module, torch.jit.ScriptModule) or hasattr(
-        module, "_orig_mod"
-    )  # scripted, or torch.compile(module)
+    if isinstance(module, torch.jit.ScriptModule):  # it takes no hooks
+        return []
+    whole = hasattr(module, "_orig_mod")  # torch.compile(module)
     callable_itself = whole or (
         type(module).forward is not nn.Module.forward and not isinstance(module, (nn.ModuleList, nn.ModuleDict))
     )
