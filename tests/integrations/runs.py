@@ -226,7 +226,7 @@ def transformers(job: Job, folder: Path, resume: Path | None = None, **arguments
 
     class Tuned(TunerMixin, Trainer):
         def get_train_dataloader(self) -> Any:
-            return DataLoader(self.train_dataset, batch_size=BATCH)  # type: ignore[arg-type]
+            return self.accelerator.prepare(DataLoader(self.train_dataset, batch_size=BATCH))  # type: ignore[arg-type]
 
     rows = [{"x": x, "labels": y} for x, y in train_set()]
     model, opt = WithLoss(job.net), job.optimizer()
