@@ -8,7 +8,7 @@ and seed, a summary row for each policy and suite has
 
     mean, upper              mean of ρ over runs, and the upper end of its 95 % interval (Student's t), both as exp(·)
     worst, worst_workload    the largest mean over a workload's runs
-    lost                     runs that end without a number without the policy, and with one otherwise
+    lost                     runs that end without a number without the policy, and with one otherwise; the means leave them out
 
 and a row for each policy over all suites. `removable` is true where upper < 1.005, worst < 1.03 and no run is lost: without
 such a policy the method would be no worse. Seeds are below 1000, so test losses are not read.
@@ -134,6 +134,10 @@ def summary(policy: str, suite: str, pairs: list[tuple[str, float | None, float 
             ratios[workload].append(math.log(one / other))
     lost = sum(one is None and other is not None for _, one, other in pairs)
     every = [x for xs in ratios.values() for x in xs]
+    if not every:
+        nothing = dict.fromkeys(("mean", "upper", "worst", "worst_workload"))
+        counts = {"runs": len(pairs), "lost": lost, "removable": False}
+        return {"kind": "summary", "without": policy, "suite": suite, **nothing, **counts}
     worst = max(ratios, key=lambda workload: fmean(ratios[workload]))
     margin = (
         float(student.ppf(0.975, len(every) - 1)) * stdev(every) / math.sqrt(len(every)) if len(every) > 1 else math.inf
@@ -184,10 +188,9 @@ def main(args: Args) -> None:
     for row in summaries:
         if row["suite"] == "all":
             verdict = "removable" if row["removable"] else ""
-            upper = math.inf if row["upper"] is None else row["upper"]
-            print(
-                f"{row['without']:22s}{row['mean']:8.3f}{upper:8.3f}{row['worst']:8.3f} {row['worst_workload']:32s}{verdict}"
-            )
+            numbers = (math.nan if row[name] is None else row[name] for name in ("mean", "upper", "worst"))
+            shown = "".join(f"{x:8.3f}" for x in numbers)
+            print(f"{row['without']:22s}{shown} {row['worst_workload'] or '':32s}{row['lost']:4d} lost  {verdict}")
 
 
 if __name__ == "__main__":

@@ -19,11 +19,11 @@ from typing import Any
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-from experiments import figures, mode_tables, results, search_figures, whole_run_figures  # noqa: E402
+from experiments import ablation_figure, figures, mode_tables, results, search_figures, whole_run_figures  # noqa: E402
 from experiments.markdown import source, table  # noqa: E402
 from experiments.workloads import WORKLOADS  # noqa: E402
 
-DOCS = ("layers", "modes", "online", "optimizers", "ray", "search", "several", "sklearn")
+DOCS = ("layers", "loops", "modes", "online", "optimizers", "ray", "search", "several", "sklearn")
 TEXTS = (ROOT / "README.md", *(ROOT / f"docs/{name}.md" for name in DOCS))  # whose blocks are filled
 FIGURES, GOALS = ROOT / "docs/figures", results.FOLDER / "goals.json"
 Result = dict[str, Any]
@@ -120,19 +120,41 @@ def harm(result: Result) -> str:
 
 
 def ablation(result: Result) -> str:
-    head = ("without", "suite", "validation loss over that with it", "upper end of 95 %", "worst workload", "of it")
+    head = (
+        "without",
+        "validation loss over that with it",
+        "upper end of 95 %",
+        "worst workload",
+        "of it",
+        "runs lost",
+    )
+
+    def shown(x: float | None) -> str:
+        return "–" if x is None else f"{x:.3f}"
+
     body = [
         (
             row["without"],
-            row["suite"],
-            f"{row['mean']:.3f}",
-            "–" if row["upper"] is None else f"{row['upper']:.3f}",
-            row["worst_workload"],
-            f"{row['worst']:.3f}",
+            shown(row["mean"]),
+            shown(row["upper"]),
+            row["worst_workload"] or "–",
+            shown(row["worst"]),
+            str(row["lost"]),
         )
         for row in result["rows"]
-        if row["suite"] != "all"
+        if row["suite"] == "all"
     ]
+    return table(head, body) + "\n\n" + source(result)
+
+
+def schedulers(result: Result) -> str:
+    head = ("scheduler", "workload", "best plain lr", "tuned from 1e-6", "tuned from 1e-1", "scale found")
+    rows, body = result["rows"], []
+    for first, second in zip(rows[::2], rows[1::2], strict=True):
+        over = ("–" if row["over_best"] is None else f"{row['over_best']:.3f}" for row in (first, second))
+        ends = ", ".join("–" if row["end_lr"] is None else f"{row['end_lr']:.2g}" for row in (first, second))
+        name = "none (linear decay)" if first["scheduler"] == "none" else first["scheduler"]
+        body.append((name, WORKLOADS[first["workload"]].title, f"{first['best_lr']:g}", *over, ends))
     return table(head, body) + "\n\n" + source(result)
 
 
@@ -163,6 +185,7 @@ TABLES: dict[str, Callable[[Result], str]] = {
     "shootout": shootout,
     "harm": harm,
     "ablation": ablation,
+    "schedulers": schedulers,
     "layers": layers,
     **mode_tables.TABLES,
     "search_benchmark": search_figures.search_benchmark,
@@ -186,6 +209,7 @@ PLOTS: dict[str, tuple[str, Callable[[list[Result]], Any]]] = {
     "trajectories": ("fashion_mnist_paths.json", figures.trajectories),
     "shootout": ("shootout.json", figures.shootout),
     "bench_modes": ("bench_modes.json", figures.bench_modes),
+    "ablation": ("ablation.json", ablation_figure.ablation),
     "metalearn_lr": ("metalearn_lr.json", whole_run_figures.metalearn_lr),
     "learned_schedule": ("learned_schedule.json", whole_run_figures.learned_schedule),
     "search_benchmark": ("search_benchmark.json", search_figures.search_regret),
