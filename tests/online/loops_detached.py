@@ -52,6 +52,23 @@ def quantised() -> nn.Module:
     return model
 
 
+class Hooked(nn.Module):
+    """A hook between two layers halves the gradient of the first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = net(0.0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, *rest = self.layers
+        x = first(x)
+        if x.requires_grad:
+            x.register_hook(lambda g: 0.5 * g)
+        for layer in rest:
+            x = layer(x)
+        return x
+
+
 class Carried(nn.Module):
     """A forecaster by truncated back-propagation: its hidden state goes on, detached."""
 
@@ -182,6 +199,9 @@ DETACHED: dict[str, Row] = {
     "adversarial training, normalised gradient": Row(of(adversarial_l2), UNSEEN, GRAPH),
     "weights from detached losses": Row(of(focal), UNSEEN, GRAPH),
     "fake quantisation, straight through": Row(of(ce, quantised), UNSEEN, CHECK),
+    "a hook on a tensor between layers (register_hook, retain_grad)": Row(
+        of(ce, Hooked), UNSEEN, "it runs again in every product: a hook on a parameter is differentiated"
+    ),
     "truncated BPTT, hidden state carried": Row(forecasts, UNSEEN, "the path through the carried state is left out"),
     "Q-learning with a target network": Row(q_learning, UNSEEN, "the path through the target network is left out"),
     "actor-critic, detached advantage": Row(field(lambda: mlp(3, 3), actor_critic), UNSEEN, CHECK),
