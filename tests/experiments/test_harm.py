@@ -109,7 +109,7 @@ def test_best_is_read_where_a_tuner_has_it(monkeypatch):
     monkeypatch.setattr(hypergrad.Tuner, "best", zeros, raising=False)
     assert row()["best_val"] == pytest.approx(math.log(2), rel=1e-6)
     assert row()["best_test"] == pytest.approx(math.log(2), rel=1e-6)
-    monkeypatch.delattr(hypergrad.Tuner, "best")
+    monkeypatch.setattr(hypergrad.Tuner, "best", None)
     assert row()["best_val"] is None
 
 

@@ -62,8 +62,9 @@ def classifier(**options: Any) -> Any:
 
     torch.manual_seed(0)
     callbacks = [("tuner", TunerCallback(val_loss, tune="lr", every=4))]
+    silent = {"verbose": 0, "callbacks__print_log": None}  # it holds `print`, which Ray replaces
     return NeuralNetClassifier(
-        Probabilities, lr=1e-4, batch_size=32, callbacks=callbacks, verbose=0, **{"max_epochs": 3, **options}
+        Probabilities, lr=1e-4, batch_size=32, callbacks=callbacks, **silent, **{"max_epochs": 3, **options}
     )
 
 
