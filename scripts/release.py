@@ -1,6 +1,7 @@
 """Checks before a release, by hand: `bash scripts/test.sh --release [--out FOLDER]`. Needs the network.
 
-    soak          the hypergradient of a run of many steps, with checkpoints on disk (`experiments.long_run`)
+    soak          the hypergradient of a run of many steps, with checkpoints on disk (`experiments.long_run`); 100,000 steps of a
+                  tuner with flat memory, and a training that is killed fifty times and ends bit-equal (`experiments.soak`)
     kill          the tests that kill processes and resume, three times each
     wheel         a wheel is built, has every module, and works in a fresh environment that cannot see this folder
     environments  the fast tests by every other Python in PATH that has torch, and by every .venv-*/bin/python of this folder:
@@ -13,6 +14,7 @@ have passed.
 from __future__ import annotations
 
 import argparse
+import json
 import re
 import shutil
 import subprocess
@@ -60,7 +62,12 @@ def run(*command: str, cwd: Path = ROOT) -> str:
 
 def soak() -> str:
     with tempfile.TemporaryDirectory() as folder:
-        return run(sys.executable, "-m", "experiments.long_run", "--out", folder)
+        said = run(sys.executable, "-m", "experiments.long_run", "--out", folder)
+        said += run(sys.executable, "-m", "experiments.soak", "--out", folder)
+        kills, memory = json.loads((Path(folder) / "soak.json").read_text(encoding="utf-8"))["rows"]
+    if not kills["equal"] or memory["bytes_a_step"] * memory["steps"] > 0.01 * memory["bytes"]:
+        raise RuntimeError(f"a killed training ended differently, or memory grows by more than 1 %:\n{said}"[-SHOWN:])
+    return said
 
 
 def kill() -> str:
