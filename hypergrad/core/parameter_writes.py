@@ -31,12 +31,12 @@ class _Writes(TorchDispatchMode):
         if func._schema.is_mutable and not self.found:
             for argument, value in zip(func._schema.arguments, args, strict=False):
                 if argument.alias_info is not None and argument.alias_info.is_write:
-                    self._look(func, value)
+                    self._note(func, value)
             if "out" in (kwargs or {}):
-                self._look(func, kwargs["out"])
+                self._note(func, kwargs["out"])
         return func(*args, **(kwargs or {}))
 
-    def _look(self, func: Any, value: Any) -> None:
+    def _note(self, func: Any, value: Any) -> None:
         if any(isinstance(x, Tensor) and _place(x) in self.places for x in tree_leaves(value)):
             self.found = str(func).removeprefix("aten.").split(".")[0]
 

@@ -71,7 +71,7 @@ class Problem:
             (given,) if given and loss is not None and takes_hypers(loss) else ()
         )  # further arguments of the loss
         self.read: set[str] = set()  # keys of `hypers` that a loss was found to depend on
-        self.looked = False  # whether val_loss was seen, after a step, not to write to parameters
+        self.checked_for_writes = False  # whether val_loss was seen, after a step, not to write to parameters
         self.cut: bool | None = None  # see `is_cut`, of the first training loss whose products were taken
         self.held_buffers = Buffers(model, *self.loss_tensors.nets)
         self.device = self.params[0].device
@@ -229,8 +229,8 @@ class Problem:
             host_rng.restore()
 
     def _call(self, val_loss: Callable[..., Tensor], t: int) -> Tensor:
-        with refused(self.params, self.optimizers, closely=not self.looked):
+        with refused(self.params, self.optimizers, closely=not self.checked_for_writes):
             loss = val_loss(t) if takes_step(val_loss) else val_loss()
-        self.looked = self.looked or t > 0
+        self.checked_for_writes = self.checked_for_writes or t > 0
         check_scalar(loss, "val_loss()")
         return loss

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor
 
@@ -32,23 +32,11 @@ class RankMean(Linearization):
         n = min(len(rows), len(self.params) + self.shared)
         return [*self.processes.means(rows[:n], leaves[:n]), *(None if x is None else x.detach() for x in rows[n:])]
 
-    def product(
-        self,
-        vectors: Sequence[Tensor | None],
-        extra: Sequence[Tensor | None] | None = None,
-        into_extra: bool = False,
-        retain: bool = True,
-    ) -> list[Tensor | None]:
-        return self._mean(self.own.product(vectors, extra, into_extra, retain))
+    def product(self, *args: Any, **options: Any) -> list[Tensor | None]:
+        return self._mean(self.own.product(*args, **options))
 
-    def jvp(
-        self,
-        vectors: Sequence[Tensor | None],
-        extra: Sequence[Tensor | None] | None = None,
-        into_extra: bool = False,
-        retain: bool = True,
-    ) -> list[Tensor | None]:
-        return self._mean(self.own.jvp(vectors, extra, into_extra, retain))
+    def jvp(self, *args: Any, **options: Any) -> list[Tensor | None]:
+        return self._mean(self.own.jvp(*args, **options))
 
     def nbytes(self) -> int:
         """The most that a process has: all keep the same graphs."""

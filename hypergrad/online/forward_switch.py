@@ -2,7 +2,7 @@
 
 The loop calls the model before it calls `tuner.backward`, so this is done around the model's own call, by forward hooks. They are
 registered when a graph first shows what has no second derivative; other models are left alone. A model compiled by
-`model.compile()` runs its hooks inside the compiled code: there the compiled call itself is wrapped, until `detach`.
+`model.compile()` runs its hooks inside the compiled code: there the compiled call itself is wrapped, until `remove`.
 """
 
 from __future__ import annotations
@@ -13,9 +13,11 @@ from contextlib import ExitStack
 from typing import Any
 
 import torch
+from torch import nn
 
 from hypergrad.core.problem import Problem
 from hypergrad.core.second_order import twice_differentiable
+from hypergrad.online import model_hooks
 
 
 class ForwardSwitch:
@@ -23,19 +25,18 @@ class ForwardSwitch:
 
     Args:
         problem: with the model; it tells validation, which needs no product.
-        due: a bound method; its object is not kept alive.
+        due: a bound method; its object, which holds this one, is not kept alive.
     """
 
     def __init__(self, problem: Problem, due: Callable[[], bool]):
         self.problem, self.model, self._due = problem, problem.model, weakref.WeakMethod(due)
         self.allowed = True  # False where training is to be the same bit for bit
-        self.handles: list[Any] | None = None
-        self.compiled: Any = None  # of model.compile()
         self.open: list[ExitStack] = []  # of the calls under way, a call within a call last
+        self._undo: Callable[[], object] | None = None  # takes off what `attach` put on, also when this is gone
 
     @property
     def attached(self) -> bool:
-        return self.handles is not None
+        return self._undo is not None
 
     def due(self) -> bool:
         due = self._due()
@@ -45,18 +46,13 @@ class ForwardSwitch:
         """Begin; a second call changes nothing."""
         if self.attached:
             return
-        self.handles = []
-        if isinstance(self.model, torch.jit.ScriptModule):  # it takes no hooks
+        model, compiled = self.model, _compiled_call(self.model)
+        if compiled is not None:
+            self._undo = weakref.finalize(self, setattr, model, "_compiled_call_impl", compiled)
+            model._compiled_call_impl = _switched(weakref.ref(self), compiled)  # type: ignore[assignment]
             return
-        if _compiled_call(self.model) is not None:
-            self._wrap_compiled_call()
-            return
-        enter: Any = torch.compiler.disable(self._enter)
-        leave: Any = torch.compiler.disable(self._leave)
-        self.handles = [
-            self.model.register_forward_pre_hook(enter),
-            self.model.register_forward_hook(leave, always_call=True),
-        ]
+        modules = [] if isinstance(model, torch.jit.ScriptModule) else [model]  # which takes no hooks
+        self._undo = weakref.finalize(self, model_hooks.remove, model_hooks.hook_calls(self, modules))
 
     def check_compiled(self) -> None:
         """Raise where a graph has a compiled part, and the model has none: its call cannot be switched."""
@@ -67,36 +63,36 @@ class ForwardSwitch:
                 "model or the tuner may not be compiled."
             )
 
-    def _wrap_compiled_call(self) -> None:
-        model, self.compiled = self.model, _compiled_call(self.model)
-
-        def call(*args: Any, **kwargs: Any) -> Any:
-            if not self.due():
-                return self.compiled(*args, **kwargs)
-            with twice_differentiable():
-                return model._call_impl(*args, **kwargs)
-
-        model._compiled_call_impl = call  # type: ignore[assignment]
-
-    def _enter(self, *_: Any) -> None:
+    def enter(self) -> None:
         call = ExitStack()
         if self.due():
             call.enter_context(twice_differentiable())
         self.open.append(call)
 
-    def _leave(self, *_: Any) -> None:
+    def leave(self) -> None:
         if self.open:
             self.open.pop().close()
 
-    def detach(self) -> None:
+    def remove(self) -> None:
         """End; the model is as it was."""
-        for handle in self.handles or ():
-            handle.remove()
-        if self.compiled is not None:
-            self.model._compiled_call_impl = self.compiled
-        self.handles = self.compiled = None
+        if self._undo is not None:
+            self._undo()
+            self._undo = None
 
 
-def _compiled_call(module: torch.nn.Module) -> Any:
+def _switched(me: weakref.ref[ForwardSwitch], compiled: Any) -> Callable[..., Any]:
+    """The compiled call of a model; the uncompiled one where a product is due."""
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        switch = me()
+        if switch is None or not switch.due():
+            return compiled(*args, **kwargs)
+        with twice_differentiable():
+            return switch.model._call_impl(*args, **kwargs)
+
+    return call
+
+
+def _compiled_call(module: nn.Module) -> Any:
     """What `module.compile()` has made; None without."""
     return getattr(module, "_compiled_call_impl", None)

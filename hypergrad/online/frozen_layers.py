@@ -13,15 +13,15 @@ hooks that do it go with the tuner.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from hypergrad.core.graph import without_hooks
 from hypergrad.core.survey import nodes_of, saved_tensors
+from hypergrad.online import model_hooks
 
 DEPTH = 2
 
@@ -37,10 +37,9 @@ class FrozenLayers:
         self.model, self.params = model, list(params)
         self.carries = [False] * len(self.params)  # its tangent may be other than zero
         self.depth = 0  # of calls under way
-        self.lent: list[Tensor] = []  # to the call under way
+        self.enabled: list[Tensor] = []  # require gradients in the call under way alone
         self.called = False  # since the last step
-        self.handles = _hooked(self, model)
-        self.remove = weakref.finalize(self, _remove, self.handles)
+        self.remove = weakref.finalize(self, model_hooks.remove, model_hooks.hook_calls(self, _called(model, DEPTH)))
 
     # ---- which have a tangent
 
@@ -66,8 +65,8 @@ class FrozenLayers:
     def enter(self) -> None:
         self.called = True
         if self.depth == 0 and any(self.carries) and torch.is_grad_enabled():
-            self.lent = [self.params[i] for i in self.present()]
-            _require(self.lent, True)
+            self.enabled = [self.params[i] for i in self.present()]
+            _require(self.enabled, True)
         self.depth += 1
 
     def leave(self) -> None:
@@ -77,13 +76,13 @@ class FrozenLayers:
 
     def settle(self) -> None:
         """No call is under way, whatever ended the last one."""
-        _require(self.lent, False)
-        self.lent, self.depth = [], 0
+        _require(self.enabled, False)
+        self.enabled, self.depth = [], 0
 
     # ---- what is differentiated
 
     @contextmanager
-    def lifted(self, places: Sequence[int]) -> Iterator[None]:
+    def differentiable(self, places: Sequence[int]) -> Iterator[None]:
         """Let these parameters require gradients, without hooks of the user's that torch would not run on frozen ones."""
         params = [self.params[i] for i in places]
         _require(params, True)
@@ -134,33 +133,6 @@ def _require(params: Sequence[Tensor], flag: bool) -> None:
         p.requires_grad_(flag)
 
 
-class _Hook:
-    """Calls a method of what it does not keep alive. A copy of the model has one that does nothing."""
-
-    def __init__(self, layers: FrozenLayers | None, method: str):
-        self.layers, self.method = (None if layers is None else weakref.ref(layers)), method
-
-    def __call__(self, *_: Any) -> None:
-        layers = None if self.layers is None else self.layers()
-        if (
-            layers is not None and not torch.compiler.is_compiling()
-        ):  # a part of a compiled module is no call of its own
-            getattr(layers, self.method)()
-
-    def __deepcopy__(self, memo: Any) -> _Hook:
-        return _Hook(None, self.method)
-
-    def __reduce__(self) -> tuple[Callable[..., _Hook], tuple[None, str]]:
-        return _Hook, (None, self.method)
-
-
-def _hooked(layers: FrozenLayers, model: nn.Module) -> list[Any]:
-    enter, leave = _Hook(layers, "enter"), _Hook(layers, "leave")
-    modules = _called(model, DEPTH)
-    before = [m.register_forward_pre_hook(enter, prepend=True) for m in modules]
-    return before + [m.register_forward_hook(leave, always_call=True) for m in modules]
-
-
 def _called(module: nn.Module, depth: int) -> list[nn.Module]:
     """A module and those below it; one that cannot be called itself is no level."""
     if isinstance(module, torch.jit.ScriptModule):  # it takes no hooks
@@ -174,8 +146,3 @@ def _called(module: nn.Module, depth: int) -> list[nn.Module]:
         for child in module.children():
             found |= {id(m): m for m in _called(child, depth - callable_itself)}
     return list(found.values())
-
-
-def _remove(handles: Sequence[Any]) -> None:
-    for handle in handles:
-        handle.remove()

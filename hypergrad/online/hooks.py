@@ -25,8 +25,8 @@ def attach(tuner: Any, optimizers: Sequence[torch.optim.Optimizer], before: str,
     """
     me, handles = weakref.ref(tuner), []
     for i, opt in enumerate(optimizers):
-        handles.append(opt.register_step_pre_hook(_calling(me, before, i)))
-        handles.append(opt.register_step_post_hook(_calling(me, after, i)))
+        handles.append(opt.register_step_pre_hook(_before(me, before, i)))
+        handles.append(opt.register_step_post_hook(_after(me, after, i)))
         _TUNED[opt] = me
     return weakref.finalize(tuner, _detach, handles, [weakref.ref(opt) for opt in optimizers])
 
@@ -47,26 +47,36 @@ def _detach(handles: Sequence[Any], optimizers: Sequence[weakref.ref[Any]]) -> N
             _TUNED.pop(ref(), None)
 
 
-def _calling(me: weakref.ref[Any], method: str, i: int) -> Callable[..., Any]:
-    """A hook that calls `method(i)` of the tuner. A closure given to `step` is called first, once."""
-
+def _before(me: weakref.ref[Any], method: str, i: int) -> Any:
+    """A hook that calls `method(i)` of the tuner before a step. A closure given to `step` is called first, once."""
     tried = False  # whether a step with a closure has been taken
 
+    @torch.compiler.disable  # a compiled step leaves it alone
     def hook(optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         nonlocal tried
         tuner = me()
         if tuner is None or _within_its_own_step(optimizer):
             return None
-        changed = None
-        if method.startswith("before"):
-            changed = _closure(optimizer, args, kwargs, keep=not tried)
-            tried = tried or changed is not None
+        changed = _closure(optimizer, args, kwargs, keep=not tried)
+        tried = tried or changed is not None
         with torch.no_grad():
             getattr(tuner, method)(i)
         return changed
 
-    untraced: Any = torch.compiler.disable(hook)  # of a compiled step
-    return untraced
+    return hook
+
+
+def _after(me: weakref.ref[Any], method: str, i: int) -> Any:
+    """A hook that calls `method(i)` of the tuner after a step."""
+
+    @torch.compiler.disable
+    def hook(optimizer: Any, *_: Any) -> None:
+        tuner = me()
+        if tuner is not None and not _within_its_own_step(optimizer):
+            with torch.no_grad():
+                getattr(tuner, method)(i)
+
+    return hook
 
 
 # step(closure) calls the closure, which zeroes gradients, calls tuner.backward and returns the loss, and then steps. Gradients

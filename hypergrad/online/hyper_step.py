@@ -192,7 +192,7 @@ class HyperSteps:
     def _where(self) -> Iterator[Tensor | None]:
         """The weights at which the validation loss is taken, in the model; yields their tangent [k, n]."""
         frozen = self.tangents.frozen
-        with frozen.lifted(frozen.present()):
+        with frozen.differentiable(frozen.present()):
             if not self._averages():
                 yield None if self.tangents.tangent is None else self.tangents.tangent.theta
                 return

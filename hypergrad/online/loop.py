@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from hypergrad.online.accumulation import check_mean
-from hypergrad.online.first_look import FirstLook
+from hypergrad.online.first_step_checks import FirstStepChecks
 from hypergrad.online.gradient_changes import Comparison, Pending
 from hypergrad.online.hyper_step import HyperSteps
 from hypergrad.online.notes import notes
@@ -39,7 +39,7 @@ class OnlineLoop:
         hyper: the hyperparameter step, with problem, outer optimizer, tangents and journal.
         recovery: judges every step, and goes back where it must.
         phases: what is tuned when; None: everything, to the end.
-        first_look: looks at the first step's losses.
+        first_checks: of the first step's losses.
         mode, every, total: as in `Tuner`.
     """
 
@@ -50,13 +50,13 @@ class OnlineLoop:
         starts: Starts,
         recovery: Recovery,
         phases: Phases | None,
-        first_look: FirstLook,
+        first_checks: FirstStepChecks,
         mode: str,
         every: int,
         total: int | None,
     ):
         self.hyper, self.writer, self.starts, self.recovery, self.phases = hyper, writer, starts, recovery, phases
-        self.first_look = first_look
+        self.first_checks = first_checks
         self.problem, self.outer, self.tangents = hyper.problem, hyper.outer, hyper.tangents
         self.vector, self.transition, self.journal, self.counts = (
             hyper.vector,
@@ -100,7 +100,7 @@ class OnlineLoop:
         if fresh is not None:
             self.tangents.average_pending()
         if (fresh or self.given_loss is not None) and len(self.stepped) == len(self.optimizers) - 1:
-            self.first_look.take(self.t)
+            self.first_checks.run(self.t)
         if fresh is not None and g is not None:
             if not self.apart and fresh.is_own(i, self.stepped):
                 self.starts.part()
@@ -153,7 +153,7 @@ class OnlineLoop:
         values = self._use(i)
         if self.mode != "forward":
             return
-        self.tangents.look_at_weights(state.theta)
+        self.tangents.forget_written(state.theta)
         dg = None if comparison is None else comparison.tangent(read, len(self.vector.moving))
         if dg is not None and scale is not None:
             dg = dg / scale

@@ -35,7 +35,6 @@ class Recovery:
     ):
         self.judge, self.problem, self.outer, self.tangents = judge, problem, outer, tangents
         self.journal, self.counts = journal, counts
-        self.passed_over = 0  # steps, as bad batches or spikes
         self.dropped = 0  # steps that did nothing, for whatever reason
 
     def doubts(self, i: int, loss: float) -> bool:
@@ -82,7 +81,6 @@ class Recovery:
             self._cut_after_roll_back(t, self.judge.cut, loss)
 
     def _pass_over(self, t: int, count: str, why: str) -> None:
-        self.passed_over += 1
         self.counts[count] += 1
         self.journal.note_once(t, f"{why}: the step was passed over (tuner.stats['{count}']).")
 
@@ -127,9 +125,8 @@ class Recovery:
         self.journal.note(t, back, warn=False)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"passed over": self.passed_over, "judge": None if self.judge is None else self.judge.state_dict()}
+        return {"judge": None if self.judge is None else self.judge.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.passed_over = int(state["passed over"])
         if self.judge is not None and state["judge"] is not None:
             self.judge.load_state_dict(state["judge"])

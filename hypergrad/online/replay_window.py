@@ -64,7 +64,7 @@ class ReplayWindow:
             self._record(batch)
         with nullcontext() if loop.mode == "forward" else twice_differentiable():  # as when it is replayed
             loss, before = loop.problem.training_loss(batch), loop.t
-        if loop.mode != "forward" and not loop.first_look.done:
+        if loop.mode != "forward" and not loop.first_checks.done:
             loop.tangents.note_read(survey(loss, loop.problem.model).leaves)
             loop.tangents.cut = is_cut(loss)
         self._train(loss)

@@ -95,7 +95,7 @@ class Tangents:
             self.forward.check_compiled()
         if graph.once:
             self.forward.attach()
-        self.look_at_weights(self.transition.flatten(params))
+        self.forget_written(self.transition.flatten(params))
         due, products = self._due(), self.products_due() and (self.forward.allowed or not graph.once)
         # what has no second derivative is refused before any step
         trial = not products and self.counts["gradients"] == 0 and not graph.once and not self.forward.attached
@@ -104,7 +104,7 @@ class Tangents:
         if products and not graph.exact:  # one pass more, for a gradient that is torch's to the last bit
             with twice_differentiable() if self.forward.attached else nullcontext():
                 plain = grad_or_none([loss], [*params, *others], retain_graph=True)
-        with self.frozen.lifted(frozen):
+        with self.frozen.differentiable(frozen):
             lin = Linearization(
                 loss, params, [*hypers, *others], products, retain_graph, products and self.forward.attached
             )
@@ -154,7 +154,7 @@ class Tangents:
             found = {id(x) for x in leaves}
             self.read |= {name for name, x in self.vector.hypers.items() if id(x) in found}
 
-    def look_at_weights(self, theta: Tensor) -> None:
+    def forget_written(self, theta: Tensor) -> None:
         """Tangents of elements of the weights [n] that were written by hand are zero."""
         same = self.written.kept(theta)
         if same is not None and self.tangent is not None:

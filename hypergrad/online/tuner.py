@@ -185,8 +185,7 @@ class Tuner(TunerView):
             raise
         self._free = weakref.finalize(self, set_free, put_back)
         self._loop, self._window, self._journal = parts.loop, parts.window, parts.loop.journal
-        self._transition, self._vector = transition, parts.loop.vector
-        self._hyper, self._best, self._counts = self._loop.hyper, self._loop.hyper.best, self._loop.counts
+        self._hyper, self._vector = self._loop.hyper, self._loop.vector
         self._closed = self._started = False
         for note in parts.notes:
             self._journal.note(0, note)
@@ -239,7 +238,7 @@ class Tuner(TunerView):
         Values in the param groups stay as they are. Where a scheduler writes them it goes on alone, from the lr it was made with.
         """
         self._detach()
-        self._loop.tangents.forward.detach()
+        self._loop.tangents.forward.remove()
         self._free()
         self._loop.tangents.frozen.remove()
         self._closed = True
@@ -252,10 +251,10 @@ class Tuner(TunerView):
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that `load_state_dict` needs to go on; tensors are not copied. Loads with weights_only=True."""
-        return state_of(self._loop, self._counts)
+        return state_of(self._loop)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a state. Raises ValueError, before anything is written, where it is of another version, model, list of
         policies or choice of hyperparameters."""
-        load_state(self._loop, self._counts, state)
+        load_state(self._loop, state)
         self._window.reset()

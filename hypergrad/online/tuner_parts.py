@@ -16,7 +16,7 @@ from hypergrad.core.multi_tensor import norms
 from hypergrad.core.problem import Problem
 from hypergrad.logging import Journal
 from hypergrad.online.best_weights import BestWeights
-from hypergrad.online.first_look import FirstLook
+from hypergrad.online.first_step_checks import FirstStepChecks
 from hypergrad.online.hyper_step import HyperSteps
 from hypergrad.online.hyper_vector import HyperVector
 from hypergrad.online.loop import OnlineLoop
@@ -135,8 +135,10 @@ def build(
     recovery = Recovery(judge, problem, outer, tangents, journal, counts)
     watch = StartWatch(search.common.policy, problem, transition, search.active and not transition.maximizes)
     starts = Starts(policies, search, watch, outer, tangents, writer, journal, total, starts_are_hints)
-    look = FirstLook(hyper, not math.isnan(before), forward)
-    loop = OnlineLoop(hyper, writer, starts, recovery, find(policies, Phases), look, options.mode, options.every, total)
+    checks = FirstStepChecks(hyper, not math.isnan(before), forward)
+    loop = OnlineLoop(
+        hyper, writer, starts, recovery, find(policies, Phases), checks, options.mode, options.every, total
+    )
     return Parts(loop, ReplayWindow(loop, options.horizon), [*vector.notes, *writer.take_notes()])
 
 

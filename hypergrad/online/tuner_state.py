@@ -10,14 +10,14 @@ from hypergrad.online.loop import OnlineLoop
 VERSION = 3  # of the layout below; a state of another one is refused
 
 
-def state_of(loop: OnlineLoop, counts: Mapping[str, int]) -> dict[str, Any]:
+def state_of(loop: OnlineLoop) -> dict[str, Any]:
     """Tensors are not copied."""
     hyper, record, best = loop.hyper, loop.hyper.record, loop.hyper.best
     return {
         "version": VERSION,
         "sizes": list(loop.transition.sizes),
         "policy names": loop.outer.names,
-        "stats": {**counts, **loop.tangents.counts},
+        "stats": {**loop.counts, **loop.tangents.counts},
         "vector": loop.vector.state_dict(),
         "policies": loop.outer.state_dict(),
         "starts": loop.starts.state_dict(),
@@ -31,12 +31,12 @@ def state_of(loop: OnlineLoop, counts: Mapping[str, int]) -> dict[str, Any]:
     }
 
 
-def load_state(loop: OnlineLoop, counts: dict[str, int], state: Mapping[str, Any]) -> None:
+def load_state(loop: OnlineLoop, state: Mapping[str, Any]) -> None:
     """Checked before anything is written."""
-    _check(loop, counts, state)
+    _check(loop, state)
     hyper, tangents = loop.hyper, loop.tangents
     tangents.load_counts(state["stats"])
-    counts.update({k: v for k, v in state["stats"].items() if k in counts})
+    loop.counts.update({k: v for k, v in state["stats"].items() if k in loop.counts})
     loop.recovery.load_state_dict(state["recovery"])
     loop.starts.load_state_dict(state["starts"])
     loop.outer.load_state_dict(state["policies"])
@@ -53,7 +53,7 @@ def load_state(loop: OnlineLoop, counts: dict[str, int], state: Mapping[str, Any
     loop.problem.processes.check_same("the state of a Tuner", (loop.t, loop.vector.value.tolist()))
 
 
-def _check(loop: OnlineLoop, counts: Mapping[str, int], state: Mapping[str, Any]) -> None:
+def _check(loop: OnlineLoop, state: Mapping[str, Any]) -> None:
     try:
         sizes, names = list(state["sizes"]), list((state.get("vector") or state["coordinates"])["names"])
     except (KeyError, TypeError, AttributeError) as error:
@@ -64,7 +64,7 @@ def _check(loop: OnlineLoop, counts: Mapping[str, int], state: Mapping[str, Any]
             f"this state_dict has version {found}, this hypergrad reads version {VERSION}: go on with the release that wrote it, "
             "or begin anew from the present weights."
         )
-    mine = state_of(loop, counts)
+    mine = state_of(loop)
     theirs = state.get("policy names", mine["policy names"])
     if list(theirs) != mine["policy names"]:
         raise ValueError(

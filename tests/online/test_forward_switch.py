@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import io
 from collections.abc import Callable
 from typing import Any
 
@@ -169,6 +171,48 @@ def test_close_leaves_the_model_as_it_was(name: str) -> None:
     tuner.close()
     assert not model._forward_pre_hooks and not model._forward_hooks
     assert getattr(model, "_compiled_call_impl", None) is call
+
+
+@pytest.mark.parametrize("name", ["scaled_dot_product_attention", "TransformerEncoderLayer"])
+def test_copies_and_pickles_of_the_model_have_nothing_of_the_tuner(name: str) -> None:
+    model, opt = made(name, False)
+    tuner = as_given(model, opt, lambda: mse(model, data()[1]), tune="lr", every=STEPS)
+    train(model, opt, tuner.backward)
+    file = io.BytesIO()
+    torch.save(model, file)
+    size = len(file.getvalue())
+    file.seek(0)
+    for twin in (copy.deepcopy(model), torch.load(file, weights_only=False)):
+        kernels = [node.name() for node in nodes_of(mse(twin, data()[0][0]).grad_fn)]
+        assert any("ScaledDotProduct" in kernel for kernel in kernels)  # the user's own form
+        assert mse(twin, data()[1]).item() == pytest.approx(mse(model, data()[1]).item(), rel=1e-12)
+    tuner.close()
+    file = io.BytesIO()
+    torch.save(model, file)
+    assert size < len(file.getvalue()) + 2000  # hooks, no tuner
+
+
+@pytest.mark.parametrize("name", ["torch.compile(model)", "model.compile()"])
+def test_a_layer_of_a_compiled_model_is_frozen_in_mid_run(name: str) -> None:
+    def frozen_for_a_while(model: Any, opt: torch.optim.Optimizer, backward: Callable[[Tensor], None]) -> None:
+        first = getattr(model, "_orig_mod", model)[0]
+        for t, batch in enumerate(data()[0]):
+            if t in (2, 4):
+                first.requires_grad_(t == 4)
+            opt.zero_grad()
+            backward(mse(model, batch))
+            opt.step()
+
+    def ends_at(x: float) -> float:
+        model, opt = made(name, False, 0.05 + x)
+        frozen_for_a_while(model, opt, Tensor.backward)
+        return mse(model, data()[1]).item()
+
+    torch._dynamo.reset()
+    model, opt = made(name, True)
+    tuner = as_given(model, opt, lambda: mse(model, data()[1]), tune="lr", every=STEPS, average=False)
+    frozen_for_a_while(model, opt, tuner.backward)
+    assert tuner.hypergradients["lr"].item() == pytest.approx(slope(ends_at), rel=FD_RTOL)
 
 
 def test_a_forward_pass_that_raises_leaves_no_setting_behind() -> None:

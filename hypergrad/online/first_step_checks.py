@@ -1,4 +1,4 @@
-"""What is looked at once, before the weights first change: whether losses read what is to be tuned, and what a graph shows."""
+"""What is checked once, before the weights first change: whether losses read what is to be tuned, and what a graph shows."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from hypergrad.core.loss_tensors import unread_error
 from hypergrad.online.hyper_step import HyperSteps
 
 
-class FirstLook:
-    """The look at the first training step.
+class FirstStepChecks:
+    """The checks of the first training step.
 
     Args:
         hyper: with the problem, the validation loss, the tangents and the journal.
@@ -29,7 +29,7 @@ class FirstLook:
             self.problem.stop_following_running_stats()
         return stats if self.forward else None
 
-    def take(self, t: int) -> None:
+    def run(self, t: int) -> None:
         """After the backward passes of a step, before it is taken.
 
         Raises:
