@@ -77,6 +77,7 @@ def same(work: Callable[[Run], list[float]], make: Make = OPTIMIZERS["momentum"]
 
 @pytest.mark.parametrize("mode", ["unrolled", "forward"])
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.slow
 def test_hypergradient(optimizer: str, mode: str) -> None:
     same(lambda run: run.hypergradient(wrt=("lr", "c"), hypers={"c": run.c}, mode=mode), OPTIMIZERS[optimizer])
 

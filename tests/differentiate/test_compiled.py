@@ -78,6 +78,7 @@ def test_buffers_tied_unused_and_frozen_parameters_and_tensors_in_the_loss(
 
 
 @pytest.mark.parametrize("mode", MODES)
+@pytest.mark.slow
 def test_clip_value_and_steps_of_validation(mode: str, traced: None) -> None:
     case = Case("mlp", "adam", clip_value=0.05, val_steps=(2, 4, 6))
     assert_agrees(hypergradient(case, compile=True, **MODES[mode]), hypergradient(case, **MODES[mode]))
@@ -317,6 +318,7 @@ def test_inductor_forward_in_float64() -> None:
     assert_agrees(work(compile=True, mode="forward"), work(mode="forward"))
 
 
+@pytest.mark.slow
 def test_tensors_of_the_users_own(traced: None) -> None:
     """Read by name, or held by a net: as the eager code. From a closure a graph would take them for constants."""
     work, c = Work(), torch.tensor(0.1, dtype=torch.float64, device=DEVICE)

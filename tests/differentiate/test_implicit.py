@@ -83,6 +83,7 @@ OPTIMIZERS_AT_A_MINIMUM: dict[str, Callable[..., torch.optim.Optimizer]] = {
 @pytest.mark.parametrize("decay", [(0.1, 0.2), (0.0, 0.0)], ids=str)
 @pytest.mark.parametrize("solver", SOLVERS)
 @pytest.mark.parametrize("name", OPTIMIZERS_AT_A_MINIMUM)
+@pytest.mark.slow
 def test_ridge_regression_in_closed_form(name: str, solver: str, decay: tuple[float, float]) -> None:
     ridge = Ridge(decay, sign=-1.0 if name == "maximize" else 1.0)
     groups = [{"params": [p], "weight_decay": w} for p, w in zip(ridge.model.parameters(), decay, strict=True)]

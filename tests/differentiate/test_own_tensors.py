@@ -219,6 +219,7 @@ WAYS: dict[str, Callable[[Reweighted], tuple[dict[str, Any], Any, str]]] = {
 
 @pytest.mark.parametrize("mode", ["unrolled", "forward"])
 @pytest.mark.parametrize("way", WAYS)
+@pytest.mark.slow
 def test_a_net_of_weights(way: str, mode: str) -> None:
     run = Reweighted()
     hypers, wrt, prefix = WAYS[way](run)

@@ -25,6 +25,7 @@ def test_what_may_go_and_what_a_lost_run_does() -> None:
     assert not ablation.summary("Phases", "hot", [("a", 0.5, 1.0)])["removable"]  # one run has no interval
 
 
+@pytest.mark.slow
 def test_a_quick_sweep_is_kept_and_paired(tmp_path) -> None:
     args = parse(ablation.Args, ["--quick", "--out", str(tmp_path), "--policies", "NewtonClimb"])
     ablation.main(args)

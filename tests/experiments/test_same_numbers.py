@@ -113,6 +113,7 @@ def test_the_status_is_that_of_the_comparison(monkeypatch: pytest.MonkeyPatch, c
     assert "x: 1.0 there, 2.0 here" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_head_is_the_same_as_itself_and_a_change_is_found(tmp_path: Path):
     """Both in one run of two sides: the change moves hyperparameters, and nothing where none are moved."""
     worktrees()

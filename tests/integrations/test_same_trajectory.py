@@ -31,12 +31,14 @@ def test_lr_and_weights_are_those_of_the_plain_loop(name: str, tmp_path: Path) -
 
 
 @pytest.mark.parametrize("name", ["Lightning", "Trainer", "accelerate"])
+@pytest.mark.slow
 def test_accumulation_is_that_of_the_plain_loop(name: str, tmp_path: Path) -> None:
     pytest.importorskip({"Trainer": "transformers"}.get(name, name.lower()))
     same(runs.plain(Job(accumulate=2)), LOOPS[name](Job(accumulate=2), tmp_path))
 
 
 @pytest.mark.parametrize("name", [name for name in LOOPS if "," not in name])
+@pytest.mark.slow
 def test_without_clipping(name: str, tmp_path: Path) -> None:
     pytest.importorskip({"Trainer": "transformers"}.get(name, name.lower()))
     same(runs.plain(Job(clip=0.0)), LOOPS[name](Job(clip=0.0), tmp_path))

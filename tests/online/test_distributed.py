@@ -118,6 +118,7 @@ def test_hypergradients_are_finite_differences_of_the_stock_loop_on_the_ranks(ra
         assert found == pytest.approx(difference, rel=FD_RTOL), name
 
 
+@pytest.mark.slow
 def test_training_is_that_of_the_stock_loop_bit_for_bit_where_nothing_moves(ranks: Ranks) -> None:
     loop = UnionLoop(net=norm, steps=20, accumulate=2, clip_norm=0.5, ddp=VIEWS)
     frozen = ranks(run, replace(loop, frozen=True))
@@ -127,6 +128,7 @@ def test_training_is_that_of_the_stock_loop_bit_for_bit_where_nothing_moves(rank
 
 
 @pytest.mark.parametrize("scaler", [False, True])
+@pytest.mark.slow
 def test_every_rank_passes_over_the_step_that_is_nan_on_one(ranks: Ranks, scaler: bool) -> None:
     loop = UnionLoop(steps=30, nan=(range(11, 12), 1), ddp=VIEWS, scaler=scaler)
     one, other = ranks(run, loop)
@@ -191,6 +193,7 @@ def test_one_collective_for_products_and_one_for_numbers_a_step(ranks: Ranks) ->
 
 @pytest.mark.parametrize("mode", ["forward", "unrolled", "implicit"])
 @pytest.mark.parametrize("inner", [False, True])
+@pytest.mark.slow
 def test_whole_steps(ranks: Ranks, mode: str, inner: bool) -> None:
     one, other = ranks(rank_jobs.whole_steps, mode, inner)
     assert_same(one, other)
@@ -210,6 +213,7 @@ def test_whole_steps(ranks: Ranks, mode: str, inner: bool) -> None:
     ],
     ids=lambda options: " ".join(getattr(x, "__name__", str(x)) for x in options.values()),
 )
+@pytest.mark.slow
 def test_hypergradient_is_that_of_one_process_on_all_rows(ranks: Ranks, options: dict[str, Any]) -> None:
     one, other = ranks(rank_jobs.whole_run, options, False)
     assert_same(one, other)
@@ -281,6 +285,7 @@ FAST = ("inner_forward", "late", "fsdp2")
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n in FAST else [pytest.mark.slow]) for n in REFUSED])
+@pytest.mark.slow
 def test_refused_before_weights_change(ranks: Ranks, name: str) -> None:
     for message in ranks.errors(getattr(rank_jobs, f"refused_{name}")):
         assert REFUSED[name] in message.split("Traceback")[0], message

@@ -132,6 +132,7 @@ def test_whole_runs_and_replayed_windows_too(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", COMPILED)
+@pytest.mark.slow
 def test_the_compiled_form_runs_where_no_product_is_due_and_is_compiled_once(name: str) -> None:
     torch._dynamo.reset()
     counters.clear()
@@ -162,6 +163,7 @@ def test_the_compiled_form_runs_where_no_product_is_due_and_is_compiled_once(nam
 
 
 @pytest.mark.parametrize("name", NETS)
+@pytest.mark.slow
 def test_close_leaves_the_model_as_it_was(name: str) -> None:
     torch._dynamo.reset()
     model, opt = made(name, True)
@@ -249,6 +251,7 @@ STEPPED: dict[str, Callable[[Any], Callable[[], Any]]] = {
 
 
 @pytest.mark.parametrize("how", STEPPED)
+@pytest.mark.slow
 def test_a_compiled_step_is_not_compiled_again_and_gives_the_same(how: str) -> None:
     weights: list[list[Tensor]] = []
     for compiled in (False, True):

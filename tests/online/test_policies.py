@@ -40,6 +40,7 @@ def trained(steps: int = STEPS, lr: float = 1e-4, **options: Any) -> hypergrad.T
 
 
 @pytest.mark.parametrize("kind", REMOVABLE, ids=lambda kind: kind.__name__)
+@pytest.mark.slow
 def test_each_can_be_left_out(kind: type[policies.Policy]) -> None:
     tuner = trained(policies=without(DEFAULT, kind))
     assert tuner.stats["hyper_steps"] > 0

@@ -202,6 +202,7 @@ def resumed(case: Eventful, stops: Iterable[int]) -> list[tuple[int, str]]:
 
 
 @pytest.mark.parametrize("name", EVENTFUL)
+@pytest.mark.slow
 def test_run_killed_now_and_then_ends_bit_equal(name: str) -> None:
     assert not resumed(EVENTFUL[name], (1, 26, 31))
 

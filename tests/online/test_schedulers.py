@@ -153,6 +153,7 @@ def test_the_shape_of_total_steps_by_a_scheduler_gives_the_same_run() -> None:
 @pytest.mark.parametrize("total", [None, 120])
 @pytest.mark.parametrize("lr", [1e-6, 1e-1])
 @pytest.mark.parametrize("name", [name for name in SCHEDULERS if name != "ReduceLROnPlateau"])
+@pytest.mark.slow
 def test_the_warm_start_finds_lr_beside_a_scheduler(name: str, lr: float, total: int | None) -> None:
     """The best lr of the bowl along its first steps lies between 1/1 and 2/1, its largest curvature being 1."""
     longer: dict[str, Callable[[Any], Any]] = {

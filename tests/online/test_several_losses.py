@@ -196,6 +196,7 @@ def float32() -> Any:
 
 
 @pytest.mark.parametrize("turns", [1, 5])
+@pytest.mark.slow
 def test_no_step_of_a_gan_is_thrown_away(turns: int, float32: None) -> None:
     for start in (1e-4, 2e-3):
         _, row = fit(0, start, turns, 40 // turns, tuned=True)
