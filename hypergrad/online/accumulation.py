@@ -71,6 +71,7 @@ def expected(new: Pending, old: Pending | None, transition: Transition, processe
     """
     grads, before = [p.grad for p in transition.params], [False] * len(transition.params)
     before = before if old is None else list(old.has)
+    assert new.left is not None
     if old is not None:
         mine = [g if h else None for g, h in zip(grads, before, strict=True)]
         new = replace(new, left=new.left + transition.flatten(mine))
@@ -91,7 +92,7 @@ def found(new: Pending, transition: Transition) -> Pending:
 
 def ask_whether_mean(pending: Pending | None, readout: Readout) -> None:
     """Ask whether what several processes left is the mean of their gradients, for `check_mean`."""
-    if pending is not None and pending.own is not None:
+    if pending is not None and pending.own is not None and pending.left is not None:
         readout.ask("processes' gradients", pending.own)
         readout.ask_own("their mean", column_sums(pending.left))
 

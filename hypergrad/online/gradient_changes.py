@@ -31,7 +31,9 @@ from hypergrad.optimizers.transition import Transition
 class Pending:
     """What `backward` left for the step to use."""
 
-    left: Tensor  # a copy of every p.grad [n], 0 where there is none
+    left: (
+        Tensor | None
+    )  # a copy of every p.grad [n], 0 where there is none; None: nothing is tuned, and nothing compared
     has: tuple[bool, ...]  # the parameters that have one
     dg: Tensor | None  # tangent of the gradient [k, n]; None is zero
     losses: dict[frozenset[int], Tensor]  # the largest of those accumulated, by the optimizers they reach, times scale
@@ -104,7 +106,8 @@ def carried_on(pending: Pending, transition: Transition) -> Pending | None:
     if all(g is None for g, has in zip(grads, pending.has, strict=True) if has):
         return None
     now, sizes = transition.flatten(grads), transition.sizes
-    there = any_of_each(torch.stack([pending.left != 0, now != 0, now != pending.left]), sizes)
+    left = now if pending.left is None else pending.left
+    there = any_of_each(torch.stack([left != 0, now != 0, now != left]), sizes)
     void = there[0] & ~there[1]  # zeroed, or None
     survives = (there[0] & there[1]).any()
     keep, changed = ~void & survives, there[2] & ~void
@@ -151,7 +154,8 @@ class Comparison:
     ):
         self.pending, self.scaled, self.g = pending, scaled, g
         self.clip, self.threshold = clip
-        part = pending.left
+        assert pending.left is not None
+        part = self.left = pending.left
         if not all(active):
             part = transition.flatten([x if a else None for x, a in zip(transition.split(part), active, strict=True)])
         readout.ask("same", (g == part).all())
@@ -161,7 +165,7 @@ class Comparison:
         self.part = part
         if self.clip is None and not scaled:
             return
-        self.ref, self.part = pending.left / pending.scale, part / pending.scale
+        self.ref, self.part = self.left / pending.scale, part / pending.scale
         part, self.rtol = self.part, 64 * torch.finfo(g.dtype).eps
         if self.clip == "clip_value":
             off = (g - part.clamp(-self.threshold, self.threshold)).abs()
@@ -183,7 +187,7 @@ class Comparison:
         changed = read.get("changed", [0.0] * len(self.active))
         if any(x and a for x, a in zip(changed, self.active, strict=True)):
             return None
-        left = self.pending.left
+        left = self.left
         dg = left.new_zeros(k, len(left)) if self.pending.dg is None else self.pending.dg
         if read["same"][0] == 1:
             return dg
@@ -197,7 +201,7 @@ class Comparison:
 
     def unknown(self) -> tuple[Tensor, Tensor, Tensor]:
         """The gradient as the optimizer sees it and as `backward` left it, unscaled [n], 0 where it does not step; all's norm."""
-        left = self.pending.left / self.pending.scale if self.scaled else self.pending.left
+        left = self.left / self.pending.scale if self.scaled else self.left
         return self.g, self.part, total_norm(left, self.sizes)
 
     def _through_scaling(self, numbers: Sequence[float], dg: Tensor, changed: bool) -> Tensor | None:

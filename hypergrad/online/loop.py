@@ -7,12 +7,11 @@ after the step     values put back → every so many steps a hyperparameter step
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from hypergrad.online.accumulation import check_mean
@@ -25,6 +24,7 @@ from hypergrad.online.param_groups import ParamGroupWriter
 from hypergrad.online.policies.phases import Phases
 from hypergrad.online.recovery import Recovery
 from hypergrad.online.starts import Starts
+from hypergrad.online.step_gradients import StepGradients
 from hypergrad.online.step_reading import StepReading
 from hypergrad.online.tuner_arguments import check_groups
 from hypergrad.online.unknown_changes import UnknownChanges
@@ -87,28 +87,22 @@ class OnlineLoop:
         if self.t == self.total and not self.stepped:
             self._say_past_the_end()
         self.starts.before_step(self.t, self.hyper.frozen)
-        active = tuple(
-            p.grad is not None and self.transition.optimizer_of_group[group] == i
-            for p, group in zip(self.transition.params, self.transition.group_of, strict=True)
-        )
-        g = None
-        if any(active):
-            grads = [p.grad if a else None for p, a in zip(self.transition.params, active, strict=True)]
-            g = self.transition.flatten(grads)
+        gradients = StepGradients(self.transition, i, not self.tangents.resting)
+        g, active = gradients.flat, gradients.active
         pending = self.tangents.pending
         fresh = pending if pending is not None and i not in pending.stepped else None
         if fresh is not None:
             self.tangents.average_pending()
         if (fresh or self.given_loss is not None) and len(self.stepped) == len(self.optimizers) - 1:
             self.first_checks.run(self.t)
-        if fresh is not None and g is not None:
+        if fresh is not None and gradients.tensors:
             if not self.apart and fresh.is_own(i, self.stepped):
                 self.starts.part()
                 self.recovery.part(self.stepped)
             self.starts.couple(self.apart and fresh.coupled)
         loss = self.given_loss if fresh is None else fresh.loss_of(i) / fresh.scale
         begins = not (self.void or self.stepped)
-        comparison, read = self.reading.take(i, self.t, g, active, fresh, loss, begins, self.void)
+        comparison, read = self.reading.take(i, self.t, gradients, fresh, loss, begins, self.void)
         check_mean(read, self.transition.params[0].dtype)
         # a fused optimizer is told by a GradScaler that it will leave this step out
         self.skipped = bool(read.get("found_inf", [0.0])[0])
@@ -124,44 +118,44 @@ class OnlineLoop:
         if self.void and pending is None:  # judged at another optimizer's step
             self._drop_gradients(i)
             return
-        if self.skipped or g is None:
+        if self.skipped or not gradients.tensors:
             if fresh is not None and not self.skipped:
                 fresh.used_by(i)
             return
-        state = self.transition.read(read.get("counts"))
-        scale = getattr(self.optimizers[i], "grad_scale", None)  # fused optimizers unscale by themselves
-        if scale is not None:
-            g = g / scale
+        state = cache(lambda: self.transition.read(read.get("counts")))
         loss = read["loss"][0] if "loss" in read else None
         if not self.hyper.frozen:
-            finite = math.isfinite(read["sum"][0]) or bool(torch.isfinite(g).all())  # the sum may overflow
             keep = not self.stepped and self.t % self.every == 0
-            verdict = self.recovery.verdict(i, state, finite, loss, keep, not self.stepped)
+            verdict = self.recovery.verdict(i, state, gradients.finite(read), loss, keep, not self.stepped)
             if verdict != "good":
                 self.void = True
                 self._drop_gradients(i)
                 self.recovery.act(self.t, verdict, loss)
                 return
-            zero = read["sum"][0] == 0 and not bool(g.any())
-            if not self.stepped and self.starts.undoes(state, loss, zero):
+            if not self.stepped and self.starts.undoes(state, loss, gradients.zero(read)):
                 self.void = True
                 self._drop_gradients(i)
                 self.recovery.undo_start(self.t, *self.starts.undo())
                 return
         if not self.stepped:
-            self.tangents.average.follow(state.theta, self.tangents.tangent, self.t)
+            self._average(state)
         values = self._use(i)
         if self.mode != "forward":
             return
-        self.tangents.forget_written(state.theta)
-        dg = None if comparison is None else comparison.tangent(read, len(self.vector.moving))
-        if dg is not None and scale is not None:
-            dg = dg / scale
-        self._push(i, state, g, active, values, dg, fresh, comparison)
+        if g is not None:
+            self._push(i, state(), g, active, values, read, fresh, comparison)
+        elif fresh is None:
+            self.unknown.note(i, self.t, None, False)
         if fresh is not None:
             if loss is not None and not self.stepped:
                 self.hyper.progress.note_training_loss(loss)
             fresh.used_by(i)
+
+    def _average(self, state: Callable[[], State]) -> None:
+        """The weights into their running average: at every step, or, while there are no tangents, at one in `every`."""
+        steps = self.every if self.tangents.resting else 1
+        if self.t % steps == 0:
+            self.tangents.average.follow(state().theta, self.tangents.tangent, self.t, steps)
 
     def _observe_groups(self, i: int) -> None:
         """What something else has written into optimizer i's groups."""
@@ -181,12 +175,17 @@ class OnlineLoop:
         g: Tensor,
         active: tuple[bool, ...],
         values: Values,
-        dg: Tensor | None,
+        read: Mapping[str, list[float]],
         fresh: Pending | None,
         comparison: Comparison | None,
     ) -> None:
         """Tangents through the step; in the first steps what they show of the starts."""
         tangents = self.tangents
+        tangents.forget_written(state.theta)
+        dg = None if comparison is None else comparison.tangent(read, len(self.vector.moving))
+        scale = getattr(self.optimizers[i], "grad_scale", None)  # fused optimizers unscale by themselves
+        if scale is not None:
+            g, dg = g / scale, None if dg is None else dg / scale
         if dg is None:
             tuning = bool(self.vector.moving) and not self.hyper.frozen
             self.unknown.note(i, self.t, None if fresh is None else comparison, tuning)
@@ -237,7 +236,7 @@ class OnlineLoop:
                 self._end_step()
         finally:  # val_loss may be interrupted
             if self.mode == "forward":
-                self.tangents.written.note(self.transition.flatten(self.transition.params))
+                self.tangents.note_weights()
 
     def _end_step(self) -> None:
         """One training step is done: count it, move the hyperparameters if it is time."""

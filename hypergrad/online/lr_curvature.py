@@ -37,7 +37,7 @@ class LrCurvature:
     ) -> tuple[Tensor, Tensor, Tensor] | None:
         """z of every lr [m, n], g [n] and Hz [m, n] of the pending batch; None where these are not known."""
         rows = self.vector.rows("lr", optimizer)
-        if tangent is None or pending is None or pending.dg is None or not rows:
+        if tangent is None or pending is None or pending.dg is None or pending.left is None or not rows:
             return None
         z, hz = _rows(tangent.theta, rows), _rows(pending.dg, rows)
         if optimizer is not None:

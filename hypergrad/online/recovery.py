@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from hypergrad.core.problem import Problem
@@ -46,23 +46,26 @@ class Recovery:
         if self.judge is not None:
             self.judge.part(begun)
 
-    def verdict(self, i: int, state: State, finite: bool, loss: float | None, keep: bool, first: bool) -> str:
+    def verdict(
+        self, i: int, state: Callable[[], State], finite: bool, loss: float | None, keep: bool, first: bool
+    ) -> str:
         """What a step of optimizer i is: "good" where it may be taken, else what is wrong with it, for `act`.
 
         Args:
+            state: reads it.
             finite: whether the gradient is.
             keep: note the state as a good one, where it is.
             first: of the optimizers' steps that make this training step; then a state is kept also where there is none yet.
         """
         if self.judge is None:
             return "good"
-        verdict = self.judge.judge(loss, finite, state.theta, i)
+        verdict = self.judge.judge(loss, finite, i)
         if verdict in ("false alarm", "bad data"):
             self.counts["false_alarms"] += 1
             self.outer.multiply("lr", self.judge.cut)
             self.outer.cap("lr", math.inf)
         if verdict == "good" and (keep or (first and not self.judge.good)):
-            self.judge.keep(state)
+            self.judge.keep(state())
         if verdict in ("good", "false alarm"):
             return "good"
         self.tangents.drop_pending()

@@ -15,7 +15,7 @@ watched too.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from hypergrad.core.problem import Problem
@@ -43,17 +43,18 @@ class StartWatch:
     def stop(self) -> None:
         self.active, self.kept = False, None
 
-    def sees(self, state: State, loss: float | None, zero: bool, searching: bool) -> bool:
+    def sees(self, state: Callable[[], State], loss: float | None, zero: bool, searching: bool) -> bool:
         """Note a step that is about to be taken. True: undo the start.
 
         Args:
+            state: reads the state before it.
             zero: whether its gradient is exactly 0.
             searching: whether the warm start is under way.
         """
         if not self.active or loss is None or not math.isfinite(loss):
             return False
         if self.kept is None:
-            self.kept = KeptState(state, self.problem.read_buffers())
+            self.kept = KeptState(state(), self.problem.read_buffers())
         p = self.policy
         if len(self.first) < p.losses:
             self.first.append(loss)

@@ -137,7 +137,7 @@ class Starts:
             self.search.couple()
             self.tangents.curvature.couple()
 
-    def undoes(self, state: State, loss: float | None, zero: bool) -> bool:
+    def undoes(self, state: Callable[[], State], loss: float | None, zero: bool) -> bool:
         """Whether the warm start is to be undone, as of a step that is about to be taken. zero: its gradient is exactly 0."""
         return self.watch.active and self.watch.sees(state, loss, zero, self.search.active)
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
@@ -12,6 +10,7 @@ from hypergrad.online.accumulation import ask_whether_mean
 from hypergrad.online.gradient_changes import Comparison, Pending
 from hypergrad.online.lr_searches import LrSearches
 from hypergrad.online.other_state import OtherState
+from hypergrad.online.step_gradients import StepGradients
 from hypergrad.online.tangents import Tangents
 
 
@@ -31,8 +30,7 @@ class StepReading:
         self,
         i: int,
         t: int,
-        g: Tensor | None,
-        active: Sequence[bool],
+        gradients: StepGradients,
         fresh: Pending | None,
         loss: Tensor | None,
         begins: bool,
@@ -41,8 +39,7 @@ class StepReading:
         """Before step t of optimizer i.
 
         Args:
-            g: the gradients that it will see [n]; None where it has none.
-            active: the parameters that have one.
+            gradients: that it will see.
             fresh: what `backward` left, where this optimizer has not used it yet.
             loss: of the step.
             begins: whether no optimizer has taken the step yet, and it was not judged to do nothing.
@@ -73,7 +70,7 @@ class StepReading:
                 tangents.curvature.ask_common(tangents.tangent, fresh, readout, None)
             elif self.search.apart and not void and not self.search.begins(i):
                 tangents.curvature.ask_common(tangents.tangent, fresh, readout, i)
-        if g is not None:
-            readout.ask("sum", g.sum())
-            comparison = tangents.compare(g, active, readout)
+        gradients.ask(readout)
+        if gradients.flat is not None:
+            comparison = tangents.compare(gradients.flat, gradients.active, readout)
         return comparison, readout.fetch()

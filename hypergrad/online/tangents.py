@@ -29,6 +29,7 @@ from hypergrad.online.gradient_changes import Comparison, Pending, carried_on, r
 from hypergrad.online.hyper_vector import HyperVector
 from hypergrad.online.low_rank_hessian import LowRankHessian
 from hypergrad.online.lr_curvature import LrCurvature
+from hypergrad.online.plain_backward import without_tangents
 from hypergrad.online.tangent_cap import TangentCap
 from hypergrad.online.weight_average import WeightAverage
 from hypergrad.online.written_weights import WrittenWeights
@@ -67,6 +68,11 @@ class Tangents:
             self.forward.attach()
         self._own = {id(x) for x in [*transition.params, *vector.hypers.values()]}
 
+    @property
+    def resting(self) -> bool:
+        """Whether nothing is tuned at present: then no tangent is carried along."""
+        return not self.vector.moving
+
     # ---- the gradient stage
 
     def _due(self) -> list[int]:
@@ -85,6 +91,10 @@ class Tangents:
         """
         check_now(self.processes)
         scale = 1.0 if self.scaler is None else float(self.scaler.get_scale())
+        if self.resting and self.counts["gradients"] and not (whole or self.vector.hypers):
+            self.pending = without_tangents(loss, self.pending, self.transition, scale)
+            self.counts["gradients"] += 1
+            return loss.backward(inputs=inputs, retain_graph=retain_graph)
         params, hypers = self.transition.params, list(self.vector.hypers.values())
         graph = survey(loss, self.model)
         self.note_read(graph.leaves)
@@ -141,6 +151,7 @@ class Tangents:
         accumulate([*params, *others], grads)
         if not self.processes.alone:
             self.pending = found(new, self.transition)
+        return None
 
     def average_pending(self) -> None:
         """Make the tangent of the gradient that waits the mean of the processes': one collective a step."""
@@ -159,6 +170,13 @@ class Tangents:
         same = self.written.kept(theta)
         if same is not None and self.tangent is not None:
             self.tangent = Tangent(torch.where(same, self.tangent.theta, 0), self.tangent.slots)
+
+    def note_weights(self) -> None:
+        """The weights are as a step has left them."""
+        if self.resting:
+            self.written.forget()
+        else:
+            self.written.note(self.transition.flatten(self.transition.params))
 
     def count(self, gradients: int, hessian_products: int) -> None:
         """Count what was evaluated elsewhere, for `tuner.stats`."""
@@ -193,7 +211,7 @@ class Tangents:
 
     def compare(self, g: Tensor, active: Sequence[bool], readout: Readout) -> Comparison | None:
         """Ask what was done to the gradients [n] between `backward` and the step; None where none of them are from there."""
-        if self.pending is None:
+        if self.pending is None or self.pending.left is None:
             return None
         return Comparison(self.pending, self.transition, g, active, self.clip, self.scaler is not None, readout)
 

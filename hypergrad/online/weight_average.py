@@ -25,9 +25,9 @@ class WeightAverage:
         self.theta: Tensor | None = None
         self.tangent: Tensor | None = None
 
-    def follow(self, theta: Tensor, tangent: Tangent | None, t: int) -> None:
-        """Move towards the present weights and tangents."""
-        a = min(1.0, 1 / (SHARE * (t + 1)))
+    def follow(self, theta: Tensor, tangent: Tangent | None, t: int, steps: int = 1) -> None:
+        """Move towards the weights and tangents after t steps; steps: so many at once."""
+        a = min(1.0, steps / (SHARE * (t + 1)))
         self.theta = theta if self.theta is None else self.theta.lerp(theta, a)
         if tangent is not None:
             self.tangent = tangent.theta * a if self.tangent is None else self.tangent.lerp(tangent.theta, a)

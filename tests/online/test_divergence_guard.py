@@ -183,7 +183,7 @@ def guard_after(losses: list[float]) -> tuple[list[str], Any]:
     guard = DivergenceGuard().start(transition, Problem(model, transition.params, None), losses[0])
     verdicts = []
     for loss in losses:
-        verdicts.append(guard.judge(loss, True, torch.zeros(3)))
+        verdicts.append(guard.judge(loss, True))
         guard.keep(transition.read())
     return verdicts, guard
 
@@ -209,7 +209,7 @@ def test_a_surge_is_a_blow_up_once_it_lasts():
     verdicts, guard = guard_after([*FALLING, 0.3, 0.4, 0.5])
     assert verdicts[-3:] == ["good", "good", "blow-up"] and set(verdicts[:-3]) == {"good"}
     assert guard.cut == 2.0
-    assert guard.roll_back() and guard.judge(0.1, True, torch.zeros(3)) == "good"
+    assert guard.roll_back() and guard.judge(0.1, True) == "good"
     assert guard.cut == 4.0
     for surge in ([0.3, 0.4, 0.09], [0.12] * 10):
         verdicts, guard = guard_after([*FALLING, *surge])
@@ -224,20 +224,20 @@ def test_a_surge_above_the_first_loss_is_a_step_passed_over():
 def test_a_surge_at_the_good_weights_too_is_the_data():
     _, guard = guard_after([*FALLING, 0.4, 0.4, 0.4])
     guard.roll_back()
-    assert guard.judge(0.4, True, torch.zeros(3)) == "false alarm"
+    assert guard.judge(0.4, True) == "false alarm"
     assert guard.cut == 2.0  # by which lr is multiplied again
     assert guard.reference == FALLING[0]
-    more = [guard.judge(0.4, True, torch.zeros(3)) for _ in range(40)]
+    more = [guard.judge(0.4, True) for _ in range(40)]
     assert set(more) == {"good"}
 
 
 def test_lost_progress_at_the_good_weights_too_is_the_data():
     verdicts, guard = guard_after([2.3] * 5 + [0.1] * 60)
-    while guard.judge(2.2, True, torch.zeros(3)) != "blow-up":
+    while guard.judge(2.2, True) != "blow-up":
         pass
     assert guard.roll_back()
-    assert guard.judge(2.2, True, torch.zeros(3)) == "false alarm"
-    assert guard.judge(2.2, True, torch.zeros(3)) == "good"
+    assert guard.judge(2.2, True) == "false alarm"
+    assert guard.judge(2.2, True) == "good"
     assert set(verdicts) == {"good"}
 
 
@@ -282,10 +282,10 @@ def test_a_spike_is_passed_over_and_leaves_lr_alone(at: tuple[int, ...]) -> None
 def test_spikes_in_a_row_are_a_blow_up() -> None:
     verdicts, guard = guard_after([1.0] * 30)
     assert set(verdicts) == {"good"}
-    told = [guard.judge(11.0, True, torch.zeros(3)) for _ in range(3)]
+    told = [guard.judge(11.0, True) for _ in range(3)]
     assert told == ["spike", "spike", "blow-up"]
     assert guard.roll_back()
-    assert guard.judge(1.0, True, torch.zeros(3)) == "good"
+    assert guard.judge(1.0, True) == "good"
 
 
 @pytest.mark.slow

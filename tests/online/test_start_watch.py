@@ -72,7 +72,7 @@ def undone(losses: list[float], zero: frozenset[int] = frozenset()) -> int | Non
     transition = Transition([torch.optim.SGD(model.parameters(), lr=0.1)], frozenset({"lr"}))
     watch = StartWatch(LrWarmStart(), Problem(model, transition.params, None), transition, True)
     for t, loss in enumerate(losses):
-        if watch.sees(transition.read(), loss, t in zero, t < 10):
+        if watch.sees(transition.read, loss, t in zero, t < 10):
             assert torch.equal(watch.undo().state.theta, transition.read().theta)
             return t
     return None

@@ -30,7 +30,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from hypergrad.core.problem import Problem
 from hypergrad.online.kept_state import KeptState, as_buffers, values_of
@@ -79,13 +78,12 @@ class StepJudge:
     def reference(self) -> float:
         return self.past.reference
 
-    def judge(self, loss: float | None, finite: bool, theta: Tensor, optimizer: int = 0) -> str:
+    def judge(self, loss: float | None, finite: bool, optimizer: int = 0) -> str:
         """One of good, bad batch, spike, blow-up, and after a roll-back false alarm or bad data.
 
         Args:
             loss: None: not known.
             finite: whether the gradient is.
-            theta: the weights before the step [n].
             optimizer: whose step it is.
         """
         past = self.past = self.past if self.own is None else self.own[optimizer]
@@ -95,11 +93,11 @@ class StepJudge:
             if past.bad_in_a_row >= self.policy.patience:
                 return "blow-up"
             return "good" if verdict == "surge" else verdict
-        if past.restored and bool(torch.isfinite(theta).all()):  # at good weights too: it is the data
+        if past.restored and self._weights_finite():  # at good weights too: it is the data
             past.restored, past.bad_in_a_row = False, -NEVER
             return "bad data"
         past.bad_in_a_row += 1
-        if not bool(torch.isfinite(theta).all()) or past.bad_in_a_row >= self.policy.patience:
+        if not self._weights_finite() or past.bad_in_a_row >= self.policy.patience:
             return "blow-up"
         return "bad batch"
 
@@ -108,6 +106,9 @@ class StepJudge:
         past = self.past if self.own is None else self.own[optimizer]
         if (math.isfinite(loss) and not past.is_spike(loss)) or past.bad_in_a_row + 1 >= self.policy.patience:
             return False
+        return self._weights_finite()
+
+    def _weights_finite(self) -> bool:
         return all(bool(torch.isfinite(p).all()) for p in self.transition.params)
 
     def _pasts(self) -> list[LossPast]:

@@ -1,0 +1,48 @@
+"""The gradients that an optimizer is about to step with."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from hypergrad.core.multi_tensor import norms
+from hypergrad.core.readout import Readout
+from hypergrad.optimizers.transition import Transition
+
+
+class StepGradients:
+    """Which parameters of optimizer i have one, and whether all is finite, or 0.
+
+    Args:
+        joined: also as one flat vector, which only tangents need; without them nothing is copied.
+
+    Attributes:
+        active: for each parameter, whether this optimizer will step it.
+        flat: [n], 0 elsewhere; None: not joined, or there are none.
+    """
+
+    def __init__(self, transition: Transition, i: int, joined: bool):
+        self.active = tuple(
+            p.grad is not None and transition.optimizer_of_group[group] == i
+            for p, group in zip(transition.params, transition.group_of, strict=True)
+        )
+        grads = [p.grad if a else None for p, a in zip(transition.params, self.active, strict=True)]
+        self.tensors = [g for g in grads if g is not None]
+        self.flat: Tensor | None = transition.flatten(grads) if joined and self.tensors else None
+
+    def ask(self, readout: Readout) -> None:
+        """Ask for a number that is not finite where a gradient is not, and 0 where all are."""
+        if self.flat is not None:
+            readout.ask("sum", self.flat.sum())
+        elif self.tensors:
+            readout.ask("sum", norms(self.tensors, 1).sum())
+
+    # the sum of finite numbers may overflow, and that of others may be 0
+    def finite(self, read: Mapping[str, list[float]]) -> bool:
+        return math.isfinite(read["sum"][0]) or all(bool(torch.isfinite(g).all()) for g in self.tensors)
+
+    def zero(self, read: Mapping[str, list[float]]) -> bool:
+        return read["sum"][0] == 0 and not any(bool(g.any()) for g in self.tensors)
