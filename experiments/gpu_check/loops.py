@@ -198,10 +198,11 @@ def _waits(device: str, layers: int, tune: bool, steps: int = 20) -> float:
     return sum("synchroniz" in str(w.message) for w in heard) / steps
 
 
+PLAN = {"cost": 2.0, "product": 4.0, "validation": 2.0, "every": 5, "resting": 10}  # tuned in some of the steps
 ONLINE_CHECKS: dict[str, Check] = {
-    f'tuner, {rule}, curvature="{curvature}"': partial(online, make=RULES[rule].make, curvature=curvature)
+    f"tuner, {rule}{', with a plan' if plan else ''}": partial(online, make=RULES[rule].make, plan=plan)
     for rule in ("SGD with momentum", "AdamW")
-    for curvature in ("exact", "free")
+    for plan in (None, PLAN)
 }
 QUICKSTART: dict[str, Check] = {"quickstart": quickstart}
 LOOP_CHECKS: dict[str, Check] = {f"loop: {name}": partial(live_loop, **options) for name, options in LOOPS.items()}

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 import hypergrad
 from experiments.gpu_check.models import WORKLOADS, Workload
 from experiments.gpu_check.rows import Check, Place, Row
-from hypergrad.online.low_rank_hessian import GAP
+from hypergrad.policies import DEFAULT, LrWarmStart, Phases, replaced, without
 
-FORMS = ("tuned", "free", "hypergradient")
+FORMS = ("tuned", "resting", "hypergradient")
 BLOCKS = (3, 7)  # at least, and at most, of plain and of other steps by turns
 SECONDS = 12.0  # of a row, after which no further pair of blocks begins once there are the least
 
@@ -57,10 +57,12 @@ class Training:
         self.model, self.loss, self.val_loss = workload.build(place.device, place.quick)
         self.optimizer = workload.optimizer(self.model.parameters())
         self.tuner: hypergrad.Tuner | None = None
-        if form in ("tuned", "free"):
-            curvature = "free" if form == "free" else "exact"
-            self.tuner = hypergrad.Tuner(  # far from its end, lr alone is tuned: exact, one product a step
-                self.model, self.optimizer, self.val_loss, total_steps=100_000, curvature=curvature, warm_start=False
+        if form in ("tuned", "resting"):  # far from its end, lr alone is tuned: one product a step; or nothing is
+            policies = without(DEFAULT, LrWarmStart)
+            if form == "resting":
+                policies = replaced(policies, Phases(0.0, 0.0, 0.0))
+            self.tuner = hypergrad.Tuner(
+                self.model, self.optimizer, self.val_loss, total_steps=100_000, policies=policies
             )
 
     def step_all(self, n: int) -> None:
@@ -92,7 +94,7 @@ class Training:
 def measure(place: Place, name: str, form: str) -> Row:
     """Blocks of plain steps and of the form's steps by turns."""
     began, workload, device = time.perf_counter(), WORKLOADS[name], Device(place)
-    n = {"tuned": workload.block, "free": GAP, "hypergradient": workload.steps}[form]
+    n = workload.steps if form == "hypergradient" else workload.block
     n = min(n, 4) if place.quick else n
     least, most = (2, 2) if place.quick else BLOCKS
     empty = device.allocated()
@@ -142,14 +144,14 @@ ORDER = (
     ("MLP, SGD with momentum", "tuned"),
     ("ResNet-18, bf16", "tuned"),
     ("GPT of 124 M weights, bf16", "tuned"),
-    ("GPT of 124 M weights, bf16", "free"),
+    ("GPT of 124 M weights, bf16", "resting"),
     ("ResNet-18, bf16", "hypergradient"),
     ("MLP, SGD with momentum", "hypergradient"),
     ("GPT of 124 M weights, bf16", "hypergradient"),
-    ("ResNet-18, bf16", "free"),
+    ("ResNet-18, bf16", "resting"),
     ("MLP, AdamW", "tuned"),
     ("MLP, AdamW", "hypergradient"),
-    ("MLP, AdamW", "free"),
-    ("MLP, SGD with momentum", "free"),
+    ("MLP, AdamW", "resting"),
+    ("MLP, SGD with momentum", "resting"),
 )
 CHECKS: dict[str, Check] = {f"{name}: {form}": partial(measure, name=name, form=form) for name, form in ORDER}

@@ -71,17 +71,20 @@ def expected(new: Pending, old: Pending | None, transition: Transition, processe
     """
     grads, before = [p.grad for p in transition.params], [False] * len(transition.params)
     before = before if old is None else list(old.has)
-    assert new.left is not None
+    left = new.left
+    assert left is not None
     if old is not None:
         mine = [g if h else None for g, h in zip(grads, before, strict=True)]
-        new = replace(new, left=new.left + transition.flatten(mine))
+        left = left + transition.flatten(mine)
+    new = replace(new, left=left)
     if processes.alone:
         return new
     foreign = [None if h else g for g, h in zip(grads, before, strict=True)]
     if any(g is not None for g in foreign):
         others = transition.flatten(foreign)
-        new = replace(new, left=new.left + others, changed=any_of_each((others != 0)[None], transition.sizes)[0])
-    return replace(new, own=column_sums(new.left))
+        left = left + others
+        new = replace(new, left=left, changed=any_of_each((others != 0)[None], transition.sizes)[0])
+    return replace(new, own=column_sums(left))
 
 
 def found(new: Pending, transition: Transition) -> Pending:

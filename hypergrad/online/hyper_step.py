@@ -87,7 +87,8 @@ class HyperSteps:
             return self._risen(t, self.val_loss, None, warming or coupled)
         again = None
         with self._where() as tangent:
-            value, of_params, of_hypers, _ = self.problem.validate(self.validation, t, self.seed + t)
+            with self.tangents.calibration.time_reading():
+                value, of_params, of_hypers, _ = self.problem.validate(self.validation, t, self.seed + t)
             if tangent is not None and self.noise.wanted and not warming and not self.frozen:
                 again = self.problem.validate(self.validation, t, self.seed + OTHER_DRAWS + t).of_params
         readout = Readout(self.processes)

@@ -7,6 +7,7 @@ after the step     values put back → every so many steps a hyperparameter step
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
@@ -15,10 +16,11 @@ from typing import Any
 from torch import Tensor
 
 from hypergrad.online.accumulation import check_mean
+from hypergrad.online.budget import Budget
 from hypergrad.online.first_step_checks import FirstStepChecks
 from hypergrad.online.gradient_changes import Comparison, Pending
 from hypergrad.online.hyper_step import HyperSteps
-from hypergrad.online.notes import notes
+from hypergrad.online.notes import notes, past_the_end
 from hypergrad.online.other_state import OtherState
 from hypergrad.online.param_groups import ParamGroupWriter
 from hypergrad.online.policies.phases import Phases
@@ -54,6 +56,7 @@ class OnlineLoop:
         mode: str,
         every: int,
         total: int | None,
+        budget: Budget,
     ):
         self.hyper, self.writer, self.starts, self.recovery, self.phases = hyper, writer, starts, recovery, phases
         self.first_checks = first_checks
@@ -65,6 +68,7 @@ class OnlineLoop:
             hyper.counts,
         )
         self.optimizers, self.mode, self.every, self.total = hyper.transition.optimizers, mode, every, total
+        self.budget, self.calibration = budget, budget.calibration
         self.other = OtherState(self.problem.model, self.transition.params, every)
         self.t = 0  # training steps done
         self.stepped: set[int] = set()  # the optimizers that have taken the present step
@@ -81,11 +85,15 @@ class OnlineLoop:
 
     def before_step(self, i: int) -> None:
         """Write the values of this step, judge its gradients, take the tangents through it."""
+        with self.calibration.time():
+            self._before_step(i)
+
+    def _before_step(self, i: int) -> None:
         check_groups(self.transition)
         if i in self.stepped:  # it steps more often than others: theirs are left out
             self._end_step()
-        if self.t == self.total and not self.stepped:
-            self._say_past_the_end()
+        if self.total is not None and self.t == self.total and not self.stepped:
+            self.journal.note_once(self.t, past_the_end(self.total))
         self.starts.before_step(self.t, self.hyper.frozen)
         gradients = StepGradients(self.transition, i, not self.tangents.resting)
         g, active = gradients.flat, gradients.active
@@ -227,6 +235,10 @@ class OnlineLoop:
     # ---- after the step
 
     def after_step(self, i: int) -> None:
+        with self.calibration.time():
+            self._after_step(i)
+
+    def _after_step(self, i: int) -> None:
         self.writer.restore(i, self.t)
         if self.skipped:
             return
@@ -245,36 +257,32 @@ class OnlineLoop:
         self.t += 1
         self.tangents.frozen.step_done()
         self.counts |= {"steps": self.t, **self.tangents.counts}
-        due, search = self.mode == "forward" and self.t % self.every == 0, self.starts.search
+        k, search = len(self.vector.moving), self.starts.search
+        due = self.mode == "forward" and self.t % self.budget.reads_every(self.tangents.resting) == 0
         if due and self.hyper.take(self.t, search.active, search.coupled):
             assert self.hyper.record is not None
             self.recovery.go_back(self.t, self.hyper.record, self.hyper.val_loss)
         if self.t == self.total:
             self.hyper.progress.say_best(self.t)
+        self.budget.step_done(self.t, k, due)
         if self.choose_what_is_tuned():
             self.starts.begin_phase()
             self.tangents.forget(also_pending=True)
 
     def choose_what_is_tuned(self) -> bool:
         """Tune what is tuned after so many steps. True where that is a change."""
-        names = self.vector.directions.wrt
+        numbers = Counter(entry.name for entry in self.vector.entries)
         if self.phases is None:
-            return self.vector.tune_only(names)
+            return self.vector.tune_only(numbers)
         at_rest, in_loss = not self.outer.climbing(), self.vector.hypers
-        return self.vector.tune_only(self.phases.tuned_at(self.t, self.total, names, at_rest, in_loss))
+        return self.vector.tune_only(
+            self.phases.tuned_at(self.t, self.total, numbers, at_rest, in_loss, self.budget.spending)
+        )
 
     @property
     def apart(self) -> bool:
         """Whether every optimizer goes down a loss of its own, as in a GAN."""
         return self.starts.search.apart
-
-    def _say_past_the_end(self) -> None:
-        self.journal.note_once(
-            self.t,
-            f"total_steps={self.total:,} training steps are done, and training goes on: lr stays at its last, smallest value, "
-            "and nothing is tuned any more. Give total_steps the optimizer steps of the whole run, such as "
-            "epochs * len(train_loader).",
-        )
 
     def state_dict(self) -> dict[str, Any]:
         return {
@@ -283,6 +291,7 @@ class OnlineLoop:
             "stepped": sorted(self.stepped),
             "void": self.void,
             "unknown changes": self.unknown.state_dict(),
+            "budget": self.budget.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -290,3 +299,4 @@ class OnlineLoop:
         self.used.load_state_dict(state["used"])
         self.stepped, self.void = set(state["stepped"]), bool(state["void"])
         self.unknown.load_state_dict(state["unknown changes"])
+        self.budget.load_state_dict(state["budget"])

@@ -14,6 +14,13 @@ NOT_FINITE = (
 )
 
 
+def past_the_end(total: int) -> str:
+    return (
+        f"total_steps={total:,} training steps are done, and training goes on: lr stays at its last, smallest value, and nothing "
+        "is tuned any more. Give total_steps the optimizer steps of the whole run, such as epochs * len(train_loader)."
+    )
+
+
 def notes(
     read: Mapping[str, list[float]], counts: dict[str, int], of_tangents: Mapping[str, int], other: OtherState
 ) -> list[str]:

@@ -23,11 +23,11 @@ from hypergrad.core.readout import Readout
 from hypergrad.core.second_order import twice_differentiable
 from hypergrad.core.survey import survey
 from hypergrad.online.accumulation import accumulate, expected, found
+from hypergrad.online.calibration import Calibration
 from hypergrad.online.forward_switch import ForwardSwitch
 from hypergrad.online.frozen_layers import FrozenLayers
 from hypergrad.online.gradient_changes import Comparison, Pending, carried_on, reached
 from hypergrad.online.hyper_vector import HyperVector
-from hypergrad.online.low_rank_hessian import LowRankHessian
 from hypergrad.online.lr_curvature import LrCurvature
 from hypergrad.online.plain_backward import without_tangents
 from hypergrad.online.tangent_cap import TangentCap
@@ -47,13 +47,13 @@ class Tangents:
         problem: Problem,
         scaler: Any,
         clip: tuple[str | None, float],
-        low_rank: LowRankHessian | None = None,
+        calibration: Calibration,
         processes: Processes = ALONE,
     ):
         self.processes = processes
         self.transition, self.vector, self.model = transition, vector, problem.model
         self.scaler, self.clip = scaler, clip  # clip: its name and threshold
-        self.low_rank = low_rank  # None: every product is formed
+        self.calibration = calibration
         self.frozen = FrozenLayers(problem.model, transition.params)
         self.tangent: Tangent | None = None  # None: zero
         self.average = WeightAverage(transition)
@@ -75,14 +75,9 @@ class Tangents:
 
     # ---- the gradient stage
 
-    def _due(self) -> list[int]:
-        """The tuned numbers whose product is formed in the next gradient."""
-        k = len(self.vector.moving)
-        return list(range(k)) if self.low_rank is None else self.low_rank.due(self.counts["gradients"], k)
-
     def products_due(self) -> bool:
         """Whether the next gradient is one with a product."""
-        return bool(self._due()) and (self.tangent is not None or bool(self.vector.hypers))
+        return bool(self.vector.moving) and (self.tangent is not None or bool(self.vector.hypers))
 
     def backward(self, loss: Tensor, inputs: Sequence[Tensor] | None, retain_graph: bool, whole: bool = False) -> None:
         """Fill every leaf's .grad as `loss.backward()` would, and form the gradient's tangent.
@@ -91,6 +86,13 @@ class Tangents:
         """
         check_now(self.processes)
         scale = 1.0 if self.scaler is None else float(self.scaler.get_scale())
+        self.calibration.time_plain(loss, self.transition.params)
+        with self.calibration.time():
+            self._backward(loss, inputs, retain_graph, whole, scale)
+
+    def _backward(
+        self, loss: Tensor, inputs: Sequence[Tensor] | None, retain_graph: bool, whole: bool, scale: float
+    ) -> None:
         if self.resting and self.counts["gradients"] and not (whole or self.vector.hypers):
             self.pending = without_tangents(loss, self.pending, self.transition, scale)
             self.counts["gradients"] += 1
@@ -106,7 +108,7 @@ class Tangents:
         if graph.once:
             self.forward.attach()
         self.forget_written(self.transition.flatten(params))
-        due, products = self._due(), self.products_due() and (self.forward.allowed or not graph.once)
+        products = self.products_due() and (self.forward.allowed or not graph.once)
         # what has no second derivative is refused before any step
         trial = not products and self.counts["gradients"] == 0 and not graph.once and not self.forward.attached
         products, plain = products or trial, None
@@ -118,15 +120,11 @@ class Tangents:
             lin = Linearization(
                 loss, params, [*hypers, *others], products, retain_graph, products and self.forward.attached
             )
-            dg = self._gradient_tangent(lin, len(others), retain_graph, due) if products and not trial else None
+            dg = self._gradient_tangent(lin, len(others), retain_graph) if products and not trial else None
             if trial:
                 lin.jvp(lin.grads, retain=retain_graph)
             if products and not retain_graph and all(g is None or not g.requires_grad for g in lin.grads):
                 lin.free()
-        if self.low_rank is not None and self.tangent is not None:
-            if dg is not None and not self.processes.alone:
-                dg[due] = self.processes.mean(dg[due])
-            dg = self.low_rank.completed(self.tangent.theta, dg, due, scale)
         grads = plain or [*lin.grads, *lin.extra_grads[len(hypers) :]]
         coupled = len(reached(self.transition, [g is not None for g in grads[: len(params)]])) > 1
         chosen = None if inputs is None else {id(x) for x in inputs}
@@ -143,7 +141,7 @@ class Tangents:
         self.counts["gradients"] += 1
         left = self.transition.flatten(grads[: len(params)])
         losses = {reached(self.transition, has): lin.loss}
-        new = Pending(left, has, dg, losses, scale, coupled=coupled, averaged=self.low_rank is not None)
+        new = Pending(left, has, dg, losses, scale, coupled=coupled)
         new = expected(new, old, self.transition, self.processes)
         new = new if old is None else old.joined(new)
         if self.processes.alone:
@@ -183,13 +181,11 @@ class Tangents:
         self.counts["gradients"] += gradients
         self.counts["hessian_products"] += hessian_products
 
-    def _gradient_tangent(
-        self, lin: Linearization, n_others: int, retain_graph: bool, due: Sequence[int]
-    ) -> Tensor | None:
+    def _gradient_tangent(self, lin: Linearization, n_others: int, retain_graph: bool) -> Tensor | None:
         transition, directions = self.transition, self.vector.tuned
         slope = self.vector.slope()[self.vector.moving].tolist() if self.vector.hypers else []
         jobs = []
-        for j in due:
+        for j in range(len(directions)):
             extra = directions.into_loss(j, 0)
             if extra is not None:
                 extra = [None if x is None else x * slope[j] for x in extra] + [None] * n_others
@@ -233,8 +229,6 @@ class Tangents:
         seeds, _ = directions.seeds(0, scale[self.vector.moving].to(state.theta))
         self.tangent = self.transition.jvp(state, g, active, values, self.tangent, dg, seeds)
         self.frozen.trained(active)
-        if self.low_rank is not None:
-            self.tangent = self.low_rank.faded(self.tangent)
         self.tangent = self.cap.bound(self.tangent, torch.linalg.vector_norm(state.theta), dg)
 
     def take_hits(self) -> Tensor:
@@ -283,7 +277,6 @@ class Tangents:
             "average_tangent": self.average.tangent,
             "curvature": self.curvature.state_dict(),
             "hit": self.cap.state(),
-            **({} if self.low_rank is None else {"low rank": self.low_rank.state_dict()}),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -300,6 +293,4 @@ class Tangents:
         self.average.theta, self.average.tangent = here(state["average"]), here(state["average_tangent"])
         self.curvature.load_state_dict(state["curvature"], like)
         self.cap.load(state["hit"])
-        if self.low_rank is not None:
-            self.low_rank.load_state_dict(state["low rank"], like)
         self.pending = None

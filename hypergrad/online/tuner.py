@@ -17,12 +17,12 @@ from hypergrad.core.problem import Problem
 from hypergrad.differentiate.arguments import Optimizers, as_optimizers, check_names, clipping
 from hypergrad.online.hooks import attach, check_free, leave_uncompiled
 from hypergrad.online.hyper_vector import specification
-from hypergrad.online.low_rank_hessian import EVERY
+from hypergrad.online.plan import Plan, as_plan
 from hypergrad.online.policies import DEFAULT, check
 from hypergrad.online.policies.policy import Policy
 from hypergrad.online.tuner_arguments import (
     NO_COPY,
-    check_curvature,
+    check_cost,
     check_few,
     check_names_to_tune,
     check_numbers,
@@ -67,8 +67,8 @@ class Tuner(TunerView):
             numbers, a tensor counts its elements. More than 16 are an error unless mode="forward" is written out; the other modes
             cost the same for any number.
         horizon: steps of a window that is replayed (mode="unrolled"), or terms of the series (mode="implicit").
-        every: training steps between hyperparameter steps (mode="unrolled": each window ends in one); None is 10, with
-            curvature="free" 20.
+        every: training steps between hyperparameter steps (mode="unrolled": each window ends in one); None is 10, or more where
+            `cost` needs it.
         hyper_lr: step size on φ: 0.1 is about 10 % of a positive hyperparameter's value; lr may climb by 7 such steps at once.
         total_steps: number of training steps, if known: lr is then its tuned scale times a warm-up and linear decay to zero, or
             times a scheduler's shape; lr, momentum, … are tuned over the first 30 % of the run, or on while lr climbs, to 80 % at
@@ -84,13 +84,12 @@ class Tuner(TunerView):
         warm_start: take lr's start (unless given by Hyperparameter(start=…)) as a hint only, and find it from slope and
             curvature along the first steps. Momentum, if it is tuned too and not given, then begins at 0.9 (where a lower one
             was typed, only in runs of 400 steps or more).
-        curvature: "exact" forms one Hessian-vector product Hz a step and tuned number, at the price of two gradients. "free", for
-            large models, forms one in 40 gradients, whatever is tuned, besides those of the warm start (at most 30 a number). In
-            between Hz := Bz, B positive semi-definite of rank 8 with Bv = Hv along the tangent v last measured, and tangents
-            forget: z' = 0.98 ((∂Φ/∂s) z + ∂Φ/∂φ). T steps then cost at most 1.1 T + 60 k gradients with k numbers in the warm
-            start; B takes 8 copies of the weights. Its hypergradients are approximate: they look back about 50 steps, and
-            curvature never measured counts as 0, so lr may end a factor of a few off, and a weight decay typed far too high may
-            stay too high. Only for numbers in param groups and mode="forward".
+        cost: a bound on the seconds of a run, over those of a plain one; None: none. What products and validation losses cost is
+            measured in the first 20 steps and becomes a plan: numbers are tuned in so many steps, lr in the first half of them,
+            weight decay in the second, as late as there is time for; outside of them a step costs what a plain one does. Without
+            total_steps the bound is kept in every thousand steps. The bound is on what tuning adds in the long run: a run of
+            less than a hundred steps may cost more. The plan is `tuner.plan`, and part of the state.
+        plan: that of an earlier run, or the dict that its `state_dict` gave: nothing is measured, and a run repeats bit for bit.
         seed: of the random numbers that val_loss draws, a stream of its own; recorded with the run.
         log_dir: folder for TensorBoard events and `metrics.jsonl`.
         on_log: `on_log(metrics, step)`, called with each row of `metrics.jsonl` (tag → float) and the number of steps done; works
@@ -147,7 +146,8 @@ class Tuner(TunerView):
         scaler: Any = None,
         average: bool = True,
         warm_start: bool = True,
-        curvature: str = "exact",
+        cost: float | None = None,
+        plan: Plan | Mapping[str, Any] | None = None,
         seed: int = 0,
         log_dir: str | Path | None = None,
         keep_best: bool = True,
@@ -155,10 +155,10 @@ class Tuner(TunerView):
         on_log: Callable[[dict[str, float], int], object] | None = None,
     ):
         check_objects(model, val_loss, scaler, on_log)
-        every = (EVERY if curvature == "free" else 10) if every is None else every
         asked, mode = mode is not None, mode or "forward"
-        check_numbers(mode, horizon, every, hyper_lr, total_steps)
-        check_curvature(curvature, mode, hypers)
+        check_numbers(mode, horizon, 10 if every is None else every, hyper_lr, total_steps)
+        plan = as_plan(plan)
+        check_cost(cost if plan is None else plan.cost, mode)
         self.model, self.optimizers, self.mode = model, as_optimizers(optimizer), mode
         clip = clipping(clip_norm, clip_value)
         written, given = specification(tune), LossTensors(hypers)
@@ -171,7 +171,19 @@ class Tuner(TunerView):
         self.hypers = given.given
         transition = Transition(self.optimizers, frozenset(written))
         check_names([*written, *tensors], transition.values(), tensors)
-        options = Options(mode, horizon, every, hyper_lr, total_steps, average, warm_start, curvature, int(seed))
+        options = Options(
+            mode,
+            horizon,
+            10 if every is None else every,
+            every is not None,
+            hyper_lr,
+            total_steps,
+            average,
+            warm_start,
+            int(seed),
+            cost,
+            plan,
+        )
         problem = Problem(model, transition.params, loss, given, self.optimizers, processes)
         put_back = given.require_gradients()
         try:

@@ -40,14 +40,18 @@ def check_numbers(mode: str, horizon: int, every: int, hyper_lr: float, total_st
         raise ValueError(f"hyper_lr must be a positive number, got {hyper_lr!r}.")
 
 
-def check_curvature(curvature: str, mode: str, hypers: Any) -> None:
-    if curvature not in ("exact", "free"):
-        raise ValueError(f"curvature must be 'exact' or 'free', got {curvature!r}.")
-    if curvature == "free" and mode != "forward":
-        raise ValueError(f"curvature='free' is about tangents: use mode='forward' with it, not {mode!r}.")
-    if curvature == "free" and hypers:
+def check_cost(cost: float | None, mode: str) -> None:
+    if cost is None:
+        return
+    if not isinstance(cost, (int, float)) or isinstance(cost, bool) or not cost > 1:
         raise ValueError(
-            "tensors in the loss act through ∂g/∂h, a product in every step: curvature='free' cannot tune `hypers`; leave it out."
+            "cost must be a number above 1, the seconds of a tuned run over those of a plain one, or None, no bound; got "
+            f"{cost!r}."
+        )
+    if mode != "forward":
+        raise ValueError(
+            f"cost and plan say in which steps tuner.backward forms products: leave them out with mode={mode!r}, whose cost "
+            "`horizon` and `every` set."
         )
 
 

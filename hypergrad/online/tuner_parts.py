@@ -16,14 +16,16 @@ from hypergrad.core.multi_tensor import norms
 from hypergrad.core.problem import Problem
 from hypergrad.logging import Journal
 from hypergrad.online.best_weights import BestWeights
+from hypergrad.online.budget import Budget
+from hypergrad.online.calibration import Calibration
 from hypergrad.online.first_step_checks import FirstStepChecks
 from hypergrad.online.hyper_step import HyperSteps
 from hypergrad.online.hyper_vector import HyperVector
 from hypergrad.online.loop import OnlineLoop
-from hypergrad.online.low_rank_hessian import LowRankHessian
 from hypergrad.online.lr_searches import LrSearches
 from hypergrad.online.outer_optimizer import OuterOptimizer
 from hypergrad.online.param_groups import ParamGroupWriter
+from hypergrad.online.plan import Plan
 from hypergrad.online.policies.backtracking import Backtracking
 from hypergrad.online.policies.divergence_guard import DivergenceGuard
 from hypergrad.online.policies.lr_warm_start import LrWarmStart
@@ -64,12 +66,14 @@ class Options:
     mode: str
     horizon: int
     every: int
+    every_is_fixed: bool
     hyper_lr: float
     total_steps: int | None
     average: bool
     warm_start: bool
-    curvature: str
     seed: int
+    cost: float | None
+    plan: Plan | None
 
 
 @dataclass(frozen=True)
@@ -114,12 +118,16 @@ def build(
         problem.check_running_stats()
     starts_are_hints = options.warm_start and forward and writer.writes_lr_from_groups()
     search = LrSearches(find(policies, LrWarmStart), starts_are_hints)
-    low_rank = LowRankHessian(search) if options.curvature == "free" else None
     processes = problem.processes
-    tangents = Tangents(transition, vector, problem, scaler, clip, low_rank, processes)
+    wanted = forward and options.cost is not None and options.plan is None
+    calibration = Calibration(problem.device, wanted)
+    tangents = Tangents(transition, vector, problem, scaler, clip, calibration, processes)
     outer = OuterOptimizer(vector, policies, options.hyper_lr)
     counts: dict[str, int] = dict.fromkeys(COUNTED, 0)
     journal = Journal(log_dir, _recorded(vector, transition, options), on_log, processes.rank > 0)
+    budget = Budget(
+        options.cost, options.plan, options.every, options.every_is_fixed, total, calibration, journal, processes
+    )
     record, back = None, find(policies, Backtracking)
     if back and forward and any(e.name == "lr" and e.group is not None for e in vector.entries):
         record = back.start(transition, problem, before, total)
@@ -137,7 +145,16 @@ def build(
     starts = Starts(policies, search, watch, outer, tangents, writer, journal, total, starts_are_hints)
     checks = FirstStepChecks(hyper, not math.isnan(before), forward)
     loop = OnlineLoop(
-        hyper, writer, starts, recovery, find(policies, Phases), checks, options.mode, options.every, total
+        hyper,
+        writer,
+        starts,
+        recovery,
+        find(policies, Phases),
+        checks,
+        options.mode,
+        options.every,
+        total,
+        budget,
     )
     return Parts(loop, ReplayWindow(loop, options.horizon), [*vector.notes, *writer.take_notes()])
 

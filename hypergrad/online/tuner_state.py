@@ -7,7 +7,7 @@ from typing import Any
 
 from hypergrad.online.loop import OnlineLoop
 
-VERSION = 3  # of the layout below; a state of another one is refused
+VERSION = 4  # of the layout below; a state of another one is refused
 
 
 def state_of(loop: OnlineLoop) -> dict[str, Any]:
@@ -85,7 +85,13 @@ def _check(loop: OnlineLoop, state: Mapping[str, Any]) -> None:
 
 
 # parts whose keys depend on the run
-_FREE = {("stats",), ("loop", "used", "values"), ("tangents", "slots"), ("backtracking", "start")}
+_FREE = {
+    ("stats",),
+    ("loop", "used", "values"),
+    ("tangents", "slots"),
+    ("backtracking", "start"),
+    ("loop", "budget", "plan"),
+}
 
 
 def _missing(mine: Mapping[str, Any], state: Mapping[str, Any], place: tuple[str, ...] = ()) -> list[str]:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from hypergrad.online.loop import OnlineLoop
+from hypergrad.online.plan import Plan
 
 
 class TunerView:
@@ -21,6 +22,11 @@ class TunerView:
     @property
     def stats(self) -> dict[str, int]:
         return dict(self._loop.counts)
+
+    @property
+    def plan(self) -> Plan | None:
+        """What `cost` has become; None: no bound, or not measured yet."""
+        return self._loop.budget.plan
 
     @property
     def val_loss(self) -> float:

@@ -62,7 +62,7 @@ def optimize(
         workers: what n_jobs > 1 runs in: "processes", for which the objective must be importable (a module's function), or
             "threads", which share random number generators: they are not seeded for each trial then.
         options: of the strategy: arguments of its class in Optuna, or steps, step_size and mode of hypergradients; online, every,
-            hyper_lr, average, warm_start and curvature of the Tuner; for hybrids also sampler.
+            hyper_lr, average, warm_start and cost of the Tuner; for hybrids also sampler.
         cluster: of backend "ray": a dict with some of address, num_cpus and num_gpus of one trial, retries, storage_path.
         log_dir: folder for TensorBoard; every trial is a run with HParams.
         progress: True or False: a progress bar or none; None: one where stderr is a terminal.

@@ -135,8 +135,6 @@ LOOPS: dict[str, Loop] = {
     "AdamW, fused": Loop(lambda groups: adamw(groups, fused=True), KNOWN),
     "AdamW, capturable": Loop(lambda g: adamw(g, capturable=g[0][0].device.type != "cpu"), KNOWN, same=CAPTURABLE),
     "AdamW, lr in a tensor": Loop(tensor_lr, KNOWN, same=CAPTURABLE),
-    "SGD, free": Loop(sgd, KNOWN | {"curvature": "free"}),
-    "AdamW, free": Loop(adamw, {"curvature": "free"}),
     "clipped": Loop(adamw, KNOWN, clip=0.05),
     "clipped now and then": Loop(sgd, KNOWN, clip=0.6),
     "accumulated": Loop(adamw, KNOWN, parts=3),
@@ -226,7 +224,7 @@ def test_recording_makes_no_step_wait_longer(name: str, tmp_path: Path) -> None:
     assert (plain, hyper) == (loop.waits, loop.waits + 1)
 
 
-@pytest.mark.parametrize("name", ["AdamW", "SGD, free", "accumulated", "two optimizers", "cosine", "AdamW, fused"])
+@pytest.mark.parametrize("name", ["AdamW", "accumulated", "two optimizers", "cosine", "AdamW, fused"])
 def test_a_run_that_goes_on_from_a_state_is_the_unbroken_one(name: str) -> None:
     found = []
     with stand_in(), quiet():
@@ -301,7 +299,7 @@ def own_kernels(loop: Loop, layers: int) -> tuple[int, list[int]]:
         return len(list(run.model.parameters())), kernels
 
 
-@pytest.mark.parametrize("name", ["SGD", "AdamW", "AdamW, free", "accumulated, zeros", "clipped"])
+@pytest.mark.parametrize("name", ["SGD", "AdamW", "accumulated, zeros", "clipped"])
 def test_kernels_do_not_grow_with_the_number_of_tensors(name: str) -> None:
     """From the third step on: in the first the optimizer's state does not exist yet.
 

@@ -60,7 +60,6 @@ LOOPS = {
     "scaled": UnionLoop(scaler=True, clip_norm=1.0),
     "unequal shards": UnionLoop(shares=(5, 3), accumulate=2),
     "unused parameters": UnionLoop(net=Unused, ddp=SPARSE | VIEWS),
-    "one product in forty": UnionLoop(tuner={"curvature": "free", "warm_start": True}),
     "zeros for gradients, momentum": UnionLoop(optimizer=rank_jobs.nesterov, tuner={"tune": ("lr", "momentum")}),
 }
 

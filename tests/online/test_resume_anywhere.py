@@ -23,6 +23,7 @@ from tests.online.live_loops import float64
 
 __all__ = ["float64"]  # the fixture
 SPIKE, NOT_A_NUMBER = 1e4, math.nan
+PLAN = {"cost": 3.0, "product": 2.0, "validation": 2.0, "every": 4, "resting": 8}
 
 
 def net() -> nn.Sequential:
@@ -99,7 +100,7 @@ EVENTFUL = {
     "two roll-backs": Eventful(one(), disturbed=THREE_BAD | {t + 8: SPIKE for t in THREE_BAD}, happens=("rollbacks",)),
     "blow-up": Eventful(one(3.0), tuner={"warm_start": False}, happens=("rollbacks",)),
     "clipped": Eventful(one(), clip={"clip_norm": 0.5}, disturbed=THREE_BAD, happens=("rollbacks",)),
-    "cheap": Eventful(tuner={"curvature": "free", "every": 4}, disturbed=THREE_BAD, happens=("rollbacks",)),
+    "cheap": Eventful(tuner={"plan": PLAN, "every": 4}, disturbed=THREE_BAD, happens=("rollbacks",)),
     "scheduler": Eventful(
         one(),
         scheduler=lambda o: torch.optim.lr_scheduler.CosineAnnealingLR(o, 40),

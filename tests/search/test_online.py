@@ -117,7 +117,7 @@ REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "a sampler": ({"options": {"sampler": "tpe"}}, ValueError, "does not take 'sampler'"),
     "hybrid's sampler": ({"strategy": "hybrid-online", "options": {"sampler": "x"}}, ValueError, "tpe, gp, cma"),
     "every": ({"options": {"every": 0}}, ValueError, "every"),
-    "curvature": ({"options": {"curvature": "x"}}, ValueError, "curvature"),
+    "cost": ({"options": {"cost": 1}}, ValueError, "cost must be a number above 1"),
     "no run": ({"objective": lambda p: p["lr"]}, TypeError, "hypergrad.Run"),
 }
 

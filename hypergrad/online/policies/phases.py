@@ -11,12 +11,14 @@ driven to its lower bound, tuned after lr it rises again.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
+from hypergrad.online.plan import PERIOD, Spending
 from hypergrad.online.policies.policy import Policy
 
 _OF_THE_STEP = "lr momentum dampening betas alpha eps rho lr_decay momentum_decay beta2_decay d ns_coefficients"
+NO_BOUND = Spending()
 STEP_NAMES = frozenset(_OF_THE_STEP.split(" "))
 
 
@@ -27,29 +29,68 @@ class Phases(Policy):
     step_share: float = 0.3
     longest_share: float = 0.8
     last_share: float = 0.9
+    early_money: float = 0.5
+    climbing_money: float = 0.8
 
     def tuned_at(
-        self, t: int, total: int | None, names: Collection[str], at_rest: bool = True, in_loss: Collection[str] = ()
+        self,
+        t: int,
+        total: int | None,
+        numbers: Mapping[str, int],
+        at_rest: bool = True,
+        in_loss: Collection[str] = (),
+        spending: Spending = NO_BOUND,
     ) -> frozenset[str]:
         """The names that are tuned after t steps.
 
         Args:
+            numbers: how many numbers there are of each name.
             at_rest: no learning rate is climbing, or none is tuned any more.
-            in_loss: those of `names` that are tensors in the loss, whatever they are called.
+            in_loss: those of the names that are tensors in the loss, whatever they are called.
+            spending: the bound on the price, and what has been spent.
 
         Example:
-            >>> tuned_at = Phases().tuned_at
-            >>> sorted(tuned_at(0, 100, ("lr", "weight_decay"))), sorted(tuned_at(30, 100, ("lr", "weight_decay")))
-            (['lr'], ['weight_decay'])
-            >>> sorted(tuned_at(0, None, ("lr", "weight_decay"))), sorted(tuned_at(0, 100, ("weight_decay",)))
+            >>> tuned_at, both = Phases().tuned_at, {"lr": 1, "weight_decay": 1}
+            >>> sorted(tuned_at(0, 100, both)), sorted(tuned_at(30, 100, both)), sorted(tuned_at(90, 100, both))
+            (['lr'], ['weight_decay'], [])
+            >>> sorted(tuned_at(0, None, both)), sorted(tuned_at(0, 100, {"weight_decay": 1}))
             (['lr', 'weight_decay'], ['weight_decay'])
-            >>> tuned_at(90, 100, ("lr", "weight_decay"))
-            frozenset()
         """
+        plan, spent = spending.plan, spending.spent
         if total is not None and t >= self.last_share * total:
             return frozenset()
-        early = STEP_NAMES.intersection(names).difference(in_loss)
-        late = frozenset(names) - early
+        early = STEP_NAMES.intersection(numbers).difference(in_loss)
+        late = frozenset(numbers) - early
         if total is None or not early or not late:
-            return early | late
-        return early if t < (self.step_share if at_rest else self.longest_share) * total else late
+            return self._of_one_kind(t, total, early | late, bool(early), numbers, spending)
+        first = t < (self.step_share if at_rest else self.longest_share) * total
+        if plan is None:
+            return early if first else late
+        allowed, price = plan.allowance(total), plan.price(_count(late, numbers))
+        longest = price * (self.last_share - self.step_share) * total
+        if first and spent < max(allowed * (self.early_money if at_rest else self.climbing_money), allowed - longest):
+            return early
+        begins = max(self.last_share * total - (allowed - spent) / price, self.step_share * total)
+        return late if t >= begins and spent < allowed else frozenset()
+
+    def _of_one_kind(
+        self,
+        t: int,
+        total: int | None,
+        names: frozenset[str],
+        early: bool,
+        numbers: Mapping[str, int],
+        spending: Spending,
+    ) -> frozenset[str]:
+        """All at once: from the beginning, or, where none of them is of the step, as late as there is money for."""
+        plan, spent = spending.plan, spending.spent
+        if plan is None:
+            return names
+        allowed = plan.allowance(PERIOD if total is None else total)
+        left = (allowed - spent) / plan.price(_count(names, numbers))
+        waits = total is not None and not early and t < self.last_share * total - left
+        return names if left > 0 and not waits else frozenset()
+
+
+def _count(names: Collection[str], numbers: Mapping[str, int]) -> int:
+    return sum(numbers[name] for name in names)

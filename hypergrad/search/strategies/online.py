@@ -22,7 +22,7 @@ from torch import Tensor
 from hypergrad.core.hyperparameters import Hyperparameter
 from hypergrad.online.progress import gradient_evaluations
 from hypergrad.online.tuner import Tuner
-from hypergrad.online.tuner_arguments import check_curvature, check_numbers
+from hypergrad.online.tuner_arguments import check_cost, check_numbers
 from hypergrad.optimizers.rule import PARTS
 from hypergrad.search.objective import Objective, Trial
 from hypergrad.search.space import Space, Values
@@ -35,16 +35,16 @@ KINDS = {"linear": "free", "log": "positive", "logit": "unit"}  # of what the lo
 class Online(HypergradientStrategy):
     """One trial is one run that is tuned while it trains.
 
-    Options are arguments of `hypergrad.Tuner`: every, hyper_lr, average, warm_start, curvature. Of beta1 and beta2 both are
+    Options are arguments of `hypergrad.Tuner`: every, hyper_lr, average, warm_start, cost. Of beta1 and beta2 both are
     tuned, or none.
     """
 
-    takes: ClassVar[tuple[str, ...]] = ("every", "hyper_lr", "average", "warm_start", "curvature")
+    takes: ClassVar[tuple[str, ...]] = ("every", "hyper_lr", "average", "warm_start", "cost")
 
     def __init__(self, space: Space, seed: int, options: Mapping[str, Any]):
         super().__init__(space, seed, options)
         check_numbers("forward", 1, options.get("every", 10), options.get("hyper_lr", 0.1), None)
-        check_curvature(options.get("curvature", "exact"), "forward", None)
+        check_cost(options.get("cost"), "forward")
 
     def run(self, objective: Objective, trial: Trial) -> float:
         """Train and tune a run; its validation loss. The values that the entries end at are noted as `learned`."""

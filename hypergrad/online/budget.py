@@ -1,0 +1,71 @@
+"""The bound on the price of a run: measured, made a plan, and kept count of."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from hypergrad.core.processes import Processes
+from hypergrad.logging import Journal
+from hypergrad.online.calibration import LAST, Calibration
+from hypergrad.online.plan import Plan, Spending, as_plan
+
+
+class Budget:
+    """Holds the plan, once there is one.
+
+    Args:
+        cost: the bound; None: none, or that of the plan.
+        plan: one that was made before; None: it is made after the first steps.
+        every: steps between validation losses that were asked for.
+        fixed: they are not to be made rarer.
+        total: steps of the run; None: not known.
+    """
+
+    def __init__(
+        self, cost: float | None, plan: Plan | None, every: int, fixed: bool, total: int | None,
+        calibration: Calibration, journal: Journal, processes: Processes,
+    ):  # fmt: skip
+        self.cost, self.every, self.fixed, self.total = cost, every, fixed, total
+        self.calibration, self.journal, self.processes = calibration, journal, processes
+        self.spending = Spending(plan)
+
+    @property
+    def plan(self) -> Plan | None:
+        return self.spending.plan
+
+    def reads_every(self, resting: bool) -> int:
+        """Steps between validation losses, while nothing is tuned or something is."""
+        if self.plan is None:
+            return self.every
+        return self.plan.resting if resting else self.plan.every
+
+    def step_done(self, t: int, k: int, read: bool) -> None:
+        """t steps are done, the last with k numbers tuned; read: the validation loss was read after it."""
+        self.spending.step(t - 1, k, self.total)
+        self.calibration.step_done(t)
+        if not (self.calibration.active and read and t >= LAST) or self.cost is None:
+            return
+        found = self.calibration.result(k, self.processes)
+        if found is None:
+            self.journal.note(t, "what tuning costs could not be measured: it goes on without a bound.")
+            return
+        self.spending.plan = plan = Plan.made(self.cost, *found, self.every, self.fixed)
+        self.spending.spent = plan.price(k) * t  # the run has just begun
+        self.journal.note(t, plan.sentence(self.total), warn=False)
+        if plan.allowance(1) == 0:
+            self.journal.note(
+                t,
+                f"cost={plan.cost:g} cannot be kept: reading the validation loss once in {plan.resting} steps costs more by "
+                "itself. Nothing is tuned any more. Give val_loss a smaller batch, or read it more rarely (every=...).",
+            )
+
+    def state_dict(self) -> dict[str, Any]:
+        plan = self.plan
+        return {"plan": None if plan is None else plan.state_dict(), "spent": self.spending.spent}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        plan = as_plan(state["plan"])
+        self.spending = Spending(plan, float(state["spent"]))
+        if plan is not None:
+            self.calibration.active = self.calibration.timing = False

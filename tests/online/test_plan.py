@@ -1,0 +1,241 @@
+"""`Tuner(cost=, plan=)`: what is measured, what follows from it, that the bound is kept, and that runs repeat."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.functional import mse_loss
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import hypergrad
+from hypergrad.core.processes import ALONE
+from hypergrad.online.calibration import FIRST, LAST, Calibration
+from hypergrad.online.plan import PERIOD, Plan, Spending, as_plan
+from hypergrad.online.policies.phases import Phases
+from hypergrad.policies import DEFAULT, replaced
+
+BOTH = {"lr": 1, "weight_decay": 1}
+PLAN = Plan(cost=2.0, product=3.0, validation=3.0, every=10, resting=20)
+
+
+class Run:
+    """A small net on fixed data."""
+
+    def __init__(self, total: int | None, **options: Any):
+        torch.manual_seed(0)
+        self.model = nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 1))
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-3)
+        self.x, self.y = torch.randn(64, 5), torch.randn(64, 1)
+        self.tuner = hypergrad.Tuner(self.model, self.optimizer, self.val_loss, total_steps=total, **options)
+        self.tuned: list[int] = []  # Hessian products of each step
+
+    def val_loss(self) -> torch.Tensor:
+        return mse_loss(self.model(self.x[32:]), self.y[32:])
+
+    def step(self) -> None:
+        before = self.tuner.stats["hessian_products"]
+        self.optimizer.zero_grad()
+        self.tuner.backward(mse_loss(self.model(self.x[:32]), self.y[:32]))
+        self.optimizer.step()
+        self.tuned.append(self.tuner.stats["hessian_products"] - before)
+
+    def go(self, steps: int) -> Run:
+        for _ in range(steps):
+            self.step()
+        return self
+
+    def weights(self) -> torch.Tensor:
+        return torch.cat([p.detach().flatten() for p in self.model.parameters()])
+
+
+# ---- what follows from a plan
+
+
+def spent_in(
+    plan: Plan, total: int | None, steps: int, numbers: dict[str, int], climbs_until: int = 0
+) -> dict[str, list[int]]:
+    """The steps in which each name is tuned."""
+    spending, found = Spending(plan), {name: list[int]() for name in numbers}
+    for t in range(steps):
+        names = Phases().tuned_at(t, total, numbers, at_rest=t >= climbs_until, spending=spending)
+        for name in names:
+            found[name].append(t)
+        spending.step(t, sum(numbers[name] for name in names), total)
+    return found
+
+
+@pytest.mark.parametrize("climbs_until", [0, 200, 1000])
+@pytest.mark.parametrize("numbers", [BOTH, {"lr": 2, "weight_decay": 2}, {"lr": 1, "momentum": 1, "weight_decay": 3}])
+@pytest.mark.parametrize("cost", [1.15, 1.5, 2.0, 3.0, 8.0])
+def test_the_bound_is_kept(cost: float, numbers: dict[str, int], climbs_until: int):
+    plan = Plan(cost, 2.5, 3.0, 10, 10)
+    found = spent_in(plan, 1000, 1000, numbers, climbs_until)
+    products = sum(len(steps) * numbers[name] for name, steps in found.items())
+    active = {t for steps in found.values() for t in steps}
+    seconds = 2.5 * products + 3.0 * len(active) / 10 + 1.0 * (1000 - len(active)) / 10
+    dearest = plan.price(sum(numbers.values()))
+    assert seconds <= (cost - 1) * 1000 + dearest
+    unbounded = spent_in(Plan(1000.0, 2.5, 3.0, 10, 10), 1000, 1000, numbers, climbs_until)
+    assert seconds >= 0.9 * (cost - 1) * 1000 or active >= {t for steps in unbounded.values() for t in steps}
+
+
+def test_both_phases_of_a_run():
+    """Allowance (2 − 1 − 1/20) · 1000 = 950, a step 3.3: 144 steps each, weight decay's the last of the first 900."""
+    found = spent_in(PLAN, 1000, 1000, BOTH)
+    assert found["lr"] == list(range(144))
+    assert found["weight_decay"] == list(range(900 - 143, 900))
+
+
+def test_what_lr_does_not_need_goes_to_weight_decay():
+    """With cost=8 lr has its 300 steps and weight decay its 600: nothing is left out."""
+    found = spent_in(Plan(8.0, 2.5, 3.0, 10, 10), 1000, 1000, BOTH)
+    assert found["lr"] == list(range(300)) and found["weight_decay"] == list(range(300, 900))
+
+
+def test_weight_decay_alone_is_tuned_late():
+    found = spent_in(PLAN, 1000, 1000, {"weight_decay": 1})
+    assert found["weight_decay"] == list(range(900 - 287, 900))
+
+
+def test_without_a_length_the_bound_is_kept_in_every_thousand_steps():
+    found = spent_in(PLAN, None, 3 * PERIOD, BOTH)
+    each = [t for t in found["lr"] if t < PERIOD]
+    assert each == list(range(151))  # 950 / 6.3
+    assert found["lr"] == found["weight_decay"] == [t + i * PERIOD for i in range(3) for t in each]
+
+
+def test_dear_validation_losses_are_read_more_rarely():
+    """v/e = (p + v/e)/4 at e = 3 v/p; while nothing is tuned v/(3 e) is a quarter of cost − 1; at most 5 times as rarely."""
+    plan = Plan.made(3.0, 3.0, 10.0, 10)
+    assert (plan.product, plan.validation) == pytest.approx((2 ** (7 / 4), 2 ** (14 / 4)))
+    assert plan.every == 11 and plan.resting == 10  # 3 · 2^(7/4) = 10.09, 2^(14/4) / 3 / 0.5 = 7.5
+    assert Plan.made(2.0, 3.0, 60.0, 10).every == Plan.made(2.0, 3.0, 60.0, 10).resting == 50
+    assert Plan.made(2.0, 3.0, 60.0, 10, fixed=True).every == 10
+    assert Plan.made(1.05, 3.0, 300.0, 10).allowance(1000) == 0
+
+
+# ---- what is measured
+
+
+class Scripted(Calibration):
+    """With a clock that is set by hand."""
+
+    now = 0.0
+
+    def clock(self) -> float:
+        return self.now
+
+
+def test_seconds_are_told_apart():
+    """The user takes 3 s a step, and 50 more at one; ours 9 s, where a plain backward pass takes 2; a reading takes 10."""
+    stopwatch = Scripted(torch.device("cpu"), True)
+    for t in range(LAST + 1):
+        stopwatch.now += 3.0 + (50.0 if t == 13 else 0.0)
+        if stopwatch.timing and len(stopwatch.steps) < 5:
+            stopwatch.plain += 2.0  # as `time_plain` does
+            stopwatch.now += 2.0
+        with stopwatch.time():
+            stopwatch.now += 6.0
+        with stopwatch.time():
+            stopwatch.now += 2.0
+            if t % 5 == 4:
+                with stopwatch.time_reading():
+                    stopwatch.now += 10.0
+            stopwatch.step_done(t + 1)
+            stopwatch.now += 1.0
+    assert not stopwatch.timing and len(stopwatch.steps) == 5
+    assert stopwatch.result(1, ALONE) == pytest.approx(((9 - 2) / (3 + 2), 10 / (3 + 2)))
+    assert not stopwatch.active
+
+
+def test_the_plan_is_made_once_and_can_be_given():
+    measured = Run(200, cost=3.0).go(FIRST)
+    assert measured.tuner.plan is None
+    measured.go(190)
+    plan = measured.tuner.plan
+    assert plan is not None and plan.cost == 3.0
+    for given in (plan, plan.state_dict(), as_plan(plan.state_dict())):
+        again = Run(200, plan=given).go(200)
+        assert torch.equal(again.weights(), measured.weights()) or again.tuned[:LAST] != measured.tuned[:LAST]
+
+
+def test_a_run_repeats_given_its_plan():
+    one, other = Run(100, plan=PLAN).go(100), Run(100, plan=PLAN).go(100)
+    assert torch.equal(one.weights(), other.weights()) and one.tuned == other.tuned
+    assert 0 < sum(map(bool, one.tuned)) <= 2 * 15  # 95 / 3.3 = 28
+
+
+@pytest.mark.parametrize("stop", [5, 15, 25, 60, 95])
+def test_a_resumed_run_has_the_same_plan(stop: int):
+    options: dict[str, Any] = {"plan": PLAN} if stop != 25 else {"cost": 2.0}
+    whole = Run(100, **options).go(stop)
+    state = copy.deepcopy([x.state_dict() for x in (whole.model, whole.optimizer, whole.tuner)])
+    again = Run(100, **options)
+    for x, saved in zip((again.model, again.optimizer, again.tuner), state, strict=True):
+        x.load_state_dict(saved)
+    assert again.tuner.plan == whole.tuner.plan
+    assert torch.equal(whole.go(100 - stop).weights(), again.go(100 - stop).weights())
+
+
+# ---- what a step costs while nothing is tuned
+
+
+class Copies(TorchDispatchMode):
+    """Which operations make a tensor as large as all the weights, or join tensors."""
+
+    def __init__(self, n: int):
+        super().__init__()
+        self.n, self.found = n, list[str]()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, torch.Tensor) and out.numel() >= self.n:
+            self.found.append(str(func))
+        return out
+
+
+@pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.AdamW])
+def test_nothing_is_copied_while_nothing_is_tuned(optimizer: Any):
+    """On two rows of data, so that only what holds all weights is as large as they are."""
+    model, x = nn.Sequential(nn.Linear(100, 100), nn.Linear(100, 1)), torch.randn(2, 100)
+    opt = optimizer(model.parameters(), lr=1e-3)
+    policies = replaced(DEFAULT, Phases(0.0, 0.0, 0.0))
+    tuner = hypergrad.Tuner(model, opt, lambda: model(x).square().mean(), ("lr",), total_steps=1000, policies=policies)
+
+    def go(steps: int) -> None:
+        for _ in range(steps):
+            opt.zero_grad()
+            tuner.backward(model(x).square().mean())
+            opt.step()
+
+    go(11)
+    with Copies(sum(p.numel() for p in model.parameters())) as copies:
+        go(8)
+    assert copies.found == []
+    with copies:
+        go(2)  # a loss is read, and its state is kept as a good one
+    assert copies.found
+
+
+# ---- what is refused
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "match"),
+    [
+        ({"cost": 1.0}, ValueError, "above 1"),
+        ({"cost": "2"}, ValueError, "above 1"),
+        ({"cost": float("nan")}, ValueError, "above 1"),
+        ({"cost": True}, ValueError, "above 1"),
+        ({"cost": 2.0, "mode": "unrolled", "loss": lambda m, b: 0}, ValueError, "tuner.backward"),
+        ({"plan": {"cost": 2.0}}, TypeError, "state_dict"),
+        ({"plan": 2.0}, TypeError, "state_dict"),
+    ],
+)
+def test_wrong_arguments(options: dict[str, Any], error: type[Exception], match: str):
+    with pytest.raises(error, match=match):
+        Run(100, **options)
