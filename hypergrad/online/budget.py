@@ -20,13 +20,14 @@ class Budget:
         every: steps between validation losses that were asked for.
         fixed: they are not to be made rarer.
         total: steps of the run; None: not known.
+        mean: how many numbers are tuned at once, and in which share of the run.
     """
 
     def __init__(
         self, cost: float | None, plan: Plan | None, every: int, fixed: bool, total: int | None,
-        calibration: Calibration, journal: Journal, processes: Processes,
+        mean: tuple[float, float], calibration: Calibration, journal: Journal, processes: Processes,
     ):  # fmt: skip
-        self.cost, self.every, self.fixed, self.total = cost, every, fixed, total
+        self.cost, self.every, self.fixed, self.total, self.mean = cost, every, fixed, total, mean
         self.calibration, self.journal, self.processes = calibration, journal, processes
         self.spending = Spending(plan)
 
@@ -40,9 +41,18 @@ class Budget:
             return self.every
         return self.plan.resting if resting else self.plan.every
 
-    def step_done(self, t: int, k: int, read: bool) -> None:
-        """t steps are done, the last with k numbers tuned; read: the validation loss was read after it."""
-        self.spending.step(t - 1, k, self.total)
+    def products_every(self, searching: bool) -> int:
+        """Products are formed in one step of so many, while numbers are tuned. searching: lr's warm start is under way."""
+        return 1 if self.plan is None or searching else self.plan.stride
+
+    def step_done(self, t: int, k: int, formed: bool, read: bool) -> None:
+        """t steps are done, the last with k numbers tuned.
+
+        Args:
+            formed: with products.
+            read: the validation loss was read after it.
+        """
+        self.spending.step(t - 1, k, formed, self.total)
         self.calibration.step_done(t)
         if not (self.calibration.active and read and t >= LAST) or self.cost is None:
             return
@@ -50,9 +60,9 @@ class Budget:
         if found is None:
             self.journal.note(t, "what tuning costs could not be measured: it goes on without a bound.")
             return
-        self.spending.plan = plan = Plan.made(self.cost, *found, self.every, self.fixed)
-        self.spending.spent = plan.price(k) * t  # the run has just begun
-        self.journal.note(t, plan.sentence(self.total), warn=False)
+        self.spending.plan = plan = Plan.made(self.cost, *found, self.every, self.fixed, *self.mean)
+        self.spending.spent = plan.price(k, 1.0) * t  # the run has just begun
+        self.journal.note(t, plan.sentence(), warn=False)
         if plan.allowance(1) == 0:
             self.journal.note(
                 t,

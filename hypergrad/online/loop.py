@@ -8,7 +8,7 @@ after the step     values put back → every so many steps a hyperparameter step
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
 from typing import Any
@@ -121,7 +121,7 @@ class OnlineLoop:
         self._observe_groups(i)
         if "slope and curvature" in read and not self.skipped:
             self.starts.observe(i, self.t, self.recovery.doubts(i, read["loss"][0]), *read["slope and curvature"])
-        self._write(i, self.hyper.frozen and self.total is None and not self.hyper.moved)
+        self.writer.write(i, self.t, self.hyper.frozen and self.total is None and not self.hyper.moved, self.known)
         self.transition.refresh()
         if self.void and pending is None:  # judged at another optimizer's step
             self._drop_gradients(i)
@@ -145,8 +145,9 @@ class OnlineLoop:
                 self._drop_gradients(i)
                 self.recovery.undo_start(self.t, *self.starts.undo())
                 return
-        if not self.stepped:
-            self._average(state)
+        steps = self.budget.products_every(self.starts.search.active) if self.vector.moving else self.every
+        if not self.stepped and self.t % steps == 0:
+            self.tangents.average.follow(state().theta, self.tangents.tangent, self.t, steps)
         values = self._use(i)
         if self.mode != "forward":
             return
@@ -159,22 +160,12 @@ class OnlineLoop:
                 self.hyper.progress.note_training_loss(loss)
             fresh.used_by(i)
 
-    def _average(self, state: Callable[[], State]) -> None:
-        """The weights into their running average: at every step, or, while there are no tangents, at one in `every`."""
-        steps = self.every if self.tangents.resting else 1
-        if self.t % steps == 0:
-            self.tangents.average.follow(state().theta, self.tangents.tangent, self.t, steps)
-
     def _observe_groups(self, i: int) -> None:
         """What something else has written into optimizer i's groups."""
         for j in self.writer.observe(i, self.t, self.known):
             self.outer.restart(j)
         for note in self.writer.take_notes():
             self.journal.note_once(self.t, note)
-
-    def _write(self, i: int, untouched: bool) -> None:
-        """The values of this step into optimizer i's groups."""
-        self.writer.write(i, self.t, untouched, self.known)
 
     def _push(
         self,
@@ -205,7 +196,7 @@ class OnlineLoop:
         tangents.push(state, g, active, values, self.used.slopes, dg)
 
         def push_again() -> None:
-            self._write(i, False)
+            self.writer.write(i, self.t, False, self.known)
             tangents.take_again(before if self.apart else None)
             tangents.push(state, g, active, self._use(i), self.used.slopes, dg)
 
@@ -257,17 +248,22 @@ class OnlineLoop:
         self.t += 1
         self.tangents.frozen.step_done()
         self.counts |= {"steps": self.t, **self.tangents.counts}
-        k, search = len(self.vector.moving), self.starts.search
-        due = self.mode == "forward" and self.t % self.budget.reads_every(self.tangents.resting) == 0
+        k, formed, search = len(self.vector.moving), not self.tangents.resting, self.starts.search
+        due = self.mode == "forward" and self.t % self.budget.reads_every(not self.vector.moving) == 0
         if due and self.hyper.take(self.t, search.active, search.coupled):
             assert self.hyper.record is not None
             self.recovery.go_back(self.t, self.hyper.record, self.hyper.val_loss)
         if self.t == self.total:
             self.hyper.progress.say_best(self.t)
-        self.budget.step_done(self.t, k, due)
+        self.budget.step_done(self.t, k, formed, due)
+        self._choose_products()
         if self.choose_what_is_tuned():
             self.starts.begin_phase()
             self.tangents.forget(also_pending=True)
+
+    def _choose_products(self) -> None:
+        """Whether the next step is one without products."""
+        self.tangents.skipping = self.t % self.budget.products_every(self.starts.search.active) != 0
 
     def choose_what_is_tuned(self) -> bool:
         """Tune what is tuned after so many steps. True where that is a change."""
@@ -300,3 +296,4 @@ class OnlineLoop:
         self.stepped, self.void = set(state["stepped"]), bool(state["void"])
         self.unknown.load_state_dict(state["unknown changes"])
         self.budget.load_state_dict(state["budget"])
+        self._choose_products()

@@ -1,11 +1,18 @@
 """What tuning may cost, in seconds, and what follows from it: in which steps products are formed, how often val_loss is read.
 
-The unit is the plain training step. With p the seconds of what a Hessian product of one number adds to a step, v those of the
-validation loss with its gradient (a forward pass alone is about v/3), k numbers that are tuned and a reading every e steps,
+The unit is the plain training step. With p the seconds that a Hessian product of one number adds to a step, v those of the
+validation loss with its gradient (a forward pass alone is about v/3), k numbers that are tuned in the mean, a product in one step
+of s and a reading every e steps while something is tuned, every r steps while nothing is,
 
-    a step with products adds       k p + v/e
-    a step without adds             v/(3 r), one reading in r steps
-    so with T steps                 (cost − 1) T − T v/(3 r)         may be spent on the former
+    a step adds       k p/s + v/e  while something is tuned       v/(3 r)  while nothing is
+
+    e, r              readings take a quarter of cost − 1 at most, where they can be made rarer, 5 times as rare at most
+    s                 the least with which all phases of the run cost no more than cost − 1 a step; STRIDE at most
+    phases            are shorter where that is not enough (policies/phases.py)
+
+In steps without a product tangents stay as they are, as if those steps did not depend on weights or numbers: hypergradients are
+then those of every s-th step of the run. With one step of three the workloads ended as well as with every step
+(experiments/results/online_tuning_log.md, ninth session).
 
 p and v are measured once, in the first steps of a run, and rounded up to powers of 2^(1/4), so that most runs of one script have
 one plan. From there on no clock is read: a run repeats bit for bit given its plan.
@@ -20,13 +27,14 @@ from typing import Any
 
 PERIOD = 1000  # steps over which the cost is kept where the length of the run is not known
 MOST_EVERY = 5  # at most so many times the steps between readings that were asked for
-ON_READINGS = 0.25  # the share of what is spent that goes to readings, where they can be made rarer
+ON_READINGS = 0.25  # the share of what may be spent that goes to readings, where they can be made rarer
+STRIDE = 10
 ROUND = 2**0.25
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A bound on the seconds of a run. `Plan.made` makes one; `print(plan)` says what follows from it.
+    """A bound on the seconds of a run. `Plan.made` makes one.
 
     Attributes:
         cost: a tuned run over a plain one, at most.
@@ -34,6 +42,7 @@ class Plan:
         validation: the validation loss and its gradient, in plain steps.
         every: steps between readings while something is tuned.
         resting: the same while nothing is.
+        stride: products are formed in one step of so many, once lr's start is found.
     """
 
     cost: float
@@ -41,46 +50,58 @@ class Plan:
     validation: float
     every: int
     resting: int
+    stride: int = 1
 
     @staticmethod
-    def made(cost: float, product: float, validation: float, every: int, fixed: bool = False) -> Plan:
+    def made(
+        cost: float,
+        product: float,
+        validation: float,
+        every: int,
+        fixed: bool = False,
+        k: float = 1.0,
+        tuned: float = 0.9,
+    ) -> Plan:
         """The plan for what was measured.
 
         Args:
             every: steps between readings that were asked for.
             fixed: they are not to be made rarer.
+            k: numbers that are tuned at once, in the mean.
+            tuned: the share of the run in which something is.
 
         Example:
             >>> plan = Plan.made(2.0, 2.7, 3.0, 10)
-            >>> round(plan.product, 3), round(plan.validation, 3), plan.every, plan.resting
-            (2.828, 3.364, 10, 10)
+            >>> round(plan.product, 3), round(plan.validation, 3), plan.every, plan.stride
+            (2.828, 3.364, 14, 4)
         """
-        product, validation = _rounded_up(product), _rounded_up(validation)
-        if fixed:
-            return Plan(cost, product, validation, every, every)
-        share = ON_READINGS
-        while_tuned = validation * (1 - share) / (share * product)  # v/e is that share of p + v/e
-        resting = validation / 3 / (share * (cost - 1))
-        every, resting = (math.ceil(min(max(x, every), MOST_EVERY * every)) for x in (while_tuned, resting))
-        return Plan(cost, product, validation, every, resting)
+        p, v, extra = _rounded_up(product), _rounded_up(validation), cost - 1
+        every, resting = (
+            every if fixed else math.ceil(min(max(x / (ON_READINGS * extra), every), MOST_EVERY * every))
+            for x in (v, v / 3)
+        )
+        left = extra - tuned * v / every - (1 - tuned) * v / 3 / resting
+        stride = math.ceil(k * p * tuned / left) if left > 0 else STRIDE
+        return Plan(cost, p, v, every, resting, min(max(stride, 1), STRIDE))
 
-    def price(self, k: int) -> float:
-        """What a step with products of k numbers adds, in plain steps."""
-        return k * self.product + self.validation / self.every
+    def price(self, k: float, formed: float | None = None) -> float:
+        """What a step in which k numbers are tuned adds, in plain steps.
+
+        Args:
+            formed: 1 where products are formed in it, 0 where not; None: in the mean.
+        """
+        return k * self.product * (1 / self.stride if formed is None else formed) + self.validation / self.every
 
     def allowance(self, steps: int) -> float:
-        """What may be spent on steps with products in so many steps, in plain steps; 0: nothing."""
+        """What may be spent on steps in which something is tuned in so many steps, in plain steps; 0: nothing."""
         return max((self.cost - 1 - self.validation / 3 / self.resting) * steps, 0.0)
 
-    def sentence(self, total: int | None) -> str:
-        """What follows from it, for one number at a time."""
-        length = PERIOD if total is None else total
-        steps = min(self.allowance(length) / self.price(1), length)
-        of = f"{steps:,.0f} of {length:,}" if total is not None else f"{steps:,.0f} in each {length:,}"
+    def sentence(self) -> str:
+        """What follows from it."""
+        where = "every step" if self.stride == 1 else f"one step of {self.stride}"
         return (
-            f"plan for cost={self.cost:g}: a step that tunes a number costs {self.price(1):.2g} plain steps more, and "
-            f"val_loss with its gradient {self.validation:.2g}; so a number is tuned in {of} steps, val_loss is read every "
-            f"{self.every} steps there and every {self.resting} elsewhere."
+            f"plan for cost={self.cost:g}: a product of one number costs {self.product:.2g} plain steps, val_loss with its "
+            f"gradient {self.validation:.2g}: products are formed in {where}, val_loss is read every {self.every} steps."
         )
 
     def state_dict(self) -> dict[str, Any]:
@@ -91,7 +112,7 @@ def as_plan(x: Plan | Mapping[str, Any] | None) -> Plan | None:
     """A plan from what `Plan.state_dict` gave.
 
     Raises:
-        TypeError, ValueError: where it is none.
+        TypeError: where it is none.
     """
     if x is None or isinstance(x, Plan):
         return x
@@ -100,7 +121,7 @@ def as_plan(x: Plan | Mapping[str, Any] | None) -> Plan | None:
         raise TypeError(
             f"plan must be a tuner's `plan`, or the dict of its state_dict(), with {', '.join(sorted(names))}; got {x!r}."
         )
-    return Plan(float(x["cost"]), float(x["product"]), float(x["validation"]), int(x["every"]), int(x["resting"]))
+    return Plan(**{name: (float if name in ("cost", "product", "validation") else int)(x[name]) for name in names})
 
 
 def _rounded_up(x: float) -> float:
@@ -119,9 +140,9 @@ class Spending:
     plan: Plan | None = None
     spent: float = 0.0
 
-    def step(self, t: int, k: int, total: int | None) -> None:
-        """Training step t, the first is 0, was taken with k numbers tuned."""
+    def step(self, t: int, k: int, formed: bool, total: int | None) -> None:
+        """Training step t, the first is 0, was taken with k numbers tuned; formed: with products."""
         if self.plan is not None and k:
-            self.spent += self.plan.price(k)
+            self.spent += self.plan.price(k, float(formed))
         if total is None and (t + 1) % PERIOD == 0:
             self.spent = 0.0

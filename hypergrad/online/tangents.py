@@ -58,6 +58,7 @@ class Tangents:
         self.tangent: Tangent | None = None  # None: zero
         self.average = WeightAverage(transition)
         self.pending: Pending | None = None
+        self.skipping = False  # no product is formed in the present step, where that may be
         self.curvature, self.written = LrCurvature(vector), WrittenWeights()
         self.counts = {"gradients": 0, "hessian_products": 0, "capped": 0, "nonfinite_products": 0}
         self.cap = TangentCap(vector, self.counts, processes)
@@ -70,14 +71,14 @@ class Tangents:
 
     @property
     def resting(self) -> bool:
-        """Whether nothing is tuned at present: then no tangent is carried along."""
-        return not self.vector.moving
+        """Whether this step is a plain one: nothing is tuned, or tangents stay as they are in it."""
+        return not self.vector.moving or (self.skipping and self.tangent is not None and not self.vector.hypers)
 
     # ---- the gradient stage
 
     def products_due(self) -> bool:
         """Whether the next gradient is one with a product."""
-        return bool(self.vector.moving) and (self.tangent is not None or bool(self.vector.hypers))
+        return not self.resting and (self.tangent is not None or bool(self.vector.hypers))
 
     def backward(self, loss: Tensor, inputs: Sequence[Tensor] | None, retain_graph: bool, whole: bool = False) -> None:
         """Fill every leaf's .grad as `loss.backward()` would, and form the gradient's tangent.
@@ -94,6 +95,8 @@ class Tangents:
         self, loss: Tensor, inputs: Sequence[Tensor] | None, retain_graph: bool, whole: bool, scale: float
     ) -> None:
         if self.resting and self.counts["gradients"] and not (whole or self.vector.hypers):
+            if self.tangent is not None:
+                self.forget_written(self.transition.flatten(self.transition.params))
             self.pending = without_tangents(loss, self.pending, self.transition, scale)
             self.counts["gradients"] += 1
             return loss.backward(inputs=inputs, retain_graph=retain_graph)
@@ -171,7 +174,7 @@ class Tangents:
 
     def note_weights(self) -> None:
         """The weights are as a step has left them."""
-        if self.resting:
+        if self.tangent is None:
             self.written.forget()
         else:
             self.written.note(self.transition.flatten(self.transition.params))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -125,8 +126,11 @@ def build(
     outer = OuterOptimizer(vector, policies, options.hyper_lr)
     counts: dict[str, int] = dict.fromkeys(COUNTED, 0)
     journal = Journal(log_dir, _recorded(vector, transition, options), on_log, processes.rank > 0)
+    phases = find(policies, Phases)
+    numbers = Counter(entry.name for entry in vector.entries)
+    mean = (float(len(vector)), 1.0) if phases is None else phases.in_the_mean(total, numbers, vector.hypers)
     budget = Budget(
-        options.cost, options.plan, options.every, options.every_is_fixed, total, calibration, journal, processes
+        options.cost, options.plan, options.every, options.every_is_fixed, total, mean, calibration, journal, processes
     )
     record, back = None, find(policies, Backtracking)
     if back and forward and any(e.name == "lr" and e.group is not None for e in vector.entries):

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import hypergrad
 from hypergrad.core.processes import ALONE
 from hypergrad.online.calibration import FIRST, LAST, Calibration
-from hypergrad.online.plan import PERIOD, Plan, Spending, as_plan
+from hypergrad.online.plan import PERIOD, STRIDE, Plan, Spending, as_plan
 from hypergrad.online.policies.phases import Phases
 from hypergrad.policies import DEFAULT, replaced
 
@@ -64,22 +64,23 @@ def spent_in(
         names = Phases().tuned_at(t, total, numbers, at_rest=t >= climbs_until, spending=spending)
         for name in names:
             found[name].append(t)
-        spending.step(t, sum(numbers[name] for name in names), total)
+        spending.step(t, sum(numbers[name] for name in names), t % plan.stride == 0, total)
     return found
 
 
 @pytest.mark.parametrize("climbs_until", [0, 200, 1000])
 @pytest.mark.parametrize("numbers", [BOTH, {"lr": 2, "weight_decay": 2}, {"lr": 1, "momentum": 1, "weight_decay": 3}])
+@pytest.mark.parametrize("stride", [1, 3])
 @pytest.mark.parametrize("cost", [1.15, 1.5, 2.0, 3.0, 8.0])
-def test_the_bound_is_kept(cost: float, numbers: dict[str, int], climbs_until: int):
-    plan = Plan(cost, 2.5, 3.0, 10, 10)
+def test_the_bound_is_kept(cost: float, stride: int, numbers: dict[str, int], climbs_until: int):
+    plan = Plan(cost, 2.5, 3.0, 10, 10, stride)
     found = spent_in(plan, 1000, 1000, numbers, climbs_until)
-    products = sum(len(steps) * numbers[name] for name, steps in found.items())
+    products = sum(numbers[name] * sum(t % stride == 0 for t in steps) for name, steps in found.items())
     active = {t for steps in found.values() for t in steps}
     seconds = 2.5 * products + 3.0 * len(active) / 10 + 1.0 * (1000 - len(active)) / 10
-    dearest = plan.price(sum(numbers.values()))
+    dearest = plan.price(sum(numbers.values()), 1.0)
     assert seconds <= (cost - 1) * 1000 + dearest
-    unbounded = spent_in(Plan(1000.0, 2.5, 3.0, 10, 10), 1000, 1000, numbers, climbs_until)
+    unbounded = spent_in(Plan(1000.0, 2.5, 3.0, 10, 10, stride), 1000, 1000, numbers, climbs_until)
     assert seconds >= 0.9 * (cost - 1) * 1000 or active >= {t for steps in unbounded.values() for t in steps}
 
 
@@ -109,13 +110,90 @@ def test_without_a_length_the_bound_is_kept_in_every_thousand_steps():
 
 
 def test_dear_validation_losses_are_read_more_rarely():
-    """v/e = (p + v/e)/4 at e = 3 v/p; while nothing is tuned v/(3 e) is a quarter of cost − 1; at most 5 times as rarely."""
-    plan = Plan.made(3.0, 3.0, 10.0, 10)
+    """v/e ≤ (cost − 1)/4 at e = 4 v/(cost − 1), of the loss alone at a third of it; at most 5 times as rarely."""
+    plan = Plan.made(2.0, 3.0, 10.0, 10)
     assert (plan.product, plan.validation) == pytest.approx((2 ** (7 / 4), 2 ** (14 / 4)))
-    assert plan.every == 11 and plan.resting == 10  # 3 · 2^(7/4) = 10.09, 2^(14/4) / 3 / 0.5 = 7.5
+    assert plan.every == 46 and plan.resting == 16  # 4 · 2^(14/4) = 45.3, a third 15.1
     assert Plan.made(2.0, 3.0, 60.0, 10).every == Plan.made(2.0, 3.0, 60.0, 10).resting == 50
     assert Plan.made(2.0, 3.0, 60.0, 10, fixed=True).every == 10
     assert Plan.made(1.05, 3.0, 300.0, 10).allowance(1000) == 0
+
+
+@pytest.mark.parametrize("k", [1.0, 2.0, 4.0])
+@pytest.mark.parametrize("cost", [1.3, 2.0, 3.0, 6.0])
+def test_the_stride_is_the_least_that_pays_for_the_whole_run(cost: float, k: float):
+    plan = Plan.made(cost, 2.5, 1.0, 10, k=k)
+
+    def more(stride: int) -> float:  # than a plain step, in the mean
+        readings = 0.9 * plan.validation / plan.every + 0.1 * plan.validation / 3 / plan.resting
+        return 0.9 * k * plan.product / stride + readings
+
+    assert more(plan.stride) <= cost - 1 or plan.stride == STRIDE
+    assert plan.stride == 1 or more(plan.stride - 1) > cost - 1
+
+
+# ---- tangents by strides
+
+
+@pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.AdamW])
+def test_hypergradients_are_those_of_every_third_step(optimizer: Any):
+    """By central differences of a stock loop in float64, where steps 0, 3, 6, … have the lr that is varied, and what the others
+    add to the weights and to the optimizer's tensors does not depend on it."""
+    stride, steps, h = 3, 12, 1e-6
+    torch.manual_seed(0)
+    x, y = torch.randn(steps, 16, 5, dtype=torch.float64), torch.randn(steps, 16, 1, dtype=torch.float64)
+    start = [p.detach().clone() for p in nn.Linear(5, 1, dtype=torch.float64).parameters()]
+
+    def made() -> tuple[nn.Module, torch.optim.Optimizer]:
+        model = nn.Linear(5, 1, dtype=torch.float64)
+        for p, first in zip(model.parameters(), start, strict=True):
+            p.data.copy_(first)
+        return model, optimizer(model.parameters(), lr=0.05, weight_decay=0.1)
+
+    def state(model: nn.Module, opt: torch.optim.Optimizer) -> list[torch.Tensor]:
+        slots = [x for s in opt.state.values() for name, x in s.items() if name != "step" and torch.is_tensor(x)]
+        return [*(p.detach() for p in model.parameters()), *slots]
+
+    def trained(lr: float, moved: list[list[torch.Tensor]] | None) -> tuple[float, list[list[torch.Tensor]]]:
+        """The validation loss; moved: what steps without products added to the state in another run."""
+        model, opt = made()
+        found = []
+        for t in range(steps):
+            opt.param_groups[0]["lr"] = lr if t % stride == 0 else 0.05
+            opt.zero_grad()
+            mse_loss(model(x[t]), y[t]).backward()
+            before = [s.clone() for s in state(model, opt)]
+            opt.step()
+            now = state(model, opt)
+            before = (
+                before if len(before) == len(now) else [*before, *(torch.zeros_like(s) for s in now[len(before) :])]
+            )
+            found.append([b - a for a, b in zip(before, now, strict=True)])
+            if moved is not None and t % stride:
+                for s, a, d in zip(now, before, moved[t], strict=True):
+                    s.copy_(a + d)
+        return mse_loss(model(x[0]), y[0]).item(), found
+
+    _, moved = trained(0.05, None)
+    true = (trained(0.05 + h, moved)[0] - trained(0.05 - h, moved)[0]) / (2 * h)
+    model, opt = made()
+    plan = Plan(9.0, 1.0, 1.0, steps, steps, stride)
+    tuner = hypergrad.Tuner(
+        model,
+        opt,
+        lambda: mse_loss(model(x[0]), y[0]),
+        ("lr",),
+        every=steps,
+        average=False,
+        warm_start=False,
+        plan=plan,
+    )
+    for t in range(steps):
+        opt.zero_grad()
+        tuner.backward(mse_loss(model(x[t]), y[t]))
+        opt.step()
+    assert tuner.stats["hessian_products"] == steps // stride - 1  # the first tangent is 0
+    assert tuner.hypergradients["lr"].item() == pytest.approx(true, rel=1e-6)
 
 
 # ---- what is measured

@@ -59,8 +59,7 @@ class Phases(Policy):
         plan, spent = spending.plan, spending.spent
         if total is not None and t >= self.last_share * total:
             return frozenset()
-        early = STEP_NAMES.intersection(numbers).difference(in_loss)
-        late = frozenset(numbers) - early
+        early, late = _kinds(numbers, in_loss)
         if total is None or not early or not late:
             return self._of_one_kind(t, total, early | late, bool(early), numbers, spending)
         first = t < (self.step_share if at_rest else self.longest_share) * total
@@ -72,6 +71,21 @@ class Phases(Policy):
             return early
         begins = max(self.last_share * total - (allowed - spent) / price, self.step_share * total)
         return late if t >= begins and spent < allowed else frozenset()
+
+    def in_the_mean(
+        self, total: int | None, numbers: Mapping[str, int], in_loss: Collection[str] = ()
+    ) -> tuple[float, float]:
+        """How many numbers are tuned at once, in the mean, and in which share of a run, where there is no bound.
+
+        Example:
+            >>> Phases().in_the_mean(100, {"lr": 1, "momentum": 1, "weight_decay": 2})
+            (2.0, 0.9)
+        """
+        early, late = (_count(names, numbers) for names in _kinds(numbers, in_loss))
+        if total is None or not early or not late:
+            return float(early + late), 1.0 if total is None else self.last_share
+        first = self.step_share / self.last_share
+        return first * early + (1 - first) * late, self.last_share
 
     def _of_one_kind(
         self,
@@ -90,6 +104,12 @@ class Phases(Policy):
         left = (allowed - spent) / plan.price(_count(names, numbers))
         waits = total is not None and not early and t < self.last_share * total - left
         return names if left > 0 and not waits else frozenset()
+
+
+def _kinds(numbers: Mapping[str, int], in_loss: Collection[str]) -> tuple[frozenset[str], frozenset[str]]:
+    """The names of the step, and those of the objective."""
+    early = STEP_NAMES.intersection(numbers).difference(in_loss)
+    return early, frozenset(numbers) - early
 
 
 def _count(names: Collection[str], numbers: Mapping[str, int]) -> int:
