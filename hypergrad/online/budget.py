@@ -7,7 +7,7 @@ from typing import Any
 
 from hypergrad.core.processes import Processes
 from hypergrad.logging import Journal
-from hypergrad.online.calibration import LAST, Calibration
+from hypergrad.online.calibration import Calibration
 from hypergrad.online.plan import Plan, Spending, as_plan
 
 
@@ -43,18 +43,20 @@ class Budget:
 
     def products_every(self, searching: bool) -> int:
         """Products are formed in one step of so many, while numbers are tuned. searching: lr's warm start is under way."""
-        return 1 if self.plan is None or searching else self.plan.stride
+        if searching:
+            return 1
+        return self.plan.stride if self.plan is not None else 2 if self.calibration.timing else 1
 
-    def step_done(self, t: int, k: int, formed: bool, read: bool) -> None:
+    def step_done(self, t: int, k: int, formed: bool, searching: bool) -> None:
         """t steps are done, the last with k numbers tuned.
 
         Args:
             formed: with products.
-            read: the validation loss was read after it.
+            searching: lr's warm start is under way.
         """
         self.spending.step(t - 1, k, formed, self.total)
-        self.calibration.step_done(t)
-        if not (self.calibration.active and read and t >= LAST) or self.cost is None:
+        self.calibration.step_done(t, k, formed, searching)
+        if self.cost is None or not (self.calibration.active and self.calibration.complete):
             return
         found = self.calibration.result(k, self.processes)
         if found is None:
@@ -72,10 +74,12 @@ class Budget:
 
     def state_dict(self) -> dict[str, Any]:
         plan = self.plan
-        return {"plan": None if plan is None else plan.state_dict(), "spent": self.spending.spent}
+        return {
+            "plan": None if plan is None else plan.state_dict(),
+            "spent": self.spending.spent,
+            "calibration": self.calibration.state_dict(),
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        plan = as_plan(state["plan"])
-        self.spending = Spending(plan, float(state["spent"]))
-        if plan is not None:
-            self.calibration.active = self.calibration.timing = False
+        self.spending = Spending(as_plan(state["plan"]), float(state["spent"]))
+        self.calibration.load_state_dict(state["calibration"])

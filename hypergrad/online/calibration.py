@@ -1,26 +1,25 @@
 """Measures, once in a run, what tuning costs: seconds of a product and of a validation loss, in plain steps.
 
-A step takes the user's own part (batch, forward pass, optimizer) and ours (backward pass with graph and products, tangents).
-The plain step is the former with a plain backward pass, which is timed beside ours in these few steps and not used otherwise.
-Medians over steps leave out what a loop does now and then, such as an evaluation. No clock is read after that.
+In ten steps, once lr's start is found, products are formed in every other one. Whole steps are timed, with all that the user's
+loop does in them; medians leave out what a loop does now and then, such as an evaluation. No clock is read after that.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from copy import copy
 from statistics import median
+from typing import Any
 
 import torch
-from torch import Tensor
 
-from hypergrad.core.graph import grad_or_none, without_hooks
 from hypergrad.core.processes import Processes
 from hypergrad.core.readout import Readout
 
-FIRST, LAST = 10, 20  # steps that are timed; the plan is made at the first reading of the validation loss from LAST on
-PLAIN = 5  # of them with a plain backward pass
+FIRST = 10  # the earliest step of which one is timed
+STEPS = 10
 
 
 class Calibration:
@@ -33,11 +32,10 @@ class Calibration:
 
     def __init__(self, device: torch.device, active: bool):
         self.device, self.active = device, active
-        self.timing = False
-        self.began = 0.0  # the present step
-        self.mark: float | None = None  # when the present piece of our part began; None: the user's part is under way
-        self.ours = self.plain = self.read = 0.0  # seconds of the present step
-        self.steps: list[tuple[float, float]] = []  # a plain step, and what ours took more
+        self.timing = False  # the present step is timed
+        self.began = self.read = 0.0  # when it began, and the seconds of a validation loss in it
+        self.formed: list[float] = []  # seconds of steps with products
+        self.plain: list[float] = []  # of those without
         self.readings: list[float] = []
 
     def clock(self) -> float:
@@ -48,29 +46,6 @@ class Calibration:
         return time.perf_counter()
 
     @contextmanager
-    def time(self) -> Iterator[None]:
-        """What runs inside is ours, not the user's."""
-        if not self.timing:
-            yield
-            return
-        self.mark = self.clock()
-        try:
-            yield
-        finally:
-            if self.mark is not None and self.timing:
-                self.ours += self.clock() - self.mark
-            self.mark = None
-
-    def time_plain(self, loss: Tensor, inputs: Sequence[Tensor]) -> None:
-        """Time the backward pass that a plain loop would make; its gradients are thrown away."""
-        if not self.timing or len(self.steps) >= PLAIN:
-            return
-        start = self.clock()
-        with without_hooks(inputs):
-            grad_or_none([loss], inputs, retain_graph=True)
-        self.plain += self.clock() - start
-
-    @contextmanager
     def time_reading(self) -> Iterator[None]:
         """What runs inside is a validation loss with its gradient."""
         if not self.active:
@@ -78,29 +53,45 @@ class Calibration:
             return
         start = self.clock()
         yield
-        seconds = self.clock() - start
-        self.read += seconds
-        self.readings.append(seconds)
+        self.read = self.clock() - start
+        self.readings.append(self.read)
 
-    def step_done(self, t: int) -> None:
-        """t steps are done."""
+    @property
+    def complete(self) -> bool:
+        return bool(len(self.formed) + len(self.plain) >= STEPS and self.readings)
+
+    def step_done(self, t: int, k: int, formed: bool, searching: bool) -> None:
+        """t steps are done, the last with products or without.
+
+        Args:
+            k: numbers that are tuned.
+            searching: the start of lr is not found yet.
+        """
         if not self.active:
             return
-        now = self.clock() if FIRST <= t <= LAST else 0.0
-        if self.timing and self.plain:
-            ours = self.ours + (0.0 if self.mark is None else now - self.mark) - self.read
-            whole = now - self.began - self.read - self.plain
-            self.steps.append((whole - ours + self.plain, ours - self.plain))
-        self.timing, self.began = FIRST <= t < LAST, now
-        self.mark = None if self.mark is None else now
-        self.ours = self.plain = self.read = 0.0
+        if self.timing:
+            seconds = self.clock() - self.began - self.read
+            (self.formed if formed else self.plain).append(seconds)
+        self.read = 0.0
+        done = len(self.formed) + len(self.plain) >= STEPS
+        self.timing = t >= FIRST and k > 0 and not searching and not done
+        self.began = self.clock() if self.timing else 0.0
 
     def result(self, k: int, processes: Processes) -> tuple[float, float] | None:
         """What a product of one of k numbers, and a validation loss with its gradient, cost, in plain steps; None: not known."""
         self.active = self.timing = False
-        if not (self.steps and self.readings):
+        if not (self.formed and self.plain):
             return None
         readout = Readout(processes)
-        readout.ask("seconds", torch.tensor([*map(median, zip(*self.steps, strict=True)), median(self.readings)]))
-        plain, more, reading = readout.fetch()["seconds"]
-        return max(more, 0.0) / plain / max(k, 1), reading / plain
+        readout.ask("seconds", torch.tensor([median(x) for x in (self.formed, self.plain, self.readings)]))
+        formed, plain, reading = readout.fetch()["seconds"]
+        return max(formed - plain, 0.0) / plain / max(k, 1), reading / plain
+
+    def state_dict(self) -> dict[str, Any]:
+        names = ("active", "timing", "formed", "plain", "readings")
+        return {name: copy(getattr(self, name)) for name in names}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.active, self.timing = bool(state["active"]) and self.active, bool(state["timing"])
+        self.formed, self.plain, self.readings = (list(state[name]) for name in ("formed", "plain", "readings"))
+        self.began = self.clock() if self.timing else 0.0

@@ -68,7 +68,7 @@ class OnlineLoop:
             hyper.counts,
         )
         self.optimizers, self.mode, self.every, self.total = hyper.transition.optimizers, mode, every, total
-        self.budget, self.calibration = budget, budget.calibration
+        self.budget = budget
         self.other = OtherState(self.problem.model, self.transition.params, every)
         self.t = 0  # training steps done
         self.stepped: set[int] = set()  # the optimizers that have taken the present step
@@ -85,10 +85,6 @@ class OnlineLoop:
 
     def before_step(self, i: int) -> None:
         """Write the values of this step, judge its gradients, take the tangents through it."""
-        with self.calibration.time():
-            self._before_step(i)
-
-    def _before_step(self, i: int) -> None:
         check_groups(self.transition)
         if i in self.stepped:  # it steps more often than others: theirs are left out
             self._end_step()
@@ -226,10 +222,6 @@ class OnlineLoop:
     # ---- after the step
 
     def after_step(self, i: int) -> None:
-        with self.calibration.time():
-            self._after_step(i)
-
-    def _after_step(self, i: int) -> None:
         self.writer.restore(i, self.t)
         if self.skipped:
             return
@@ -255,7 +247,7 @@ class OnlineLoop:
             self.recovery.go_back(self.t, self.hyper.record, self.hyper.val_loss)
         if self.t == self.total:
             self.hyper.progress.say_best(self.t)
-        self.budget.step_done(self.t, k, formed, due)
+        self.budget.step_done(self.t, k, formed, search.active)
         self._choose_products()
         if self.choose_what_is_tuned():
             self.starts.begin_phase()

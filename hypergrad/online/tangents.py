@@ -72,7 +72,7 @@ class Tangents:
     @property
     def resting(self) -> bool:
         """Whether this step is a plain one: nothing is tuned, or tangents stay as they are in it."""
-        return not self.vector.moving or (self.skipping and self.tangent is not None and not self.vector.hypers)
+        return not self.vector.moving or (self.skipping and self.tangent is not None)
 
     # ---- the gradient stage
 
@@ -87,18 +87,12 @@ class Tangents:
         """
         check_now(self.processes)
         scale = 1.0 if self.scaler is None else float(self.scaler.get_scale())
-        self.calibration.time_plain(loss, self.transition.params)
-        with self.calibration.time():
-            self._backward(loss, inputs, retain_graph, whole, scale)
-
-    def _backward(
-        self, loss: Tensor, inputs: Sequence[Tensor] | None, retain_graph: bool, whole: bool, scale: float
-    ) -> None:
-        if self.resting and self.counts["gradients"] and not (whole or self.vector.hypers):
+        if self.resting and self.counts["gradients"] and (self.processes.alone or not whole):
             if self.tangent is not None:
                 self.forget_written(self.transition.flatten(self.transition.params))
             self.pending = without_tangents(loss, self.pending, self.transition, scale)
             self.counts["gradients"] += 1
+            inputs = self._all_but_hypers(loss) if inputs is None and self.vector.hypers else inputs
             return loss.backward(inputs=inputs, retain_graph=retain_graph)
         params, hypers = self.transition.params, list(self.vector.hypers.values())
         graph = survey(loss, self.model)
@@ -153,6 +147,11 @@ class Tangents:
         if not self.processes.alone:
             self.pending = found(new, self.transition)
         return None
+
+    def _all_but_hypers(self, loss: Tensor) -> list[Tensor]:
+        """The leaves of a loss, without tensors of its own that are tuned, whose .grad stays as it is."""
+        own = {id(x) for x in self.vector.hypers.values()}
+        return [x for x in survey(loss).leaves if id(x) not in own]
 
     def average_pending(self) -> None:
         """Make the tangent of the gradient that waits the mean of the processes': one collective a step."""

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import hypergrad
 from hypergrad.core.processes import ALONE
-from hypergrad.online.calibration import FIRST, LAST, Calibration
+from hypergrad.online.calibration import FIRST, STEPS, Calibration
 from hypergrad.online.plan import PERIOD, STRIDE, Plan, Spending, as_plan
 from hypergrad.online.policies.phases import Phases
 from hypergrad.policies import DEFAULT, replaced
@@ -209,24 +209,17 @@ class Scripted(Calibration):
 
 
 def test_seconds_are_told_apart():
-    """The user takes 3 s a step, and 50 more at one; ours 9 s, where a plain backward pass takes 2; a reading takes 10."""
+    """A plain step takes 5 s, and 50 more at one; products 7 s more, of two numbers; a validation loss 10."""
     stopwatch = Scripted(torch.device("cpu"), True)
-    for t in range(LAST + 1):
-        stopwatch.now += 3.0 + (50.0 if t == 13 else 0.0)
-        if stopwatch.timing and len(stopwatch.steps) < 5:
-            stopwatch.plain += 2.0  # as `time_plain` does
-            stopwatch.now += 2.0
-        with stopwatch.time():
-            stopwatch.now += 6.0
-        with stopwatch.time():
-            stopwatch.now += 2.0
-            if t % 5 == 4:
-                with stopwatch.time_reading():
-                    stopwatch.now += 10.0
-            stopwatch.step_done(t + 1)
-            stopwatch.now += 1.0
-    assert not stopwatch.timing and len(stopwatch.steps) == 5
-    assert stopwatch.result(1, ALONE) == pytest.approx(((9 - 2) / (3 + 2), 10 / (3 + 2)))
+    for t in range(100):
+        formed = not stopwatch.timing or t % 2 == 0
+        stopwatch.now += 5.0 + (50.0 if t == 23 else 0.0) + (7.0 if formed else 0.0)
+        if t % 7 == 6:
+            with stopwatch.time_reading():
+                stopwatch.now += 10.0
+        stopwatch.step_done(t + 1, 2, formed, searching=t < 20)
+    assert not stopwatch.timing and len(stopwatch.plain) == len(stopwatch.formed) == 5 and stopwatch.complete
+    assert stopwatch.result(2, ALONE) == pytest.approx((7 / 5 / 2, 10 / 5))
     assert not stopwatch.active
 
 
@@ -236,9 +229,9 @@ def test_the_plan_is_made_once_and_can_be_given():
     measured.go(190)
     plan = measured.tuner.plan
     assert plan is not None and plan.cost == 3.0
-    for given in (plan, plan.state_dict(), as_plan(plan.state_dict())):
-        again = Run(200, plan=given).go(200)
-        assert torch.equal(again.weights(), measured.weights()) or again.tuned[:LAST] != measured.tuned[:LAST]
+    assert 0 in measured.tuned[FIRST : FIRST + 20 + STEPS]
+    runs = [Run(200, plan=given).go(200) for given in (plan, plan.state_dict(), as_plan(plan.state_dict()))]
+    assert all(torch.equal(run.weights(), runs[0].weights()) for run in runs) and runs[0].tuner.plan == plan
 
 
 def test_a_run_repeats_given_its_plan():
@@ -248,8 +241,9 @@ def test_a_run_repeats_given_its_plan():
 
 
 @pytest.mark.parametrize("stop", [5, 15, 25, 60, 95])
-def test_a_resumed_run_has_the_same_plan(stop: int):
-    options: dict[str, Any] = {"plan": PLAN} if stop != 25 else {"cost": 2.0}
+@pytest.mark.parametrize("options", [{"plan": PLAN}, {"cost": 20.0}], ids=["plan", "cost"])
+def test_a_resumed_run_has_the_same_plan(stop: int, options: dict[str, Any]):
+    """cost=20: whatever the clock says, products are formed in every step once the plan is made."""
     whole = Run(100, **options).go(stop)
     state = copy.deepcopy([x.state_dict() for x in (whole.model, whole.optimizer, whole.tuner)])
     again = Run(100, **options)
