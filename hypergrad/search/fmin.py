@@ -47,7 +47,7 @@ class _Minimised:
         self.objective, self.space, self.seed, self.calls = objective, space, seed, 0
 
     def __call__(self, point: Mapping[str, Any]) -> dict[str, Any]:
-        values = flat(point)
+        values = flat(point, self.space)
         values = {name: values[name] for name in self.space.active(values)}
         trial = Trial(self.calls, values, seed_of(self.seed, self.calls))
         self.calls += 1

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from hypergrad.search.entries import restored
 from hypergrad.search.extras import need
 from hypergrad.search.objective import (
     Objective,
@@ -24,6 +25,7 @@ from hypergrad.search.objective import (
     seeded,
     takes_trial,
 )
+from hypergrad.search.space import Space
 from hypergrad.search.training import is_run, train
 from hypergrad.search.values import plain
 
@@ -114,14 +116,24 @@ class Trainable:
     Args:
         for_pbt: report failures as results and insist on checkpoints, as strategy "pbt" needs; else failures are raised.
         numbers: of the study's trials, in Tune's order; None: Tune's own.
+        space: whose choices Tune has the names of; None: it has the values.
     """
 
-    def __init__(self, objective: Objective, seed: int, for_pbt: bool, numbers: list[int] | None = None):
-        self.objective, self.seed, self.for_pbt, self.numbers = objective, seed, for_pbt, numbers
+    def __init__(
+        self,
+        objective: Objective,
+        seed: int,
+        for_pbt: bool,
+        numbers: list[int] | None = None,
+        space: Space | None = None,
+    ):
+        self.objective, self.seed, self.for_pbt, self.numbers, self.space = objective, seed, for_pbt, numbers, space
 
     def __call__(self, config: Mapping[str, Any]) -> None:
         tune = need("ray.tune", NEEDED_BY)
         params = {name: plain(value) for name, value in config.items()}
+        if self.space is not None:
+            params = {name: restored(self.space[name], value) for name, value in params.items()}
         number = self._number(tune.get_context().get_trial_id())
         if self.for_pbt and (folder := os.environ.get("TUNE_ORIG_WORKING_DIR")):
             os.chdir(folder)  # relative paths mean the same as with every other strategy

@@ -7,6 +7,7 @@ from typing import Any
 
 from hypergrad.search.budget import Cost
 from hypergrad.search.convert.optuna_spaces import decode
+from hypergrad.search.entries import restored
 from hypergrad.search.space import Space, Values
 
 STATES = {
@@ -47,7 +48,8 @@ def record(frozen: Any, space: Space) -> Record:
     """A trial of Optuna as a Record."""
     attrs = frozen.user_attrs
     notes = dict(attrs.get("notes", {}))
-    params = decode(space, frozen.params) | notes.get("learned", {})
+    learned = {name: restored(space[name], x) for name, x in notes.get("learned", {}).items() if name in space}
+    params = decode(space, frozen.params) | learned
     value = frozen.value if frozen.values else None
     return Record(
         frozen.number,

@@ -420,6 +420,39 @@ def test_choices_of_any_type_and_conditions_are_searched_and_kept(tmp_path: Path
     assert all(each.state == "complete" for each in study.trials)
 
 
+LISTS = {"sizes": [[64, 64], [32], (32,)], "net": [{"value": 3}, {"widths": [8, 8]}], "x": Float(0.0, 1.0, points=3)}
+
+
+def of_lists(p: dict[str, Any]) -> float:
+    """Least, 1, for [32], a list, the dict with widths, and x = 0."""
+    return len(p["sizes"]) + 2 * isinstance(p["sizes"], tuple) + (p["net"] == {"value": 3}) + p["x"]
+
+
+@pytest.mark.parametrize("strategy", [*FOUND, "hybrid", "hybrid-online"])
+def test_lists_and_dicts_are_choices(strategy: str, tmp_path: Path) -> None:
+    """The objective gets each as it was written, and so does who reads the study."""
+    needs(strategy)
+    trains = strategy.startswith("hybrid")
+
+    def run(p: dict[str, Any], trial: Trial) -> Any:
+        assert all(p[name] in LISTS[name] for name in ("sizes", "net"))  # type: ignore[operator]
+        if trains:
+            return quadratic({"lr": 0.3 + 0.1 * len(p["sizes"])}, trial)
+        trial.report(of_lists(p), 1)
+        return of_lists(p)
+
+    for trials in (3, 6) if trains else (12, 24):  # the second half after the first is read from its journal
+        budget = None if strategy == "grid" else trials
+        study = quiet(run, LISTS, strategy, budget, storage=tmp_path / "s.journal")
+    complete = [each for each in study.trials if each.state == "complete"]
+    assert not any(each.error for each in study.trials) and len({str(each.params) for each in complete}) > 2
+    if not trains:
+        assert all(each.value == of_lists(each.params) for each in complete)
+        assert study.best_value == min(of_lists(each.params) for each in complete)
+    if strategy == "grid":
+        assert (study.best_value, study.best_params) == (1.0, {"sizes": [32], "net": {"widths": [8, 8]}, "x": 0.0})
+
+
 # ---- bad input: before the first trial
 
 
@@ -452,6 +485,7 @@ def _grad(p: dict[str, Any]) -> Any:
 
 BAD: dict[str, tuple[Any, type[Exception], str]] = {
     "empty space": (_with(space={}), ValueError, "empty"),
+    "numbers in a tuple": (_with(space={"x": (0, 1)}), ValueError, "write Float"),
     "infinite grid": (_with(space={"x": Float(0, 1)}, strategy="grid"), ValueError, "infinite"),
     "unknown strategy": (_with(strategy="magic"), ValueError, "grid, random, tpe"),
     "no budget": (_with(budget=None), ValueError, "pass a budget"),

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from hypergrad.search.entries import Categorical, Entry, Float, Int, labels
+from hypergrad.search.entries import Categorical, Entry, Float, Int, labels, restored, stored
 from hypergrad.search.extras import need
 from hypergrad.search.scales import from_scale, to_scale
 from hypergrad.search.space import Space, Values, as_space
@@ -79,17 +79,15 @@ def _suggest(trial: Any, name: str, entry: Entry) -> Any:
 
 
 def _inside(entry: Entry, value: Any) -> Any:
-    if isinstance(entry, Categorical):
-        return labels(entry)[entry.index(value)]
-    return to_scale(value, "logit") if entry.scale == "logit" else value
+    if isinstance(entry, Float) and entry.scale == "logit":
+        return to_scale(value, "logit")
+    return stored(entry, value)
 
 
 def _outside(entry: Entry, param: Any) -> Any:
-    if isinstance(entry, Categorical):
-        return entry.choices[labels(entry).index(param)]
-    if entry.scale == "logit":
+    if isinstance(entry, Float) and entry.scale == "logit":
         return min(max(float(f"{from_scale(param, 'logit'):.15g}"), entry.low), entry.high)
-    return param
+    return restored(entry, param)
 
 
 def to_optuna(space: Space | Mapping[str, Any]) -> dict[str, Any]:

@@ -43,7 +43,7 @@ class Hyperopt(Strategy):
         (new,) = tpe.suggest([len(finished)], domain, trials, seed, verbose=False, **self.options)
         chosen = {label: plain[0] for label, plain in new["misc"]["vals"].items() if plain}
         point = need("hyperopt", "strategy 'hyperopt'").space_eval(self.expressions, chosen)
-        values = flat(point)
+        values = flat(point, self.space)
         return {name: self._inside(name, values[name]) for name in self.space.active(values)}
 
     def _inside(self, name: str, value: Any) -> Any:
