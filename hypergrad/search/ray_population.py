@@ -104,7 +104,8 @@ class PopulationRunner(Runner):
     def _tuner(self, objective: Objective, folder: str) -> Any:
         tune, search = need("ray.tune", NEEDED_BY), need("ray.tune.search.basic_variant", NEEDED_BY)
         space, numbers = self.strategy.space, [each.trial.number for each in self.members]
-        trains = Trainable(objective, self.seed, for_pbt=True, numbers=numbers, space=space)
+        sign = self.members[0].trial.sign
+        trains = Trainable(objective, self.seed, for_pbt=True, numbers=numbers, space=space, sign=sign)
 
         def objective_of_the_search(config: dict[str, Any]) -> None:
             trains(config)
@@ -114,7 +115,7 @@ class PopulationRunner(Runner):
             tune.with_resources(objective_of_the_search, resources),
             param_space=self.strategy.param_space,
             tune_config=tune.TuneConfig(
-                scheduler=self.strategy.scheduler(),
+                scheduler=self.strategy.scheduler("min" if sign > 0 else "max"),
                 search_alg=search.BasicVariantGenerator(
                     points_to_evaluate=[
                         {name: stored(space[name], x) for name, x in each.trial.params.items()} for each in self.members

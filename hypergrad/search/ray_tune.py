@@ -36,8 +36,8 @@ FILE = "trial.pt"  # in a checkpoint of Ray: the objective's state, and how far 
 class TuneTrial(Trial):
     """A trial inside Ray Tune: each report goes to Tune's scheduler, with the last state given to `checkpoint`."""
 
-    def __init__(self, number: int, params: dict[str, Any], seed: int, must_restore: bool):
-        super().__init__(number, params, seed)
+    def __init__(self, number: int, params: dict[str, Any], seed: int, must_restore: bool, sign: float):
+        super().__init__(number, params, seed, sign=sign)
         self.tune, self.must_restore = need("ray.tune", NEEDED_BY), must_restore
         self.restored = None
         if (saved := self.tune.get_checkpoint()) is not None:
@@ -117,6 +117,7 @@ class Trainable:
         for_pbt: report failures as results and insist on checkpoints, as strategy "pbt" needs; else failures are raised.
         numbers: of the study's trials, in Tune's order; None: Tune's own.
         space: whose choices Tune has the names of; None: it has the values.
+        sign: of the study, as of `Trial`.
     """
 
     def __init__(
@@ -126,7 +127,9 @@ class Trainable:
         for_pbt: bool,
         numbers: list[int] | None = None,
         space: Space | None = None,
+        sign: float = 1.0,
     ):
+        self.sign = sign
         self.objective, self.seed, self.for_pbt, self.numbers, self.space = objective, seed, for_pbt, numbers, space
 
     def __call__(self, config: Mapping[str, Any]) -> None:
@@ -139,18 +142,18 @@ class Trainable:
             os.chdir(folder)  # relative paths mean the same as with every other strategy
         last: dict[str, Any] = {"done": True}
         try:
-            trial = TuneTrial(number, params, seed_of(self.seed, number), self.for_pbt)
+            trial = TuneTrial(number, params, seed_of(self.seed, number), self.for_pbt, self.sign)
             with seeded(trial.seed):
                 result = call_objective(self.objective, trial)
                 value = as_number(train(result, trial) if is_run(result) else result, "the objective returned")
-            if math.isnan(value) or value == -math.inf:
+            if math.isnan(value) or value == -self.sign * math.inf:
                 raise ValueError(f"the objective returned {value}.")
             last |= trial.metrics(value, int(trial.reported[0]))
         except Exception as error:
             if not self.for_pbt:
                 raise
             wrong = str(error) if isinstance(error, WrongType) else ""
-            last |= {"loss": math.inf, "error": traceback.format_exc(), "wrong": wrong}
+            last |= {"loss": self.sign * math.inf, "error": traceback.format_exc(), "wrong": wrong}
         tune.report(last)
 
     def _number(self, trial_id: str) -> int:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 import os
 import time
+import warnings
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -24,6 +25,7 @@ from hypergrad.search.extras import need
 from hypergrad.search.objective import Objective, Outcome, Reports, Trial, evaluate, name_of
 from hypergrad.search.storage import NAME, open_storage, quiet_optuna
 from hypergrad.search.strategies.base import Strategy
+from hypergrad.search.strategies.tuned_entries import NotDifferentiated
 from hypergrad.search.workers import Runner
 
 NEEDED_BY = "backend 'ray'"
@@ -139,7 +141,10 @@ class RemoteReports:
 def _on_worker(sent: tuple[Objective, Strategy], trial: Trial, actor: Any, trial_id: int) -> Outcome:
     objective, strategy = sent
     trial.reports = RemoteReports(actor, trial_id)
-    return evaluate(partial(strategy.run, objective), trial)
+    with warnings.catch_warnings(record=True) as said:
+        outcome = evaluate(partial(strategy.run, objective), trial)
+    outcome.warnings = [str(each.message) for each in said if issubclass(each.category, NotDifferentiated)]
+    return outcome
 
 
 class RayRunner(Runner):

@@ -42,11 +42,16 @@ def open_storage(storage: Any) -> Any:
         raise ValueError(f"storage {path} is a file, but no journal of a study: choose another name.") from error
 
 
+def sign_of(study: Any) -> float:
+    """The sign with which a study's values are least at the best: −1 where it maximises."""
+    return -1.0 if study.direction.name == "MAXIMIZE" else 1.0
+
+
 def open_study(storage: Any, identity: dict[str, Any], pruner: Any) -> Any:
     """The study in a storage; a new one where the storage is empty.
 
     Args:
-        identity: what tells one study from another.
+        identity: what tells one study from another, its direction too.
 
     Raises:
         ValueError: it is another study; the message says what differs.
@@ -62,12 +67,14 @@ def open_study(storage: Any, identity: dict[str, Any], pruner: Any) -> Any:
         storage=storage,
         pruner=pruner,
         sampler=optuna.samplers.RandomSampler(seed=0),
+        direction=identity.get("direction", "minimize"),
         load_if_exists=True,
     )
     known = study.user_attrs.get(IDENTITY)
     if known is None:
         study.set_user_attr(IDENTITY, identity)
         return study
+    known = {"direction": "minimize"} | known
     differs = [key for key in identity if known.get(key) != identity[key]]
     if differs:
         key = differs[0]

@@ -119,9 +119,11 @@ def test_what_the_loss_reads_is_differentiated_and_what_it_does_not_is_left() ->
         return Run(model, sgd, [None] * 60, loss, lambda: ((model(xv) - yv) ** 2).mean())
 
     space = {"penalty": Float(1e-4, 10.0, "log", start=1e-3), "dropout": Float(0.0, 0.5)}
-    study = quiet(ridge, space, "hypergradient", 1)
+    with pytest.warns(UserWarning, match="no hypergradient moves 'dropout'"):
+        study = quiet(ridge, space, "hypergradient", 1)
     path = study.best_trial.notes["path"]
     assert set(study.best_trial.notes["learned"]) == {"penalty"}
+    assert study.best_trial.notes["not differentiated"] == ["dropout"]
     assert study.best_value < 0.9 * path[0]["value"]
     with pytest.raises(NoTrialCompleted, match="differentiable=True"):
         quiet(ridge, space | {"dropout": Float(0.0, 0.5, differentiable=True)}, "hypergradient", 1)

@@ -17,6 +17,7 @@ from hypergrad.search.convert.optuna_spaces import decode, distribution, encode,
 from hypergrad.search.extras import need
 from hypergrad.search.objective import seed_of
 from hypergrad.search.space import Space, Values
+from hypergrad.search.storage import sign_of
 from hypergrad.search.strategies.base import Strategy
 
 
@@ -72,7 +73,8 @@ def _sampler(strategy: Hyperopt, number: int) -> Any:
 
         def sample_relative(self, study: Any, trial: Any, search_space: Any) -> dict[str, Any]:
             done = [x for x in study.get_trials(deepcopy=False) if x.state.is_finished() and x.params]
-            finished = [(decode(space, x.params), math.inf if x.value is None else x.value) for x in done]
+            sign = sign_of(study)
+            finished = [(decode(space, x.params), math.inf if x.value is None else sign * x.value) for x in done]
             return encode(space, strategy.next(finished, seed))
 
         def sample_independent(self, study: Any, trial: Any, name: str, d: Any) -> Any:
