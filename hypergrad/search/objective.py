@@ -12,7 +12,6 @@ import json
 import math
 import random
 import time
-import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -25,6 +24,7 @@ from torch import Tensor
 
 from hypergrad.core.signatures import positional
 from hypergrad.search.budget import Budget, Cost
+from hypergrad.search.failures import explained
 
 Objective = Callable[..., Any]
 DIRECTIONS = {"minimize": 1.0, "maximize": -1.0}  # of a study, and the sign with which its values are least at the best
@@ -163,7 +163,7 @@ class Outcome:
     cost: Cost
     notes: dict[str, Any]
     curve: list[tuple[int, float]]
-    error: str | None = None  # the traceback of one that failed
+    error: str | None = None  # of one that failed: message, the user's line, and traceback
     retries: int = 0  # how often it was run again because its worker died
     warnings: list[str] = field(default_factory=list)  # what a worker of another machine could not say itself
 
@@ -186,7 +186,7 @@ def evaluate(run: Callable[[Trial], float], trial: Trial, isolated: bool = True)
             state = "pruned"
         except Exception as raised:
             state = "pruned" if type(raised).__name__ == "TrialPruned" else "failed"
-            error = None if state == "pruned" else traceback.format_exc()
+            error = None if state == "pruned" else explained(raised)
     if value is not None and (math.isnan(value) or value == -trial.sign * math.inf):
         state, error, value = "failed", f"ValueError: the objective returned {value}.", None
     return Outcome(state, value, trial.cost, trial.notes, trial.curve, error)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import os
 import tempfile
-import traceback
 import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -15,6 +14,7 @@ import torch
 
 from hypergrad.search.entries import restored
 from hypergrad.search.extras import need
+from hypergrad.search.failures import explained
 from hypergrad.search.objective import (
     Objective,
     Trial,
@@ -153,7 +153,7 @@ class Trainable:
             if not self.for_pbt:
                 raise
             wrong = str(error) if isinstance(error, WrongType) else ""
-            last |= {"loss": self.sign * math.inf, "error": traceback.format_exc(), "wrong": wrong}
+            last |= {"loss": self.sign * math.inf, "error": explained(error), "wrong": wrong}
         tune.report(last)
 
     def _number(self, trial_id: str) -> int:

@@ -105,12 +105,12 @@ def check_sendable(objective: Objective, storage: Any) -> None:
 class ReportActor:
     """Stores what trials on workers report. A report is identified by its step, so one that is sent twice counts once."""
 
-    def __init__(self, storage: Any, strategy: Strategy):
+    def __init__(self, storage: Any, strategy: Strategy, name: str = NAME):
         optuna = need("optuna", "a search")
         with quiet_optuna():
             sampler = optuna.samplers.RandomSampler(seed=0)
             self.study = optuna.load_study(
-                study_name=NAME, storage=open_storage(storage), sampler=sampler, pruner=strategy.pruner()
+                study_name=name, storage=open_storage(storage), sampler=sampler, pruner=strategy.pruner()
             )
 
     def _trial(self, trial_id: int) -> Reports:
@@ -196,7 +196,7 @@ class RayRunner(Runner):
 
 
 @contextmanager
-def ray_runner(n_jobs: int, storage: Any, strategy: Strategy, cluster: Cluster) -> Iterator[RayRunner]:
+def ray_runner(n_jobs: int, storage: Any, strategy: Strategy, cluster: Cluster, study_name: str) -> Iterator[RayRunner]:
     """Workers on a Ray cluster, as long as the context lasts."""
     ray = need("ray", NEEDED_BY)
     with connected(n_jobs, cluster):
@@ -205,7 +205,7 @@ def ray_runner(n_jobs: int, storage: Any, strategy: Strategy, cluster: Cluster) 
         )
         reopened = str(Path(storage).absolute()) if is_path(storage) else storage
         made = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1, scheduling_strategy=this_node)(ReportActor)
-        runner = RayRunner(ThreadPoolExecutor(n_jobs), cluster, made.remote(reopened, strategy))
+        runner = RayRunner(ThreadPoolExecutor(n_jobs), cluster, made.remote(reopened, strategy, study_name))
         try:
             yield runner
         finally:

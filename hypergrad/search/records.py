@@ -29,7 +29,7 @@ class Record:
         params: its values; where hypergradients moved some, those they came to.
         value: the validation loss, or None; of a pruned trial the last one that it reported.
         cost: what it took.
-        error: the traceback of a failed one.
+        error: of a failed one the message, the user's own line, and below them the whole traceback.
         notes: what was kept with `trial.note`.
         retries: how often it was run again because its worker died.
     """

@@ -17,7 +17,7 @@ from hypergrad.search.objective import Objective, as_sign, name_of, takes_trial
 from hypergrad.search.ray_population import population_runner
 from hypergrad.search.ray_workers import Cluster, as_cluster, check_sendable, ray_runner
 from hypergrad.search.space import Space, as_space
-from hypergrad.search.storage import NAME, locked, open_storage, open_study, quiet_optuna
+from hypergrad.search.storage import locked, open_storage, open_study, quiet_optuna
 from hypergrad.search.strategies import make
 from hypergrad.search.strategies.base import Strategy
 from hypergrad.search.strategies.population_based import PBT
@@ -123,14 +123,15 @@ def optimize(
             check_picklable(objective)
         if temporary:  # processes exchange reports through a file
             storage = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "study.journal"
-        optuna_study = open_study(open_storage(storage), identity, chosen.pruner())
+        wider = space if chosen.size is None else None
+        optuna_study = open_study(open_storage(storage), identity, chosen.pruner(), wider)
         loop = AskAndTell(objective, space, chosen, limit, seed, optuna_study, Path(log_dir) if log_dir else None)
         at_a_time = n_jobs
         if isinstance(chosen, PBT):  # all members at once
             at_a_time = loop.trials_left()
             workers_of_trials = population_runner(n_jobs, at_a_time, chosen, ray_cluster, seed)
         elif backend == "ray":
-            workers_of_trials = ray_runner(n_jobs, storage, chosen, ray_cluster)
+            workers_of_trials = ray_runner(n_jobs, storage, chosen, ray_cluster, optuna_study.study_name)
         else:
             workers_of_trials = local_runner(n_jobs, workers, storage)
         loop.run(stack.enter_context(workers_of_trials), at_a_time, progress)
@@ -150,8 +151,8 @@ def _in_memory(study: Any) -> Any:
     """A copy of a study in memory, for one whose temporary file is about to be deleted."""
     optuna = need("optuna", "a search")
     memory = optuna.storages.InMemoryStorage()
-    optuna.copy_study(from_study_name=NAME, from_storage=study._storage, to_storage=memory)
-    return optuna.load_study(study_name=NAME, storage=memory)
+    optuna.copy_study(from_study_name=study.study_name, from_storage=study._storage, to_storage=memory)
+    return optuna.load_study(study_name=study.study_name, storage=memory)
 
 
 def _check_execution(

@@ -22,6 +22,18 @@ def key(name: str, entry: Entry) -> str:
     return name.join(_LOGIT) if isinstance(entry, Float) and entry.scale == "logit" else name
 
 
+def plain_value(param: str, kept: Any) -> tuple[str, Any]:
+    """The name of an entry, and its value, from Optuna's; a choice as it is kept.
+
+    Example:
+        >>> plain_value("logit(momentum)", 0.0), plain_value("lr", 0.1)
+        (('momentum', 0.5), ('lr', 0.1))
+    """
+    if param.startswith(_LOGIT[0]) and param.endswith(_LOGIT[1]):
+        return param[len(_LOGIT[0]) : -len(_LOGIT[1])], float(f"{from_scale(kept, 'logit'):.15g}")
+    return param, kept
+
+
 def distribution(entry: Entry) -> Any:
     """Optuna's distribution of an entry."""
     d = need("optuna", "a search").distributions
@@ -124,8 +136,8 @@ def from_optuna(distributions: Mapping[str, Any]) -> Space:
         elif isinstance(each, d.IntDistribution):
             entries[name] = Int(each.low, each.high, "log" if each.log else "linear", step=each.step)
         elif name.startswith(_LOGIT[0]) and name.endswith(_LOGIT[1]):
-            low, high = (float(f"{from_scale(x, 'logit'):.15g}") for x in (each.low, each.high))
-            entries[name[len(_LOGIT[0]) : -len(_LOGIT[1])]] = Float(low, high, "logit")
+            (inner, low), (_, high) = plain_value(name, each.low), plain_value(name, each.high)
+            entries[inner] = Float(low, high, "logit")
         else:
             entries[name] = Float(each.low, each.high, "log" if each.log else "linear", step=each.step)
     return Space(entries)
