@@ -96,8 +96,8 @@ class Trial:
         it.
 
         Args:
-            state: what torch.save writes, such as {"model": model.state_dict(), "optimizer": …, "tuner": tuner.state_dict(),
-                "epoch": 3}.
+            state: data, which torch.load reads with weights_only=True: {"model": model.state_dict(), "optimizer": …, "tuner":
+                tuner.state_dict(), "epoch": 3}.
         """
 
     def restore(self) -> Any:
