@@ -127,7 +127,8 @@ class Study:
         return Verification(best.params, self.best_value, validation, test)
 
     def plot(self, folder: str | Path) -> dict[str, Path]:
-        """PNGs of the history, of quality against cost, and of each entry's importance; name → file."""
+        """PNGs of the history, of quality against cost, and of each entry's importance; name → file. Optuna draws others of
+        `study.optuna`."""
         return plot(self.trials, self.optuna, Path(folder))
 
     def __repr__(self) -> str:

@@ -388,12 +388,28 @@ def test_plots_are_pngs(tmp_path: Path) -> None:
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in made.values())
 
 
-def test_the_entry_that_matters_is_the_important_one() -> None:
-    from hypergrad.search.plots import importances
+# budget, direction, objective -> the pictures that there are
+PICTURES: dict[str, tuple[int, str, Any, set[str]]] = {
+    "one trial": (1, "minimize", bowl, {"history", "cost"}),
+    "equal values": (5, "minimize", lambda p: 1.0, {"history", "cost"}),
+    "a score with failures and infinity": (
+        20,
+        "maximize",
+        lambda p: {"b": -math.inf}.get(p["kind"]) or (-bowl(p) if p["k"] else math.nan),
+        {"history", "cost", "importance"},
+    ),
+    "only infinity": (3, "minimize", lambda p: math.inf, set()),
+}
 
-    study = quiet(lambda p: 10 * p["x"] + 0.1 * p["y"], {"x": Float(0, 1), "y": Float(0, 1)}, "random", 40)
-    weights = importances(study.optuna)
-    assert weights["x"] > 0.9 > 0.1 > weights["y"]
+
+@pytest.mark.parametrize("name", PICTURES)
+def test_pictures_are_drawn_of_what_there_is_and_leave_matplotlib_as_it_was(name: str, tmp_path: Path) -> None:
+    plt = pytest.importorskip("matplotlib.pyplot")
+    trials, direction, objective, pictures = PICTURES[name]
+    before = dict(plt.rcParams)
+    made = quiet(objective, SPACE, "random", trials, direction=direction).plot(tmp_path)
+    assert set(made) == pictures and all(path.stat().st_size > 0 for path in made.values())
+    assert dict(plt.rcParams) == before and not plt.get_fignums()
 
 
 def test_random_search_draws_what_scikit_learn_draws() -> None:
