@@ -10,6 +10,7 @@ from typing import Any
 
 from hypergrad.search.extras import need
 from hypergrad.search.records import Record
+from hypergrad.search.storage import sign_of
 
 
 def plot(trials: list[Record], study: Any, folder: Path) -> dict[str, Path]:
@@ -50,11 +51,10 @@ def _cost(plt: Any, trials: list[Record], done: list[Record], study: Any) -> Any
     unit = "gradient_evaluations" if any(x.cost.gradient_evaluations for x in done) else "seconds"
     spent = dict(zip((x.number for x in trials), itertools.accumulate(getattr(x.cost, unit) for x in trials)))
     axes = plt.subplots()[1]
-    values, best = [x.value for x in done], max if study.direction.name == "MAXIMIZE" else min
+    values, sign = [x.value for x in done if x.value is not None], sign_of(study)
     axes.scatter([spent[x.number] for x in done], values, s=14, label="a trial")
-    axes.step(
-        [spent[x.number] for x in done], list(itertools.accumulate(values, best)), where="post", label="best so far"
-    )
+    best = [sign * x for x in itertools.accumulate((sign * x for x in values), min)]
+    axes.step([spent[x.number] for x in done], best, where="post", label="best so far")
     axes.set(xlabel=f"{unit.replace('_', ' ')}, all trials so far", ylabel="objective value")
     axes.legend()
     return axes

@@ -13,7 +13,8 @@ import torch
 
 from hypergrad.search import Categorical, Float, Int, Trial, optimize
 from hypergrad.search.storage import NAME, open_storage
-from tests.search.problems import quadratic
+from tests.search.problems import SPACE as BOWL
+from tests.search.problems import quadratic, reporting_bowl
 
 pytest.importorskip("sklearn")
 
@@ -68,6 +69,16 @@ def test_a_study_goes_on_over_a_wider_space(strategy: str, tmp_path: Path) -> No
     assert [(x.params, x.value) for x in again.trials] == [(x.params, x.value) for x in after.trials]
     assert [(x.number, x.params, x.value, x.state, x.cost) for x in before.trials] == seen  # and may still be read
     assert optuna.get_all_study_names(open_storage(tmp_path / "s.journal")) == [NAME, f"{NAME} 2"]
+
+
+@pytest.mark.slow
+def test_processes_report_to_the_wider_study(tmp_path: Path) -> None:
+    call = partial(quiet, reporting_bowl, strategy="asha", storage=tmp_path / "s.journal", n_jobs=2)
+    call(BOWL, budget=4)
+    with pytest.warns(UserWarning, match="extended: its 4 trials stay"):
+        study = call(BOWL | {"k": Int(0, 9)}, budget=12)
+    reported = [set(x.intermediate_values) for x in study.optuna.get_trials(deepcopy=False)]
+    assert [max(each) for each in reported] == [x.cost.epochs for x in study.trials] and len(reported) == 12
 
 
 def test_a_scale_may_change_and_a_constant_may_become_a_range(tmp_path: Path) -> None:
