@@ -10,8 +10,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from hypergrad.search.entries import restored
 from hypergrad.search.extras import need
 from hypergrad.search.failures import explained
@@ -26,6 +24,7 @@ from hypergrad.search.objective import (
     takes_trial,
 )
 from hypergrad.search.space import Space
+from hypergrad.search.stored_data import load_state, save_state
 from hypergrad.search.training import is_run, train
 from hypergrad.search.values import plain
 
@@ -42,7 +41,7 @@ class TuneTrial(Trial):
         self.restored = None
         if (saved := self.tune.get_checkpoint()) is not None:
             with saved.as_directory() as folder:
-                known = torch.load(Path(folder) / FILE, weights_only=False)
+                known = load_state(Path(folder) / FILE)
             self.restored, self.curve = known["state"], known["curve"]
             self.seed = seed_of(seed, len(self.curve))  # other random numbers than those of its first steps
             self._epochs = float(self.curve[-1][0])
@@ -73,7 +72,7 @@ class TuneTrial(Trial):
             self.tune.report(self.metrics(number, step))
             return
         with tempfile.TemporaryDirectory() as folder:
-            torch.save({"state": self.state, "curve": self.curve}, Path(folder) / FILE)
+            save_state({"state": self.state, "curve": self.curve}, Path(folder) / FILE)
             saved = self.tune.Checkpoint.from_directory(folder)
             self.tune.report(self.metrics(number, step), checkpoint=saved)
 

@@ -14,6 +14,7 @@ from typing import Any
 from hypergrad.search.extend import extended, moved
 from hypergrad.search.extras import need
 from hypergrad.search.space import Space
+from hypergrad.search.stored_data import check_attributes
 
 NAME = "hypergrad.search"  # of the study in its storage
 IDENTITY = "hypergrad.search"  # the user attribute that identifies the study
@@ -80,6 +81,7 @@ def open_study(storage: Any, identity: dict[str, Any], pruner: Any, wider: Space
         optuna.delete_study(study_name=_name(number), storage=storage)
         number -= 1
         study = create(study_name=_name(number))
+    check_attributes(study.get_trials(deepcopy=False))
     known = study.user_attrs.get(IDENTITY)
     if known is None:
         study.set_user_attr(IDENTITY, identity)

@@ -438,7 +438,11 @@ def test_choices_of_any_type_and_conditions_are_searched_and_kept(tmp_path: Path
     assert all(each.state == "complete" for each in study.trials)
 
 
-LISTS = {"sizes": [[64, 64], [32], (32,)], "net": [{"value": 3}, {"widths": [8, 8]}], "x": Float(0.0, 1.0, points=3)}
+LISTS = {
+    "sizes": [[64, 64], [32], (32,)],
+    "net": [{"value": 3}, {"widths": [8, 8]}],
+    "x": Float(0.0, 1.0, points=3, differentiable=False),
+}
 
 
 def of_lists(p: dict[str, Any]) -> float:
