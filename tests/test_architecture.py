@@ -112,6 +112,35 @@ def test_names_of_files_are_unique() -> None:
     assert not twice, "\n".join(["files of the same name:", *twice])
 
 
+# what reads objects of any class from a file, and so can run code; the one place that names the classes it reads is listed
+UNPICKLERS = {
+    "pickle.load",
+    "pickle.loads",
+    "cloudpickle.load",
+    "cloudpickle.loads",
+    "dill.load",
+    "joblib.load",
+    "marshal.load",
+}
+READS_NAMED_CLASSES = {"hypergrad.search.stored_data"}  # by a pickle.Unpickler of its own
+
+
+def test_files_are_read_as_data() -> None:
+    """`torch.load` with weights_only=True written out, and no other reader of pickles."""
+    found = []
+    for name, file in files().items():
+        for node in ast.walk(ast.parse(file.read_text(), str(file))):
+            called = ast.unparse(node.func) if isinstance(node, ast.Call) else ""
+            words = {word.arg: ast.unparse(word.value) for word in node.keywords} if isinstance(node, ast.Call) else {}
+            loose = called == "torch.load" and words.get("weights_only") != "True"
+            unpickles = called in UNPICKLERS or words.get("allow_pickle") == "True"
+            if isinstance(node, ast.Attribute) and ast.unparse(node) == "pickle.Unpickler":
+                unpickles = name not in READS_NAMED_CLASSES
+            if loose or unpickles:
+                found.append(f"{file.relative_to(ROOT.parent)}:{node.lineno} {ast.unparse(node)}")  # type: ignore[attr-defined]
+    assert not found, "\n".join(["files that are not read as data:", *found])
+
+
 def test_few_entries_in_the_library() -> None:
     entries = sorted(entry.name for entry in ROOT.iterdir() if entry.name != "__pycache__")
     assert len(entries) <= ENTRIES, entries

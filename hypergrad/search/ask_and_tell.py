@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, replace
@@ -18,7 +19,9 @@ from hypergrad.search.logs import record_trial
 from hypergrad.search.objective import Objective, Outcome, RemainingBudget, Trial, seed_of
 from hypergrad.search.records import record
 from hypergrad.search.space import Space, Values
+from hypergrad.search.storage import sign_of
 from hypergrad.search.strategies.base import Strategy
+from hypergrad.search.strategies.tuned_entries import NotDifferentiated
 from hypergrad.search.workers import Runner
 
 
@@ -45,7 +48,7 @@ class AskAndTell:
         log_dir: Path | None,
     ):
         self.objective, self.space, self.strategy, self.budget = objective, space, strategy, budget
-        self.seed, self.study, self.log_dir = seed, study, log_dir
+        self.seed, self.study, self.log_dir, self.sign = seed, study, log_dir, sign_of(study)
         self.seconds_before, self.began = float(study.user_attrs.get("seconds", 0.0)), time.perf_counter()
 
         self.running: dict[Future[Outcome], tuple[Any, Values]] = {}
@@ -75,8 +78,10 @@ class AskAndTell:
                 for future in wait(self.running, return_when=FIRST_COMPLETED).done:
                     self._end(future)
                     bar.update()
-                    best = min((x.value for x in self._frozen() if x.state.name == "COMPLETE"), default=None)
-                    bar.set_postfix({} if best is None else {"best": f"{best:.5g}"})
+                    best = min(
+                        (self.sign * x.value for x in self._frozen() if x.state.name == "COMPLETE"), default=None
+                    )
+                    bar.set_postfix({} if best is None else {"best": f"{self.sign * best:.5g}"})
         except KeyboardInterrupt:
             self.interrupted = True
         except BrokenProcessPool as error:
@@ -102,7 +107,7 @@ class AskAndTell:
         trial = self._ask()
         values = suggest(self.space, trial)
         remaining = RemainingBudget(self.budget, self._spent_now())
-        own = Trial(trial.number, values, seed_of(self.seed, trial.number), remaining=remaining)
+        own = Trial(trial.number, values, seed_of(self.seed, trial.number), remaining=remaining, sign=self.sign)
         self.running[executor.submit(self.objective, self.strategy, own, trial)] = trial, values
 
     def _ask(self) -> Any:
@@ -124,6 +129,8 @@ class AskAndTell:
         outcome = future.result()
         trial, values = self.running.pop(future)
         optuna = need("optuna", "a search")
+        for sentence in outcome.warnings:
+            warnings.warn(sentence, NotDifferentiated, stacklevel=4)
         trial.set_user_attr("cost", asdict(outcome.cost))
         if outcome.notes:
             trial.set_user_attr("notes", outcome.notes)

@@ -76,8 +76,18 @@ class Budget:
 UNITS = tuple(f.name for f in fields(Budget))
 
 
-def as_budget(budget: Any) -> Budget | None:
-    """What a user wrote for a budget: a Budget, a dict of its arguments, or a number of trials; None stays None."""
+def as_budget(budget: Any, n_trials: int | None = None, timeout: float | None = None) -> Budget | None:
+    """What a user wrote for a budget: a Budget, a dict of its arguments, or a number of trials; `n_trials` and `timeout` are its
+    trials and seconds. None where there is no limit."""
+    more = {unit: limit for unit, limit in (("trials", n_trials), ("seconds", timeout)) if limit is not None}
+    if more:
+        made = as_budget(budget)
+        limits = {} if made is None else made.limits
+        if twice := sorted(limits.keys() & more):
+            raise ValueError(
+                f"the budget has {twice[0]} already: give them there, or as n_trials and timeout, not in both."
+            )
+        return Budget(**limits | more)  # type: ignore[arg-type]
     if budget is None or isinstance(budget, Budget):
         return budget
     if isinstance(budget, Mapping):

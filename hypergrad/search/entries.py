@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from numbers import Integral, Real
 from typing import Any
 
@@ -24,9 +24,16 @@ class _Number:
     points: int | None
     start: Any
     when: When | None
+    log: bool
 
     def _check(self, kind: type, scales: tuple[str, ...]) -> None:
         name = type(self).__name__
+        if self.log and self.scale not in ("linear", "log"):
+            raise ValueError(
+                f"{name}: log=True is scale='log', and this one has scale={self.scale!r}: give one of them."
+            )
+        object.__setattr__(self, "scale", "log" if self.log else self.scale)
+        object.__setattr__(self, "log", self.scale == "log")
         for label, x in (("low", self.low), ("high", self.high), ("start", self.start)):
             if label == "start" and x is None:
                 continue
@@ -83,6 +90,7 @@ class Float(_Number):
         differentiable: whether hypergradients move it; None: they do where the training run has a hyperparameter of this name
             that has a derivative.
         when: name → value or values of other entries for which this one is there; all must hold.
+        log: True is scale="log", as Optuna writes it.
 
     Example:
         >>> lr = Float(1e-4, 1.0, "log", points=5)
@@ -100,6 +108,7 @@ class Float(_Number):
     start: float | None = None
     differentiable: bool | None = None
     when: When | None = None
+    log: bool = field(default=False, repr=False)
 
     def __post_init__(self) -> None:
         self._check(Real, SCALES)  # type: ignore[type-abstract]
@@ -146,7 +155,7 @@ class Int(_Number):
         scale: "linear" or "log".
         step: from low; linear only.
         points: of a grid even in the scale, for strategy="grid"; None: every number.
-        start, when: as of `Float`.
+        start, when, log: as of `Float`.
 
     Example:
         >>> Int(1, 1000, "log", points=4).grid(), Int(2, 8, step=3).grid()
@@ -160,6 +169,7 @@ class Int(_Number):
     points: int | None = None
     start: int | None = None
     when: When | None = None
+    log: bool = field(default=False, repr=False)
 
     def __post_init__(self) -> None:
         self._check(Integral, ("linear", "log"))  # type: ignore[type-abstract]
@@ -239,6 +249,16 @@ def labels(entry: Categorical) -> list[Any]:
     if simple and not any(a == b for i, a in enumerate(entry.choices) for b in entry.choices[:i]):
         return list(entry.choices)
     return [f"{i}: {label_of(choice)}" for i, choice in enumerate(entry.choices)]
+
+
+def stored(entry: Entry, value: Any) -> Any:
+    """A value as storages keep it."""
+    return labels(entry)[entry.index(value)] if isinstance(entry, Categorical) else value
+
+
+def restored(entry: Entry, kept: Any) -> Any:
+    """The value of what a storage has kept."""
+    return entry.choices[labels(entry).index(kept)] if isinstance(entry, Categorical) else kept
 
 
 def _conditions(when: Any) -> dict[str, tuple[Any, ...]] | None:

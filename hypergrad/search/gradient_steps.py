@@ -16,8 +16,8 @@ from typing import Any
 
 from hypergrad.search.convert.optuna_spaces import decode, encode
 from hypergrad.search.entries import Float
-from hypergrad.search.extras import need
 from hypergrad.search.space import Space, Values, as_space
+from hypergrad.search.storage import sign_of
 
 GRADIENT, FROM = "hypergradient", "hypergradient step from trial"  # user attributes
 
@@ -97,8 +97,7 @@ def _step(study: Any, space: Space, step_size: float) -> tuple[Values, int] | No
     """The values, and the trial that they are a step from."""
     if isinstance(step_size, bool) or not isinstance(step_size, (int, float)) or not 0 < step_size <= 1:
         raise ValueError(f"step_size must be a share of the range, above 0 and at most 1, got {step_size!r}.")
-    optuna = need("optuna", "a hypergradient step in a study of Optuna")
-    sign = -1.0 if study.direction == optuna.study.StudyDirection.MAXIMIZE else 1.0
+    sign = sign_of(study)
     trials = study.get_trials(deepcopy=False)
     have = [x for x in trials if x.state.name == "COMPLETE" and x.user_attrs.get(GRADIENT)]
     if not have:

@@ -1,8 +1,8 @@
-"""What is minimised: an objective, and the trial to which it may report.
+"""What is minimised or maximised: an objective, and the trial to which it may report.
 
-An objective is a function `f(params)`, or `f(params, trial)` where it reports while it runs. It returns the
-validation loss, or the training run that leads to it, a `Run`. A run can be trained with the values it was built with, which is
-all that samplers need; and it can be differentiated, which is what strategies "hypergradient" and "hybrid" need.
+An objective is a function `f(params)`, or `f(params, trial)` where it reports while it runs. It returns the validation loss, or a
+score, which is maximised; or the training run that leads to it, a `Run`. A run can be trained with the values it was built with,
+which is all that samplers need; and it can be differentiated, which is what strategies "hypergradient" and "hybrid" need.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import json
 import math
 import random
 import time
-import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -25,8 +24,10 @@ from torch import Tensor
 
 from hypergrad.core.signatures import positional
 from hypergrad.search.budget import Budget, Cost
+from hypergrad.search.failures import explained
 
 Objective = Callable[..., Any]
+DIRECTIONS = {"minimize": 1.0, "maximize": -1.0}  # of a study, and the sign with which its values are least at the best
 
 
 class Pruned(Exception):
@@ -39,6 +40,7 @@ class Trial:
     Attributes:
         number: of the trial, from 0.
         params: the values it is to try, a dict.
+        sign: 1.0 where the study minimises, -1.0 where it maximises.
         decay: whether a `Run` is trained with lr times a linear decay to zero, because its values were learned in such a run.
         seed: a number of its own, the same in every run of the same study. The global generators of random, numpy and torch are
             seeded with it while the trial runs (where trials do not run in threads).
@@ -51,8 +53,9 @@ class Trial:
         seed: int,
         reports: Any = None,
         remaining: RemainingBudget | None = None,
+        sign: float = 1.0,
     ):
-        self.number, self.params, self.seed, self.decay = number, dict(params), seed, False
+        self.number, self.params, self.seed, self.sign, self.decay = number, dict(params), seed, sign, False
         self.notes: dict[str, Any] = {}
         self.curve: list[tuple[int, float]] = []
         self.reports, self._remaining = reports, remaining or RemainingBudget()
@@ -93,8 +96,8 @@ class Trial:
         it.
 
         Args:
-            state: what torch.save writes, such as {"model": model.state_dict(), "optimizer": …, "tuner": tuner.state_dict(),
-                "epoch": 3}.
+            state: data, which torch.load reads with weights_only=True: {"model": model.state_dict(), "optimizer": …, "tuner":
+                tuner.state_dict(), "epoch": 3}.
         """
 
     def restore(self) -> Any:
@@ -160,8 +163,9 @@ class Outcome:
     cost: Cost
     notes: dict[str, Any]
     curve: list[tuple[int, float]]
-    error: str | None = None  # the traceback of one that failed
+    error: str | None = None  # of one that failed: message, the user's line, and traceback
     retries: int = 0  # how often it was run again because its worker died
+    warnings: list[str] = field(default_factory=list)  # what a worker of another machine could not say itself
 
 
 def evaluate(run: Callable[[Trial], float], trial: Trial, isolated: bool = True) -> Outcome:
@@ -182,8 +186,8 @@ def evaluate(run: Callable[[Trial], float], trial: Trial, isolated: bool = True)
             state = "pruned"
         except Exception as raised:
             state = "pruned" if type(raised).__name__ == "TrialPruned" else "failed"
-            error = None if state == "pruned" else traceback.format_exc()
-    if value is not None and (math.isnan(value) or value == -math.inf):
+            error = None if state == "pruned" else explained(raised)
+    if value is not None and (math.isnan(value) or value == -trial.sign * math.inf):
         state, error, value = "failed", f"ValueError: the objective returned {value}.", None
     return Outcome(state, value, trial.cost, trial.notes, trial.curve, error)
 
@@ -220,6 +224,17 @@ def as_number(value: Any, who: str) -> float:
     if isinstance(value, (bool, np.bool_)) or not isinstance(value, Real):
         raise WrongType(f"{who} {value!r} ({type(value).__name__}): return the validation loss, a float.")
     return float(value)
+
+
+def as_sign(direction: Any) -> float:
+    """The sign of a direction.
+
+    Raises:
+        ValueError: it is neither "minimize" nor "maximize".
+    """
+    if direction not in DIRECTIONS:
+        raise ValueError(f"direction must be 'minimize' or 'maximize', got {direction!r}.")
+    return DIRECTIONS[direction]
 
 
 def takes_trial(objective: Objective) -> bool:

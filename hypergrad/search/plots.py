@@ -1,4 +1,4 @@
-"""A study as PNGs: its history, quality against cost, and the importance of each entry."""
+"""A study as PNGs: Optuna's plots of its history and of each entry's importance, and its quality against cost."""
 
 from __future__ import annotations
 
@@ -10,8 +10,7 @@ from typing import Any
 
 from hypergrad.search.extras import need
 from hypergrad.search.records import Record
-
-DOTS, LINE, GREY = "#9ab3c9", "#1f5f99", "#666666"
+from hypergrad.search.storage import sign_of
 
 
 def plot(trials: list[Record], study: Any, folder: Path) -> dict[str, Path]:
@@ -25,72 +24,37 @@ def plot(trials: list[Record], study: Any, folder: Path) -> dict[str, Path]:
     Returns:
         name → file.
     """
-    need("matplotlib", "Study.plot")
+    plt = need("matplotlib.pyplot", "Study.plot")
+    drawn = need("optuna.visualization.matplotlib", "Study.plot")
     folder.mkdir(parents=True, exist_ok=True)
-    done = [
-        each for each in trials if each.state == "complete" and each.value is not None and math.isfinite(each.value)
-    ]
+    done = [x for x in trials if x.state == "complete" and x.value is not None and math.isfinite(x.value)]
+    varied = any(x.value != done[0].value for x in done)
+    draws = {"history": lambda: drawn.plot_optimization_history(study), "cost": lambda: _cost(plt, trials, done, study)}
+    if varied:
+        draws["importance"] = lambda: drawn.plot_param_importances(study)
     made: dict[str, Path] = {}
-    if done:
-        made["history"] = _progress(done, [each.number for each in done], "trial", folder / "history.png")
-        unit = "gradient_evaluations" if any(each.cost.gradient_evaluations for each in done) else "seconds"
-        spent = {each.number: total for each, total in zip(trials, _running(trials, unit))}
-        label = unit.replace("_", " ") + ", all trials so far"
-        made["cost"] = _progress(done, [spent[each.number] for each in done], label, folder / "cost.png")
-    weights = importances(study) if len(done) > 1 else {}
-    if weights:
-        made["importance"] = _bars(weights, folder / "importance.png")
+    with (
+        plt.rc_context(),
+        warnings.catch_warnings(),
+    ):  # Optuna sets a style for everything, and warns of what is experimental
+        warnings.simplefilter("ignore")
+        for name, draw in draws.items() if done else ():
+            axes = draw()
+            made[name] = folder / f"{name}.png"
+            axes.figure.savefig(made[name], dpi=120, bbox_inches="tight")
+            plt.close(axes.figure)
     return made
 
 
-def importances(study: Any) -> dict[str, float]:
-    """name → its share of the variance of the validation loss (fANOVA, by Optuna); of entries that every trial has.
-
-    Args:
-        study: of Optuna.
-    """
-    optuna = need("optuna", "importances")
-    evaluator = optuna.importance.FanovaImportanceEvaluator(seed=0)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of entries with a single value
-        try:
-            return optuna.importance.get_param_importances(study, evaluator=evaluator)
-        except (ValueError, RuntimeError):  # all values equal, or no entry that all trials have
-            return {}
-
-
-def _running(trials: list[Record], unit: str) -> list[float]:
-    return list(itertools.accumulate(getattr(each.cost, unit) for each in trials))
-
-
-def _axes(width: float = 6.0, height: float = 3.6) -> tuple[Any, Any]:
-    from matplotlib.figure import Figure  # not pyplot, which opens windows and keeps state
-
-    figure = Figure(figsize=(width, height), layout="constrained")
-    axes = figure.subplots()
-    axes.spines[["top", "right"]].set_visible(False)
-    return figure, axes
-
-
-def _progress(done: list[Record], x: list[float], label: str, path: Path) -> Path:
-    """A dot for each trial, and a line for the best value so far."""
-    figure, axes = _axes()
-    values = [each.value for each in done if each.value is not None]
-    axes.scatter(x, values, s=14, color=DOTS, label="a trial")
-    axes.step(x, list(itertools.accumulate(values, min)), where="post", color=LINE, label="best so far")
-    if min(values) > 0 and max(values) > 30 * min(values):
-        axes.set_yscale("log")
-    axes.set(xlabel=label, ylabel="validation loss")
-    axes.legend(frameon=False)
-    figure.savefig(path, dpi=120)
-    return path
-
-
-def _bars(weights: dict[str, float], path: Path) -> Path:
-    figure, axes = _axes(height=1.2 + 0.35 * len(weights))
-    names = list(weights)[::-1]
-    bars = axes.barh(names, [weights[name] for name in names], color=LINE, height=0.6)
-    axes.bar_label(bars, fmt="%.2f", padding=3, color=GREY)
-    axes.set(xlabel="share of the variance of the validation loss")
-    figure.savefig(path, dpi=120)
-    return path
+def _cost(plt: Any, trials: list[Record], done: list[Record], study: Any) -> Any:
+    """A dot for each trial, and a line for the best value so far, over what all trials took."""
+    unit = "gradient_evaluations" if any(x.cost.gradient_evaluations for x in done) else "seconds"
+    spent = dict(zip((x.number for x in trials), itertools.accumulate(getattr(x.cost, unit) for x in trials)))
+    axes = plt.subplots()[1]
+    values, sign = [x.value for x in done if x.value is not None], sign_of(study)
+    axes.scatter([spent[x.number] for x in done], values, s=14, label="a trial")
+    best = [sign * x for x in itertools.accumulate((sign * x for x in values), min)]
+    axes.step([spent[x.number] for x in done], best, where="post", label="best so far")
+    axes.set(xlabel=f"{unit.replace('_', ' ')}, all trials so far", ylabel="objective value")
+    axes.legend()
+    return axes

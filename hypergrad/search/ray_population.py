@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from hypergrad.search.budget import Cost
+from hypergrad.search.entries import stored
 from hypergrad.search.extras import need
 from hypergrad.search.objective import Objective, Outcome, Reports, Trial, WrongType
 from hypergrad.search.ray_tune import Trainable, number_of
@@ -102,7 +103,9 @@ class PopulationRunner(Runner):
 
     def _tuner(self, objective: Objective, folder: str) -> Any:
         tune, search = need("ray.tune", NEEDED_BY), need("ray.tune.search.basic_variant", NEEDED_BY)
-        trains = Trainable(objective, self.seed, for_pbt=True, numbers=[each.trial.number for each in self.members])
+        space, numbers = self.strategy.space, [each.trial.number for each in self.members]
+        sign = self.members[0].trial.sign
+        trains = Trainable(objective, self.seed, for_pbt=True, numbers=numbers, space=space, sign=sign)
 
         def objective_of_the_search(config: dict[str, Any]) -> None:
             trains(config)
@@ -112,9 +115,11 @@ class PopulationRunner(Runner):
             tune.with_resources(objective_of_the_search, resources),
             param_space=self.strategy.param_space,
             tune_config=tune.TuneConfig(
-                scheduler=self.strategy.scheduler(),
+                scheduler=self.strategy.scheduler("min" if sign > 0 else "max"),
                 search_alg=search.BasicVariantGenerator(
-                    points_to_evaluate=[each.trial.params for each in self.members]
+                    points_to_evaluate=[
+                        {name: stored(space[name], x) for name, x in each.trial.params.items()} for each in self.members
+                    ]
                 ),
                 num_samples=len(self.members),
                 reuse_actors=True,

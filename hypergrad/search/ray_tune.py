@@ -5,15 +5,14 @@ from __future__ import annotations
 import math
 import os
 import tempfile
-import traceback
 import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-
+from hypergrad.search.entries import restored
 from hypergrad.search.extras import need
+from hypergrad.search.failures import explained
 from hypergrad.search.objective import (
     Objective,
     Trial,
@@ -24,6 +23,8 @@ from hypergrad.search.objective import (
     seeded,
     takes_trial,
 )
+from hypergrad.search.space import Space
+from hypergrad.search.stored_data import load_state, save_state
 from hypergrad.search.training import is_run, train
 from hypergrad.search.values import plain
 
@@ -34,13 +35,13 @@ FILE = "trial.pt"  # in a checkpoint of Ray: the objective's state, and how far 
 class TuneTrial(Trial):
     """A trial inside Ray Tune: each report goes to Tune's scheduler, with the last state given to `checkpoint`."""
 
-    def __init__(self, number: int, params: dict[str, Any], seed: int, must_restore: bool):
-        super().__init__(number, params, seed)
+    def __init__(self, number: int, params: dict[str, Any], seed: int, must_restore: bool, sign: float):
+        super().__init__(number, params, seed, sign=sign)
         self.tune, self.must_restore = need("ray.tune", NEEDED_BY), must_restore
         self.restored = None
         if (saved := self.tune.get_checkpoint()) is not None:
             with saved.as_directory() as folder:
-                known = torch.load(Path(folder) / FILE, weights_only=False)
+                known = load_state(Path(folder) / FILE)
             self.restored, self.curve = known["state"], known["curve"]
             self.seed = seed_of(seed, len(self.curve))  # other random numbers than those of its first steps
             self._epochs = float(self.curve[-1][0])
@@ -71,7 +72,7 @@ class TuneTrial(Trial):
             self.tune.report(self.metrics(number, step))
             return
         with tempfile.TemporaryDirectory() as folder:
-            torch.save({"state": self.state, "curve": self.curve}, Path(folder) / FILE)
+            save_state({"state": self.state, "curve": self.curve}, Path(folder) / FILE)
             saved = self.tune.Checkpoint.from_directory(folder)
             self.tune.report(self.metrics(number, step), checkpoint=saved)
 
@@ -114,31 +115,44 @@ class Trainable:
     Args:
         for_pbt: report failures as results and insist on checkpoints, as strategy "pbt" needs; else failures are raised.
         numbers: of the study's trials, in Tune's order; None: Tune's own.
+        space: whose choices Tune has the names of; None: it has the values.
+        sign: of the study, as of `Trial`.
     """
 
-    def __init__(self, objective: Objective, seed: int, for_pbt: bool, numbers: list[int] | None = None):
-        self.objective, self.seed, self.for_pbt, self.numbers = objective, seed, for_pbt, numbers
+    def __init__(
+        self,
+        objective: Objective,
+        seed: int,
+        for_pbt: bool,
+        numbers: list[int] | None = None,
+        space: Space | None = None,
+        sign: float = 1.0,
+    ):
+        self.sign = sign
+        self.objective, self.seed, self.for_pbt, self.numbers, self.space = objective, seed, for_pbt, numbers, space
 
     def __call__(self, config: Mapping[str, Any]) -> None:
         tune = need("ray.tune", NEEDED_BY)
         params = {name: plain(value) for name, value in config.items()}
+        if self.space is not None:
+            params = {name: restored(self.space[name], value) for name, value in params.items()}
         number = self._number(tune.get_context().get_trial_id())
         if self.for_pbt and (folder := os.environ.get("TUNE_ORIG_WORKING_DIR")):
             os.chdir(folder)  # relative paths mean the same as with every other strategy
         last: dict[str, Any] = {"done": True}
         try:
-            trial = TuneTrial(number, params, seed_of(self.seed, number), self.for_pbt)
+            trial = TuneTrial(number, params, seed_of(self.seed, number), self.for_pbt, self.sign)
             with seeded(trial.seed):
                 result = call_objective(self.objective, trial)
                 value = as_number(train(result, trial) if is_run(result) else result, "the objective returned")
-            if math.isnan(value) or value == -math.inf:
+            if math.isnan(value) or value == -self.sign * math.inf:
                 raise ValueError(f"the objective returned {value}.")
             last |= trial.metrics(value, int(trial.reported[0]))
         except Exception as error:
             if not self.for_pbt:
                 raise
             wrong = str(error) if isinstance(error, WrongType) else ""
-            last |= {"loss": math.inf, "error": traceback.format_exc(), "wrong": wrong}
+            last |= {"loss": self.sign * math.inf, "error": explained(error), "wrong": wrong}
         tune.report(last)
 
     def _number(self, trial_id: str) -> int:

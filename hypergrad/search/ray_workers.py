@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 import os
 import time
+import warnings
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -24,6 +25,7 @@ from hypergrad.search.extras import need
 from hypergrad.search.objective import Objective, Outcome, Reports, Trial, evaluate, name_of
 from hypergrad.search.storage import NAME, open_storage, quiet_optuna
 from hypergrad.search.strategies.base import Strategy
+from hypergrad.search.strategies.tuned_entries import NotDifferentiated
 from hypergrad.search.workers import Runner
 
 NEEDED_BY = "backend 'ray'"
@@ -103,12 +105,12 @@ def check_sendable(objective: Objective, storage: Any) -> None:
 class ReportActor:
     """Stores what trials on workers report. A report is identified by its step, so one that is sent twice counts once."""
 
-    def __init__(self, storage: Any, strategy: Strategy):
+    def __init__(self, storage: Any, strategy: Strategy, name: str = NAME):
         optuna = need("optuna", "a search")
         with quiet_optuna():
             sampler = optuna.samplers.RandomSampler(seed=0)
             self.study = optuna.load_study(
-                study_name=NAME, storage=open_storage(storage), sampler=sampler, pruner=strategy.pruner()
+                study_name=name, storage=open_storage(storage), sampler=sampler, pruner=strategy.pruner()
             )
 
     def _trial(self, trial_id: int) -> Reports:
@@ -139,7 +141,10 @@ class RemoteReports:
 def _on_worker(sent: tuple[Objective, Strategy], trial: Trial, actor: Any, trial_id: int) -> Outcome:
     objective, strategy = sent
     trial.reports = RemoteReports(actor, trial_id)
-    return evaluate(partial(strategy.run, objective), trial)
+    with warnings.catch_warnings(record=True) as said:
+        outcome = evaluate(partial(strategy.run, objective), trial)
+    outcome.warnings = [str(each.message) for each in said if issubclass(each.category, NotDifferentiated)]
+    return outcome
 
 
 class RayRunner(Runner):
@@ -191,7 +196,7 @@ class RayRunner(Runner):
 
 
 @contextmanager
-def ray_runner(n_jobs: int, storage: Any, strategy: Strategy, cluster: Cluster) -> Iterator[RayRunner]:
+def ray_runner(n_jobs: int, storage: Any, strategy: Strategy, cluster: Cluster, study_name: str) -> Iterator[RayRunner]:
     """Workers on a Ray cluster, as long as the context lasts."""
     ray = need("ray", NEEDED_BY)
     with connected(n_jobs, cluster):
@@ -200,7 +205,7 @@ def ray_runner(n_jobs: int, storage: Any, strategy: Strategy, cluster: Cluster) 
         )
         reopened = str(Path(storage).absolute()) if is_path(storage) else storage
         made = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1, scheduling_strategy=this_node)(ReportActor)
-        runner = RayRunner(ThreadPoolExecutor(n_jobs), cluster, made.remote(reopened, strategy))
+        runner = RayRunner(ThreadPoolExecutor(n_jobs), cluster, made.remote(reopened, strategy, study_name))
         try:
             yield runner
         finally:

@@ -7,6 +7,7 @@ from typing import Any
 
 from hypergrad.search.budget import Cost
 from hypergrad.search.convert.optuna_spaces import decode
+from hypergrad.search.entries import restored
 from hypergrad.search.space import Space, Values
 
 STATES = {
@@ -28,7 +29,7 @@ class Record:
         params: its values; where hypergradients moved some, those they came to.
         value: the validation loss, or None; of a pruned trial the last one that it reported.
         cost: what it took.
-        error: the traceback of a failed one.
+        error: of a failed one the message, the user's own line, and below them the whole traceback.
         notes: what was kept with `trial.note`.
         retries: how often it was run again because its worker died.
     """
@@ -47,7 +48,8 @@ def record(frozen: Any, space: Space) -> Record:
     """A trial of Optuna as a Record."""
     attrs = frozen.user_attrs
     notes = dict(attrs.get("notes", {}))
-    params = decode(space, frozen.params) | notes.get("learned", {})
+    learned = {name: restored(space[name], x) for name, x in notes.get("learned", {}).items() if name in space}
+    params = decode(space, frozen.params) | learned
     value = frozen.value if frozen.values else None
     return Record(
         frozen.number,

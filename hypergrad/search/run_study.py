@@ -13,11 +13,11 @@ from typing import Any
 from hypergrad.search.ask_and_tell import AskAndTell
 from hypergrad.search.budget import Budget, as_budget
 from hypergrad.search.extras import need
-from hypergrad.search.objective import Objective, name_of, takes_trial
+from hypergrad.search.objective import Objective, as_sign, name_of, takes_trial
 from hypergrad.search.ray_population import population_runner
 from hypergrad.search.ray_workers import Cluster, as_cluster, check_sendable, ray_runner
 from hypergrad.search.space import Space, as_space
-from hypergrad.search.storage import NAME, locked, open_storage, open_study, quiet_optuna
+from hypergrad.search.storage import locked, open_storage, open_study, quiet_optuna
 from hypergrad.search.strategies import make
 from hypergrad.search.strategies.base import Strategy
 from hypergrad.search.strategies.population_based import PBT
@@ -37,25 +37,36 @@ def optimize(
     n_jobs: int = 1,
     backend: str = "local",
     *,
+    n_trials: int | None = None,
+    timeout: float | None = None,
+    direction: str = "minimize",
+    aliases: Mapping[str, str] | None = None,
     workers: str = "processes",
     options: Mapping[str, Any] | None = None,
     cluster: Cluster | Mapping[str, Any] | None = None,
     log_dir: str | Path | None = None,
     progress: bool | None = None,
 ) -> Study:
-    """Minimise a validation loss over a space of hyperparameters, p* = argmin f(p).
+    """Minimise a validation loss over a space of hyperparameters, p* = argmin f(p); or maximise a score.
 
     Args:
         objective: `f(params)` or `f(params, trial)`, params a dict of the entries that are there. It returns the validation loss,
-            a float; infinity is the worst there is, NaN is a failure. Or it returns the training run, a `hypergrad.Run`, with the
-            optimizer made of these values: strategies with hypergradients need that, all others train it.
+            a float, of which infinity is the worst there is, or a score, of which minus infinity is; NaN is a failure. Or it
+            returns the training run, a `hypergrad.Run`, with the optimizer made of these values: strategies with hypergradients
+            need that, all others train it.
         space: name → Float, Int, Categorical, a list of choices or a constant.
         strategy: "grid", "random", "tpe", "gp", "cma", "hyperopt", "hyperband", "asha", "hypergradient" or "hybrid" (descents
             over whole runs), "hypergradient-online" or "hybrid-online" (a Tuner in every run), or, with backend "ray", "pbt".
         budget: a `Budget`, a dict such as {"trials": 64} or {"seconds": 600}, or a number of trials. None: all of a finite grid.
         seed: of everything that is drawn.
         storage: path of a journal file, from which a call with the same arguments goes on; a URL or a storage of Optuna. None: in
-            memory. What counts as the same study is objective's name, space, strategy, options and seed.
+            memory. What counts as the same study is objective's name, direction, strategy, options and seed; the space may have
+            become wider.
+        n_trials, timeout: trials and seconds of the budget, by Optuna's names. Those of earlier calls that the storage has count,
+            so that the same call goes on after an interruption.
+        direction: "minimize", or "maximize" where the objective returns a score, or a Run whose val_loss is one.
+        aliases: entry → the hyperparameter of the run that it is, such as {"wd": "weight_decay"}, where names differ. Strategies
+            without hypergradients need none.
         n_jobs: trials at a time. With more than one, which trials a sampler has seen when it chooses depends on the clock.
         backend: "local", or "ray": n_jobs trials at a time on the workers of a Ray cluster (docs/ray.md). It needs a storage. The
             trial of a worker that dies is run again.
@@ -82,12 +93,13 @@ def optimize(
         >>> study.best_params, study.best_value, len(study.trials)
         ({'x': 1}, 0.0, 4)
     """
-    space, limit = as_space(space), as_budget(budget)
+    space, limit = as_space(space), as_budget(budget, n_trials, timeout)
+    as_sign(direction)
     if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
         raise ValueError(f"seed must be a whole number from 0, got {seed!r}.")
     with_trial = takes_trial(objective)
     need("optuna", "a search")
-    chosen = make(strategy, space, seed, options or {})
+    chosen = make(strategy, space, seed, options or {}, aliases)
     _check_execution(limit, chosen, strategy, with_trial, n_jobs, backend, workers)
     ray_cluster = as_cluster(cluster)
     if backend == "ray":
@@ -97,8 +109,9 @@ def optimize(
     identity = {
         "objective": name_of(objective),
         "space": space.describe(),
+        "direction": direction,
         "strategy": strategy,
-        "options": json.loads(json.dumps(dict(options or {}), default=str)),
+        "options": json.loads(json.dumps(dict(options or {}) | ({"aliases": aliases} if aliases else {}), default=str)),
         "seed": seed,
     }
     with ExitStack() as stack:
@@ -110,14 +123,15 @@ def optimize(
             check_picklable(objective)
         if temporary:  # processes exchange reports through a file
             storage = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "study.journal"
-        optuna_study = open_study(open_storage(storage), identity, chosen.pruner())
+        wider = space if chosen.size is None else None
+        optuna_study = open_study(open_storage(storage), identity, chosen.pruner(), wider)
         loop = AskAndTell(objective, space, chosen, limit, seed, optuna_study, Path(log_dir) if log_dir else None)
         at_a_time = n_jobs
         if isinstance(chosen, PBT):  # all members at once
             at_a_time = loop.trials_left()
             workers_of_trials = population_runner(n_jobs, at_a_time, chosen, ray_cluster, seed)
         elif backend == "ray":
-            workers_of_trials = ray_runner(n_jobs, storage, chosen, ray_cluster)
+            workers_of_trials = ray_runner(n_jobs, storage, chosen, ray_cluster, optuna_study.study_name)
         else:
             workers_of_trials = local_runner(n_jobs, workers, storage)
         loop.run(stack.enter_context(workers_of_trials), at_a_time, progress)
@@ -137,8 +151,8 @@ def _in_memory(study: Any) -> Any:
     """A copy of a study in memory, for one whose temporary file is about to be deleted."""
     optuna = need("optuna", "a search")
     memory = optuna.storages.InMemoryStorage()
-    optuna.copy_study(from_study_name=NAME, from_storage=study._storage, to_storage=memory)
-    return optuna.load_study(study_name=NAME, storage=memory)
+    optuna.copy_study(from_study_name=study.study_name, from_storage=study._storage, to_storage=memory)
+    return optuna.load_study(study_name=study.study_name, storage=memory)
 
 
 def _check_execution(
@@ -157,7 +171,10 @@ def _check_execution(
     if isinstance(n_jobs, bool) or not isinstance(n_jobs, int) or n_jobs < 1:
         raise ValueError(f"n_jobs must be a whole number from 1, got {n_jobs!r}.")
     if budget is None and name != "grid":
-        raise ValueError(f"strategy {name!r} has no end of its own: pass a budget, such as budget={{'trials': 64}}.")
+        raise ValueError(
+            f"strategy {name!r} has no end of its own: pass a budget, such as n_trials=64, timeout=600 or "
+            "budget={'epochs': 500}."
+        )
     if budget is not None and set(budget.limits) == {"epochs"} and not with_trial:
         raise ValueError(
             "a budget in epochs counts what trials report: let the objective be f(params, trial), with trial.report."

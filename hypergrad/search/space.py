@@ -19,7 +19,8 @@ class Space(Mapping[str, Entry]):
         entries: name → Float, Int or Categorical; a list stands for a Categorical, any other plain value for a constant.
 
     Raises:
-        ValueError: no entries, a condition on what is not there, cannot be, or is conditional on itself.
+        ValueError: no entries; numbers in a tuple, which may be a range or choices; a condition on what is not there, cannot be,
+            or is conditional on itself.
 
     Example:
         >>> space = Space({"optimizer": ["SGD", "Adam"], "momentum": Float(0.5, 0.99, "logit", when={"optimizer": "SGD"})})
@@ -110,13 +111,35 @@ def as_entry(name: str, entry: Any) -> Entry:
     """What a user wrote for an entry."""
     if isinstance(entry, (Float, Int, Categorical)):
         return entry
+    if isinstance(entry, tuple):
+        _check_no_range(name, entry)
     if isinstance(entry, (list, tuple, range, set)) or type(entry).__name__ == "ndarray":
         return Categorical(list(entry))
     if entry is None or isinstance(entry, (bool, Real, str)):
         return Categorical([entry])
+    if isinstance(entry, Mapping):
+        raise TypeError(
+            f"{name}: a dict is not read as an entry. Choices that are dicts stand in a list; entries that belong to one choice "
+            "of another have names of their own and a condition, such as Float(0.5, 0.99, when={'optimizer': 'SGD'})."
+        )
     raise TypeError(
         f"{name}: expected Float, Int, Categorical, a list of choices or a constant, got {type(entry).__name__}. Spaces of other "
         "libraries are read by hypergrad.search.from_optuna, from_sklearn, from_hyperopt and from_ray."
+    )
+
+
+def _check_no_range(name: str, entry: tuple[Any, ...]) -> None:
+    """Refuse numbers in a tuple, also with the name of a scale behind them: other libraries read them as the ends of a range."""
+    numbers = [x for x in entry if isinstance(x, Real) and not isinstance(x, bool)]
+    others = entry[len(numbers) :]
+    if len(numbers) < 2 or not all(isinstance(x, str) for x in others) or list(entry[: len(numbers)]) != numbers:
+        return
+    log = ", log=True" if any("log" in x for x in others) else ""
+    low, high = min(numbers), max(numbers)
+    whole = f" or Int({low}, {high}{log})" if all(isinstance(x, int) for x in numbers) else ""
+    raise ValueError(
+        f"{name}: {entry} may be a range or choices: write Float({low}, {high}{log}){whole} for the range, or the list "
+        f"{list(entry)} for the choices."
     )
 
 

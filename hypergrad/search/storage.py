@@ -7,10 +7,14 @@ import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from hypergrad.search.extend import extended, moved
 from hypergrad.search.extras import need
+from hypergrad.search.space import Space
+from hypergrad.search.stored_data import check_attributes
 
 NAME = "hypergrad.search"  # of the study in its storage
 IDENTITY = "hypergrad.search"  # the user attribute that identifies the study
@@ -42,11 +46,17 @@ def open_storage(storage: Any) -> Any:
         raise ValueError(f"storage {path} is a file, but no journal of a study: choose another name.") from error
 
 
-def open_study(storage: Any, identity: dict[str, Any], pruner: Any) -> Any:
+def sign_of(study: Any) -> float:
+    """The sign with which a study's values are least at the best: −1 where it maximises."""
+    return -1.0 if study.direction.name == "MAXIMIZE" else 1.0
+
+
+def open_study(storage: Any, identity: dict[str, Any], pruner: Any, wider: Space | None = None) -> Any:
     """The study in a storage; a new one where the storage is empty.
 
     Args:
-        identity: what tells one study from another.
+        identity: what tells one study from another, its direction too.
+        wider: a space that the study goes on with where it is not that of the storage; None: there it is another study.
 
     Raises:
         ValueError: it is another study; the message says what differs.
@@ -57,25 +67,51 @@ def open_study(storage: Any, identity: dict[str, Any], pruner: Any) -> Any:
         raise ValueError(
             f"the storage holds another study, {names[0]!r}, which is not of hypergrad.search: choose another storage."
         )
-    study = optuna.create_study(
-        study_name=NAME,
+    create = partial(
+        optuna.create_study,
         storage=storage,
         pruner=pruner,
         sampler=optuna.samplers.RandomSampler(seed=0),
+        direction=identity.get("direction", "minimize"),
         load_if_exists=True,
     )
+    number = max((i for i in range(1, len(names) + 1) if _name(i) in names), default=1)
+    study = create(study_name=_name(number))
+    if number > 1 and IDENTITY not in study.user_attrs:  # an extension that was cut off
+        optuna.delete_study(study_name=_name(number), storage=storage)
+        number -= 1
+        study = create(study_name=_name(number))
+    check_attributes(study.get_trials(deepcopy=False))
     known = study.user_attrs.get(IDENTITY)
     if known is None:
         study.set_user_attr(IDENTITY, identity)
         return study
+    known = {"direction": "minimize"} | known
     differs = [key for key in identity if known.get(key) != identity[key]]
-    if differs:
-        key = differs[0]
-        raise ValueError(
-            f"the storage holds another study: its {key} is {known.get(key)!r}, not {identity[key]!r}. Choose another storage, "
-            "or call optimize as before to go on with it."
-        )
-    return study
+    if not differs:
+        return study
+    why = ""
+    if differs == ["space"] and wider is not None:
+        try:
+            trials = moved(study, wider)
+        except ValueError as error:
+            why = f" A space can be extended, but {error}."
+        else:
+            new = extended(study, trials, wider, _name(number + 1), create, IDENTITY)
+            new.set_user_attr(IDENTITY, identity)  # last: now it is complete
+            return new
+    elif differs == ["space"]:
+        why = " A space can be extended, but not where all of its points are listed: their numbers would be others."
+    key = differs[0]
+    raise ValueError(
+        f"the storage holds another study: its {key} is {known.get(key)!r}, not {identity[key]!r}.{why} Choose another storage, "
+        "or call optimize as before to go on with it."
+    )
+
+
+def _name(number: int) -> str:
+    """The name of a study, and of those that it was extended to."""
+    return NAME if number == 1 else f"{NAME} {number}"
 
 
 @contextmanager

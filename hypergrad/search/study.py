@@ -14,6 +14,7 @@ from hypergrad.search.objective import Objective, Trial, as_number, seed_of, see
 from hypergrad.search.plots import plot
 from hypergrad.search.records import Record, record, table_row
 from hypergrad.search.space import Space, Values
+from hypergrad.search.storage import sign_of
 from hypergrad.search.training import result_of
 
 
@@ -44,7 +45,7 @@ class NoTrialCompleted(ValueError):
         self.study = study
         failed = [record for record in study.trials if record.error]
         why = f" The first one failed with:\n{failed[0].error}" if failed else ""
-        super().__init__(f"none of {len(study.trials)} trials came to a validation loss.{why}")
+        super().__init__(f"none of {len(study.trials)} trials came to a value.{why}")
 
 
 class Study:
@@ -52,6 +53,7 @@ class Study:
 
     Attributes:
         optuna: the `optuna.Study` underneath, for Optuna's own plots and dashboard.
+        direction: "minimize" or "maximize".
         interrupted: whether Ctrl-C ended it.
     """
 
@@ -60,17 +62,21 @@ class Study:
         self.seed, self.interrupted = seed, interrupted
 
     @property
+    def direction(self) -> str:
+        return self.optuna.direction.name.lower()
+
+    @property
     def trials(self) -> list[Record]:
         """All trials, in order."""
         return [record(frozen, self.space) for frozen in self.optuna.get_trials(deepcopy=False)]
 
     @property
     def best_trial(self) -> Record:
-        """The complete trial with the least validation loss, the first of equals."""
+        """The complete trial with the best value, the first of equals."""
         complete = [each for each in self.trials if each.state == "complete" and each.value is not None]
         if not complete:
             raise NoTrialCompleted(self)
-        return min(complete, key=lambda each: each.value if each.value is not None else math.inf)
+        return min(complete, key=lambda each: math.inf if each.value is None else sign_of(self.optuna) * each.value)
 
     @property
     def best_params(self) -> Values:
@@ -121,7 +127,8 @@ class Study:
         return Verification(best.params, self.best_value, validation, test)
 
     def plot(self, folder: str | Path) -> dict[str, Path]:
-        """PNGs of the history, of quality against cost, and of each entry's importance; name → file."""
+        """PNGs of the history, of quality against cost, and of each entry's importance; name → file. Optuna draws others of
+        `study.optuna`."""
         return plot(self.trials, self.optuna, Path(folder))
 
     def __repr__(self) -> str:

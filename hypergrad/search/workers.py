@@ -15,7 +15,7 @@ import torch
 
 from hypergrad.search.extras import need
 from hypergrad.search.objective import Objective, Outcome, Reports, Trial, evaluate, name_of
-from hypergrad.search.storage import NAME, open_storage, quiet_optuna
+from hypergrad.search.storage import open_storage, quiet_optuna
 from hypergrad.search.strategies.base import Strategy
 
 WORKERS = ("processes", "threads")
@@ -35,7 +35,8 @@ class Runner:
 
     def submit(self, objective: Objective, strategy: Strategy, trial: Trial, optuna_trial: Any) -> Future[Outcome]:
         if isinstance(self.executor, ProcessPoolExecutor):
-            return self.executor.submit(_in_process, self.storage, optuna_trial._trial_id, objective, strategy, trial)
+            ids = optuna_trial.study.study_name, optuna_trial._trial_id
+            return self.executor.submit(_in_process, self.storage, *ids, objective, strategy, trial)
         trial.reports = Reports(optuna_trial)
         work = partial(evaluate, partial(strategy.run, objective), trial, self.isolated)
         if self.executor is not None:
@@ -45,12 +46,14 @@ class Runner:
         return done
 
 
-def _in_process(storage: Any, trial_id: int, objective: Objective, strategy: Strategy, trial: Trial) -> Outcome:
+def _in_process(
+    storage: Any, name: str, trial_id: int, objective: Objective, strategy: Strategy, trial: Trial
+) -> Outcome:
     optuna = need("optuna", "a search")
     with quiet_optuna():
         sampler = optuna.samplers.RandomSampler(seed=0)
         study = optuna.load_study(
-            study_name=NAME, storage=open_storage(storage), sampler=sampler, pruner=strategy.pruner()
+            study_name=name, storage=open_storage(storage), sampler=sampler, pruner=strategy.pruner()
         )
         trial.reports = Reports(optuna.Trial(study, trial_id))
         return evaluate(partial(strategy.run, objective), trial)

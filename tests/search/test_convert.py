@@ -152,6 +152,66 @@ def test_ray_there_and_back(name: str) -> None:
     assert all(space[name].sample() in ENTRIES[name] for _ in range(DRAWS))
 
 
+NESTED = Space({"sizes": [[64, 64], [32], (32,)], "net": [{"value": 3}, {"widths": [8, 8]}], "k": Int(1, 3)})
+
+
+@has("hyperopt")
+def test_lists_and_dicts_are_choices_of_hyperopt() -> None:
+    from hyperopt.pyll.stochastic import sample
+
+    expressions, rng = to_hyperopt(NESTED), np.random.default_rng(0)
+    assert from_hyperopt(expressions) == NESTED
+    points = [flat(sample(expressions, rng), NESTED) for _ in range(DRAWS)]
+    assert all(NESTED.check(point) == point for point in points)
+    assert {type(point["sizes"]) for point in points} == {list, tuple}
+
+
+@has("hyperopt")
+def test_a_choice_between_dicts_is_read_as_a_space_with_conditions() -> None:
+    """The objective gets the dicts that Hyperopt would have given it."""
+    from hyperopt import hp
+    from hyperopt.pyll.stochastic import sample
+
+    models = hp.choice(
+        "models",
+        [
+            {"model": "svm", "C": hp.uniform("C", 1, 2), "kernel": hp.choice("kernel", ["rbf", "linear"]), "tol": 1e-3},
+            {"model": "tree", "depth": hp.randint("depth", 1, 9), "tol": 1e-3},
+        ],
+    )
+    space = from_hyperopt(models)
+    assert dict(space) == {
+        "model": Categorical(["svm", "tree"]),
+        "C": Float(1, 2, when={"model": "svm"}),
+        "kernel": Categorical(["rbf", "linear"], when={"model": "svm"}),
+        "tol": Categorical([1e-3], when={"model": ["svm", "tree"]}),
+        "depth": Int(1, 8, when={"model": "tree"}),
+    }
+    rng = np.random.default_rng(0)
+    assert all(space.check(point) == point for point in (sample(models, rng) for _ in range(DRAWS)))
+
+
+@has("ray")
+def test_lists_and_dicts_are_choices_and_constants_of_ray() -> None:
+    from ray import tune
+
+    assert from_ray(to_ray(NESTED)) == NESTED
+    space = from_ray({"sizes": [64, 64], "net": {"widths": [8]}, "pair": (1, 2), "grid": tune.grid_search([[1], [2]])})
+    assert [space[name].grid() for name in space] == [[[64, 64]], [{"widths": [8]}], [(1, 2)], [[1], [2]]]
+
+
+def test_a_tuple_of_numbers_is_scikit_learns_choices() -> None:
+    assert from_sklearn({"C": (0.1, 1.0)})["C"].grid() == [0.1, 1.0]
+
+
+def _hp(write: Any) -> Any:
+    return lambda: from_hyperopt(write(pytest.importorskip("hyperopt").hp))
+
+
+def _tune(write: Any) -> Any:
+    return lambda: from_ray(write(pytest.importorskip("ray.tune")))
+
+
 def _scipy(name: str, *args: float) -> Any:
     return getattr(pytest.importorskip("scipy.stats"), name)(*args)
 
@@ -163,6 +223,29 @@ BAD = {
     "no dicts": (lambda: from_sklearn([]), "empty"),
     "an infinite grid": (lambda: to_param_grid({"x": Float(0.0, 1.0)}), "infinite"),
     "no distribution of Optuna": (lambda: from_optuna({"x": 3}), "Optuna distribution"),
+    "hp.uniform at the top": (_hp(lambda hp: hp.uniform("x", 0, 1)), "a dict of name → expression, or an hp.choice"),
+    "hp.choice of values at the top": (_hp(lambda hp: hp.choice("x", [1, 2])), "between dicts"),
+    "hp.choice at the top that nothing tells apart": (
+        _hp(lambda hp: hp.choice("x", [{"a": 1, "b": hp.uniform("b", 0, 1)}, {"a": 1}])),
+        "'a' is the same in several dicts",
+    ),
+    "hp.pchoice at the top": (_hp(lambda hp: hp.pchoice("x", [(0.1, {"a": 1}), (0.9, {"a": 2})])), "weights"),
+    "a dict of expressions": (
+        _hp(lambda hp: {"sgd": {"lr": hp.uniform("lr", 0, 1)}}),
+        "sgd: .* at the top of the space",
+    ),
+    "a list of expressions": (_hp(lambda hp: {"sizes": [hp.randint("a", 9), 3]}), "sizes: .* list or dict"),
+    "a choice between dicts without values": (
+        _hp(lambda hp: {"o": hp.choice("o", [{"name": "SGD", "lr": hp.uniform("lr", 0, 1)}, {"name": "Adam"}])}),
+        "o: .* beside that choice's own value under 'value'",
+    ),
+    "a dict of sample spaces": (_tune(lambda tune: {"sgd": {"lr": tune.uniform(0, 1)}}), "sgd: .* a name of its own"),
+    "a grid search in a dict": (_tune(lambda tune: {"sgd": {"lr": tune.grid_search([0, 1])}}), "sgd: .* inside a dict"),
+    "a choice between dicts of sample spaces": (
+        _tune(lambda tune: {"o": tune.choice([{"name": "SGD", "lr": tune.uniform(0, 1)}, {"name": "Adam"}])}),
+        "o: .* when={'optimizer': 'SGD'}",
+    ),
+    "a sample space for a param_space": (_tune(lambda tune: tune.uniform(0, 1)), "a dict of name → sample space"),
 }
 
 

@@ -78,7 +78,8 @@ def test_several_groups_and_parts_of_betas() -> None:
         return Run(model, adam, [x] * STEPS, lambda m, x: (m(x) - x[:, :1]).square().mean(), lambda: model(x).var())
 
     first = {"lr": Float(1e-4, 1.0, "log"), "beta1": Float(0.5, 0.99)}
-    study = quiet(net, first, "hypergradient-online", 1)
+    with pytest.warns(UserWarning, match="moves 'beta1'.* beta1 and beta2 move together"):
+        study = quiet(net, first, "hypergradient-online", 1)
     assert set(study.best_trial.notes["learned"]) == {"lr"}, "beta2 is no entry: betas are left alone"
     study = quiet(net, first | {"beta2": Float(0.9, 0.9999)}, "hypergradient-online", 1)
     assert set(study.best_trial.notes["learned"]) == {"lr", "beta1", "beta2"}

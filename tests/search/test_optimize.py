@@ -119,9 +119,11 @@ def test_what_the_loss_reads_is_differentiated_and_what_it_does_not_is_left() ->
         return Run(model, sgd, [None] * 60, loss, lambda: ((model(xv) - yv) ** 2).mean())
 
     space = {"penalty": Float(1e-4, 10.0, "log", start=1e-3), "dropout": Float(0.0, 0.5)}
-    study = quiet(ridge, space, "hypergradient", 1)
+    with pytest.warns(UserWarning, match="no hypergradient moves 'dropout'"):
+        study = quiet(ridge, space, "hypergradient", 1)
     path = study.best_trial.notes["path"]
     assert set(study.best_trial.notes["learned"]) == {"penalty"}
+    assert study.best_trial.notes["not differentiated"] == ["dropout"]
     assert study.best_value < 0.9 * path[0]["value"]
     with pytest.raises(NoTrialCompleted, match="differentiable=True"):
         quiet(ridge, space | {"dropout": Float(0.0, 0.5, differentiable=True)}, "hypergradient", 1)
@@ -386,12 +388,28 @@ def test_plots_are_pngs(tmp_path: Path) -> None:
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in made.values())
 
 
-def test_the_entry_that_matters_is_the_important_one() -> None:
-    from hypergrad.search.plots import importances
+# budget, direction, objective -> the pictures that there are
+PICTURES: dict[str, tuple[int, str, Any, set[str]]] = {
+    "one trial": (1, "minimize", bowl, {"history", "cost"}),
+    "equal values": (5, "minimize", lambda p: 1.0, {"history", "cost"}),
+    "a score with failures and infinity": (
+        20,
+        "maximize",
+        lambda p: {"b": -math.inf}.get(p["kind"]) or (-bowl(p) if p["k"] else math.nan),
+        {"history", "cost", "importance"},
+    ),
+    "only infinity": (3, "minimize", lambda p: math.inf, set()),
+}
 
-    study = quiet(lambda p: 10 * p["x"] + 0.1 * p["y"], {"x": Float(0, 1), "y": Float(0, 1)}, "random", 40)
-    weights = importances(study.optuna)
-    assert weights["x"] > 0.9 > 0.1 > weights["y"]
+
+@pytest.mark.parametrize("name", PICTURES)
+def test_pictures_are_drawn_of_what_there_is_and_leave_matplotlib_as_it_was(name: str, tmp_path: Path) -> None:
+    plt = pytest.importorskip("matplotlib.pyplot")
+    trials, direction, objective, pictures = PICTURES[name]
+    before = dict(plt.rcParams)
+    made = quiet(objective, SPACE, "random", trials, direction=direction).plot(tmp_path)
+    assert set(made) == pictures and all(path.stat().st_size > 0 for path in made.values())
+    assert dict(plt.rcParams) == before and not plt.get_fignums()
 
 
 def test_random_search_draws_what_scikit_learn_draws() -> None:
@@ -418,6 +436,43 @@ def test_choices_of_any_type_and_conditions_are_searched_and_kept(tmp_path: Path
         study = quiet(objective, space, "tpe", trials, storage=tmp_path / "s.journal")
     assert study.best_params["sizes"] == (8,) and {type(x.params["flag"]) for x in study.trials} == {bool, int}
     assert all(each.state == "complete" for each in study.trials)
+
+
+LISTS = {
+    "sizes": [[64, 64], [32], (32,)],
+    "net": [{"value": 3}, {"widths": [8, 8]}],
+    "x": Float(0.0, 1.0, points=3, differentiable=False),
+}
+
+
+def of_lists(p: dict[str, Any]) -> float:
+    """Least, 1, for [32], a list, the dict with widths, and x = 0."""
+    return len(p["sizes"]) + 2 * isinstance(p["sizes"], tuple) + (p["net"] == {"value": 3}) + p["x"]
+
+
+@pytest.mark.parametrize("strategy", [*FOUND, "hybrid", "hybrid-online"])
+def test_lists_and_dicts_are_choices(strategy: str, tmp_path: Path) -> None:
+    """The objective gets each as it was written, and so does who reads the study."""
+    needs(strategy)
+    trains = strategy.startswith("hybrid")
+
+    def run(p: dict[str, Any], trial: Trial) -> Any:
+        assert all(p[name] in LISTS[name] for name in ("sizes", "net"))  # type: ignore[operator]
+        if trains:
+            return quadratic({"lr": 0.3 + 0.1 * len(p["sizes"])}, trial)
+        trial.report(of_lists(p), 1)
+        return of_lists(p)
+
+    for trials in (3, 6) if trains else (12, 24):  # the second half after the first is read from its journal
+        budget = None if strategy == "grid" else trials
+        study = quiet(run, LISTS, strategy, budget, storage=tmp_path / "s.journal")
+    complete = [each for each in study.trials if each.state == "complete"]
+    assert not any(each.error for each in study.trials) and len({str(each.params) for each in complete}) > 2
+    if not trains:
+        assert all(each.value == of_lists(each.params) for each in complete)
+        assert study.best_value == min(of_lists(each.params) for each in complete)
+    if strategy == "grid":
+        assert (study.best_value, study.best_params) == (1.0, {"sizes": [32], "net": {"widths": [8, 8]}, "x": 0.0})
 
 
 # ---- bad input: before the first trial
@@ -452,6 +507,7 @@ def _grad(p: dict[str, Any]) -> Any:
 
 BAD: dict[str, tuple[Any, type[Exception], str]] = {
     "empty space": (_with(space={}), ValueError, "empty"),
+    "numbers in a tuple": (_with(space={"x": (0, 1)}), ValueError, "write Float"),
     "infinite grid": (_with(space={"x": Float(0, 1)}, strategy="grid"), ValueError, "infinite"),
     "unknown strategy": (_with(strategy="magic"), ValueError, "grid, random, tpe"),
     "no budget": (_with(budget=None), ValueError, "pass a budget"),

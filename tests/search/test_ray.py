@@ -10,10 +10,11 @@ from typing import Any
 
 import pytest
 
-from hypergrad.search import optimize
+from hypergrad.search import Int, optimize
 from hypergrad.search.ray_workers import Cluster
 from tests.search.problems import SMALL, SPACE, bowl, deadly_bowl, never, quadratic, reporting_bowl
 from tests.search.ray_warnings import QUIET
+from tests.search.test_aliases import LR, WD, decayed
 
 pytest.importorskip("ray", reason="ray is not installed: pip install 'ray[tune]'")
 pytest.importorskip("optuna")
@@ -74,6 +75,24 @@ def test_strategies_are_distributed(strategy: str, tmp_path: Path) -> None:
     if strategy == "hypergradient":
         here = optimize(objective, space, strategy, trials, progress=False)
         assert [x.value for x in study.trials] == pytest.approx([x.value for x in here.trials], rel=1e-9)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("cluster")
+def test_workers_report_to_a_study_over_a_wider_space(tmp_path: Path) -> None:
+    on_ray(reporting_bowl, SPACE, "asha", 4, storage=tmp_path / "s.journal")
+    with pytest.warns(UserWarning, match="extended: its 4 trials stay"):
+        study = on_ray(reporting_bowl, SPACE | {"k": Int(0, 9)}, "asha", 12, storage=tmp_path / "s.journal")
+    reported = [set(x.intermediate_values) for x in study.optuna.get_trials(deepcopy=False)]
+    assert [max(each) for each in reported] == [x.cost.epochs for x in study.trials] and len(reported) == 12
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("cluster")
+def test_what_a_worker_says_of_an_entry_that_does_not_move_is_said_here(tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match="no hypergradient moves 'wd'"):
+        study = on_ray(decayed, {"lr": LR, "wd": WD}, "hypergradient", 1, storage=tmp_path / "s.journal")
+    assert study.best_trial.notes["not differentiated"] == ["wd"]
 
 
 @pytest.mark.slow

@@ -52,6 +52,40 @@ def test_a_population_trains_and_its_worst_take_over_from_its_best(tmp_path: Pat
     assert [x.value for x in more.trials] == [x.value for x in study.trials]
 
 
+NETS = [{"value": 3}, {"widths": [8, 8]}]
+
+
+def hill(epochs: int, p: dict[str, Any], trial: Trial) -> float:
+    """Minus the valley: a score. What is chosen arrives as it was written; trial 1 fails."""
+    assert p["net"] in NETS and p["sizes"] == [64, 64]
+    if trial.number == 1:
+        raise RuntimeError("no score")
+    state = trial.restore() or {"theta": 4.0, "epoch": 0}
+    theta = state["theta"]
+    for epoch in range(state["epoch"] + 1, epochs + 1):
+        theta -= p["lr"] * theta
+        trial.checkpoint({"theta": theta, "epoch": epoch})
+        trial.report(-(theta**2) / 2, epoch)
+    return -(theta**2) / 2
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("cluster")
+def test_a_population_maximises_and_its_choices_may_be_lists_and_dicts(tmp_path: Path) -> None:
+    space = SPACE | {"net": NETS, "sizes": [[64, 64]]}
+    study = pbt(
+        partial(hill, 6), space, budget=5, storage=tmp_path / "s.journal", options={"synch": True}, direction="maximize"
+    )
+    alive = sorted(x.params["lr"] for x in study.optuna.get_trials(deepcopy=False) if x.number != 1)
+    complete = [each for each in study.trials if each.state == "complete"]
+    assert [each.number for each in complete] == [0, 2, 3, 4]
+    assert (study.trials[1].error or "").startswith("RuntimeError: no score") and study.best_value == max(
+        each.value for each in complete
+    )  # type: ignore[type-var]
+    assert study.best_value > max(-16 / 2 * (1 - lr) ** 12 for lr in alive[:-1])
+    assert all(each.params["net"] in NETS and each.params["sizes"] == [64, 64] for each in study.trials)
+
+
 def test_values_that_were_taken_over_at_the_last_report_are_no_result() -> None:
     """Tune may hand a member another's weights and perturbed values when it has nothing left to train."""
     import optuna
@@ -100,7 +134,7 @@ def test_ray_tune_stops_and_goes_on_with_our_objective_and_its_tuner(tmp_path: P
     import torch
 
     with best.checkpoint.as_directory() as folder:
-        state = torch.load(Path(folder) / "trial.pt", weights_only=False)["state"]
+        state = torch.load(Path(folder) / "trial.pt", weights_only=True)["state"]
     assert state["epoch"] == 4 and state["tuner"]["stats"]["steps"] == 40
 
 

@@ -81,6 +81,36 @@ def test_entries_are_there_where_their_conditions_hold() -> None:
 def test_plain_values_are_choices_and_constants() -> None:
     space = Space({"c": ["x", "y"], "n": 3, "flag": True, "none": None})
     assert [space[name].grid() for name in space] == [["x", "y"], [3], [True], [None]]
+    assert Space({"sizes": ((8,), (8, 8)), "flags": (True, False)})["sizes"].grid() == [(8,), (8, 8)]
+
+
+@pytest.mark.parametrize("kind", [Float, Int])
+def test_log_true_is_the_log_scale(kind: Any) -> None:
+    entry = kind(1, 100, log=True)
+    assert entry == kind(1, 100, "log") and entry.scale == "log" and entry.log and kind(1, 100, "log").log
+    assert repr(entry) == repr(kind(1, 100, "log")) and not kind(1, 100).log
+    assert kind(1, 100, log=True, points=3).grid() == [1, 10, 100]
+
+
+# numbers in a tuple -> how the two readings of it are written
+RANGE_OR_CHOICES: dict[tuple[Any, ...], tuple[Any, list[Any]]] = {
+    (0, 1): (Int(0, 1), [0, 1]),
+    (1e-4, 1.0): (Float(1e-4, 1.0), [1e-4, 1.0]),
+    (16, 32, 64): (Int(16, 64), [16, 32, 64]),
+    (1e-4, 1.0, "log-uniform"): (Float(1e-4, 1.0, log=True), [1e-4, 1.0, "log-uniform"]),
+}
+
+
+@pytest.mark.parametrize("numbers", RANGE_OR_CHOICES, ids=str)
+def test_numbers_in_a_tuple_are_refused_with_the_two_ways_to_write_them(numbers: tuple[Any, ...]) -> None:
+    """What the message says is Python, and is the entry that it says."""
+    wanted, choices = RANGE_OR_CHOICES[numbers]
+    with pytest.raises(ValueError, match="a range or choices: write") as raised:
+        Space({"x": numbers})
+    said = str(raised.value).split("write ")[1].split(" for the range, or the list ")
+    written = [eval(each, {"Float": Float, "Int": Int}) for each in said[0].split(" or ")]
+    assert wanted in written and all(each in (wanted, Float(*numbers[:1], numbers[-1])) for each in written[1:])
+    assert Space({"x": eval(said[1].removesuffix(" for the choices."))})["x"].grid() == choices
 
 
 BAD: dict[str, tuple[Any, str]] = {
@@ -116,6 +146,8 @@ BAD: dict[str, tuple[Any, str]] = {
     ),
     "a condition without values": (lambda: Float(0, 1, when={"y": []}), "no values"),
     "another library's entry": (lambda: Space({"x": object()}), "from_optuna"),
+    "a dict of entries": (lambda: Space({"sgd": {"lr": Float(0, 1)}}), "names of their own and a condition"),
+    "log=True on another scale": (lambda: Float(0.1, 0.9, "logit", log=True), "log=True is scale='log'"),
 }
 
 

@@ -43,6 +43,10 @@ def _expression(name: str, entry: Entry, space: Space, hp: Any) -> Any:
 def _with_children(space: Space, parent: str, choice: Any, hp: Any) -> Any:
     """A choice, or a dict of it and of what is there for it."""
     names = [n for n, e in space.items() if e.when and any(same(choice, v) for v in e.when.get(parent, ()))]
+    if isinstance(
+        choice, (list, tuple, dict)
+    ):  # as it is: Hyperopt would make a list a tuple, and read expressions in a dict
+        choice = need("hyperopt.pyll", _WHAT).Literal(choice)
     if not names:
         return choice
     return {_VALUE: choice} | {n: _expression(_label(n, choice, space), space[n], space, hp) for n in names}
@@ -55,7 +59,7 @@ def _label(name: str, choice: Any, space: Space) -> str:
 
 
 def to_hyperopt(space: Space | Mapping[str, Any]) -> dict[str, Any]:
-    """name → expression of `hyperopt.hp`, for `fmin`; `flat(point)` in the objective gives the values.
+    """name → expression of `hyperopt.hp`, for `fmin`; `hyperopt_objective` gives an objective the values of its points.
 
     Raises:
         ValueError: an entry depends on several others, or on one that is no Categorical.
@@ -70,8 +74,11 @@ def to_hyperopt(space: Space | Mapping[str, Any]) -> dict[str, Any]:
     return {name: _expression(name, entry, space, hp) for name, entry in space.items() if not entry.when}
 
 
-def flat(point: Mapping[str, Any]) -> Values:
+def flat(point: Mapping[str, Any], space: Space | None = None) -> Values:
     """A nested point of Hyperopt as a dict of values.
+
+    Args:
+        space: tells dicts that are choices from those that hold one and what belongs to it.
 
     Example:
         >>> flat({"lr": 0.1, "optimizer": {"value": "SGD", "momentum": 0.9}})
@@ -79,8 +86,9 @@ def flat(point: Mapping[str, Any]) -> Values:
     """
     values: Values = {}
     for name, value in point.items():
-        if isinstance(value, Mapping) and _VALUE in value:
-            values |= {name: value[_VALUE]} | flat({n: v for n, v in value.items() if n != _VALUE})
+        chosen = space is not None and name in space and value in space[name]
+        if isinstance(value, Mapping) and _VALUE in value and not chosen:
+            values |= {name: value[_VALUE]} | flat({n: v for n, v in value.items() if n != _VALUE}, space)
         else:
             values[name] = plain(value)
     return values
@@ -113,17 +121,47 @@ def labels_of(space: Space, values: Mapping[str, Any]) -> Values:
     return found
 
 
-def from_hyperopt(expressions: Mapping[str, Any]) -> Space:
+def from_hyperopt(expressions: Any) -> Space:
     """A space from a dict of expressions: `uniform`, `loguniform`, `quniform`, `randint`, `uniformint` and `choice`, nested too.
+
+    Args:
+        expressions: name → expression; or an `hp.choice` between such dicts, which a name with another constant in each of them
+            tells apart: [{"model": "svm", "C": hp.loguniform("C", -5, 5)}, {"model": "tree"}].
 
     Raises:
         ValueError: another distribution (normal, pchoice, …): these have no bounds, or weights, which a space cannot
-            express.
+            express; dicts or lists of expressions, where the space has a place for single ones only.
     """
     need("hyperopt", _WHAT)
     entries: dict[str, Any] = {}
-    _read(expressions, None, entries)
+    if isinstance(expressions, Mapping):
+        _read(expressions, None, entries)
+    else:
+        parent, branches = _branches(expressions)
+        entries[parent] = Categorical([value for value, _ in branches])
+        for value, below in branches:
+            _read(below, {parent: [value]}, entries)
     return Space(entries)
+
+
+def _branches(expression: Any) -> tuple[str, list[tuple[Any, Mapping[str, Any]]]]:
+    """Of a choice between dicts: the name that tells them apart, and for each of them its value and what else is there."""
+    is_choice = getattr(expression, "name", None) == "switch"
+    dicts = [dict(each.named_args) for each in expression.pos_args[1:] if each.name == "dict"] if is_choice else []
+    if is_choice and len(dicts) == len(expression.pos_args) - 1:
+        _check_index("the space", expression.pos_args[0])
+        for name in dicts[0]:
+            if all(name in each and not _parameters(each[name]) for each in dicts):
+                values = [_constant(name, each.pop(name)) for each in dicts]
+                if any(same(a, b) for i, a in enumerate(values) for b in values[:i]):
+                    raise ValueError(
+                        f"the space: {name!r} is the same in several dicts of its hp.choice: tell them apart by it."
+                    )
+                return name, list(zip(values, dicts))
+    raise ValueError(
+        "a space of Hyperopt is read where it is a dict of name → expression, or an hp.choice between dicts in which one name "
+        "has another constant in each, such as [{'model': 'svm', 'C': …}, {'model': 'tree'}]."
+    )
 
 
 def _read(expressions: Mapping[str, Any], when: dict[str, list[Any]] | None, entries: dict[str, Any]) -> None:
@@ -143,8 +181,11 @@ def _read(expressions: Mapping[str, Any], when: dict[str, list[Any]] | None, ent
 
 def _entry(name: str, expression: Any) -> tuple[Entry, list[tuple[Any, Mapping[str, Any]]]]:
     """An entry, and what is there for which of its choices."""
+    expression = need("hyperopt.pyll", _WHAT).as_apply(expression) if _nested(expression) else expression
     if not hasattr(expression, "pos_args"):
         return Categorical([expression]), []
+    if expression.name in ("literal", "pos_args", "dict"):
+        return Categorical([_constant(name, expression)]), []
     if expression.name == "switch":
         return _choice(name, expression.pos_args[0], expression.pos_args[1:])
     label, node = _parameter(name, expression)
@@ -172,37 +213,55 @@ def _entry(name: str, expression: Any) -> tuple[Entry, list[tuple[Any, Mapping[s
 
 
 def _choice(name: str, index: Any, options: list[Any]) -> tuple[Entry, list[tuple[Any, Mapping[str, Any]]]]:
-    if index.name != "hyperopt_param" or index.pos_args[1].name != "randint":
-        raise ValueError(f"{name}: only hp.choice is read, not choices with weights.")
+    _check_index(name, index)
     choices, children = [], []
     for option in options:
-        if option.name == "dict":
-            below = dict(option.named_args)
-            if _VALUE not in below:
-                raise ValueError(f"{name}: a choice that is a dict is read where its own value is under {_VALUE!r}.")
-            value = below.pop(_VALUE).obj
+        below = dict(option.named_args) if option.name == "dict" else {}
+        if _VALUE in below:
+            value = _constant(name, below.pop(_VALUE))
             children.append((value, below))
         else:
-            value = option.obj if option.name == "literal" else _constant(name, option)
+            value = _constant(name, option)
         choices.append(value)
     return Categorical(choices), children
 
 
+def _check_index(name: str, index: Any) -> None:
+    if index.name != "hyperopt_param" or index.pos_args[1].name != "randint":
+        raise ValueError(f"{name}: only hp.choice is read, not choices with weights.")
+
+
+def _nested(expression: Any) -> bool:
+    """Whether it is a list or dict with expressions inside."""
+    parts = expression.values() if isinstance(expression, Mapping) else expression
+    return isinstance(expression, (Mapping, list, tuple)) and any(hasattr(x, "pos_args") or _nested(x) for x in parts)
+
+
 def _constant(name: str, node: Any) -> Any:
-    if node.name == "pos_args":
-        return tuple(arg.obj if arg.name == "literal" else _constant(name, arg) for arg in node.pos_args)
-    raise ValueError(f"{name}: a choice must be a value, got an expression {node.name!r}.")
+    match node.name:
+        case "literal":
+            return node.obj
+        case "pos_args":
+            return tuple(_constant(name, arg) for arg in node.pos_args)
+        case "dict":
+            return {key: _constant(name, arg) for key, arg in node.named_args}
+    raise ValueError(
+        f"{name}: an expression inside a list or dict is not read. Name it at the top of the space; or, where it belongs to one "
+        f"choice of an hp.choice, beside that choice's own value under {_VALUE!r}: {{{_VALUE!r}: 'SGD', 'momentum': "
+        "hp.uniform('momentum', 0, 1)}."
+    )
+
+
+def _parameters(node: Any) -> list[tuple[str, Any]]:
+    """The parameters of an expression: the label of each, and its distribution."""
+    if node.name == "hyperopt_param":
+        return [(node.pos_args[0].obj, node.pos_args[1])]
+    return [found for each in node.inputs() for found in _parameters(each)]
 
 
 def _parameter(name: str, node: Any) -> tuple[str, Any]:
-    """The one parameter of an expression: its label, and its distribution."""
-    found, left = [], [node]
-    while left:
-        each = left.pop()
-        if each.name == "hyperopt_param":
-            found.append((each.pos_args[0].obj, each.pos_args[1]))
-        else:
-            left += each.inputs()
+    """The one parameter of an expression."""
+    found = _parameters(node)
     if len(found) != 1:
         raise ValueError(f"{name}: expected one hyperopt expression, got {len(found)}.")
     return found[0]

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from hypergrad.search.entries import Categorical, Entry, Float, Int, labels
+from hypergrad.search.entries import Categorical, Entry, Float, Int, labels, restored, stored
 from hypergrad.search.extras import need
 from hypergrad.search.scales import from_scale, to_scale
 from hypergrad.search.space import Space, Values, as_space
@@ -20,6 +20,18 @@ _LOGIT = ("logit(", ")")
 def key(name: str, entry: Entry) -> str:
     """The name of an entry among Optuna's parameters."""
     return name.join(_LOGIT) if isinstance(entry, Float) and entry.scale == "logit" else name
+
+
+def plain_value(param: str, kept: Any) -> tuple[str, Any]:
+    """The name of an entry, and its value, from Optuna's; a choice as it is kept.
+
+    Example:
+        >>> plain_value("logit(momentum)", 0.0), plain_value("lr", 0.1)
+        (('momentum', 0.5), ('lr', 0.1))
+    """
+    if param.startswith(_LOGIT[0]) and param.endswith(_LOGIT[1]):
+        return param[len(_LOGIT[0]) : -len(_LOGIT[1])], float(f"{from_scale(kept, 'logit'):.15g}")
+    return param, kept
 
 
 def distribution(entry: Entry) -> Any:
@@ -79,17 +91,15 @@ def _suggest(trial: Any, name: str, entry: Entry) -> Any:
 
 
 def _inside(entry: Entry, value: Any) -> Any:
-    if isinstance(entry, Categorical):
-        return labels(entry)[entry.index(value)]
-    return to_scale(value, "logit") if entry.scale == "logit" else value
+    if isinstance(entry, Float) and entry.scale == "logit":
+        return to_scale(value, "logit")
+    return stored(entry, value)
 
 
 def _outside(entry: Entry, param: Any) -> Any:
-    if isinstance(entry, Categorical):
-        return entry.choices[labels(entry).index(param)]
-    if entry.scale == "logit":
+    if isinstance(entry, Float) and entry.scale == "logit":
         return min(max(float(f"{from_scale(param, 'logit'):.15g}"), entry.low), entry.high)
-    return param
+    return restored(entry, param)
 
 
 def to_optuna(space: Space | Mapping[str, Any]) -> dict[str, Any]:
@@ -126,8 +136,8 @@ def from_optuna(distributions: Mapping[str, Any]) -> Space:
         elif isinstance(each, d.IntDistribution):
             entries[name] = Int(each.low, each.high, "log" if each.log else "linear", step=each.step)
         elif name.startswith(_LOGIT[0]) and name.endswith(_LOGIT[1]):
-            low, high = (float(f"{from_scale(x, 'logit'):.15g}") for x in (each.low, each.high))
-            entries[name[len(_LOGIT[0]) : -len(_LOGIT[1])]] = Float(low, high, "logit")
+            (inner, low), (_, high) = plain_value(name, each.low), plain_value(name, each.high)
+            entries[inner] = Float(low, high, "logit")
         else:
             entries[name] = Float(each.low, each.high, "log" if each.log else "linear", step=each.step)
     return Space(entries)

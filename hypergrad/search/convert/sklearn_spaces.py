@@ -138,7 +138,7 @@ def _entry(name: str, value: Any) -> Any:
     if not hasattr(value, "dist") or not hasattr(value, "support"):
         if hasattr(value, "rvs"):
             raise ValueError(f"{name}: only scipy's frozen distributions are read, not a {type(value).__name__}.")
-        return value
+        return list(value) if isinstance(value, tuple) else value  # scikit-learn's choices may stand in any sequence
     low, high = (float(x) for x in value.support())
     kind = value.dist.name
     if not (math.isfinite(low) and math.isfinite(high)):

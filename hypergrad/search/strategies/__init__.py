@@ -14,6 +14,7 @@ from hypergrad.search.strategies.hyperopt import Hyperopt
 from hypergrad.search.strategies.online import HybridOnline, HypergradientOnline
 from hypergrad.search.strategies.population_based import PBT
 from hypergrad.search.strategies.samplers import CMA, GP, TPE
+from hypergrad.search.strategies.tuned_entries import check_aliases
 
 STRATEGIES: dict[str, type[Strategy]] = {
     "grid": Grid,
@@ -32,12 +33,17 @@ STRATEGIES: dict[str, type[Strategy]] = {
 }
 
 
-def make(name: str, space: Space, seed: int, options: Mapping[str, Any]) -> Strategy:
+def make(
+    name: str, space: Space, seed: int, options: Mapping[str, Any], aliases: Mapping[str, str] | None = None
+) -> Strategy:
     """The strategy of that name, over a space.
 
     Raises:
-        ValueError: an unknown name, options that it does not take, a space that it cannot search.
+        ValueError: an unknown name, options that it does not take, a space that it cannot search, aliases for what is not there.
     """
     if name not in STRATEGIES:
         raise ValueError(f"strategy must be one of {', '.join(STRATEGIES)}, got {name!r}.")
-    return STRATEGIES[name](space, seed, options)
+    made = STRATEGIES[name](space, seed, options)
+    if aliases:
+        made.aliases = check_aliases(aliases, space)
+    return made

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 from hypergrad.search.extras import need
@@ -31,6 +32,9 @@ class Strategy:
     needs_run: ClassVar[bool] = False  # whether the objective must return a Run
     needs_reports: ClassVar[bool] = False  # whether it must report
     size: int | None = None
+    aliases: Mapping[str, str] = MappingProxyType(
+        {}
+    )  # entry → hyperparameter of the run, where hypergradients move entries
 
     def __init__(self, space: Space, seed: int, options: Mapping[str, Any]):
         self.space, self.seed, self.options = space, seed, dict(options)

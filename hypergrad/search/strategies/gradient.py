@@ -14,44 +14,31 @@ with it what has no derivative.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 
-from hypergrad.core.restore import as_found
-from hypergrad.differentiate.arguments import as_optimizers
 from hypergrad.differentiate.hypergradient import hypergradient
-from hypergrad.optimizers.rule import PARTS
-from hypergrad.optimizers.transition import Transition
 from hypergrad.search.entries import Float
 from hypergrad.search.objective import Objective, Trial, WrongType, call_objective, seeded
 from hypergrad.search.space import Space, Values
 from hypergrad.search.strategies.base import Strategy
 from hypergrad.search.strategies.grid import Random
 from hypergrad.search.strategies.samplers import CMA, GP, TPE
-from hypergrad.search.training import hypers_of, is_run, loss_of, schedules_of, train
+from hypergrad.search.strategies.tuned_entries import (
+    NotDifferentiated,
+    TunedEntry,
+    columns_of,
+    may_move,
+    not_moved,
+    tuned_entries,
+    unchanged,
+)
+from hypergrad.search.training import hypers_of, is_run, train
 from hypergrad.whole_run.run import COST_OF_PRODUCT, Run
 from hypergrad.whole_run.step_rules import OuterSteps, Point
-
-FOLLOWS = 1e-6  # relative: a param group's number that keeps its ratio to the entry's value
-_PART_OF = {part: (name, i) for name, names in PARTS.items() for i, part in enumerate(names)}  # beta1 -> (betas, 0)
-
-
-@dataclass(frozen=True)
-class TunedEntry:
-    """An entry of the space that hypergradients move, as a hyperparameter of the run.
-
-    Attributes:
-        name: of the hyperparameter in the run.
-        part: its index in a tuple, as of beta1 in betas; None: it is the whole value.
-        ratios: the value in each param group over that of the entry; None: the loss or a schedule reads it.
-    """
-
-    name: str
-    part: int | None = None
-    ratios: tuple[float, ...] | None = None
 
 
 class HypergradientStrategy(Strategy):
@@ -62,7 +49,7 @@ class HypergradientStrategy(Strategy):
 
     def __init__(self, space: Space, seed: int, options: Mapping[str, Any]):
         super().__init__(space, seed, options)
-        if self.fewest and not any(_may_move(entry) for entry in space.values()):
+        if self.fewest and not any(may_move(entry) for entry in space.values()):
             raise ValueError(
                 "no entry of the space can be tuned by a hypergradient: that takes a Float without a step and without "
                 "differentiable=False. For this space use 'tpe', 'random' or 'grid'."
@@ -80,13 +67,21 @@ class HypergradientStrategy(Strategy):
         return run._replace(batches=list(run.batches))
 
     def _tuned(self, run: Run, values: Values) -> dict[str, TunedEntry]:
-        tuned = tuned_entries(run, self.space, values)
+        tuned = tuned_entries(run, self.space, values, self.aliases)
         if len(tuned) < self.fewest:
             raise WrongType(
                 f"no entry of the space is a hyperparameter of the run with a derivative: its param groups have "
-                f"{sorted(_columns(run))}. Name entries like these, or read them from the loss's third argument."
+                f"{sorted(columns_of(run))}. Name entries like these, say which they are, such as "
+                "aliases={'wd': 'weight_decay'}, or read them from the loss's third argument."
             )
         return tuned
+
+    def _say_what_stays(self, trial: Trial, run: Run, values: Values, tuned: Mapping[str, TunedEntry]) -> None:
+        """Before a run is trained: what could be moved and is not."""
+        names, sentence = not_moved(self.space, values, run, tuned)
+        if names:
+            trial.note("not differentiated", names)
+            warnings.warn(sentence, NotDifferentiated, stacklevel=2)
 
     def _float(self, name: str) -> Float:
         entry = self.space[name]
@@ -124,6 +119,7 @@ class WholeRunDescent(HypergradientStrategy):
         values, path = dict(trial.params), []
         run = self._built(objective, trial, values)
         tuned = self._tuned(run, values)
+        self._say_what_stays(trial, run, values, tuned)
         if not tuned:
             return train(run, trial)
         rule, u = OuterSteps("adam", self.step_size, len(tuned)), self._coordinates(values, tuned)
@@ -132,7 +128,7 @@ class WholeRunDescent(HypergradientStrategy):
             value, gradient = (
                 (train(run, trial), [0.0] * len(tuned)) if last else self._slope(run, trial, values, tuned)
             )
-            rule.take(Point(value, u, torch.tensor(gradient, dtype=torch.float64), step))
+            rule.take(Point(trial.sign * value, u, trial.sign * torch.tensor(gradient, dtype=torch.float64), step))
             path.append({"value": value if math.isfinite(value) else None} | {name: values[name] for name in tuned})
             if last:
                 break
@@ -141,13 +137,13 @@ class WholeRunDescent(HypergradientStrategy):
             )  # nothing finite yet: towards the lower bounds
             values |= {n: self._float(n).from_unit(float(x)) for n, x in zip(tuned, u)}
             run = self._built(objective, trial, values)
-            tuned = _unchanged(tuned_entries(run, self.space, values), tuned)
+            tuned = unchanged(tuned_entries(run, self.space, values, self.aliases), tuned)
         trial.note("path", path)
         if rule.best is None:
             raise ValueError(f"none of the {len(path)} runs ended with a finite validation loss: {path}.")
         best = path[rule.best.step]
         trial.note("learned", {name: best[name] for name in tuned})
-        return rule.best.value
+        return trial.sign * rule.best.value
 
     def _coordinates(self, values: Values, tuned: Mapping[str, TunedEntry]) -> torch.Tensor:
         return torch.tensor([self._float(name).to_unit(values[name]) for name in tuned], dtype=torch.float64)
@@ -156,6 +152,8 @@ class WholeRunDescent(HypergradientStrategy):
         self, run: Run, trial: Trial, values: Values, tuned: Mapping[str, TunedEntry]
     ) -> tuple[float, list[float]]:
         """Validation loss and dL/du of the run."""
+        in_groups = {each.name for each in tuned.values() if each.ratios is not None}
+        hypers = {name: x for name, x in hypers_of(run, values).items() if name not in in_groups}
         result = hypergradient(
             run.model,
             run.optimizer,
@@ -164,7 +162,7 @@ class WholeRunDescent(HypergradientStrategy):
             run.val_loss,
             wrt=tuple(dict.fromkeys(each.name for each in tuned.values())),
             mode=self.mode,
-            hypers=hypers_of(run, values) or None,
+            hypers=hypers or None,
             val_steps=run.val_steps,
             schedules=run.schedules,
         )
@@ -212,77 +210,3 @@ class Hybrid(Sampled, WholeRunDescent):
 
     takes = (*WholeRunDescent.takes, "sampler")
     defaults: ClassVar[dict[str, Any]] = {"steps": 4, "step_size": 0.1, "mode": "unrolled"}
-
-
-def _may_move(entry: Any) -> bool:
-    return isinstance(entry, Float) and entry.step is None and entry.differentiable is not False
-
-
-def _columns(run: Run) -> dict[str, list[Any]]:
-    """name → its value in each param group, of what an optimizer's rule can be differentiated in."""
-    return dict(Transition(as_optimizers(run.optimizer), frozenset()).values())
-
-
-def tuned_entries(run: Run, space: Space, values: Values) -> dict[str, TunedEntry]:
-    """The entries that a hypergradient of this run moves: names of its param groups, beta1 and beta2, and what its loss or its
-    schedules read.
-
-    Raises:
-        ValueError: an entry with differentiable=True and is none of these.
-    """
-    columns, found = {n: c for n, c in _columns(run).items() if n not in (run.schedules or ())}, {}
-    candidates = [name for name in space.active(values) if _may_move(space[name])]
-    read = _read_by_the_run(run, values, [name for name in candidates if _PART_OF.get(name, (name,))[0] not in columns])
-    for name in candidates:
-        group_name, part = _PART_OF.get(name, (name, None))
-        if group_name in columns:
-            numbers = [x if part is None or x is None else x[part] for x in columns[group_name]]
-            found[name] = TunedEntry(
-                group_name, part, tuple(0.0 if x is None else _ratio(x, values[name]) for x in numbers)
-            )
-        elif name in read:
-            found[name] = TunedEntry(name)
-        elif space[name].differentiable:  # type: ignore[union-attr]
-            raise ValueError(
-                f"{name!r} is differentiable=True, but the run's param groups have {sorted(columns)} and its loss does not "
-                "read it."
-            )
-    return found
-
-
-def _ratio(x: float, value: float) -> float:
-    return x / value if value else float(x == 0)
-
-
-def _read_by_the_run(run: Run, values: Values, names: list[str]) -> set[str]:
-    """Those that the training loss depends on, through its third argument, or a schedule at its first, middle or last step."""
-    hypers = hypers_of(run, values)
-    if not hypers or not names:
-        return set()
-    items = list(run.batches)
-    leaves = {name: x.clone().requires_grad_(name in names) for name, x in hypers.items()}
-    schedules, _ = schedules_of(run, leaves)
-    with as_found(run.model, as_optimizers(run.optimizer)):
-        outputs = [loss_of(run, items[0], leaves)]
-        outputs += [schedules.at(n, t).sum() for n in run.schedules or () for t in (0, len(items) // 2, len(items) - 1)]
-        total = torch.stack([x.double() for x in outputs]).sum()
-        grads = torch.autograd.grad(total, [leaves[name] for name in names], allow_unused=True)
-    return {name for name, g in zip(names, grads) if g is not None}
-
-
-def _unchanged(now: dict[str, TunedEntry], before: dict[str, TunedEntry]) -> dict[str, TunedEntry]:
-    """The same entries, with the ratios they had: else their derivative was of something else."""
-    for name, old in before.items():
-        new = now.get(name)
-        kept = new is not None and (old.ratios is None) == (new.ratios is None)
-        close = (
-            kept
-            and new is not None
-            and all(abs(a - b) <= FOLLOWS * max(abs(a), 1.0) for a, b in zip(new.ratios or (), old.ratios or ()))
-        )
-        if not close:
-            raise ValueError(
-                f"{name!r} does not move in proportion with the param groups' {old.name}: let the objective put its value there, "
-                "or a multiple of it, or set differentiable=False."
-            )
-    return {name: now[name] for name in before}

@@ -17,6 +17,7 @@ from hypergrad.search.convert.optuna_spaces import decode, distribution, encode,
 from hypergrad.search.extras import need
 from hypergrad.search.objective import seed_of
 from hypergrad.search.space import Space, Values
+from hypergrad.search.storage import sign_of
 from hypergrad.search.strategies.base import Strategy
 
 
@@ -43,7 +44,7 @@ class Hyperopt(Strategy):
         (new,) = tpe.suggest([len(finished)], domain, trials, seed, verbose=False, **self.options)
         chosen = {label: plain[0] for label, plain in new["misc"]["vals"].items() if plain}
         point = need("hyperopt", "strategy 'hyperopt'").space_eval(self.expressions, chosen)
-        values = flat(point)
+        values = flat(point, self.space)
         return {name: self._inside(name, values[name]) for name in self.space.active(values)}
 
     def _inside(self, name: str, value: Any) -> Any:
@@ -72,7 +73,8 @@ def _sampler(strategy: Hyperopt, number: int) -> Any:
 
         def sample_relative(self, study: Any, trial: Any, search_space: Any) -> dict[str, Any]:
             done = [x for x in study.get_trials(deepcopy=False) if x.state.is_finished() and x.params]
-            finished = [(decode(space, x.params), math.inf if x.value is None else x.value) for x in done]
+            sign = sign_of(study)
+            finished = [(decode(space, x.params), math.inf if x.value is None else sign * x.value) for x in done]
             return encode(space, strategy.next(finished, seed))
 
         def sample_independent(self, study: Any, trial: Any, name: str, d: Any) -> Any:

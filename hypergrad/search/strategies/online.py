@@ -14,7 +14,8 @@ derivative.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import wraps
 from typing import Any, ClassVar
 
 from torch import Tensor
@@ -26,7 +27,8 @@ from hypergrad.online.tuner_arguments import check_cost, check_numbers
 from hypergrad.optimizers.rule import PARTS
 from hypergrad.search.objective import Objective, Trial
 from hypergrad.search.space import Space, Values
-from hypergrad.search.strategies.gradient import FromStart, HypergradientStrategy, Sampled, TunedEntry
+from hypergrad.search.strategies.gradient import FromStart, HypergradientStrategy, Sampled
+from hypergrad.search.strategies.tuned_entries import TunedEntry
 from hypergrad.search.training import hypers_of, train
 
 KINDS = {"linear": "free", "log": "positive", "logit": "unit"}  # of what the loss reads, by the entry's scale
@@ -53,6 +55,7 @@ class Online(HypergradientStrategy):
         if run.schedules:
             raise ValueError("schedules of a run cannot be tuned online: use strategy 'hypergradient' or 'hybrid'.")
         tuned = _whole_tuples(self._tuned(run, values))
+        self._say_what_stays(trial, run, values, tuned)
         trial.note("decay", True)
         if not tuned:
             return train(run, trial, decay=True)
@@ -60,7 +63,7 @@ class Online(HypergradientStrategy):
         tuner = Tuner(
             run.model,
             run.optimizer,
-            run.val_loss,
+            run.val_loss if trial.sign > 0 else _negative(run.val_loss),
             tune=self._bounds(tuned),
             hypers=hypers or None,
             mode="forward",
@@ -104,6 +107,16 @@ class HybridOnline(Sampled, Online):
     """Runs from points that a sampler chooses, each tuned while it trains."""
 
     takes = (*Online.takes, "sampler")
+
+
+def _negative(score: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """−score, a loss of the same arguments."""
+
+    @wraps(score)
+    def loss(*args: Any) -> Tensor:
+        return -score(*args)
+
+    return loss
 
 
 def _whole_tuples(tuned: Mapping[str, TunedEntry]) -> dict[str, TunedEntry]:

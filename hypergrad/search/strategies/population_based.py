@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from hypergrad.search.convert import to_ray
-from hypergrad.search.entries import Categorical, Entry
+from hypergrad.search.entries import Categorical, Entry, labels
 from hypergrad.search.extras import need
 from hypergrad.search.space import Space, Values
 from hypergrad.search.strategies.grid import Random
@@ -31,18 +31,21 @@ class PBT(Random):
         super().__init__(space, seed, {})
         self.given = self.fixed | dict(options)
         self.size = None  # members may begin at the same point
-        self.param_space = to_ray(space)
-        self.mutations = {name: _draws(entry) for name, entry in space.items() if _varies(entry)}
+        named = {
+            n: Categorical(labels(x)) if isinstance(x, Categorical) and not x.when else x for n, x in space.items()
+        }
+        self.param_space = to_ray(named)  # Ray flattens choices that are dicts: it gets a name of each
+        self.mutations = {name: _draws(entry) for name, entry in named.items() if _varies(entry)}
         if not self.mutations:
             raise ValueError("no entry of the space varies: population-based training has nothing to perturb.")
-        self.scheduler()
+        self.scheduler("min")
 
-    def scheduler(self) -> Any:
+    def scheduler(self, mode: str) -> Any:
         made = need("ray.tune.schedulers", "strategy 'pbt'").PopulationBasedTraining
         try:
             return made(
                 metric="loss",
-                mode="min",
+                mode=mode,
                 hyperparam_mutations=self.mutations,
                 custom_explore_fn=self.inside,
                 log_config=False,
