@@ -274,7 +274,7 @@ class OnlineLoop:
             self.t,
             f"total_steps={self.total:,} training steps are done, and training goes on: lr stays at its last, smallest value, "
             "and nothing is tuned any more. Give total_steps the optimizer steps of the whole run, such as "
-            "epochs * len(train_loader).",
+            "epochs * len(train_loader), or epochs * math.ceil(len(train_loader) / n) where a step is taken every n batches.",
         )
 
     def state_dict(self) -> dict[str, Any]:
