@@ -129,6 +129,8 @@ class OnlineLoop:
                 fresh.used_by(i)
             return
         state = self.transition.read(read.get("counts"))
+        if self.t == 0 and not self.stepped and self.hyper.record is not None:
+            self.hyper.record.starts_from(state.theta)
         scale = getattr(self.optimizers[i], "grad_scale", None)  # fused optimizers unscale by themselves
         if scale is not None:
             g = g / scale
@@ -226,6 +228,10 @@ class OnlineLoop:
             self.given_loss = None
 
     # ---- after the step
+
+    def after_load(self, i: int) -> None:
+        """Optimizer i has loaded a state."""
+        self.writer.loaded(i, self.t)
 
     def after_step(self, i: int) -> None:
         self.writer.restore(i, self.t)

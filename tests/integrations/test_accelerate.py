@@ -233,6 +233,7 @@ def test_a_checkpoint_of_a_run_without_a_tuner_is_loaded_before_the_tuner_is_reg
         return accelerator, *accelerator.prepare(job.net, job.optimizer())
 
     accelerator, model, opt = prepared()
+    opt.param_groups[0]["lr"] = 0.05  # of the other run: where the tuner starts, and no shape
     x, y = runs.train_set()[:64]
     accelerator.backward(cross_entropy(model(x), y))
     opt.step()
@@ -248,4 +249,8 @@ def test_a_checkpoint_of_a_run_without_a_tuner_is_loaded_before_the_tuner_is_reg
         opt.zero_grad()
         backward(accelerator, tuner, cross_entropy(model(x), y))
         opt.step()
-    assert tuner.stats["hyper_steps"] > 0 and tuner.stats["written_weights"] == 0 and float(tuner.values["lr"]) > 1e-4
+    assert (
+        tuner.stats["hyper_steps"] > 0
+        and tuner.stats["written_weights"] == 0
+        and 0.5 < float(tuner.applied["lr"] / tuner.values["lr"]) < 2
+    )
