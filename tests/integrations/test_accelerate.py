@@ -249,8 +249,5 @@ def test_a_checkpoint_of_a_run_without_a_tuner_is_loaded_before_the_tuner_is_reg
         opt.zero_grad()
         backward(accelerator, tuner, cross_entropy(model(x), y))
         opt.step()
-    assert (
-        tuner.stats["hyper_steps"] > 0
-        and tuner.stats["written_weights"] == 0
-        and 0.5 < float(tuner.applied["lr"] / tuner.values["lr"]) < 2
-    )
+    assert tuner.stats["hyper_steps"] == 2 and tuner.stats["written_weights"] == 0
+    assert 0.1 < float(tuner.applied["lr"] / tuner.values["lr"]) < 10  # not 500
