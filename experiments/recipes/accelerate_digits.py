@@ -5,6 +5,8 @@ python -m experiments.recipes.accelerate_digits
 
 from __future__ import annotations
 
+import math
+
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
@@ -24,7 +26,8 @@ def main(epochs: int = 60) -> dict[str, float]:
     model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9, weight_decay=1e-6)
     loader = DataLoader(TensorDataset(*data.train), batch_size=50, shuffle=True)
-    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * len(loader) // 2)
+    steps = epochs * math.ceil(len(loader) / 2)  # of the optimizer: one ends with the loader
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     model, optimizer, loader, scheduler = accelerator.prepare(model, optimizer, loader, scheduler)
 
     def val_loss() -> Tensor:
@@ -35,7 +38,7 @@ def main(epochs: int = 60) -> dict[str, float]:
         optimizer,  # as prepared
         val_loss,
         tune=("lr", "weight_decay"),
-        total_steps=epochs * len(loader) // 2,  # of the optimizer
+        total_steps=steps,
         clip_norm=1.0,
         scaler=accelerator.scaler,  # None but for fp16
     )

@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_map
 
 from hypergrad.core.loss_tensors import LossTensors
 from hypergrad.core.restore import Buffers, as_found, untouched
-from hypergrad.core.signatures import takes_hypers, takes_step
+from hypergrad.core.signatures import call_val_loss, takes_hypers
 from hypergrad.differentiate.schedule_gradients import Function, stacked
 from hypergrad.optimizers.ema import EMA
 from hypergrad.optimizers.rule import Tensors, parts
@@ -212,7 +212,7 @@ class StockRun:
         with untouched(self.params if average else (), Buffers(self.model), self.params[0].device):
             if average:
                 self._load(average)
-            return float(self.val_loss(t) if takes_step(self.val_loss) else self.val_loss())
+            return float(call_val_loss(self.val_loss, t))
 
 
 def twin(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:

@@ -190,5 +190,6 @@ def check_scalar(loss: Any, what: str) -> None:
         )
     if not loss.requires_grad:
         raise ValueError(
-            f"{what} does not depend on the parameters: it was made without a graph (no_grad, detach, .item())."
+            f"{what} does not depend on the parameters: it was made without a graph (no_grad, detach, .item(), gathered over "
+            "processes)."
         )

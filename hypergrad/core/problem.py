@@ -23,7 +23,7 @@ from hypergrad.core.processes import ALONE, Processes
 from hypergrad.core.rank_mean import RankMean
 from hypergrad.core.restore import Buffers, HostRng, Rng, Saved, untouched
 from hypergrad.core.second_order import twice_differentiable
-from hypergrad.core.signatures import takes_hypers, takes_step
+from hypergrad.core.signatures import call_val_loss, takes_hypers
 from hypergrad.core.survey import survey
 
 
@@ -230,7 +230,7 @@ class Problem:
 
     def _call(self, val_loss: Callable[..., Tensor], t: int) -> Tensor:
         with refused(self.params, self.optimizers, closely=not self.checked_for_writes):
-            loss = val_loss(t) if takes_step(val_loss) else val_loss()
+            loss = call_val_loss(val_loss, t)
         self.checked_for_writes = self.checked_for_writes or t > 0
         check_scalar(loss, "val_loss()")
         return loss

@@ -50,6 +50,20 @@ def takes_step(val_loss: Callable[..., Any]) -> bool:
     return answer
 
 
+def call_val_loss(val_loss: Callable[..., Any], t: int) -> Any:
+    """A validation loss after t steps. What it raises over its argument says what that is."""
+    if not takes_step(val_loss):
+        return val_loss()
+    try:
+        return val_loss(t)
+    except (TypeError, AttributeError) as error:
+        error.add_note(
+            "val_loss has an argument without a default, so hypergrad called val_loss(t), with t the number of steps done. If "
+            "it is to be the model, write val_loss without an argument, and use the model by its name."
+        )
+        raise
+
+
 def takes_hypers(loss: Callable[..., Any]) -> bool:
     """Whether a loss takes hypers beside model and batch: a third positional argument that is required, `None` or a dict by
     default; or *args."""

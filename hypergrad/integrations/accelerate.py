@@ -29,7 +29,14 @@ def backward(accelerator: Accelerator, tuner: Tuner, loss: Tensor, **kwargs: Any
 
     Args:
         kwargs: as of `accelerator.backward`.
+
+    Raises:
+        TypeError: where these are other objects, or in another order.
+        NotImplementedError: with DeepSpeed and Megatron-LM.
     """
+    given = accelerator, tuner, loss
+    if not all(isinstance(x, kind) for x, kind in zip(given, (Accelerator, Tuner, Tensor), strict=True)):
+        raise TypeError(f"call backward(accelerator, tuner, loss): got {', '.join(type(x).__name__ for x in given)}.")
     if accelerator.distributed_type in REFUSED:
         raise NotImplementedError(
             f"{accelerator.distributed_type.value} takes the backward pass and the steps into its own hands: hypergrad cannot "

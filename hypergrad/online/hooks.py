@@ -18,8 +18,11 @@ def check_free(optimizers: Sequence[torch.optim.Optimizer]) -> None:
         raise ValueError("this optimizer has a tuner already: call its close() before you make another one.")
 
 
-def attach(tuner: Any, optimizers: Sequence[torch.optim.Optimizer], before: str, after: str) -> Callable[[], object]:
-    """Call `tuner.before(i)` and `tuner.after(i)` around every step of optimizer i. Returns what takes the hooks off.
+def attach(
+    tuner: Any, optimizers: Sequence[torch.optim.Optimizer], before: str, after: str, loaded: str
+) -> Callable[[], object]:
+    """Call `tuner.before(i)` and `tuner.after(i)` around every step of optimizer i, and `tuner.loaded(i)` after its
+    `load_state_dict`. Returns what takes the hooks off.
 
     The hooks are also taken off when the tuner is gone.
     """
@@ -27,6 +30,7 @@ def attach(tuner: Any, optimizers: Sequence[torch.optim.Optimizer], before: str,
     for i, opt in enumerate(optimizers):
         handles.append(opt.register_step_pre_hook(_before(me, before, i)))
         handles.append(opt.register_step_post_hook(_after(me, after, i)))
+        handles.append(opt.register_load_state_dict_post_hook(_after(me, loaded, i)))
         _TUNED[opt] = me
     return weakref.finalize(tuner, _detach, handles, [weakref.ref(opt) for opt in optimizers])
 
@@ -67,7 +71,7 @@ def _before(me: weakref.ref[Any], method: str, i: int) -> Any:
 
 
 def _after(me: weakref.ref[Any], method: str, i: int) -> Any:
-    """A hook that calls `method(i)` of the tuner after a step."""
+    """A hook that calls `method(i)` of the tuner after a step, or after a state was loaded."""
 
     @torch.compiler.disable
     def hook(optimizer: Any, *_: Any) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 from torch import Tensor
 
 from hypergrad.online.accumulation import check_mean
-from hypergrad.online.budget import Budget
+from hypergrad.online.cost_bound import Budget
 from hypergrad.online.first_step_checks import FirstStepChecks
 from hypergrad.online.gradient_changes import Comparison, Pending
 from hypergrad.online.hyper_step import HyperSteps
@@ -127,6 +127,8 @@ class OnlineLoop:
                 fresh.used_by(i)
             return
         state = cache(lambda: self.transition.read(read.get("counts")))
+        if self.t == 0 and not self.stepped and self.hyper.record is not None:
+            self.hyper.record.starts_from(state().theta)
         loss = read["loss"][0] if "loss" in read else None
         if not self.hyper.frozen:
             keep = not self.stepped and self.t % self.every == 0
@@ -220,6 +222,10 @@ class OnlineLoop:
             self.given_loss = None
 
     # ---- after the step
+
+    def after_load(self, i: int) -> None:
+        """Optimizer i has loaded a state."""
+        self.writer.loaded(i, self.t)
 
     def after_step(self, i: int) -> None:
         self.writer.restore(i, self.t)

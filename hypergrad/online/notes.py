@@ -17,7 +17,8 @@ NOT_FINITE = (
 def past_the_end(total: int) -> str:
     return (
         f"total_steps={total:,} training steps are done, and training goes on: lr stays at its last, smallest value, and nothing "
-        "is tuned any more. Give total_steps the optimizer steps of the whole run, such as epochs * len(train_loader)."
+        "is tuned any more. Give total_steps the optimizer steps of the whole run, such as epochs * len(train_loader), or "
+        "epochs * math.ceil(len(train_loader) / n) where a step is taken every n batches."
     )
 
 

@@ -153,6 +153,23 @@ class ParamGroupWriter:
             self.left[key] = self.applied[key] = known[key] if key in known else plain(group[entry.name])
             self.fresh.pop(key, None)
 
+    def loaded(self, optimizer: int, t: int) -> None:
+        """The optimizer has loaded a state, after t steps: no schedule has written its numbers.
+
+        Before the first step lr and weight decay start from them; later the tuned ones go on.
+        """
+        for j, key in self._numbers(optimizer):
+            group = self.transition.groups[key[1]]
+            now = self.left[key] = plain(group[key[0]])
+            first = plain(group["initial_lr"]) if key in self.bases and "initial_lr" in group else now
+            if t > 0 or key[0] not in SCALED or first == 0:
+                continue
+            self.typed[key] = now
+            if key in self.bases:
+                self.bases[key] = float(first)
+            if not self.vector.given[j]:
+                self.vector.start_at(j, float(first))
+
     def restore(self, optimizer: int, t: int) -> None:
         """After step t: what a scheduler wrote, as it wrote it."""
         self.last_shape[optimizer] = self.lr_shape(t, optimizer)

@@ -18,7 +18,7 @@ from torch import Tensor
 from hypergrad.core.detached import is_cut
 from hypergrad.core.float64 import on_host
 from hypergrad.core.second_order import twice_differentiable
-from hypergrad.core.signatures import takes_step
+from hypergrad.core.signatures import call_val_loss
 from hypergrad.core.survey import survey
 from hypergrad.differentiate.checkpoints import Checkpoint, default_every
 from hypergrad.differentiate.diagnostics import Diagnostics
@@ -133,7 +133,7 @@ class ReplayWindow:
             if loop.hyper.best is not None:
                 self.read_at = transition.flatten(loop.problem.params)
             loop.problem.rng().seed(loop.hyper.seed + shift + t)  # a stream of its own, as in HyperSteps.take
-            return loop.hyper.validation(shift + t) if takes_step(loop.hyper.validation) else loop.hyper.validation()
+            return call_val_loss(loop.hyper.validation, shift + t)
 
         return Trajectory(loop.problem, transition, batches, values, directions, val_loss, (steps,))
 

@@ -202,7 +202,7 @@ class Tuner(TunerView):
         for note in parts.notes:
             self._journal.note(0, note)
         leave_uncompiled(Tuner, "backward", "step", "close")
-        self._detach = attach(self._loop, self.optimizers, "before_step", "after_step")
+        self._detach = attach(self._loop, self.optimizers, "before_step", "after_step", "after_load")
 
     # ---- what a loop calls
 

@@ -20,6 +20,8 @@ NO_COPY = (
 
 
 def check_objects(model: Any, val_loss: Any, scaler: Any, on_log: Any) -> None:
+    if isinstance(model, (list, tuple)):
+        raise TypeError("model must be a torch.nn.Module: put several into one, torch.nn.ModuleList([model, other]).")
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}.")
     if not callable(val_loss):

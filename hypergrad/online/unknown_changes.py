@@ -1,4 +1,5 @@
-"""Gradients that are changed at every step in a way not known: nothing is tuned then, so it is an error, which names the cause.
+"""Gradients that are changed at every step in a way not known, or never come from `tuner.backward`: nothing can be tuned
+then, so it is an error, which names the cause.
 
 g is the gradient as the optimizer sees it, r as `backward` left it (of the parameters that step), c = gᵀr/rᵀr, N = ‖r‖ of all:
 
@@ -22,6 +23,10 @@ from hypergrad.optimizers.clip import TORCH_EPS
 
 PATIENCE = 20  # such steps in a row
 _SAME = 1e-4  # relative
+_REPLACE = (
+    "Replace loss.backward() by tuner.backward(loss); in accelerate accelerator.backward(loss) by backward(accelerator, tuner, "
+    "loss) of hypergrad.integrations.accelerate."
+)
 
 
 class Scaling(NamedTuple):
@@ -40,8 +45,9 @@ class UnknownChanges:
 
     def __init__(self, journal: Journal, counts: dict[str, int]):
         self.journal, self.counts = journal, counts
-        self.in_a_row: dict[int, int] = {}
+        self.in_a_row: dict[int, int] = {}  # of the optimizers that `tuner.backward` gave gradients
         self.last: dict[int, Scaling | None] = {}
+        self.plain: dict[int, int] = {}  # steps whose gradients came from elsewhere
 
     def state_dict(self) -> dict[str, Any]:
         return {"in a row": [list(pair) for pair in self.in_a_row.items()]}
@@ -60,22 +66,17 @@ class UnknownChanges:
             tuning: whether something is to be tuned at present.
 
         Raises:
-            ValueError: where gradients were changed in so many steps in a row.
+            ValueError: where gradients were changed in so many steps in a row, or none came from `tuner.backward` so far.
         """
         if comparison is None:
-            self.counts["plain_steps"] += 1
-            self.journal.note_once(
-                t,
-                "a step's gradients did not come from tuner.backward(loss): it trains as always, but tangents start again "
-                "from zero there (tuner.stats['plain_steps']). Replace loss.backward() by tuner.backward(loss).",
-            )
+            self._note_plain(i, t, tuning)
             return
         self.counts["changed_gradients"] += 1
         self.journal.note_once(
             t,
             "the gradients were changed between tuner.backward and optimizer.step in a way hypergrad does not know: "
             "tangents start again from zero there (tuner.stats['changed_gradients']). Pass clip_norm=... or clip_value=... if "
-            "the loop clips, scaler=... if it has a GradScaler.",
+            "the loop clips, once a step, after its last backward; scaler=... if it has a GradScaler.",
         )
         n = self.in_a_row[i] = self.in_a_row.get(i, 0) + 1
         if n < PATIENCE - 1 or not tuning:
@@ -88,6 +89,20 @@ class UnknownChanges:
                 f"in {n} steps in a row the gradients were changed between tuner.backward and optimizer.step in a way hypergrad "
                 f"does not know, so that nothing can be tuned: {_cause(before, now, clamped_at(g, ref))} If they are to stay as "
                 "they are, call tuner.freeze() and train on without tuning."
+            )
+
+    def _note_plain(self, i: int, t: int, tuning: bool) -> None:
+        self.counts["plain_steps"] += 1
+        self.journal.note_once(
+            t,
+            "a step's gradients did not come from tuner.backward(loss): it trains as always, but tangents start again "
+            f"from zero there (tuner.stats['plain_steps']). {_REPLACE}",
+        )
+        n = self.plain[i] = self.plain.get(i, 0) + 1
+        if n >= PATIENCE and tuning and i not in self.in_a_row:
+            raise ValueError(
+                f"none of the gradients of the first {n} steps came from tuner.backward(loss), so that nothing can be tuned. "
+                f"{_REPLACE} If they are to stay as they are, call tuner.freeze(), or make the tuner where tuning begins."
             )
 
 

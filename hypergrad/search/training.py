@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hypergrad.core.signatures import takes_hypers, takes_step
+from hypergrad.core.signatures import call_val_loss, takes_hypers
 from hypergrad.differentiate.arguments import as_optimizers
 from hypergrad.differentiate.schedule_gradients import Schedules
 from hypergrad.online.lr_shape import decay_to_zero
@@ -84,7 +84,7 @@ def train(
 
 def validation(val_loss: Callable[..., Tensor], t: int) -> float:
     with torch.no_grad():
-        return float(val_loss(t) if takes_step(val_loss) else val_loss())
+        return float(call_val_loss(val_loss, t))
 
 
 def hypers_of(run: Run, params: Mapping[str, Any]) -> dict[str, Tensor]:

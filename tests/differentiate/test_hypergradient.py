@@ -101,6 +101,7 @@ BAD: dict[str, Row] = {
     "val_loss not a scalar": (lambda s: {"val_loss": lambda: s.model(s.batches[0][0])}, ValueError, "scalar"),
     "val_loss a number": (lambda s: {"val_loss": lambda: 1.0}, TypeError, "scalar tensor"),
     "val_loss without a graph": (lambda s: {"val_loss": lambda: s.val_loss().detach()}, ValueError, "no_grad"),
+    "val_loss of the model": (lambda s: {"val_loss": lambda model: model(s.batches[0][0]).mean()}, TypeError, "without"),
     "val_loss of another model": (lambda s: {"val_loss": elsewhere}, ValueError, "shares no parameter"),
     "loss of one argument": (lambda s: {"loss": lambda model: 0}, ValueError, "what the loss takes"),
     # batches

@@ -261,7 +261,14 @@ def transformers(job: Job, folder: Path, resume: Path | None = None, **arguments
 # ---- accelerate
 
 
-def accelerate(job: Job, folder: Path | None = None, first: int = 0, last: int = STEPS, **options: Any) -> Job:
+def accelerate(
+    job: Job,
+    folder: Path | None = None,
+    first: int = 0,
+    last: int = STEPS,
+    total_steps: int | None = None,
+    **options: Any,
+) -> Job:
     """first, last: of the batches that are trained on; a state in `folder` is loaded before, and saved after them."""
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
@@ -279,7 +286,7 @@ def accelerate(job: Job, folder: Path | None = None, first: int = 0, last: int =
         opt,
         lambda: val_loss_of(model),
         scaler=accelerator.scaler,
-        total_steps=-(-STEPS // job.accumulate),
+        total_steps=total_steps or -(-STEPS // job.accumulate),
         **{**extra, **job.options},
     )
     accelerator.register_for_checkpointing(tuner)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
+import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
@@ -142,3 +145,109 @@ def test_backward_leaves_what_accelerates_backward_leaves() -> None:
         assert tuner is None or tuner.stats["gradients"] == 0  # counted at steps
         grads.append([p.grad.clone() for p in job.net.parameters() if p.grad is not None])
     assert all(torch.equal(a, b) for other in grads[1:] for a, b in zip(grads[0], other, strict=True))
+
+
+def test_arguments_of_backward_in_another_order_are_an_error_that_names_them() -> None:
+    from hypergrad.integrations.accelerate import backward
+
+    job = runs.accelerate(Job())
+    accelerator = job.framework[0]
+    loss = runs.val_loss_of(job.net)
+    for arguments in ((job.tuner, accelerator, loss), (accelerator, loss, job.tuner), (accelerator, accelerator, loss)):
+        with pytest.raises(TypeError, match=r"backward\(accelerator, tuner, loss\)"):
+            backward(*arguments)
+
+
+def test_steps_of_the_optimizer_where_accumulation_ends_with_the_loader() -> None:
+    """20 batches by three: accelerate takes seven steps an epoch. So many are what the page's formula gives."""
+    steps = runs.EPOCHS * math.ceil(len(runs.loader()) / 3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        job = runs.accelerate(Job(accumulate=3, scheduled=False), total_steps=steps)
+    assert len(job.used) == job.tuner.stats["steps"] == steps == 14
+    assert job.used[-1] < 0.2 * max(job.used) and job.tuner.stats["changed_gradients"] == 0
+
+
+def in_two_models(job: Job, prepared: bool) -> Job:
+    """The network in two halves, each with an optimizer of its own: in accelerate's loop, and in a plain one."""
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
+
+    from hypergrad.integrations.accelerate import backward
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
+    bottom, top, batches = job.net[:2], job.net[2:], runs.loader()
+    one: Any = job.optimizer(bottom.parameters())
+    other: Any = torch.optim.Adam(top.parameters(), lr=1e-4)
+    if prepared:
+        bottom, top, one, other, batches = accelerator.prepare(bottom, top, one, other, batches)
+    both = nn.ModuleList([bottom, top])
+    tuner = hypergrad.Tuner(
+        both,
+        [one, other],
+        lambda: runs.val_loss_of(lambda x: top(bottom(x))),
+        total_steps=STEPS // 2,
+        clip_norm=1.0,
+        **job.options,
+    )
+    for _ in range(runs.EPOCHS):
+        for i, (x, y) in enumerate(batches):
+            loss = cross_entropy(top(bottom(x)), y)
+            if not prepared:
+                tuner.backward(loss / 2)
+                if i % 2:
+                    nn.utils.clip_grad_norm_(both.parameters(), 1.0)
+                    for opt in (one, other):
+                        opt.step()
+                        opt.zero_grad()
+                continue
+            with accelerator.accumulate(bottom, top):
+                backward(accelerator, tuner, loss)
+                if accelerator.sync_gradients:
+                    accelerator.clip_grad_norm_(both.parameters(), 1.0)
+                for opt in (one, other):
+                    opt.step()
+                    opt.zero_grad()
+    tuner.close()
+    return job.done(tuner)
+
+
+def test_several_prepared_models_in_a_module_list_with_their_optimizers() -> None:
+    one, other = in_two_models(Job(), prepared=True), in_two_models(Job(), prepared=False)
+    assert one.used == other.used and len(one.used) == STEPS // 2
+    assert all(torch.equal(a, b) for a, b in zip(one.weights, other.weights, strict=True))
+    assert one.tuner.stats == other.tuner.stats and one.tuner.stats["hyper_steps"] > 3
+    assert one.tuner.stats["changed_gradients"] == one.tuner.stats["plain_steps"] == 0
+
+
+def test_a_checkpoint_of_a_run_without_a_tuner_is_loaded_before_the_tuner_is_registered(tmp_path: Path) -> None:
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
+
+    from hypergrad.integrations.accelerate import backward
+
+    def prepared() -> tuple[Any, Any, Any]:
+        AcceleratorState._reset_state(reset_partial_state=True)
+        job, accelerator = Job(), Accelerator(cpu=True)
+        return accelerator, *accelerator.prepare(job.net, job.optimizer())
+
+    accelerator, model, opt = prepared()
+    opt.param_groups[0]["lr"] = 0.05  # of the other run: where the tuner starts, and no shape
+    x, y = runs.train_set()[:64]
+    accelerator.backward(cross_entropy(model(x), y))
+    opt.step()
+    accelerator.save_state(str(tmp_path))
+    kept = [p.detach().clone() for p in model.parameters()]
+
+    accelerator, model, opt = prepared()
+    tuner = hypergrad.Tuner(model, opt, lambda: runs.val_loss_of(model), every=4)
+    accelerator.load_state(str(tmp_path))
+    accelerator.register_for_checkpointing(tuner)
+    assert all(torch.equal(a, b) for a, b in zip(kept, model.parameters(), strict=True))
+    for _ in range(8):
+        opt.zero_grad()
+        backward(accelerator, tuner, cross_entropy(model(x), y))
+        opt.step()
+    assert tuner.stats["hyper_steps"] == 2 and tuner.stats["written_weights"] == 0
+    assert 0.1 < float(tuner.applied["lr"] / tuner.values["lr"]) < 10  # not 500

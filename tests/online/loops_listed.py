@@ -67,6 +67,8 @@ FURTHER: tuple[Listed, ...] = (
            CHANGED + "test_both_clippings_are_refused_before_anything_is_done"),
     Listed("gradients changed at every step in a way that is not known", REFUSED, "at the 20th; the error names the cause",
            CHANGED + "test_gradients_changed_at_twenty_steps_in_a_row_are_an_error_that_names_the_cause"),
+    Listed("loss.backward() at every step", REFUSED, "at the 20th; `tuner.backward(loss)`",
+           CHANGED + "test_a_backward_that_was_never_replaced_is_an_error_at_the_twentieth_step"),
     # ---- tensors in the loss
     Listed("tensors that the validation loss reads too (DARTS, learned augmentation)", SUPPORTED, "`hypers=`",
            TUNER_OWN + "test_backward"),

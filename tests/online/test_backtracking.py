@@ -110,6 +110,32 @@ def test_early_in_a_run_it_starts_again_optimizer_state_and_all() -> None:
     assert torch.equal(model.weight, start) and not optimizer.state[model.weight]
 
 
+def test_weights_loaded_before_the_first_step_are_where_it_starts_again() -> None:
+    back, model, optimizer = made(before=1.0, total=TOTAL)
+    with torch.no_grad():
+        model.weight.fill_(3.0)
+    optimizer.state[model.weight]["momentum_buffer"] = torch.full((1, 2), 0.5)
+    back.starts_from(model.weight.detach().flatten())
+    with torch.no_grad():
+        model.weight.fill_(5.0)
+    assert first_return(back, [1.5, 1.6, 1.7], lambda theta: 4 * [1.0 if float(theta[0]) == 3 else 1.7]) == 1
+    assert back.go() == 0
+    assert torch.equal(model.weight[0], weights(3))
+    assert torch.equal(optimizer.state[model.weight]["momentum_buffer"], torch.full((1, 2), 0.5))
+
+
+def test_a_tuner_tells_where_its_first_step_starts_from() -> None:
+    run = Run(total_steps=300)
+    loaded = {k: x.clone() + 0.25 if x.is_floating_point() else x for k, x in run.model.state_dict().items()}
+    run.model.load_state_dict(loaded)
+    run.train(0, 1)
+    record = run.tuner._hyper.record
+    assert record is not None and record.start is not None
+    assert torch.equal(
+        record.start.state.theta, torch.cat([loaded[k].flatten() for k, _ in run.model.named_parameters()])
+    )
+
+
 class Run:
     """A net that can fit its training rows, whose labels are random."""
 

@@ -207,3 +207,55 @@ def test_what_the_error_says_to_do_works() -> None:
 def test_gradients_changed_where_nothing_is_lost_by_it_are_no_error(case: str) -> None:
     tuner, said = run(noisy, 30, freeze=case == "frozen", every=2 if case == "now and then" else 1)
     assert said is None and tuner.stats["steps"] == 30 and isinstance(tuner, hypergrad.Tuner)
+
+
+def plainly(model: nn.Module, opt: Any, tuner: hypergrad.Tuner, by_tuner: Callable[[int], bool]) -> None:
+    """30 steps; at some of them, or none, gradients come from the tuner."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for t, batch in enumerate((data()[0] * 5)[:30]):
+            opt.zero_grad()
+            torch.manual_seed(t)
+            loss = mse(model, batch)
+            tuner.backward(loss) if by_tuner(t) else loss.backward()
+            opt.step()
+
+
+def test_a_backward_that_was_never_replaced_is_an_error_at_the_twentieth_step() -> None:
+    """lr and weight decay would move by tangents of one step, and the run with them."""
+    model, same = two_layers(), two_layers()
+    opt = sgd()(model)
+    tuner = as_given(model, opt, validation(model), tune=("lr",), every=1000)
+    with pytest.raises(ValueError, match=r"none .* of the first 20 .*accelerate.*freeze\(\)"):
+        plainly(model, opt, tuner, lambda t: False)
+    assert tuner.stats["steps"] == tuner.stats["plain_steps"] - 1 == 19
+    stock = sgd()(same)
+    for t, batch in enumerate((data()[0] * 5)[:19]):
+        stock.zero_grad()
+        torch.manual_seed(t)
+        mse(same, batch).backward()
+        stock.step()
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), same.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("case", ["frozen", "once"])
+def test_steps_of_plain_backward_are_no_error(case: str) -> None:
+    model = two_layers()
+    opt = sgd()(model)
+    tuner = as_given(model, opt, validation(model), tune=("lr",), every=1000)
+    if case == "frozen":
+        tuner.freeze()
+    plainly(model, opt, tuner, lambda t: case == "once" and t == 5)
+    assert tuner.stats["steps"] == 30 and tuner.stats["plain_steps"] == 30 - (case == "once")
+
+
+def test_clipping_between_two_backward_calls_is_said_with_when_to_clip() -> None:
+    model = two_layers()
+    opt = sgd()(model)
+    tuner = as_given(model, opt, validation(model), tune=("lr",), clip_norm=0.01)
+    x, y = data()[0][0]
+    with pytest.warns(UserWarning, match="clips, once a step, after its last backward"):
+        for rows in torch.arange(6).chunk(2):
+            tuner.backward(mse(model, (x[rows], y[rows])) / 2)
+            clip_grad_norm_(model.parameters(), 0.01)
+        opt.step()

@@ -43,6 +43,8 @@ BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "a clipping threshold": ({"tune": ("clip_norm",), "clip_norm": 1.0}, NotImplementedError, "hypergradient"),
     "val_loss a number": ({"val_loss": 1.0}, TypeError, "val_loss must be"),
     "model a function": ({"model": mse}, TypeError, "torch.nn.Module"),
+    "models in a list": ({"model": [nn.Linear(2, 1)]}, TypeError, r"torch\.nn\.ModuleList"),
+    "val_loss of the model": ({"val_loss": lambda model: mse(model, data()[0][0])}, TypeError, r"val_loss\(t\).*without"),
     "optimizer twice": ({"optimizer": "twice"}, ValueError, "two param groups"),
     "seed a string": ({"seed": "x"}, (TypeError, ValueError), "x"),
     "tune a number": ({"tune": 3}, TypeError, "tune must be names"),

@@ -144,6 +144,7 @@ def test_the_first_step_beyond_total_steps_is_said_once(optimizers: int) -> None
         assert not torch.equal(before, model.weight)
     assert [t for t, sentences in enumerate(said) if sentences] == [10]
     assert "total_steps=10" in said[10][0] and "epochs * len(train_loader)" in said[10][0]
+    assert "epochs * math.ceil(len(train_loader) / n)" in said[10][0]  # where gradients are accumulated
 
 
 def test_as_an_error_it_comes_before_weights_change() -> None:

@@ -120,6 +120,59 @@ def test_state_saved_in_the_middle_is_not_changed_by_training_on() -> None:
     assert repr(state) == before
 
 
+def of_a_plain_run(schedule: Callable[[Any], Any] | None, lr: float, decay: float) -> list[Any]:
+    """States of model, optimizer and scheduler after some steps without a tuner, with lr and weight decay of its own."""
+    model = two_layers()
+    opt = torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9, weight_decay=decay)
+    opt.param_groups.clear()
+    for group in sgd(momentum=0.9)(model).param_groups:
+        opt.add_param_group(group | {"lr": lr, "weight_decay": decay})
+    scheduler = schedule(opt) if schedule else None
+    for t, batch in enumerate(data()[0][:MIDDLE]):
+        torch.manual_seed(t)
+        opt.zero_grad()
+        mse(model, batch).backward()
+        opt.step()
+        if scheduler is not None:
+            scheduler.step()
+    return [copy.deepcopy(x.state_dict()) for x in (model, opt, scheduler) if x is not None]
+
+
+@pytest.mark.parametrize("tuner_first", [True, False])
+@pytest.mark.parametrize("total", [None, 60])
+@pytest.mark.parametrize("name", ["none", "lambda", "cosine"])
+def test_states_without_the_tuners_are_gone_on_with_as_by_a_tuner_made_afterwards(
+    name: str, total: int | None, tuner_first: bool
+) -> None:
+    """lr and weight decay of the other run were taken for what a schedule had written, over those of this one."""
+    states = of_a_plain_run(SCHEDULES[name], lr=0.3, decay=0.2)
+    options: dict[str, Any] = {"total_steps": total}
+    one, other = Run(SCHEDULES[name], tuner_first, **options), Run(SCHEDULES[name], tuned=False)
+    for run in (one, other):
+        for x, state in zip(run.parts, copy.deepcopy(states), strict=False):
+            x.load_state_dict(state)
+    other.tuner = hypergrad.Tuner(other.model, other.optimizer, validation(other.model), every=3, **options)
+    for t in range(12):
+        for run in (one, other):
+            run.train(t, t + 1)
+        assert all(torch.equal(one.tuner.applied[k], other.tuner.applied[k]) for k in one.tuner.values), t
+    assert all(torch.equal(p, q) for p, q in zip(one.model.parameters(), other.model.parameters(), strict=True))
+
+
+def test_an_older_optimizer_state_loaded_in_mid_run_leaves_the_tuned_numbers_alone() -> None:
+    run, states = Run(None), []
+    run.train(0, 4)
+    states = [copy.deepcopy(x.state_dict()) for x in run.parts[:2]]
+    run.train(4, 10)
+    before = run.tuner.values["lr"].clone()
+    assert not torch.equal(before, torch.tensor([g["lr"] for g in states[1]["param_groups"]], dtype=torch.float64))
+    for x, state in zip(run.parts, states, strict=False):
+        x.load_state_dict(state)
+    with pytest.warns(UserWarning, match="weights were written between two steps"):
+        run.train(10, 11)
+    assert torch.equal(run.tuner.applied["lr"], before)
+
+
 # keys of these depend on the run: counts, names of values and of slots
 RUN_DEPENDENT = {("stats",), ("loop", "used", "values"), ("tangents", "slots"), ("backtracking", "start")}
 

@@ -35,6 +35,7 @@ from dataclasses import dataclass, replace
 from statistics import fmean, median, stdev
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from hypergrad.core.problem import Problem, Saved
@@ -98,6 +99,12 @@ class LossRecord:
         self.wait = self.policy.wait
         if self.start is not None:
             self.best, self.theta, self.buffers = self.before, self.start.state.theta, self.start.buffers
+
+    def starts_from(self, theta: Tensor) -> None:
+        """The first step starts from weights theta [n]: those may have been loaded since this was made."""
+        if self.start is not None and not torch.equal(theta, self.start.state.theta):
+            self.start = KeptState(_first_state(self.transition), self.problem.read_buffers())
+            self._begin()
 
     def read(self, t: int, loss: float, theta: Tensor, phase: Sequence[int], read_both: ReadBoth) -> bool:
         """Note a validation loss at weights theta [n]. True: go back (`go`).
