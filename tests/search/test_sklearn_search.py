@@ -248,7 +248,7 @@ BAD: dict[str, tuple[Any, str]] = {
 def test_bad_input_ends_before_any_fit(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     make, match = BAD[name]
     module = importlib.import_module("hypergrad.search.sklearn.folds")
-    monkeypatch.setattr(module, "cross_validate", lambda *_, **__: pytest.fail("something was fitted"))
+    monkeypatch.setattr(module, "_fit_and_score", lambda *_, **__: pytest.fail("something was fitted"))
     with pytest.raises(ValueError, match=match):
         make().fit(*NUMBERS)
 
