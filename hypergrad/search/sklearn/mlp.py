@@ -185,9 +185,8 @@ class MLPClassifier(ClassifierMixin, _MLP):
         data = Data(torch.tensor(X), torch.tensor(column), weights(sample_weight, X))
         classes = len(self.classes_)
         self._train(data, classes if classes > 2 else 1)
-        if (
-            classes > 2
-        ):  # the loss does not know of the mean of the last biases, which gradients leave at 0, and Newton's steps do not
+        if classes > 2 and self.solver == "lbfgs":
+            # the last biases can move together and F does not change: gradients leave their mean at 0, Newton's steps do not
             self.theta_[-classes:] -= self.theta_[-classes:].mean()
         return self
 
@@ -248,17 +247,13 @@ def differentiate(fitted: _MLP, train: Data, held_out: Data, loss: Loss, wrt: Se
     if fitted.solver == "lbfgs" or not wrt:
         theta = net.theta.detach()
         free, outputs = torch.ones_like(theta, dtype=torch.bool), fitted.sizes_[-1]
-        shift = outputs > 1 and is_classifier(
-            fitted
-        )  # F is the same wherever the mean of the last biases is; fits leave it at 0
-        if shift:
-            free[-1] = False
-        minimum = Minimum(
-            theta,
-            free,
-            lambda t, h: fitted.objective(net, t, h["alpha"], train),
-            lambda t, x: net.scores(t, x) - (t[-outputs:].mean() if shift else 0.0),
-        )
+        together = fitted.solver == "lbfgs" and is_classifier(fitted) and outputs > 1  # as of `linear.logistic`
+        free[-1] = not together
+
+        def scores(t: Tensor, x: Tensor) -> Tensor:
+            return net.scores(t, x) - t[-outputs:].mean() if together else net.scores(t, x)
+
+        minimum = Minimum(theta, free, lambda t, h: fitted.objective(net, t, h["alpha"], train), scores)
         return at_minimum(
             minimum, lambda s: held_out.mean(loss(s, held_out.y)), held_out.x, {"alpha": fitted.alpha}, wrt
         )
