@@ -104,7 +104,7 @@ class Folds:
         """Fit the values at each point on every fold, and score them."""
         all_params = [{n: e.from_unit(float(x)) for (n, e), x in zip(self.entries.items(), u)} for u in points]
         folds, split = len(self.samples.splits), self.samples.splits
-        out = self.parallel(
+        out: Any = self.parallel(
             delayed(_fit_and_score)(
                 clone(self.estimator),
                 self.samples.X,
