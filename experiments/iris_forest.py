@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from sklearn.base import clone
 from sklearn.datasets import load_iris
 from sklearn.ensemble import RandomForestClassifier
 from sklearn.model_selection import GridSearchCV, StratifiedKFold, cross_val_score, train_test_split
@@ -62,15 +63,18 @@ class Iris:
     def hypergrad(self, grid: dict[str, list[Any]]) -> Study:
         return optimize(self.error, from_sklearn(grid), strategy="grid")
 
+    def forest_of(self, params: dict[str, Any]) -> Any:
+        forest: Any = clone(self.forest)
+        return forest.set_params(**params)
+
     def error(self, params: dict[str, Any]) -> float:
         """Minus the mean accuracy over the folds."""
-        forest = RandomForestClassifier(**self.forest.get_params() | params)
+        forest = self.forest_of(params)
         return -float(np.mean(cross_val_score(forest, self.x, self.y, cv=self.folds, scoring="accuracy")))
 
     def test_error(self, params: dict[str, Any]) -> float:
         """Minus the accuracy on the test part, fitted on the whole training part."""
-        forest = RandomForestClassifier(**self.forest.get_params() | params)
-        return -float(forest.fit(self.x, self.y).score(self.x_test, self.y_test))
+        return -float(self.forest_of(params).fit(self.x, self.y).score(self.x_test, self.y_test))
 
 
 def compare(iris: Iris, grid: dict[str, list[Any]]) -> list[Row]:

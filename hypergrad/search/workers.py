@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import pickle
+import sys
 from collections.abc import Iterator
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from functools import partial
 from multiprocessing import get_context
@@ -19,6 +21,9 @@ from hypergrad.search.storage import open_storage, quiet_optuna
 from hypergrad.search.strategies.base import Strategy
 
 WORKERS = ("processes", "threads")
+FORKSERVER = sys.platform == "linux"  # elsewhere a process that has imported much is not safe to fork, or cannot be
+IMPORTED = ("hypergrad.search.workers", "optuna")  # by the process that workers are forks of
+ALSO = ("pandas", "scipy", "sklearn")  # where this process has them: strategies send them, and objectives use them
 
 
 class Runner:
@@ -65,15 +70,61 @@ def local_runner(n_jobs: int, workers: str, storage: Any) -> Iterator[Runner]:
     if n_jobs == 1:
         yield Runner(None, storage, isolated=True)
         return
-    if workers == "threads":
-        pool: Executor = ThreadPoolExecutor(n_jobs)
-    else:
-        threads = max(1, (os.cpu_count() or 1) // n_jobs)
-        pool = ProcessPoolExecutor(n_jobs, get_context("spawn"), initializer=torch.set_num_threads, initargs=(threads,))
+    pool = ThreadPoolExecutor(n_jobs) if workers == "threads" else process_pool(n_jobs)
     try:
         yield Runner(pool, storage, isolated=workers == "processes")
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def process_pool(n_jobs: int) -> ProcessPoolExecutor:
+    """Processes that begin as Python's "spawn" has it, with nothing of this one but its path, folder and environment.
+
+    To import torch, Optuna and this package takes a processor some two seconds. On Linux one process does so for all of them, a
+    fork server of `multiprocessing`, and workers are its forks. It runs nothing of the user's, is ready for later calls, and ends
+    with this process. What it found on Python's path must be what this process has; otherwise every worker imports by itself.
+    Environment variables that are read during these imports are those of the first call.
+
+    Raises:
+        RuntimeError: they cannot start.
+    """
+    failed: Exception | None = None
+    for method in ("forkserver", "spawn") if FORKSERVER else ("spawn",):
+        context = get_context(method)
+        if method == "forkserver":
+            context.set_forkserver_preload(_imported())
+        threads = max(1, (os.cpu_count() or 1) // n_jobs)
+        pool = ProcessPoolExecutor(n_jobs, context, initializer=_begin_worker, initargs=(threads, dict(os.environ)))
+        try:
+            if pool.submit(_origins).result() == _origins() or method == "spawn":
+                return pool
+        except (BrokenProcessPool, OSError) as error:
+            failed = error
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+        pool.shutdown()
+    raise RuntimeError(
+        "n_jobs > 1: worker processes cannot start, for the reason printed above. A script that calls optimize must do so under "
+        "if __name__ == '__main__':, because every worker imports it. Or use workers='threads'."
+    ) from failed
+
+
+def _imported() -> list[str]:
+    """The modules that a fork server is to import."""
+    also = [name for name in list(sys.modules) if name.count(".") < 2 and name.partition(".")[0] in ALSO]
+    return [*IMPORTED, *also]
+
+
+def _begin_worker(threads: int, environment: dict[str, str]) -> None:
+    torch.set_num_threads(threads)
+    os.environ.clear()
+    os.environ.update(environment)
+
+
+def _origins() -> dict[str, str | None]:
+    """Where the packages that workers share were imported from."""
+    return {name: need(name, "a search").__file__ for name in ("hypergrad", "torch", "numpy", "optuna")}
 
 
 def check_picklable(objective: Objective) -> None:

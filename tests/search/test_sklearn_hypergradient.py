@@ -71,6 +71,7 @@ CASES = {
     "logistic, weights": Case(LogisticRegression(C=0.3, class_weight={"yes": 3.0}, **NEWTON), two_classes, ("C",)),
     "logistic, balanced": Case(LogisticRegression(C=0.3, class_weight="balanced", **NEWTON), wine, ("C",)),
     "multinomial": Case(LogisticRegression(C=0.3, **NEWTON), wine, ("C",)),
+    "multinomial, hinge": Case(LogisticRegression(C=0.3, **NEWTON), wine, ("C",), "squared_hinge"),
     "multinomial without intercepts": Case(LogisticRegression(C=0.3, fit_intercept=False, **NEWTON), wine, ("C",)),
     "svm": Case(LinearSVC(C=0.02, dual=False, **TIGHT), two_classes, ("C",)),
     "svm, log loss": Case(
@@ -79,6 +80,9 @@ CASES = {
     "svm of three classes": Case(LinearSVC(C=0.02, dual=False, **TIGHT), wine, ("C",)),
     "mlp": Case(MLPRegressor((2,), alpha=0.03, tol=1e-11, random_state=0), diabetes, ("alpha",)),
     "mlp of classes": Case(MLPClassifier((3,), tol=1e-11, random_state=0), wine, ("alpha",)),
+    "mlp of classes, hinge": Case(
+        MLPClassifier((2,), alpha=0.1, tol=1e-11, random_state=0), wine, ("alpha",), "squared_hinge"
+    ),
     "mlp by steps": Case(
         MLPClassifier((2, 2), activation="softplus", solver="sgd", max_iter=20, random_state=0),
         two_classes,
@@ -95,15 +99,43 @@ def halves(data: Any) -> tuple[np.ndarray, ...]:
     return x[::2], y[::2], x[1::2], y[1::2]
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_equals_finite_differences(name: str) -> None:
+def weights_of(y: np.ndarray) -> np.ndarray:
+    """A weight a sample, one in five 0."""
+    draw = np.random.default_rng(len(y))
+    return draw.uniform(0.2, 3.0, len(y)) * (draw.random(len(y)) > 0.2)
+
+
+WEIGHTED = (  # cases that are run with weights too: every objective, and what class_weight is multiplied with
+    "ridge",
+    "ridge of two targets",
+    "ridge in a pipeline",
+    "lasso",
+    "elastic net",
+    "logistic",
+    "logistic, weights",
+    "logistic, balanced",
+    "multinomial",
+    "svm, log loss",
+    "mlp",
+    "mlp of classes",
+    "mlp by steps",
+    "mlp of numbers by steps",
+)
+
+
+@pytest.mark.parametrize(("name", "weighted"), [(name, False) for name in CASES] + [(name, True) for name in WEIGHTED])
+def test_equals_finite_differences(name: str, weighted: bool) -> None:
     estimator, data, names, loss = CASES[name]
     x, y, x_val, y_val = halves(data)
-    found = hypergradient(clone(estimator).fit(x, y), x, y, x_val, y_val, names, loss)
+    own = {"sample_weight": weights_of(y)} if weighted else {}
+    both = own | ({"sample_weight_val": weights_of(y_val)} if weighted else {})
+    prefix = names[0].rpartition("__")[0]
+    to_fit = {f"{prefix}__{key}" if prefix else key: value for key, value in own.items()}
+    found = hypergradient(clone(estimator).fit(x, y, **to_fit), x, y, x_val, y_val, names, loss, **both)
 
     def value(**params: float) -> float:
-        fitted = clone(estimator).set_params(**params).fit(x, y)
-        return hypergradient(fitted, x, y, x_val, y_val, loss=loss).value
+        fitted = clone(estimator).set_params(**params).fit(x, y, **to_fit)
+        return hypergradient(fitted, x, y, x_val, y_val, loss=loss, **both).value
 
     for each in names:
         at = estimator.get_params()[each]
@@ -172,15 +204,34 @@ def test_the_loss_is_scikit_learns() -> None:
     from sklearn.metrics import log_loss, mean_squared_error
 
     x, y, x_val, y_val = halves(wine)
-    fitted = LogisticRegression().fit(x, y)
-    assert hypergradient(fitted, x, y, x_val, y_val).value == pytest.approx(
-        log_loss(y_val, fitted.predict_proba(x_val))
-    )
-    x, y, x_val, y_val = halves(two_targets)
+    for data, fitted, theirs in (
+        (wine, LogisticRegression(), lambda e, x, y, w: log_loss(y, e.predict_proba(x), sample_weight=w)),
+        (two_targets, Ridge(), lambda e, x, y, w: mean_squared_error(y, e.predict(x), sample_weight=w)),
+    ):
+        x, y, x_val, y_val = halves(data)
+        fitted.fit(x, y)
+        for weight in (None, weights_of(y_val)):
+            found = hypergradient(fitted, x, y, x_val, y_val, sample_weight_val=weight)
+            assert found.value == pytest.approx(theirs(fitted, x_val, y_val, weight))
+
+
+WRONG_WEIGHTS = {
+    "another length": (np.ones(3), "sample_weight.shape == "),
+    "below 0": (np.full(221, -1.0), "Negative"),
+    "all of them 0": (np.zeros(221), "at least one non-zero"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG_WEIGHTS)
+def test_weights_that_are_none(name: str) -> None:
+    weight, match = WRONG_WEIGHTS[name]
+    x, y, x_val, y_val = halves(diabetes)
     fitted = Ridge().fit(x, y)
-    assert hypergradient(fitted, x, y, x_val, y_val).value == pytest.approx(
-        mean_squared_error(y_val, fitted.predict(x_val))
-    )
+    for key in ("sample_weight", "sample_weight_val"):
+        with pytest.raises(ValueError, match=match):
+            hypergradient(fitted, x, y, x_val, y_val, "alpha", **{key: weight})
+    with pytest.raises(ValueError, match=match):
+        MLPRegressor((2,)).fit(x, y, sample_weight=weight)
 
 
 def test_every_model_has_a_case() -> None:

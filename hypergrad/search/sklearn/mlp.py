@@ -1,10 +1,10 @@
 """A small multilayer perceptron in scikit-learn's protocol, in float64, and its hypergradients.
 
-    F(θ, h) = 1/n Σᵢ ℓᵢ + α/2 Σ_layers ‖W‖²          biases are not penalised
+    F(θ, h) = Σᵢ wᵢ ℓᵢ / Σᵢ wᵢ + α/2 Σ_layers ‖W‖²          biases are not penalised
 
-ℓ is the log loss of classes or the squared error. solver="lbfgs" goes to a minimum of F, which is differentiated there
-(minimum.py). solver="sgd" takes `max_iter` full-batch steps with momentum; they are differentiated one by one
-(`hypergrad.hypergradient`), and so the result is exact however far from a minimum they end.
+ℓ is the log loss of classes or the squared error, w a sample's weight. solver="lbfgs" goes to a minimum of F, which is
+differentiated there (minimum.py). solver="sgd" takes `max_iter` full-batch steps with momentum; they are differentiated one by
+one (`hypergrad.hypergradient`), and so the result is exact however far from a minimum they end.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from sklearn.base import BaseEstimator, ClassifierMixin, RegressorMixin
+from sklearn.base import BaseEstimator, ClassifierMixin, RegressorMixin, is_classifier
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.utils import check_random_state
 from sklearn.utils.multiclass import check_classification_targets
@@ -25,13 +25,12 @@ from sklearn.utils.validation import check_is_fitted, column_or_1d, validate_dat
 from torch import Tensor, nn
 
 from hypergrad.differentiate.hypergradient import hypergradient
-from hypergrad.search.sklearn.losses import Loss, log_loss, squared_error
+from hypergrad.search.sklearn.losses import Data, Loss, log_loss, squared_error, weights
 from hypergrad.search.sklearn.minimum import DENSE, HeldOut, Minimum, at_minimum, hessian_of
 from hypergrad.search.sklearn.newton import to_minimum
 
 ACTIVATIONS = {"tanh": torch.tanh, "softplus": nn.functional.softplus, "sigmoid": torch.sigmoid}  # smooth ones
 SGD_NAMES = {"learning_rate_init": "lr", "momentum": "momentum", "alpha": "alpha"}  # ours → hypergrad's
-Data = tuple[Tensor, Tensor]
 
 
 class Net(nn.Module):
@@ -90,29 +89,29 @@ class _MLP(BaseEstimator):
                 raise ValueError(f"{name} must be a finite number from 0, got {value!r}.")
         return sizes
 
-    def _train(self, x: Tensor, y: Tensor, outputs: int) -> None:
-        self.sizes_ = (x.shape[1], *self._check(), outputs)
+    def _train(self, data: Data, outputs: int) -> None:
+        self.sizes_ = (data.x.shape[1], *self._check(), outputs)
         draw, start = check_random_state(self.random_state), []
         for a, b in pairwise(self.sizes_):  # Glorot's bound
             start += [draw.uniform(-1, 1, a * b) * np.sqrt(6 / (a + b)), np.zeros(b)]
         self.initial_ = np.concatenate(start)
-        self.theta_ = (self._to_minimum if self.solver == "lbfgs" else self._steps)(x, y)
+        self.theta_ = (self._to_minimum if self.solver == "lbfgs" else self._steps)(data)
         if not np.isfinite(self.theta_).all():
             raise ValueError(f"training diverged: pass a smaller learning_rate_init than {self.learning_rate_init}.")
 
     def net(self, theta: Any) -> Net:
         return Net(torch.tensor(theta), self.sizes_, self.activation)
 
-    def objective(self, net: Net, theta: Tensor, alpha: Any, x: Tensor, y: Tensor) -> Tensor:
+    def objective(self, net: Net, theta: Tensor, alpha: Any, data: Data) -> Tensor:
         """F(θ, α)."""
-        return type(self)._loss(net.scores(theta, x), y).mean() + net.penalty(theta, alpha)
+        return data.mean(type(self)._loss(net.scores(theta, data.x), data.y)) + net.penalty(theta, alpha)
 
-    def _to_minimum(self, x: Tensor, y: Tensor) -> np.ndarray:
+    def _to_minimum(self, data: Data) -> np.ndarray:
         net = self.net(self.initial_)
 
         def slope(flat: np.ndarray, graph: bool = False) -> tuple[Tensor, Tensor, Tensor]:
             theta = torch.tensor(flat, requires_grad=True)
-            value = self.objective(net, theta, self.alpha, x, y)
+            value = self.objective(net, theta, self.alpha, data)
             return theta, value.detach(), torch.autograd.grad(value, theta, create_graph=graph)[0]
 
         def value_and_gradient(flat: np.ndarray) -> tuple[float, np.ndarray]:
@@ -130,12 +129,12 @@ class _MLP(BaseEstimator):
             warnings.warn(text, ConvergenceWarning, stacklevel=4)
         return found
 
-    def _steps(self, x: Tensor, y: Tensor) -> np.ndarray:
+    def _steps(self, data: Data) -> np.ndarray:
         net = self.net(self.initial_)
         optimizer = self.sgd(net)
         for _ in range(self.max_iter):
             optimizer.zero_grad()
-            self.objective(net, net.theta, self.alpha, x, y).backward()
+            self.objective(net, net.theta, self.alpha, data).backward()
             optimizer.step()
         self.n_iter_ = self.max_iter
         return net.theta.detach().numpy()
@@ -167,7 +166,7 @@ class MLPClassifier(ClassifierMixin, _MLP):
         classes_; theta_: all weights, layer by layer W [out, in] and b; initial_: those before training; n_iter_.
 
     Raises:
-        ValueError: in `fit`: an argument out of range, training that diverged.
+        ValueError: in `fit`: an argument out of range, weights below 0, training that diverged.
 
     Example:
         >>> MLPClassifier((3,), random_state=0).fit([[0.0], [1.0], [2.0]], ["a", "b", "b"]).predict([[-1.0], [3.0]])
@@ -176,14 +175,19 @@ class MLPClassifier(ClassifierMixin, _MLP):
 
     _loss = staticmethod(log_loss)
 
-    def fit(self, X: Any, y: Any) -> MLPClassifier:
-        """Train on rows X [n, d] and labels y [n]."""
+    def fit(self, X: Any, y: Any, sample_weight: Any = None) -> MLPClassifier:
+        """Train on rows X [n, d] and labels y [n], with weights [n] where there are any."""
         X, y = validate_data(self, X, y, dtype=np.float64)
         check_classification_targets(y)
         self.classes_, column = np.unique(y, return_inverse=True)
         if len(self.classes_) < 2:
             raise ValueError(f"y has one class only, {self.classes_[0]!r}: two or more are needed.")
-        self._train(torch.tensor(X), torch.tensor(column), len(self.classes_) if len(self.classes_) > 2 else 1)
+        data = Data(torch.tensor(X), torch.tensor(column), weights(sample_weight, X))
+        classes = len(self.classes_)
+        self._train(data, classes if classes > 2 else 1)
+        if classes > 2 and self.solver == "lbfgs":
+            # the last biases can move together and F does not change: gradients leave their mean at 0, Newton's steps do not
+            self.theta_[-classes:] -= self.theta_[-classes:].mean()
         return self
 
     def decision_function(self, X: Any) -> np.ndarray:
@@ -213,17 +217,17 @@ class MLPRegressor(RegressorMixin, _MLP):
         theta_, initial_, n_iter_: as of `MLPClassifier`.
 
     Raises:
-        ValueError: in `fit`: an argument out of range, training that diverged.
+        ValueError: in `fit`: an argument out of range, weights below 0, training that diverged.
     """
 
     _loss = staticmethod(squared_error)
 
-    def fit(self, X: Any, y: Any) -> MLPRegressor:
-        """Train on rows X [n, d] and numbers y [n] or [n, k]."""
+    def fit(self, X: Any, y: Any, sample_weight: Any = None) -> MLPRegressor:
+        """Train on rows X [n, d] and numbers y [n] or [n, k], with weights [n] where there are any."""
         X, y = validate_data(self, X, y, dtype=np.float64, multi_output=True, y_numeric=True)
         y = column_or_1d(y, warn=True) if y.ndim == 2 and y.shape[1] == 1 else y
         self._flat, y = y.ndim == 1, np.asarray(y, dtype=np.float64).reshape(len(y), -1)
-        self._train(torch.tensor(X), torch.tensor(y), y.shape[1])
+        self._train(Data(torch.tensor(X), torch.tensor(y), weights(sample_weight, X)), y.shape[1])
         return self
 
     def predict(self, X: Any) -> np.ndarray:
@@ -239,24 +243,27 @@ def names(estimator: _MLP) -> tuple[str, ...]:
 
 def differentiate(fitted: _MLP, train: Data, held_out: Data, loss: Loss, wrt: Sequence[str]) -> HeldOut:
     """The held-out loss and its hypergradient, through the minimum or through the steps."""
-    x, y = held_out
     net = fitted.net(fitted.theta_)
     if fitted.solver == "lbfgs" or not wrt:
         theta = net.theta.detach()
-        minimum = Minimum(
-            theta,
-            torch.ones_like(theta, dtype=torch.bool),
-            lambda t, h: fitted.objective(net, t, h["alpha"], *train),
-            net.scores,
+        free, outputs = torch.ones_like(theta, dtype=torch.bool), fitted.sizes_[-1]
+        together = fitted.solver == "lbfgs" and is_classifier(fitted) and outputs > 1  # as of `linear.logistic`
+        free[-1] = not together
+
+        def scores(t: Tensor, x: Tensor) -> Tensor:
+            return net.scores(t, x) - t[-outputs:].mean() if together else net.scores(t, x)
+
+        minimum = Minimum(theta, free, lambda t, h: fitted.objective(net, t, h["alpha"], train), scores)
+        return at_minimum(
+            minimum, lambda s: held_out.mean(loss(s, held_out.y)), held_out.x, {"alpha": fitted.alpha}, wrt
         )
-        return at_minimum(minimum, lambda s: loss(s, y).mean(), x, {"alpha": fitted.alpha}, wrt)
     net = fitted.net(fitted.initial_)
     result = hypergradient(
         net,
         fitted.sgd(net),
-        lambda model, _, h: fitted.objective(model, model.theta, h["alpha"], *train),
+        lambda model, _, h: fitted.objective(model, model.theta, h["alpha"], train),
         [None] * fitted.max_iter,
-        lambda: loss(net.scores(net.theta, x), y).mean(),
+        lambda: held_out.mean(loss(net.scores(net.theta, held_out.x), held_out.y)),
         wrt=[SGD_NAMES[name] for name in wrt],
         hypers={"alpha": torch.tensor(fitted.alpha, dtype=torch.float64)},
     )

@@ -17,18 +17,18 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from scipy.sparse import issparse
+from sklearn import get_config
 from sklearn.base import clone, is_classifier
 from sklearn.linear_model import ElasticNet, Lasso, LogisticRegression, Ridge
 from sklearn.pipeline import Pipeline
 from sklearn.svm import LinearSVC
-from sklearn.utils.validation import check_is_fitted
-from torch import Tensor
+from sklearn.utils.metadata_routing import process_routing
+from sklearn.utils.validation import check_is_fitted, column_or_1d
 
 from hypergrad.search.sklearn import linear, mlp
-from hypergrad.search.sklearn.losses import LOSSES, Loss
+from hypergrad.search.sklearn.losses import LOSSES, Data, Loss, weights
 from hypergrad.search.sklearn.minimum import HeldOut, Minimum, at_minimum
 
-Data = tuple[Tensor, Tensor]  # rows [n, d], targets
 Refusal = tuple[Callable[[Any], bool], str]
 
 
@@ -49,7 +49,7 @@ class Model(NamedTuple):
 
 
 def _implicit(
-    build: Callable[[Any, Tensor, Tensor], Minimum],
+    build: Callable[[Any, Data], Minimum],
     names: Sequence[str],
     fitted: Any,
     train: Data,
@@ -59,12 +59,11 @@ def _implicit(
 ) -> HeldOut:
     """Of a model that was trained to a minimum."""
     hypers = {name: float(getattr(fitted, name)) for name in names}
-    x, y = held_out
-    return at_minimum(build(fitted, *train), lambda s: loss(s, y).mean(), x, hypers, wrt)
+    return at_minimum(build(fitted, train), lambda s: held_out.mean(loss(s, held_out.y)), held_out.x, hypers, wrt)
 
 
 def _model(
-    build: Callable[[Any, Tensor, Tensor], Minimum], names: tuple[str, ...], losses: tuple[str, ...], *refused: Refusal
+    build: Callable[[Any, Data], Minimum], names: tuple[str, ...], losses: tuple[str, ...], *refused: Refusal
 ) -> Model:
     return Model(lambda _: names, losses, partial(_implicit, build, names), refused)
 
@@ -108,6 +107,19 @@ def last_step(estimator: Any) -> tuple[Any, str]:
         name, estimator = estimator.steps[-1]
         prefix += f"{name}__"
     return estimator, prefix
+
+
+def weight_of_last_step(estimator: Any, fit_params: Mapping[str, Any]) -> Any:
+    """`sample_weight` as it comes to the last step of `estimator.fit(X, y, **fit_params)`; None: it gets none."""
+    while isinstance(estimator, Pipeline):
+        name, last = estimator.steps[-1]
+        if get_config()["enable_metadata_routing"]:
+            fit_params = process_routing(estimator, "fit", **fit_params)[name]["fit"]
+        else:
+            prefix = f"{name}__"
+            fit_params = {k.removeprefix(prefix): v for k, v in fit_params.items() if k.startswith(prefix)}
+        estimator = last
+    return fit_params.get("sample_weight")
 
 
 def with_params(estimator: Any, params: Mapping[str, Any]) -> Any:
@@ -164,6 +176,8 @@ def hypergradient(
     y_val: Any,
     wrt: str | Sequence[str] = (),
     loss: str | None = None,
+    sample_weight: Any = None,
+    sample_weight_val: Any = None,
 ) -> HeldOut:
     """The loss of a fitted estimator on held-out data, and its derivative in hyperparameters through the fit.
 
@@ -174,13 +188,23 @@ def hypergradient(
         wrt: names of hyperparameters, as in `get_params`; none: the loss alone.
         loss: "squared_error", "log_loss" or "squared_hinge" (of the decision values, as logits or margins); None: the one that
             is usual for the estimator.
+        sample_weight: that the estimator was fitted with (of a Pipeline its last step), one number a row of X.
+        sample_weight_val: of the rows of X_val; the loss is their weighted mean.
 
     Returns:
         HeldOut: `value`, the mean loss; `gradients`, name → derivative; `gap`, what the solver's tolerance adds to the value, to
         first order.
 
     Raises:
-        ValueError: an estimator, setting or name that has no derivative; a class that X, y do not have.
+        ValueError: an estimator, setting or name that has no derivative; a class that X, y do not have; weights of another
+            length, or below 0.
+
+    Example:
+        One row x = y = 1 of weight 4: F = 4 (1 − w)² + αw², w = 4/(4 + α), L = w², dL/dα = −2·4²/(4 + α)³.
+
+        >>> ridge = Ridge(alpha=4.0, fit_intercept=False).fit([[1.0]], [1.0], sample_weight=[4.0])
+        >>> hypergradient(ridge, [[1.0]], [1.0], [[1.0]], [0.0], wrt="alpha", sample_weight=[4.0])
+        HeldOut(value=0.25, gradients={'alpha': -0.0625}, gap=0.0)
     """
     model = find(fitted)
     check_is_fitted(fitted)
@@ -188,19 +212,23 @@ def hypergradient(
     names = (wrt,) if isinstance(wrt, str) else tuple(wrt)
     check_names(fitted, names)
     chosen = LOSSES[loss_of(model, loss)]
-    train, held_out = (_data(fitted, last, *part) for part in ((X, y), (X_val, y_val)))
+    train, held_out = (
+        _data(fitted, last, *part) for part in ((X, y, sample_weight), (X_val, y_val, sample_weight_val))
+    )
     found = model.differentiate(last, train, held_out, chosen, [name.removeprefix(prefix) for name in names])
     return HeldOut(found.value, {prefix + name: value for name, value in found.gradients.items()}, found.gap)
 
 
-def _data(fitted: Any, last: Any, x: Any, y: Any) -> Data:
+def _data(fitted: Any, last: Any, x: Any, y: Any, weight: Any) -> Data:
     """What the last step sees, dense, in float64."""
     while isinstance(fitted, Pipeline):
         x, fitted = fitted[:-1].transform(x) if len(fitted.steps) > 1 else x, fitted.steps[-1][1]
     x = torch.tensor(np.asarray(x.toarray() if issparse(x) else x, dtype=np.float64))
-    y = np.asarray(y)
+    weight = weights(weight, x)
     if not is_classifier(last):
-        return x, torch.tensor(y.reshape(len(y), -1), dtype=torch.float64)
+        y = np.asarray(y, dtype=np.float64)
+        return Data(x, torch.tensor(y.reshape(len(y), -1)), weight)
+    y = column_or_1d(y)
     column = np.searchsorted(last.classes_, y).clip(max=len(last.classes_) - 1)
     strangers = np.setdiff1d(y, last.classes_)
     if len(strangers):
@@ -208,4 +236,4 @@ def _data(fitted: Any, last: Any, x: Any, y: Any) -> Data:
             f"the training part has no sample of the classes {strangers.tolist()}: use folds that have every class in each of "
             "them (StratifiedKFold), or fewer folds."
         )
-    return x, torch.tensor(column)
+    return Data(x, torch.tensor(column), weight)

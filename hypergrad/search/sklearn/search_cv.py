@@ -15,10 +15,12 @@ from sklearn.metrics import check_scoring
 from sklearn.model_selection import check_cv
 from sklearn.model_selection._search import BaseSearchCV
 from sklearn.utils import check_random_state, indexable
+from sklearn.utils.parallel import Parallel
+from sklearn.utils.validation import _check_method_params
 
 from hypergrad.search.convert.sklearn_spaces import from_sklearn
 from hypergrad.search.entries import Float
-from hypergrad.search.sklearn.folds import Folds
+from hypergrad.search.sklearn.folds import Folds, Samples
 from hypergrad.search.sklearn.gradient_descent import descend, starts
 from hypergrad.search.sklearn.models import check_names, find, loss_of, with_params
 
@@ -32,8 +34,12 @@ class HypergradSearchCV(BaseSearchCV):
 
         f(h) = 1/K Σ_k L(θ_k*(h); V_k),    θ_k*(h) = argmin_θ F(θ, h; rest)
 
-    f and its gradient (by implicit differentiation, `hypergrad.search.sklearn.hypergradient`) are given to L-BFGS-B, in each
-    entry's own scale, from the best of a few spread points. Every fit is the estimator's own.
+    As θ_k* stays a minimum while h moves, ∂F/∂θ (θ_k*(h), h) = 0, and the implicit function theorem gives
+
+        ∂f/∂h = −1/K Σ_k x_kᵀ ∂²F/∂θ∂h,    ∂²F/∂θ² x_k = ∂L/∂θ
+
+    one linear solve a fold (`hypergrad.search.sklearn.hypergradient`). f and its gradient are given to L-BFGS-B, in each entry's
+    own scale, from the best of a few spread points. Every fit is the estimator's own.
 
     Args:
         estimator: Ridge, Lasso, ElasticNet, LogisticRegression, LinearSVC(loss="squared_hinge"), or MLPClassifier and
@@ -45,7 +51,9 @@ class HypergradSearchCV(BaseSearchCV):
         n_iter: candidates at most, those of the scan among them.
         n_initial: points of the scan; the first of them is `start` of the entries, where they have one.
         tol: end where an iteration makes the loss less by no more than this share of it.
-        cv, refit, n_jobs, return_train_score: as of GridSearchCV; refit is True or False.
+        cv, refit, return_train_score, verbose: as of GridSearchCV; refit is True or False. A fit that fails ends the search, as
+            with error_score="raise" there.
+        n_jobs: fits at a time, as of GridSearchCV: all points of the scan on all folds, and then the folds of one candidate.
         random_state: of the scan, in two dimensions or more.
 
     Attributes:
@@ -60,7 +68,8 @@ class HypergradSearchCV(BaseSearchCV):
 
     Raises:
         ValueError: in `fit`, before anything is fitted: an estimator, setting or hyperparameter without a derivative, a name that
-            the estimator does not have, a discrete entry, an unknown loss or scorer.
+            the estimator does not have, a discrete entry, an unknown loss or scorer; folds of which there are none. Where a fit
+            or a scorer fails: its own error.
 
     Example:
         One feature, every fold the same row twice: f(α) = (y − w)², w = x²y/(x² + α/2) = 2/(2 + α), least at the least α.
@@ -89,33 +98,50 @@ class HypergradSearchCV(BaseSearchCV):
         n_jobs: int | None = None,
         return_train_score: bool = False,
         random_state: Any = None,
+        verbose: int = 0,
     ):
         super().__init__(
-            estimator, scoring=scoring, n_jobs=n_jobs, refit=refit, cv=cv, return_train_score=return_train_score
+            estimator,
+            scoring=scoring,
+            n_jobs=n_jobs,
+            refit=refit,
+            cv=cv,
+            verbose=verbose,
+            return_train_score=return_train_score,
         )
         self.param_space, self.loss, self.random_state = param_space, loss, random_state
         self.n_iter, self.n_initial, self.tol = n_iter, n_initial, tol
 
-    def fit(self, X: Any, y: Any = None, *, groups: Any = None) -> HypergradSearchCV:  # type: ignore[override]
+    def fit(self, X: Any, y: Any = None, **params: Any) -> HypergradSearchCV:
         """Descend, and fit the estimator with the best hyperparameters on all data.
 
         Args:
             X, y: rows and targets, as the estimator takes them.
-            groups: of the samples, for group-wise folds.
+            params: as of GridSearchCV. groups goes to the splitter, the rest to the estimator's `fit`, where what has one value a
+                sample is split with X and y, and sample_weight to the scorer as well, if that takes it. With scikit-learn's
+                metadata routing switched on each goes where it is requested. Of sample_weight, what the estimator's last step
+                gets weights the terms of F, and what the scorer gets those of L.
         """
         entries, loss = self._check()
         scorer = check_scoring(self.estimator, self.scoring)
-        X, y, groups = indexable(X, y, groups)
+        X, y = indexable(X, y)
+        routed = self._get_routed_params_for_fit(_check_method_params(X, params))
         cv: Any = check_cv(self.cv, y, classifier=is_classifier(self.estimator))  # type: ignore[arg-type]
-        splits = list(cv.split(X, y, groups))
-        options = {"scoring": scorer, "n_jobs": self.n_jobs, "return_train_score": self.return_train_score}
-        folds = Folds(self.estimator, entries, loss, (X, y), splits, **options)
-        self.message_ = self._descend(folds)
+        splits = list(cv.split(X, y, **routed.splitter.split))
+        if not splits:
+            raise ValueError(
+                "cv gives no folds: a generator that was used up gives none a second time; pass a list of them."
+            )
+        samples = Samples(X, y, splits, routed.estimator.fit, routed.scorer.score)
+        options = {"scorer": scorer, "return_train_score": self.return_train_score, "verbose": self.verbose}
+        with Parallel(n_jobs=self.n_jobs) as parallel:
+            folds = Folds(self.estimator, entries, loss, samples, parallel, **options)
+            self.message_ = self._descend(folds)
         self.scorer_, self.multimetric_, self.n_splits_ = scorer, False, len(splits)
         self._record(folds)
         if self.refit:
             before = time.perf_counter()
-            self.best_estimator_ = with_params(self.estimator, self.best_params_).fit(X, y)
+            self.best_estimator_ = with_params(self.estimator, self.best_params_).fit(X, y, **samples.fit)
             self.refit_time_ = time.perf_counter() - before
             if hasattr(self.best_estimator_, "feature_names_in_"):
                 self.feature_names_in_ = self.best_estimator_.feature_names_in_
@@ -161,8 +187,7 @@ class HypergradSearchCV(BaseSearchCV):
         seed = check_random_state(self.random_state).randint(2**31 - 1)
         entries = folds.entries.values()
         given = [[e.to_unit(e.first()) for e in entries]] if any(e.start is not None for e in entries) else []
-        for u in [*map(np.array, given), *starts(len(folds.entries), self.n_initial - len(given), seed)]:
-            folds.fit(u)
+        folds.fit(*map(np.array, given), *starts(len(folds.entries), self.n_initial - len(given), seed))
         best = min(folds.candidates, key=lambda each: each.loss)
         for each in folds.candidates:
             each.fitted = each.fitted if each is best else None
@@ -170,7 +195,7 @@ class HypergradSearchCV(BaseSearchCV):
 
     def _record(self, folds: Folds) -> None:
         params = [each.params for each in folds.candidates]
-        self.cv_results_ = self._format_results(params, len(folds.splits), folds.timed(), folds.results())
+        self.cv_results_ = self._format_results(params, len(folds.samples.splits), folds.scores(), folds.results())
         self.best_index_ = int(np.argmin(self.cv_results_["mean_test_loss"]))
         best = folds.candidates[self.best_index_]
         self.best_params_, self.best_loss_ = best.params, best.loss
