@@ -156,6 +156,10 @@ class TunerCallback(Callback):
         _put_back(net)
         self._close()
 
+    def backward(self, loss: Tensor) -> None:
+        """In place of `loss.backward()` in a train_step_single of the net's own: `self.tuner_.backward(loss)`."""
+        loss.backward() if self.tuner_ is None else self.tuner_.backward(loss)
+
     def state_dict(self) -> dict[str, Any]:
         """The tuner's state, after a fit or in the middle of one."""
         if self.tuner_ is None:

@@ -361,7 +361,11 @@ def skorch(job: Job, folder: Path | None = None) -> Job:
     )
     x, y = train_set().tensors
     try:
-        net.fit(x, y)
+        with warnings.catch_warnings():
+            warnings.filterwarnings(
+                "ignore", message="Detected call of `lr_scheduler.step"
+            )  # at the first of two batches
+            net.fit(x, y)
     finally:
         job.net, job.framework = net.module_, net  # type: ignore[attr-defined]
         job.done(dict(net.callbacks_)["tuner"].tuner_)

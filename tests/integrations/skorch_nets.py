@@ -94,6 +94,18 @@ class Accumulating(NeuralNetClassifier):
         return step
 
 
+class OwnStep(NeuralNetClassifier):
+    """What it differentiates is not what get_loss returned."""
+
+    def train_step_single(self, batch: Any, **fit_params: Any) -> Any:
+        self._set_training(True)
+        x, y = batch
+        y_pred = self.infer(x, **fit_params)
+        loss = self.get_loss(y_pred, y, X=x, training=True) + 0.0
+        self.tuner_.backward(loss)
+        return {"loss": loss, "y_pred": y_pred}
+
+
 class TwoModules(NeuralNetClassifier):
     """A second module, with BatchNorm, in front of the first."""
 
