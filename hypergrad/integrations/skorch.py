@@ -8,23 +8,19 @@ from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_map_only
-from torch.utils.data import Subset
 
 from hypergrad.core.second_order import twice_differentiable
+from hypergrad.differentiate.arguments import without_wrappers
 from hypergrad.integrations.handover import of_loss
+from hypergrad.integrations.skorch_validation import modes_kept, of_validation_data
 from hypergrad.online.tuner import Tuner
 
 try:
     from skorch.callbacks import Callback, GradientNormClipping
-    from skorch.dataset import get_len, unpack_data
 except ImportError as error:
     raise ImportError("this needs skorch: pip install 'torch-hypergrad[skorch]'.") from error
-
-ROWS = 256  # that are read of a net's own validation data
 
 
 class TunerCallback(Callback):
@@ -71,8 +67,8 @@ class TunerCallback(Callback):
 
     def on_train_begin(self, net: Any, **_: Any) -> None:
         _put_back(net)
-        if self.loaded_ is None and self.tuner_ is not None and self.tuner_.optimizers[0] is net.optimizer_:
-            self.loaded_ = self._unfinished()
+        same = self.tuner_ is not None and self.tuner_.optimizers == [without_wrappers(net.optimizer_)]
+        self.loaded_ = self.loaded_ or (self._unfinished() if same else None)
         self._close()
         self.tuner_ = None
         net.tuner_ = self  # by which Checkpoint(f_tuner=…) saves its state, and load_params loads it
@@ -92,9 +88,10 @@ class TunerCallback(Callback):
             )
         options = self.get_params()
         given, tune = options.pop("val_loss"), options.pop("tune")
-        val_loss = _of_validation_data(net, dataset_valid) if given is None else partial(given, net)
+        val_loss = of_validation_data(net, dataset_valid) if given is None else partial(given, net)
         options.setdefault("total_steps", _steps(net, dataset_train, self.loaded_))
-        with _modes_kept(net):
+        options.setdefault("scaler", getattr(_accelerator(net), "scaler", None))
+        with modes_kept(net):
             net._set_training(True)  # as in a step: the epoch before has ended in eval mode
             tuner = Tuner(_trained(net), net.optimizer_, lambda: val_loss(), tune, **{**_clipping(net), **options})
         if self.loaded_:
@@ -110,21 +107,11 @@ class TunerCallback(Callback):
         _put_back(net)
 
     def _train_step(self, net: Any, own: Callable[..., Any], _: bool, *args: Any, **kwargs: Any) -> Any:
-        """The net's own training step; what get_loss returns in it calls the tuner's backward, in a closure or without."""
+        """The net's own training step, and within it backward calls of the tuner, in a closure or without."""
         if self.tuner_ is None:  # a copy of the net
             return own(*args, **kwargs)
-        tuner, get_loss = self.tuner_, net.get_loss
-        compiled = any(hasattr(getattr(net, f"{name}_"), "_orig_mod") for name in net._criteria)
-
-        def handed_over(*args: Any, **kwargs: Any) -> Any:
-            with twice_differentiable() if compiled else nullcontext():
-                loss = get_loss(*args, **kwargs)
-            if isinstance(loss, Tensor) and loss.requires_grad:
-                of_loss(loss, tuner)
-            return loss
-
         try:
-            with _attribute(net, "get_loss", handed_over):
+            with _handed_over(net, self.tuner_):
                 return own(*args, **kwargs)
         except BaseException:
             self._close()
@@ -144,7 +131,10 @@ class TunerCallback(Callback):
         """Say it once where not every batch is a step, and total_steps was taken to be the number of batches."""
         assert self.tuner_ is not None
         steps, batches = self.tuner_.stats["steps"] - self.steps_, net.history[-1, "train_batch_count"]
-        if self.tuner_.stats["steps"] == steps < batches and "total_steps" not in self.get_params():
+        if (
+            self.tuner_.stats["steps"] == steps < -(-batches // _accumulated(net))
+            and "total_steps" not in self.get_params()
+        ):
             warnings.warn(
                 f"this net took {steps} optimizer steps in an epoch of {batches} batches, and lr is shaped for a step at every "
                 f"batch: it will not have decayed at the end. Give TunerCallback total_steps={steps * net.max_epochs}, the "
@@ -201,22 +191,47 @@ def _put_back(net: Any) -> None:
     """Let the net have its own train_step again."""
     step = vars(net).get("train_step")
     if isinstance(step, partial) and getattr(step.func, "__func__", None) is TunerCallback._train_step:
-        own, of_the_instance = step.args[1:3]
+        _, own, of_the_instance = step.args
         del vars(net)["train_step"]
-        if of_the_instance:
-            vars(net)["train_step"] = own
+        vars(net).update({"train_step": own} if of_the_instance else {})
 
 
 @contextmanager
-def _attribute(net: Any, name: str, value: Any) -> Iterator[None]:
-    """An attribute of the instance, while the `with` lasts."""
-    had = {name: vars(net)[name]} if name in vars(net) else {}
-    vars(net)[name] = value
+def _handed_over(net: Any, tuner: Tuner) -> Iterator[None]:
+    """What get_loss returns calls the tuner's backward; of an AccelerateMixin, what is given to accelerator.backward."""
+    own, had = net.get_loss, {name: x for name, x in vars(net).items() if name == "get_loss"}
+    compiled = any(hasattr(getattr(net, f"{name}_"), "_orig_mod") for name in net._criteria)
+    accelerator, accelerated = _accelerator(net), nullcontext()
+    if accelerator is not None:
+        from hypergrad.integrations.accelerate import backward_by
+
+        accelerated = backward_by(accelerator, tuner)
+
+    def get_loss(*args: Any, **kwargs: Any) -> Any:
+        with twice_differentiable() if compiled else nullcontext():
+            loss = own(*args, **kwargs)
+        if accelerator is None and isinstance(loss, Tensor) and loss.requires_grad:
+            of_loss(loss, tuner)
+        return loss
+
+    vars(net)["get_loss"] = get_loss
     try:
-        yield
+        with accelerated:
+            yield
     finally:
-        del vars(net)[name]
+        del vars(net)["get_loss"]
         vars(net).update(had)
+
+
+def _accelerator(net: Any) -> Any:
+    """The Accelerator of a net with skorch's AccelerateMixin; None of others."""
+    mixed_in = any((c.__module__, c.__name__) == ("skorch.hf", "AccelerateMixin") for c in type(net).__mro__)
+    return net.accelerator if mixed_in else None
+
+
+def _accumulated(net: Any) -> int:
+    """The batches of a step, where an Accelerator knows them."""
+    return getattr(_accelerator(net), "gradient_accumulation_steps", 1)
 
 
 def _trained(net: Any) -> nn.Module:
@@ -233,45 +248,7 @@ def _steps(net: Any, dataset: Any, state: Mapping[str, Any] | None) -> int | Non
         batches = len(net.get_iterator(dataset, training=True))
     except TypeError:  # an IterableDataset
         return None
-    return net.max_epochs * batches + (int(state["loop"]["t"]) if state else 0)
-
-
-def _of_validation_data(net: Any, dataset: Any) -> Callable[[], Tensor]:
-    """The loss of rows of a net's own validation data: batches of one size, drawn when it is first called."""
-    if dataset is None:
-        raise ValueError(
-            "this net holds out no validation data: give it a train_split, or TunerCallback a val_loss, a function of the net "
-            "that computes the loss of validation data."
-        )
-    batches: list[Any] = []
-
-    def val_loss() -> Tensor:
-        if not batches:
-            rows = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0))[:ROWS].tolist()
-            batches.extend(net.get_iterator(Subset(dataset, rows), training=False))
-            sizes = [get_len(unpack_data(batch)[0]) for batch in batches]
-            batches[:] = [batch for batch, size in zip(batches, sizes, strict=True) if size == sizes[0]]
-        with _modes_kept(net) as modes:
-            for m in modes:  # the path through running statistics is in no hypergradient of tuner.backward
-                m.training = m.training and isinstance(m, _BatchNorm)
-            losses = []
-            for x, y in map(unpack_data, batches):
-                losses.append(net.get_loss(net.infer(x), y, X=x, training=False))
-            return torch.stack(losses).mean()
-
-    return val_loss
-
-
-@contextmanager
-def _modes_kept(net: Any) -> Iterator[dict[nn.Module, bool]]:
-    """The mode of every module of a net, and the same again on the way out."""
-    parts = [getattr(net, f"{name}_") for name in [*net._modules, *net._criteria]]
-    modes = {m: m.training for part in parts if isinstance(part, nn.Module) for m in part.modules()}
-    try:
-        yield modes
-    finally:
-        for m, mode in modes.items():
-            m.training = mode
+    return net.max_epochs * -(-batches // _accumulated(net)) + (int(state["loop"]["t"]) if state else 0)
 
 
 def _clipping(net: Any) -> dict[str, float]:

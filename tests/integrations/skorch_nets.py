@@ -57,7 +57,9 @@ def tuning(*args: Any, **options: Any) -> TunerCallback:
 def classifier(callbacks: Sequence[Any] = (), tuner: Any = None, cls: Any = NeuralNetClassifier, **options: Any) -> Any:
     """skorch's own: its loss takes the logarithm of probabilities, in get_loss. callbacks: in front of the tuner's."""
     torch.manual_seed(0)
-    silent = {"verbose": 0, "callbacks__print_log": None}  # it holds `print`, which Ray replaces
+    silent: dict[str, Any] = {"verbose": 0}
+    if "accelerator" not in options:  # which sets the sink of print_log
+        silent["callbacks__print_log"] = None  # it holds `print`, which Ray replaces
     given = {"module": Probabilities, "lr": 1e-4, "batch_size": 32, "max_epochs": 3, **silent, **options}
     return cls(callbacks=[*callbacks, ("tuner", tuning() if tuner is None else tuner)], **given)
 

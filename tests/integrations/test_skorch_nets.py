@@ -48,6 +48,33 @@ def test_a_step_of_the_nets_own_calls_backward_of_the_callback() -> None:
     assert own.history[:, "lr/applied"] == net.history[:, "lr/applied"]
 
 
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_accelerates_mixin(accumulate: int, recwarn: pytest.WarningsRecorder) -> None:
+    """The same as the net without it; with accumulation, as told by hand how many steps there are."""
+    pytest.importorskip("accelerate")
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
+    from skorch import NeuralNetClassifier
+    from skorch.hf import AccelerateMixin
+
+    class Accelerated(AccelerateMixin, NeuralNetClassifier):
+        pass
+
+    def accelerated(tuner: Any, epochs: int = 3) -> Any:
+        AcceleratorState._reset_state(reset_partial_state=True)  # one a process
+        accelerator = Accelerator(cpu=True, gradient_accumulation_steps=accumulate)
+        return classifier(cls=Accelerated, tuner=tuner, accelerator=accelerator, train_split=None, max_epochs=epochs)
+
+    steps = 3 * 20 // accumulate
+    net, told = accelerated(tuning()).fit(*arrays()), accelerated(tuning(total_steps=steps), 1).fit(*arrays())
+    told.partial_fit(*arrays()).partial_fit(*arrays())
+    for other in [told] if accumulate > 1 else [told, classifier(train_split=None).fit(*arrays())]:
+        assert other.history[:, "lr/applied"] == net.history[:, "lr/applied"]
+        assert all(map(torch.equal, net.module_.parameters(), other.module_.parameters()))
+    assert net.tuner_.stats_["steps"] == steps and net.tuner_.stats_["plain_steps"] == 0
+    assert "backward" not in vars(net.accelerator) and [str(w.message) for w in recwarn] == []
+
+
 @pytest.mark.slow
 def test_a_compiled_net_is_tuned_as_it_is_uncompiled() -> None:
     """skorch compiles the criterion too, which is called beside the model."""
