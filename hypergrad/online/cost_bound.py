@@ -11,7 +11,7 @@ from hypergrad.online.calibration import Calibration
 from hypergrad.online.plan import Plan, Spending, as_plan
 
 
-class Budget:
+class CostBound:
     """Holds the plan, once there is one.
 
     Args:

@@ -12,7 +12,6 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
 
-import torch
 from torch import nn
 
 from hypergrad.core.problem import Problem
@@ -51,8 +50,9 @@ class ForwardSwitch:
             self._undo = weakref.finalize(self, setattr, model, "_compiled_call_impl", compiled)
             model._compiled_call_impl = _switched(weakref.ref(self), compiled)  # type: ignore[assignment]
             return
-        modules = [] if isinstance(model, torch.jit.ScriptModule) else [model]  # which takes no hooks
-        self._undo = weakref.finalize(self, model_hooks.remove, model_hooks.hook_calls(self, modules))
+        self._undo = weakref.finalize(
+            self, model_hooks.remove, model_hooks.hook_calls(self, model_hooks.called(model, 0))
+        )
 
     def check_compiled(self) -> None:
         """Raise where a graph has a compiled part, and the model has none: its call cannot be switched."""

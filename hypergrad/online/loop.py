@@ -16,7 +16,7 @@ from typing import Any
 from torch import Tensor
 
 from hypergrad.online.accumulation import check_mean
-from hypergrad.online.cost_bound import Budget
+from hypergrad.online.cost_bound import CostBound
 from hypergrad.online.first_step_checks import FirstStepChecks
 from hypergrad.online.gradient_changes import Comparison, Pending
 from hypergrad.online.hyper_step import HyperSteps
@@ -56,7 +56,7 @@ class OnlineLoop:
         mode: str,
         every: int,
         total: int | None,
-        budget: Budget,
+        bound: CostBound,
     ):
         self.hyper, self.writer, self.starts, self.recovery, self.phases = hyper, writer, starts, recovery, phases
         self.first_checks = first_checks
@@ -68,7 +68,7 @@ class OnlineLoop:
             hyper.counts,
         )
         self.optimizers, self.mode, self.every, self.total = hyper.transition.optimizers, mode, every, total
-        self.budget = budget
+        self.bound = bound
         self.other = OtherState(self.problem.model, self.transition.params, every)
         self.t = 0  # training steps done
         self.stepped: set[int] = set()  # the optimizers that have taken the present step
@@ -143,7 +143,7 @@ class OnlineLoop:
                 self._drop_gradients(i)
                 self.recovery.undo_start(self.t, *self.starts.undo())
                 return
-        steps = self.budget.products_every(self.starts.search.active) if self.vector.moving else self.every
+        steps = self.bound.products_every(self.starts.search.active) if self.vector.moving else self.every
         if not self.stepped and self.t % steps == 0:
             self.tangents.average.follow(state().theta, self.tangents.tangent, self.t, steps)
         values = self._use(i)
@@ -247,13 +247,13 @@ class OnlineLoop:
         self.tangents.frozen.step_done()
         self.counts |= {"steps": self.t, **self.tangents.counts}
         k, formed, search = len(self.vector.moving), not self.tangents.resting, self.starts.search
-        due = self.mode == "forward" and self.t % self.budget.reads_every(not self.vector.moving) == 0
+        due = self.mode == "forward" and self.t % self.bound.reads_every(not self.vector.moving) == 0
         if due and self.hyper.take(self.t, search.active, search.coupled):
             assert self.hyper.record is not None
             self.recovery.go_back(self.t, self.hyper.record, self.hyper.val_loss)
         if self.t == self.total:
             self.hyper.progress.say_best(self.t)
-        self.budget.step_done(self.t, k, formed, search.active)
+        self.bound.step_done(self.t, k, formed, search.active)
         self._choose_products()
         if self.choose_what_is_tuned():
             self.starts.begin_phase()
@@ -261,7 +261,7 @@ class OnlineLoop:
 
     def _choose_products(self) -> None:
         """Whether the next step is one without products."""
-        self.tangents.skipping = self.t % self.budget.products_every(self.starts.search.active) != 0
+        self.tangents.skipping = self.t % self.bound.products_every(self.starts.search.active) != 0
 
     def choose_what_is_tuned(self) -> bool:
         """Tune what is tuned after so many steps. True where that is a change."""
@@ -270,7 +270,7 @@ class OnlineLoop:
             return self.vector.tune_only(numbers)
         at_rest, in_loss = not self.outer.climbing(), self.vector.hypers
         return self.vector.tune_only(
-            self.phases.tuned_at(self.t, self.total, numbers, at_rest, in_loss, self.budget.spending)
+            self.phases.tuned_at(self.t, self.total, numbers, at_rest, in_loss, self.bound.spending)
         )
 
     @property
@@ -285,7 +285,7 @@ class OnlineLoop:
             "stepped": sorted(self.stepped),
             "void": self.void,
             "unknown changes": self.unknown.state_dict(),
-            "budget": self.budget.state_dict(),
+            "cost bound": self.bound.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -293,5 +293,5 @@ class OnlineLoop:
         self.used.load_state_dict(state["used"])
         self.stepped, self.void = set(state["stepped"]), bool(state["void"])
         self.unknown.load_state_dict(state["unknown changes"])
-        self.budget.load_state_dict(state["budget"])
+        self.bound.load_state_dict(state["cost bound"])
         self._choose_products()

@@ -32,6 +32,20 @@ class ModelHook:
         return ModelHook, (None, self.method)
 
 
+def called(module: nn.Module, depth: int) -> list[nn.Module]:
+    """A module and those below it; one that cannot be called itself is no level."""
+    if isinstance(module, torch.jit.ScriptModule):  # it takes no hooks
+        return []
+    whole = hasattr(module, "_orig_mod")  # torch.compile(module)
+    own = "forward" in vars(module) or type(module).forward is not nn.Module.forward
+    callable_itself = whole or (own and not isinstance(module, (nn.ModuleList, nn.ModuleDict)))
+    found = {id(module): module} if callable_itself else {}
+    if not whole and (depth or not callable_itself):
+        for child in module.children():
+            found |= {id(m): m for m in called(child, depth - callable_itself)}
+    return list(found.values())
+
+
 def hook_calls(owner: Any, modules: Sequence[nn.Module]) -> list[Any]:
     """Call `owner.enter()` before, and `owner.leave()` after every call of these modules, also one that raises."""
     enter, leave = ModelHook(owner, "enter"), ModelHook(owner, "leave")

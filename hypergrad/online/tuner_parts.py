@@ -17,7 +17,7 @@ from hypergrad.core.multi_tensor import norms
 from hypergrad.core.problem import Problem
 from hypergrad.logging import Journal
 from hypergrad.online.best_weights import BestWeights
-from hypergrad.online.cost_bound import Budget
+from hypergrad.online.cost_bound import CostBound
 from hypergrad.online.calibration import Calibration
 from hypergrad.online.first_step_checks import FirstStepChecks
 from hypergrad.online.hyper_step import HyperSteps
@@ -129,7 +129,7 @@ def build(
     phases = find(policies, Phases)
     numbers = Counter(entry.name for entry in vector.entries)
     mean = (float(len(vector)), 1.0) if phases is None else phases.in_the_mean(total, numbers, vector.hypers)
-    budget = Budget(
+    bound = CostBound(
         options.cost, options.plan, options.every, options.every_is_fixed, total, mean, calibration, journal, processes
     )
     record, back = None, find(policies, Backtracking)
@@ -158,7 +158,7 @@ def build(
         options.mode,
         options.every,
         total,
-        budget,
+        bound,
     )
     return Parts(loop, ReplayWindow(loop, options.horizon), [*vector.notes, *writer.take_notes()])
 

@@ -90,7 +90,7 @@ _FREE = {
     ("loop", "used", "values"),
     ("tangents", "slots"),
     ("backtracking", "start"),
-    ("loop", "budget", "plan"),
+    ("loop", "cost bound", "plan"),
 }
 
 

@@ -26,7 +26,7 @@ class TunerView:
     @property
     def plan(self) -> Plan | None:
         """What `cost` has become; None: no bound, or not measured yet."""
-        return self._loop.budget.plan
+        return self._loop.bound.plan
 
     @property
     def val_loss(self) -> float:

@@ -329,15 +329,31 @@ def skorch(job: Job, folder: Path | None = None) -> Job:
             job.watch(self.optimizer_)
             return self
 
+    class Accumulating(Net):
+        """The recipe of skorch's FAQ, with clipping before the step."""
+
+        def get_loss(self, *args: Any, **kw: Any) -> Tensor:
+            return super().get_loss(*args, **kw) / job.accumulate
+
+        def train_step(self, batch: Any, **fit_params: Any) -> Any:
+            step = self.train_step_single(batch, **fit_params)
+            if len(self.history[-1, "batches"]) % job.accumulate == 0:
+                self.notify("on_grad_computed", named_parameters=self.get_all_learnable_params(), batch=batch)
+                self.optimizer_.step()
+                self.optimizer_.zero_grad()
+            return step
+
     def val_loss(net: Any) -> Tensor:
         return val_loss_of(net.module_)
 
-    callbacks: list[Any] = [("tuner", TunerCallback(val_loss, **job.options))]
+    told = {"total_steps": STEPS // job.accumulate} if job.accumulate > 1 else {}
+    callbacks: list[Any] = [("tuner", TunerCallback(val_loss, **told, **job.options))]
     if job.clip:
         callbacks.append(GradientNormClipping(job.clip))
-    if job.scheduled:
-        callbacks.append(("lr", LRScheduler(LambdaLR, lr_lambda=shape, step_every="batch")))
-    net = Net(
+    if job.scheduled:  # it steps once a batch
+        lr_lambda = lambda batch: shape(batch // job.accumulate)  # noqa: E731
+        callbacks.append(("lr", LRScheduler(LambdaLR, lr_lambda=lr_lambda, step_every="batch")))
+    net = (Net if job.accumulate == 1 else Accumulating)(
         job.net,
         criterion=nn.CrossEntropyLoss,
         optimizer=torch.optim.SGD,
@@ -352,7 +368,11 @@ def skorch(job: Job, folder: Path | None = None) -> Job:
     )
     x, y = train_set().tensors
     try:
-        net.fit(x, y)
+        with warnings.catch_warnings():
+            warnings.filterwarnings(
+                "ignore", message="Detected call of `lr_scheduler.step"
+            )  # at the first of two batches
+            net.fit(x, y)
     finally:
         job.net, job.framework = net.module_, net  # type: ignore[attr-defined]
         job.done(dict(net.callbacks_)["tuner"].tuner_)

@@ -30,7 +30,7 @@ def test_lr_and_weights_are_those_of_the_plain_loop(name: str, tmp_path: Path) -
     same(runs.plain(Job(scheduled=scheduled)), LOOPS[name](Job(scheduled=scheduled), tmp_path))
 
 
-@pytest.mark.parametrize("name", ["Lightning", "Trainer", "accelerate"])
+@pytest.mark.parametrize("name", ["Lightning", "Trainer", "accelerate", "skorch"])
 @pytest.mark.slow
 def test_accumulation_is_that_of_the_plain_loop(name: str, tmp_path: Path) -> None:
     pytest.importorskip({"Trainer": "transformers"}.get(name, name.lower()))

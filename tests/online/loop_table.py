@@ -78,6 +78,12 @@ ELSEWHERE: tuple[Listed, ...] = (
         "online/test_forward_switch.py::test_hypergradients_are_those_of_the_stock_loop",
     ),
     Listed(
+        "several modules called one by one, given as a ModuleList or ModuleDict, with fused attention",
+        SUPPORTED,
+        "",
+        "online/test_forward_switch.py::test_modules_given_in_a_container_that_is_never_called",
+    ),
+    Listed(
         "a compiled optimizer.step",
         SUPPORTED,
         "lr in a tensor, as torch advises, saves one compilation",

@@ -111,6 +111,40 @@ def test_hypergradients_are_those_of_the_stock_loop(name: str) -> None:
     assert tuner.hypergradients["lr"].item() == pytest.approx(slope(ends_at), rel=FD_RTOL)
 
 
+CONTAINERS: dict[str, Callable[[nn.Module, nn.Module], nn.Module]] = {
+    "ModuleList": lambda one, other: nn.ModuleList([one, other]),
+    "ModuleDict": lambda one, other: nn.ModuleDict({"one": one, "other": other}),
+}
+
+
+@pytest.mark.parametrize("name", CONTAINERS)
+def test_modules_given_in_a_container_that_is_never_called(name: str) -> None:
+    def both(lr: float) -> tuple[nn.Sequential, torch.optim.Optimizer]:
+        torch.manual_seed(0)
+        net: Any = encoder()
+        return net, torch.optim.SGD(net.parameters(), lr=lr, momentum=0.8)
+
+    def loss(net: nn.Sequential, batch: tuple[Tensor, Tensor]) -> Tensor:
+        return ((net[1](net[0](batch[0])).flatten(1) - batch[1]) ** 2).mean()
+
+    def trained(net: nn.Sequential, opt: torch.optim.Optimizer, backward: Callable[[Tensor], None]) -> float:
+        for batch in data()[0]:
+            opt.zero_grad()
+            backward(loss(net, batch))
+            opt.step()
+        return loss(net, data()[1]).item()
+
+    def ends_at(x: float) -> float:
+        return trained(*both(0.05 + x), Tensor.backward)
+
+    net, opt = both(0.05)
+    held = CONTAINERS[name](net[0], net[1])
+    tuner = as_given(held, opt, lambda: loss(net, data()[1]), tune="lr", every=STEPS, average=False)
+    trained(net, opt, tuner.backward)
+    assert tuner.stats["hessian_products"] == STEPS - 1
+    assert tuner.hypergradients["lr"].item() == pytest.approx(slope(ends_at), rel=FD_RTOL)
+
+
 @pytest.mark.parametrize("name", NETS)
 def test_whole_runs_and_replayed_windows_too(name: str) -> None:
     def ends_at(x: float) -> float:
@@ -230,10 +264,10 @@ def test_a_forward_pass_that_raises_leaves_no_setting_behind() -> None:
 def test_a_part_called_beside_the_model_is_refused_with_the_way_out() -> None:
     """Its call cannot be seen."""
     torch.manual_seed(0)
-    model = nn.ModuleDict({"attention": Attention()})
+    model = nn.Sequential(Attention())
     opt = torch.optim.SGD(model.parameters(), lr=0.05)
-    tuner = as_given(model, opt, lambda: mse(model["attention"], data()[1]), tune="lr", every=STEPS)
-    losses = [lambda batch=batch: mse(model["attention"], batch) for batch in data()[0]]
+    tuner = as_given(model, opt, lambda: mse(model[0], data()[1]), tune="lr", every=STEPS)
+    losses = [lambda batch=batch: mse(model[0], batch) for batch in data()[0]]
     tuner.backward(losses[0]())
     opt.step()
     before = [p.clone() for p in model.parameters()]

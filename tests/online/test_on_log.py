@@ -90,6 +90,10 @@ RECIPES: dict[str, tuple[str, Callable[[Any], Any]]] = {
     "MLflow": ("log_metrics", lambda mlflow: mlflow.log_metrics),
     "Lightning": ("log_metrics", lambda logger: logger.log_metrics),
     "accelerate": ("log", lambda accelerator: lambda metrics, step: accelerator.log(metrics, step=step)),
+    "print": (
+        "print",
+        lambda to: lambda metrics, step: to.print(metrics, metrics.get("loss/val"), metrics["hyper/lr/0"], step),
+    ),
 }
 
 
