@@ -21,7 +21,7 @@ from hypergrad.core.loss_tensors import LossTensors
 from hypergrad.core.parameter_writes import refused
 from hypergrad.core.processes import ALONE, Processes
 from hypergrad.core.rank_mean import RankMean
-from hypergrad.core.restore import Buffers, HostRng, Rng, Saved, untouched
+from hypergrad.core.restore import Buffers, HostRng, Modes, Rng, Saved, untouched
 from hypergrad.core.second_order import twice_differentiable
 from hypergrad.core.signatures import takes_hypers, takes_step
 from hypergrad.core.survey import survey
@@ -188,8 +188,8 @@ class Problem:
     def validate(self, val_loss: Callable[..., Tensor], t: int, seed: int | None = None) -> Validation:
         """This process's validation loss at the present parameters, with its gradients.
 
-        Random numbers and buffers are as before afterwards. With a seed the loss draws from a stream of its own: from
-        training's random numbers, put back each time, it might draw the same validation batch every time.
+        Random numbers, buffers and modes (train, eval) are as before afterwards. With a seed the loss draws from a stream of its
+        own: from training's random numbers, put back each time, it might draw the same validation batch every time.
         """
         inputs = [*self.params, *self.hypers.values()]
         with self._without_effect(seed), self.stats.as_leaves() if self.stats else nullcontext([]) as leaves:
@@ -213,8 +213,9 @@ class Problem:
 
     @contextmanager
     def _without_effect(self, seed: int | None) -> Iterator[None]:
-        """With gradients enabled. Random numbers, from a stream of their own with a seed, and buffers are put back."""
+        """With gradients enabled. Random numbers, from a stream of their own with a seed, buffers and modes are put back."""
         buffers, rng, host_rng = self.read_buffers(), self.rng(), HostRng()
+        modes = Modes(self.model, *self.loss_tensors.nets)
         self.validating = True
         try:
             if seed is not None:
@@ -227,6 +228,7 @@ class Problem:
             self.write_buffers(buffers, silently=True)  # the same values
             rng.restore()
             host_rng.restore()
+            modes.restore()
 
     def _call(self, val_loss: Callable[..., Tensor], t: int) -> Tensor:
         with refused(self.params, self.optimizers, closely=not self.checked_for_writes):
