@@ -181,14 +181,15 @@ def grad_or_none(outputs: Sequence[Tensor], inputs: Sequence[Tensor], *args: Any
     return [next(grads) if x.requires_grad else None for x in inputs]
 
 
-def check_scalar(loss: Any, what: str) -> None:
+def check_scalar(loss: Any, what: str, graph: bool = True) -> None:
+    """graph: whether it has to depend on parameters that are trained now."""
     if not isinstance(loss, Tensor):
         raise TypeError(f"{what} must be a scalar tensor, got {type(loss).__name__}.")
     if loss.numel() != 1:
         raise ValueError(
             f"{what} must be a scalar, got shape {tuple(loss.shape)}: reduce it, for example with .mean()."
         )
-    if not loss.requires_grad:
+    if graph and not loss.requires_grad:
         raise ValueError(
             f"{what} does not depend on the parameters: it was made without a graph (no_grad, detach, .item())."
         )

@@ -185,19 +185,24 @@ class Problem:
             if now.is_floating_point() and not isinstance(module, _BatchNorm) and not torch.equal(now, then.value)
         ]
 
-    def validate(self, val_loss: Callable[..., Tensor], t: int, seed: int | None = None) -> Validation:
+    def validate(
+        self, val_loss: Callable[..., Tensor], t: int, seed: int | None = None, may_be_frozen: bool = False
+    ) -> Validation:
         """This process's validation loss at the present parameters, with its gradients.
 
         Random numbers, buffers and modes (train, eval) are as before afterwards. With a seed the loss draws from a stream of its
         own: from training's random numbers, put back each time, it might draw the same validation batch every time.
+
+        may_be_frozen: a loss of parameters that are all frozen now has no gradient, instead of an error.
         """
         inputs = [*self.params, *self.hypers.values()]
         with self._without_effect(seed), self.stats.as_leaves() if self.stats else nullcontext([]) as leaves:
-            loss = self._call(val_loss, t)
+            loss = self._call(val_loss, t, not may_be_frozen)
+            wanted = [*inputs, *leaves]
             with without_hooks(inputs):
-                grads = grad_or_none([loss], [*inputs, *leaves])
+                grads = grad_or_none([loss], wanted) if loss.requires_grad else [None] * len(wanted)
         of_params, of_stats = grads[: len(self.params)], grads[len(inputs) :]
-        if all(g is None for g in of_params):
+        if not may_be_frozen and all(g is None for g in of_params):
             raise ValueError(
                 "val_loss shares no parameter with the optimizer: compute it with the model that the optimizer trains."
             )
@@ -209,7 +214,7 @@ class Problem:
     def evaluate(self, val_loss: Callable[..., Tensor], t: int, seed: int) -> Tensor:
         """This process's validation loss without its gradients."""
         with self._without_effect(seed):
-            return self._call(val_loss, t).detach()
+            return self._call(val_loss, t, False).detach()
 
     @contextmanager
     def _without_effect(self, seed: int | None) -> Iterator[None]:
@@ -230,9 +235,9 @@ class Problem:
             host_rng.restore()
             modes.restore()
 
-    def _call(self, val_loss: Callable[..., Tensor], t: int) -> Tensor:
+    def _call(self, val_loss: Callable[..., Tensor], t: int, graph: bool) -> Tensor:
         with refused(self.params, self.optimizers, closely=not self.checked_for_writes):
             loss = val_loss(t) if takes_step(val_loss) else val_loss()
         self.checked_for_writes = self.checked_for_writes or t > 0
-        check_scalar(loss, "val_loss()")
+        check_scalar(loss, "val_loss()", graph)
         return loss
