@@ -150,7 +150,12 @@ def quiet() -> Iterator[None]:
 
 
 def lightning(
-    job: Job, folder: Path | None = None, resume: Path | None = None, manual: bool = False, **trainer_options: Any
+    job: Job,
+    folder: Path | None = None,
+    resume: Path | None = None,
+    manual: bool = False,
+    val_loss: Callable[[Any], Tensor] = lambda module: val_loss_of(module.net),
+    **trainer_options: Any,
 ) -> Job:
     from lightning.pytorch import LightningModule, Trainer
 
@@ -180,7 +185,7 @@ def lightning(
             return loss
 
     told = {"clip_norm": job.clip} if manual and job.clip else {}
-    callback = TunerCallback(lambda module: val_loss_of(module.net), **told, **job.options)
+    callback = TunerCallback(val_loss, **told, **job.options)
     options: dict[str, Any] = {
         "max_epochs": EPOCHS,
         "accelerator": "cpu",
