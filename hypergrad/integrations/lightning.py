@@ -71,6 +71,12 @@ class TunerCallback(Callback):
                 "differentiate them. Train with strategy='auto'."
             )
 
+        if getattr(pl_module, "_compiler_ctx", None) is not None:
+            raise NotImplementedError(
+                "the whole training_step is compiled, and torch cannot differentiate that twice: compile the network within the "
+                "module, as in self.net = torch.compile(self.net), and fit the module itself."
+            )
+
         def val_loss() -> Tensor:
             with trainer.precision_plugin.forward_context(), _refused_to_log(pl_module):
                 return self.val_loss(pl_module)

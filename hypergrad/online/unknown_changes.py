@@ -67,7 +67,8 @@ class UnknownChanges:
             self.journal.note_once(
                 t,
                 "a step's gradients did not come from tuner.backward(loss): it trains as always, but tangents start again "
-                "from zero there (tuner.stats['plain_steps']). Replace loss.backward() by tuner.backward(loss).",
+                "from zero there (tuner.stats['plain_steps']). Replace loss.backward() by tuner.backward(loss), in Lightning's "
+                "manual optimization by self.manual_backward(loss).",
             )
             return
         self.counts["changed_gradients"] += 1

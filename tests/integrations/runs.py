@@ -155,8 +155,10 @@ def lightning(
     resume: Path | None = None,
     manual: bool = False,
     val_loss: Callable[[Any], Tensor] = lambda module: val_loss_of(module.net),
+    compiled: str = "",
     **trainer_options: Any,
 ) -> Job:
+    """compiled: "module" or "net": what torch.compile was called with."""
     from lightning.pytorch import LightningModule, Trainer
 
     from hypergrad.integrations.lightning import TunerCallback
@@ -199,10 +201,13 @@ def lightning(
         "default_root_dir": folder,
     }
     trainer = Trainer(**{**options, **trainer_options})
-    module = Digits()
+    module: Any = Digits()
+    if compiled == "net":
+        module.net = torch.compile(job.net, backend="aot_eager")
+    fitted = torch.compile(module, backend="aot_eager") if compiled == "module" else module
     try:
         with quiet():
-            trainer.fit(module, loader(), ckpt_path=resume)
+            trainer.fit(fitted, loader(), ckpt_path=resume)
     finally:
         job.framework = trainer, module, callback  # type: ignore[attr-defined]
         job.done(callback.tuner)

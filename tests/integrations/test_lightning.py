@@ -252,6 +252,16 @@ def test_val_loss_that_logs_is_an_error_before_training() -> None:
     assert "log" not in vars(module) and trainer.callback_metrics == {}
 
 
+def test_a_compiled_module_is_refused_with_what_works() -> None:
+    """Lightning then compiles training_step as a whole; a network compiled in the module trains."""
+    job = Job()
+    with pytest.raises(NotImplementedError, match=r"self\.net = torch\.compile\(self\.net\)"):
+        runs.lightning(job, compiled="module")
+    assert all(torch.equal(a, b) for a, b in zip(job.weights, runs.network().parameters(), strict=True))
+    tuner = runs.lightning(Job(), compiled="net", max_epochs=1).tuner
+    assert tuner.stats["steps"] == HALF and tuner.stats["plain_steps"] == 0 < tuner.stats["hyper_steps"]
+
+
 def test_what_is_no_function_is_refused_where_it_is_given() -> None:
     from hypergrad.integrations.lightning import TunerCallback
 
