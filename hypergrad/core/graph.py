@@ -27,9 +27,9 @@ _COMPILED = (
 _REMEDIES: dict[str, tuple[str | None, str]] = {
     "scaled_dot_product": (
         "scaled_dot_product_attention (also inside nn.MultiheadAttention and nn.Transformer)",
-        "call the model that hypergrad was given, which then attends by matrix products where a product is due, or wrap the "
-        "forward pass in `torch.nn.attention.sdpa_kernel(SDPBackend.MATH)`; in Transformers attn_implementation='eager', in timm "
-        "`timm.layers.set_fused_attn(False)`",
+        "call the model that hypergrad was given, or its parts, which then attend by matrix products where a product is due, or "
+        "wrap the forward pass in `torch.nn.attention.sdpa_kernel(SDPBackend.MATH)`; in Transformers "
+        "attn_implementation='eager', in timm `timm.layers.set_fused_attn(False)`",
     ),
     "aot_autograd": _COMPILED,
     "donated buffers": _COMPILED,

@@ -22,8 +22,7 @@ from torch import Tensor, nn
 from hypergrad.core.graph import without_hooks
 from hypergrad.core.survey import nodes_of, saved_tensors
 from hypergrad.online import model_hooks
-
-DEPTH = 2
+from hypergrad.online.model_hooks import DEPTH
 
 
 class FrozenLayers:
@@ -39,7 +38,9 @@ class FrozenLayers:
         self.depth = 0  # of calls under way
         self.enabled: list[Tensor] = []  # require gradients in the call under way alone
         self.called = False  # since the last step
-        self.remove = weakref.finalize(self, model_hooks.remove, model_hooks.hook_calls(self, _called(model, DEPTH)))
+        self.remove = weakref.finalize(
+            self, model_hooks.remove, model_hooks.hook_calls(self, model_hooks.called(model))
+        )
 
     # ---- which have a tangent
 
@@ -131,18 +132,3 @@ class FrozenLayers:
 def _require(params: Sequence[Tensor], flag: bool) -> None:
     for p in params:
         p.requires_grad_(flag)
-
-
-def _called(module: nn.Module, depth: int) -> list[nn.Module]:
-    """A module and those below it; one that cannot be called itself is no level."""
-    if isinstance(module, torch.jit.ScriptModule):  # it takes no hooks
-        return []
-    whole = hasattr(module, "_orig_mod")  # torch.compile(module)
-    callable_itself = whole or (
-        type(module).forward is not nn.Module.forward and not isinstance(module, (nn.ModuleList, nn.ModuleDict))
-    )
-    found = {id(module): module} if callable_itself else {}
-    if not whole and (depth or not callable_itself):
-        for child in module.children():
-            found |= {id(m): m for m in _called(child, depth - callable_itself)}
-    return list(found.values())

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
+DEPTH = 2  # a loop may call a model's parts instead of the model: so far below it
+
 
 class ModelHook:
     """Calls a method of `owner`."""
@@ -30,6 +32,21 @@ class ModelHook:
 
     def __reduce__(self) -> tuple[Callable[..., ModelHook], tuple[None, str]]:
         return ModelHook, (None, self.method)
+
+
+def called(module: nn.Module, depth: int = DEPTH) -> list[nn.Module]:
+    """A module and those below it, each before its own parts; one that cannot be called itself is no level."""
+    if isinstance(module, torch.jit.ScriptModule):  # it takes no hooks
+        return []
+    whole = hasattr(module, "_orig_mod")  # torch.compile(module)
+    callable_itself = whole or (
+        type(module).forward is not nn.Module.forward and not isinstance(module, (nn.ModuleList, nn.ModuleDict))
+    )
+    found = {id(module): module} if callable_itself else {}
+    if not whole and (depth or not callable_itself):
+        for child in module.children():
+            found |= {id(m): m for m in called(child, depth - callable_itself)}
+    return list(found.values())
 
 
 def hook_calls(owner: Any, modules: Sequence[nn.Module]) -> list[Any]:

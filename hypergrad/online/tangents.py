@@ -84,6 +84,7 @@ class Tangents:
         whole: of a step that `tuner.step` takes; the mean over processes is then taken here.
         """
         check_now(self.processes)
+        self.forward.settle()
         scale = 1.0 if self.scaler is None else float(self.scaler.get_scale())
         params, hypers = self.transition.params, list(self.vector.hypers.values())
         graph = survey(loss, self.model)
