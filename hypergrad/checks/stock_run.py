@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from hypergrad.core.loss_tensors import LossTensors
-from hypergrad.core.restore import Buffers, as_found, untouched
+from hypergrad.core.restore import Buffers, Modes, as_found, untouched
 from hypergrad.core.signatures import call_val_loss, takes_hypers
 from hypergrad.differentiate.schedule_gradients import Function, stacked
 from hypergrad.optimizers.ema import EMA
@@ -209,10 +209,14 @@ class StockRun:
     @torch.no_grad()
     def validate(self, t: int, average: list[Tensor] | None = None) -> float:
         """The validation loss now, at the averaged weights where there are any."""
+        modes = Modes(self.model, *self.hypers.nets)
         with untouched(self.params if average else (), Buffers(self.model), self.params[0].device):
             if average:
                 self._load(average)
-            return float(call_val_loss(self.val_loss, t))
+            try:
+                return float(call_val_loss(self.val_loss, t))
+            finally:
+                modes.restore()
 
 
 def twin(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:

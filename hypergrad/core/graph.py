@@ -27,9 +27,9 @@ _COMPILED = (
 _REMEDIES: dict[str, tuple[str | None, str]] = {
     "scaled_dot_product": (
         "scaled_dot_product_attention (also inside nn.MultiheadAttention and nn.Transformer)",
-        "call the model that hypergrad was given, which then attends by matrix products where a product is due, or wrap the "
-        "forward pass in `torch.nn.attention.sdpa_kernel(SDPBackend.MATH)`; in Transformers attn_implementation='eager', in timm "
-        "`timm.layers.set_fused_attn(False)`",
+        "call the model that hypergrad was given, or its parts, which then attend by matrix products where a product is due, or "
+        "wrap the forward pass in `torch.nn.attention.sdpa_kernel(SDPBackend.MATH)`; in Transformers "
+        "attn_implementation='eager', in timm `timm.layers.set_fused_attn(False)`",
     ),
     "aot_autograd": _COMPILED,
     "donated buffers": _COMPILED,
@@ -181,14 +181,15 @@ def grad_or_none(outputs: Sequence[Tensor], inputs: Sequence[Tensor], *args: Any
     return [next(grads) if x.requires_grad else None for x in inputs]
 
 
-def check_scalar(loss: Any, what: str) -> None:
+def check_scalar(loss: Any, what: str, graph: bool = True) -> None:
+    """graph: whether it has to depend on parameters that are trained now."""
     if not isinstance(loss, Tensor):
         raise TypeError(f"{what} must be a scalar tensor, got {type(loss).__name__}.")
     if loss.numel() != 1:
         raise ValueError(
             f"{what} must be a scalar, got shape {tuple(loss.shape)}: reduce it, for example with .mean()."
         )
-    if not loss.requires_grad:
+    if graph and not loss.requires_grad:
         raise ValueError(
             f"{what} does not depend on the parameters: it was made without a graph (no_grad, detach, .item(), gathered over "
             "processes)."

@@ -21,7 +21,7 @@ from hypergrad.core.loss_tensors import LossTensors
 from hypergrad.core.parameter_writes import refused
 from hypergrad.core.processes import ALONE, Processes
 from hypergrad.core.rank_mean import RankMean
-from hypergrad.core.restore import Buffers, HostRng, Rng, Saved, untouched
+from hypergrad.core.restore import Buffers, HostRng, Modes, Rng, Saved, untouched
 from hypergrad.core.second_order import twice_differentiable
 from hypergrad.core.signatures import call_val_loss, takes_hypers
 from hypergrad.core.survey import survey
@@ -185,19 +185,24 @@ class Problem:
             if now.is_floating_point() and not isinstance(module, _BatchNorm) and not torch.equal(now, then.value)
         ]
 
-    def validate(self, val_loss: Callable[..., Tensor], t: int, seed: int | None = None) -> Validation:
+    def validate(
+        self, val_loss: Callable[..., Tensor], t: int, seed: int | None = None, may_be_frozen: bool = False
+    ) -> Validation:
         """This process's validation loss at the present parameters, with its gradients.
 
-        Random numbers and buffers are as before afterwards. With a seed the loss draws from a stream of its own: from
-        training's random numbers, put back each time, it might draw the same validation batch every time.
+        Random numbers, buffers and modes (train, eval) are as before afterwards. With a seed the loss draws from a stream of its
+        own: from training's random numbers, put back each time, it might draw the same validation batch every time.
+
+        may_be_frozen: a loss of parameters that are all frozen now has no gradient, instead of an error.
         """
         inputs = [*self.params, *self.hypers.values()]
         with self._without_effect(seed), self.stats.as_leaves() if self.stats else nullcontext([]) as leaves:
-            loss = self._call(val_loss, t)
+            loss = self._call(val_loss, t, not may_be_frozen)
+            wanted = [*inputs, *leaves]
             with without_hooks(inputs):
-                grads = grad_or_none([loss], [*inputs, *leaves])
+                grads = grad_or_none([loss], wanted) if loss.requires_grad else [None] * len(wanted)
         of_params, of_stats = grads[: len(self.params)], grads[len(inputs) :]
-        if all(g is None for g in of_params):
+        if not may_be_frozen and all(g is None for g in of_params):
             raise ValueError(
                 "val_loss shares no parameter with the optimizer: compute it with the model that the optimizer trains."
             )
@@ -209,12 +214,13 @@ class Problem:
     def evaluate(self, val_loss: Callable[..., Tensor], t: int, seed: int) -> Tensor:
         """This process's validation loss without its gradients."""
         with self._without_effect(seed):
-            return self._call(val_loss, t).detach()
+            return self._call(val_loss, t, False).detach()
 
     @contextmanager
     def _without_effect(self, seed: int | None) -> Iterator[None]:
-        """With gradients enabled. Random numbers, from a stream of their own with a seed, and buffers are put back."""
+        """With gradients enabled. Random numbers, from a stream of their own with a seed, buffers and modes are put back."""
         buffers, rng, host_rng = self.read_buffers(), self.rng(), HostRng()
+        modes = Modes(self.model, *self.loss_tensors.nets)
         self.validating = True
         try:
             if seed is not None:
@@ -227,10 +233,11 @@ class Problem:
             self.write_buffers(buffers, silently=True)  # the same values
             rng.restore()
             host_rng.restore()
+            modes.restore()
 
-    def _call(self, val_loss: Callable[..., Tensor], t: int) -> Tensor:
+    def _call(self, val_loss: Callable[..., Tensor], t: int, graph: bool) -> Tensor:
         with refused(self.params, self.optimizers, closely=not self.checked_for_writes):
             loss = call_val_loss(val_loss, t)
         self.checked_for_writes = self.checked_for_writes or t > 0
-        check_scalar(loss, "val_loss()")
+        check_scalar(loss, "val_loss()", graph)
         return loss

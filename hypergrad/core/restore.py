@@ -1,4 +1,4 @@
-"""Contexts that put a user's objects back: random numbers, parameters, buffers, gradients, and the tensors that modules hold.
+"""What puts a user's objects back: random numbers, modes, parameters, buffers, gradients, and the tensors that modules hold.
 
 A user's code runs inside them on the user's own model.
 """
@@ -58,6 +58,18 @@ class HostRng:
     def restore(self) -> None:
         np.random.set_state(self.numpy)  # noqa: NPY002
         random.setstate(self.python)
+
+
+class Modes:
+    """Which modules of a model, and of nets beside it, are in train mode."""
+
+    def __init__(self, model: torch.nn.Module, *others: torch.nn.Module):
+        self.found = [(m, m.training) for owner in (model, *others) for m in owner.modules()]
+
+    def restore(self) -> None:
+        for module, training in self.found:
+            if module.training != training:
+                module.training = training  # not by train(), which the user may have made do less
 
 
 class Saved(NamedTuple):

@@ -1,14 +1,14 @@
 """In a user's loop: the model's forward pass such that it can be differentiated twice, where a product is due.
 
-The loop calls the model before it calls `tuner.backward`, so this is done around the model's own call, by forward hooks. They are
-registered when a graph first shows what has no second derivative; other models are left alone. A model compiled by
-`model.compile()` runs its hooks inside the compiled code: there the compiled call itself is wrapped, until `remove`.
+The loop calls the model, or its parts, before it calls `tuner.backward`, so this is done around these calls, by forward hooks.
+They are registered when a graph first shows what has no second derivative; other models are left alone. A module compiled by
+`module.compile()` runs its hooks inside the compiled code: there the compiled call itself is wrapped, until `remove`.
 """
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -20,7 +20,7 @@ from hypergrad.online import model_hooks
 
 
 class ForwardSwitch:
-    """Runs the model's training calls under `twice_differentiable` where `due()`.
+    """Runs the training calls of the model, and of its parts by themselves, under `twice_differentiable` where `due()`.
 
     Args:
         problem: with the model; it tells validation, which needs no product.
@@ -30,7 +30,7 @@ class ForwardSwitch:
     def __init__(self, problem: Problem, due: Callable[[], bool]):
         self.problem, self.model, self._due = problem, problem.model, weakref.WeakMethod(due)
         self.allowed = True  # False where training is to be the same bit for bit
-        self.open: list[ExitStack] = []  # of the calls under way, a call within a call last
+        self.open: list[ExitStack] = []  # of the calls under way, the outermost, which switches, first
         self._undo: Callable[[], object] | None = None  # takes off what `attach` put on, also when this is gone
 
     @property
@@ -45,14 +45,18 @@ class ForwardSwitch:
         """Begin; a second call changes nothing."""
         if self.attached:
             return
-        model, compiled = self.model, _compiled_call(self.model)
-        if compiled is not None:
-            self._undo = weakref.finalize(self, setattr, model, "_compiled_call_impl", compiled)
-            model._compiled_call_impl = _switched(weakref.ref(self), compiled)  # type: ignore[assignment]
-            return
-        self._undo = weakref.finalize(
-            self, model_hooks.remove, model_hooks.hook_calls(self, model_hooks.called(model, 0))
-        )
+        hooked, compiled, within = list[nn.Module](), list[tuple[nn.Module, Any]](), set[int]()
+        for module in model_hooks.called(self.model):
+            call = _compiled_call(module)
+            if id(module) in within:
+                continue
+            if call is None:
+                hooked.append(module)
+                continue
+            compiled.append((module, call))
+            within |= {id(m) for m in module.modules()}
+            module._compiled_call_impl = _switched(weakref.ref(self), module, call)  # type: ignore[assignment]
+        self._undo = weakref.finalize(self, _detach, model_hooks.hook_calls(self, hooked), compiled)
 
     def check_compiled(self) -> None:
         """Raise where a graph has a compiled part, and the model has none: its call cannot be switched."""
@@ -65,13 +69,18 @@ class ForwardSwitch:
 
     def enter(self) -> None:
         call = ExitStack()
-        if self.due():
+        if not self.open and self.due():
             call.enter_context(twice_differentiable())
         self.open.append(call)
 
     def leave(self) -> None:
         if self.open:
             self.open.pop().close()
+
+    def settle(self) -> None:
+        """No call is under way, whatever ended the last one."""
+        while self.open:
+            self.leave()
 
     def remove(self) -> None:
         """End; the model is as it was."""
@@ -80,15 +89,21 @@ class ForwardSwitch:
             self._undo = None
 
 
-def _switched(me: weakref.ref[ForwardSwitch], compiled: Any) -> Callable[..., Any]:
-    """The compiled call of a model; the uncompiled one where a product is due."""
+def _detach(handles: Sequence[Any], compiled: Sequence[tuple[nn.Module, Any]]) -> None:
+    model_hooks.remove(handles)
+    for module, call in compiled:
+        module._compiled_call_impl = call
+
+
+def _switched(me: weakref.ref[ForwardSwitch], module: nn.Module, compiled: Any) -> Callable[..., Any]:
+    """The compiled call of a module; the uncompiled one where a product is due."""
 
     def call(*args: Any, **kwargs: Any) -> Any:
         switch = me()
         if switch is None or not switch.due():
             return compiled(*args, **kwargs)
         with twice_differentiable():
-            return switch.model._call_impl(*args, **kwargs)
+            return module._call_impl(*args, **kwargs)
 
     return call
 

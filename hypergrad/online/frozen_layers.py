@@ -22,8 +22,7 @@ from torch import Tensor, nn
 from hypergrad.core.graph import without_hooks
 from hypergrad.core.survey import nodes_of, saved_tensors
 from hypergrad.online import model_hooks
-
-DEPTH = 2
+from hypergrad.online.model_hooks import DEPTH
 
 
 class FrozenLayers:
@@ -40,7 +39,7 @@ class FrozenLayers:
         self.enabled: list[Tensor] = []  # require gradients in the call under way alone
         self.called = False  # since the last step
         self.remove = weakref.finalize(
-            self, model_hooks.remove, model_hooks.hook_calls(self, model_hooks.called(model, DEPTH))
+            self, model_hooks.remove, model_hooks.hook_calls(self, model_hooks.called(model))
         )
 
     # ---- which have a tangent

@@ -87,10 +87,11 @@ class HyperSteps:
             return self._risen(t, self.val_loss, None, warming or coupled)
         again = None
         with self._where() as tangent:
+            frozen = not all(p.requires_grad for p in self.transition.params)  # those that have no tangent
             with self.tangents.calibration.time_reading():
-                value, of_params, of_hypers, _ = self.problem.validate(self.validation, t, self.seed + t)
+                value, of_params, of_hypers, _ = self.problem.validate(self.validation, t, self.seed + t, frozen)
             if tangent is not None and self.noise.wanted and not warming and not self.frozen:
-                again = self.problem.validate(self.validation, t, self.seed + OTHER_DRAWS + t).of_params
+                again = self.problem.validate(self.validation, t, self.seed + OTHER_DRAWS + t, frozen).of_params
         readout = Readout(self.processes)
         readout.ask("value", value)
         if tangent is not None:

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
+DEPTH = 2  # a loop may call a model's parts instead of the model: so far below it
+
 
 class ModelHook:
     """Calls a method of `owner`."""
@@ -32,8 +34,8 @@ class ModelHook:
         return ModelHook, (None, self.method)
 
 
-def called(module: nn.Module, depth: int) -> list[nn.Module]:
-    """A module and those below it; one that cannot be called itself is no level."""
+def called(module: nn.Module, depth: int = DEPTH) -> list[nn.Module]:
+    """A module and those below it, each before its own parts; one that cannot be called itself is no level."""
     if isinstance(module, torch.jit.ScriptModule):  # it takes no hooks
         return []
     whole = hasattr(module, "_orig_mod")  # torch.compile(module)

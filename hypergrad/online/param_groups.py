@@ -221,13 +221,18 @@ class ParamGroupWriter:
                 self._not_beside_a_scheduler(key[0])
             if key[0] == "lr" and key not in self.bases:
                 if "initial_lr" in group:
-                    self._scale(j, key, float(plain(group["initial_lr"])), t)
+                    self._scale(j, key, self._start_of(key, group, t), t)
                     begun.append(j)
                 elif self.total is not None and t == 0 and holds_plateau(self.transition.optimizers[optimizer]):
                     self._scale(j, key, float(self.typed[key]), t)
             if key[0] == "lr" and key in self.bases and "swa_lr" in group:
                 self._check_swa(float(group["swa_lr"]) / self.bases[key], group["swa_lr"])
         return begun
+
+    def _start_of(self, key: Key, group: dict[str, Any], t: int) -> float:
+        """The lr that a scheduler starts from, seen first at step t. SWALR made in mid-run goes on from the present one."""
+        present = t > 0 and "swa_lr" in group and self.left[key] is not None  # Lightning writes another as initial_lr
+        return float(plain(self.left[key] if present else group["initial_lr"]))
 
     def _taken_over(self, j: int, key: Key, t: int, now: float) -> None:
         """Something else has written a value: a round part of what we left there, or a number of its own schedule."""

@@ -86,6 +86,7 @@ class Tangents:
         whole: of a step that `tuner.step` takes; the mean over processes is then taken here.
         """
         check_now(self.processes)
+        self.forward.settle()
         scale = 1.0 if self.scaler is None else float(self.scaler.get_scale())
         if self.resting and self.counts["gradients"] and (self.processes.alone or not whole):
             if self.tangent is not None:

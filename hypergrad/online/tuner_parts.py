@@ -17,8 +17,8 @@ from hypergrad.core.multi_tensor import norms
 from hypergrad.core.problem import Problem
 from hypergrad.logging import Journal
 from hypergrad.online.best_weights import BestWeights
-from hypergrad.online.cost_bound import CostBound
 from hypergrad.online.calibration import Calibration
+from hypergrad.online.cost_bound import CostBound
 from hypergrad.online.first_step_checks import FirstStepChecks
 from hypergrad.online.hyper_step import HyperSteps
 from hypergrad.online.hyper_vector import HyperVector

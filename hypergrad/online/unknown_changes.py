@@ -25,7 +25,7 @@ PATIENCE = 20  # such steps in a row
 _SAME = 1e-4  # relative
 _REPLACE = (
     "Replace loss.backward() by tuner.backward(loss); in accelerate accelerator.backward(loss) by backward(accelerator, tuner, "
-    "loss) of hypergrad.integrations.accelerate."
+    "loss) of hypergrad.integrations.accelerate, in Lightning's manual optimization it is self.manual_backward(loss)."
 )
 
 

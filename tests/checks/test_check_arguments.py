@@ -82,6 +82,15 @@ def test_loss_with_hypers_and_a_schedule() -> None:
     assert report and len(report.rows) == 2, str(report)
 
 
+def test_a_val_loss_that_leaves_the_model_in_eval_mode() -> None:
+    """With dropout: the runs that differences are taken of train in train mode, all of them."""
+    model, optimizer, loss, items, val_loss = loop("SGD")
+    model.append(nn.Dropout(0.5))
+    report = hypergrad.check(model, optimizer, loss, items, lambda: (model.eval(), val_loss())[1], wrt=("lr",))
+    assert report, str(report)
+    assert all(m.training for m in model.modules())
+
+
 @pytest.mark.parametrize(
     "arguments",
     [{}, {"per": "parameter"}, KNOTS | {"per": "element"}, {"ema": 0.6}],

@@ -50,6 +50,27 @@ def test_validation_leaves_buffers_and_random_numbers() -> None:
         assert torch.equal(rng, torch.get_rng_state())
 
 
+@pytest.mark.parametrize("read", ["validate", "evaluate"])
+def test_validation_leaves_the_mode_of_every_module(read: str) -> None:
+    problem, setup = make()
+    modules = list(setup.model.modules())
+    modules[-1].eval()
+    before = [m.training for m in modules]
+    assert before.count(True) == len(before) - 1
+
+    def val_loss(error: bool = False) -> Tensor:
+        setup.model.eval()
+        if error:
+            raise KeyboardInterrupt
+        return setup.val_loss()
+
+    getattr(problem, read)(val_loss, 0, 3)
+    assert [m.training for m in modules] == before
+    with contextlib.suppress(KeyboardInterrupt):
+        getattr(problem, read)(lambda: val_loss(error=True), 0, 3)
+    assert [m.training for m in modules] == before
+
+
 def test_training_moves_buffers_once() -> None:
     """BatchNorm's running statistics move as in one stock step, whatever is differentiated."""
     problem, setup = make()

@@ -150,8 +150,15 @@ def quiet() -> Iterator[None]:
 
 
 def lightning(
-    job: Job, folder: Path | None = None, resume: Path | None = None, manual: bool = False, **trainer_options: Any
+    job: Job,
+    folder: Path | None = None,
+    resume: Path | None = None,
+    manual: bool = False,
+    val_loss: Callable[[Any], Tensor] = lambda module: val_loss_of(module.net),
+    compiled: str = "",
+    **trainer_options: Any,
 ) -> Job:
+    """compiled: "module" or "net": what torch.compile was called with."""
     from lightning.pytorch import LightningModule, Trainer
 
     from hypergrad.integrations.lightning import TunerCallback
@@ -180,7 +187,7 @@ def lightning(
             return loss
 
     told = {"clip_norm": job.clip} if manual and job.clip else {}
-    callback = TunerCallback(lambda module: val_loss_of(module.net), **told, **job.options)
+    callback = TunerCallback(val_loss, **told, **job.options)
     options: dict[str, Any] = {
         "max_epochs": EPOCHS,
         "accelerator": "cpu",
@@ -194,10 +201,13 @@ def lightning(
         "default_root_dir": folder,
     }
     trainer = Trainer(**{**options, **trainer_options})
-    module = Digits()
+    module: Any = Digits()
+    if compiled == "net":
+        module.net = torch.compile(job.net, backend="aot_eager")
+    fitted = torch.compile(module, backend="aot_eager") if compiled == "module" else module
     try:
         with quiet():
-            trainer.fit(module, loader(), ckpt_path=resume)
+            trainer.fit(fitted, loader(), ckpt_path=resume)
     finally:
         job.framework = trainer, module, callback  # type: ignore[attr-defined]
         job.done(callback.tuner)

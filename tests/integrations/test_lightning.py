@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -122,32 +123,147 @@ def test_other_clipping(kind: str) -> None:
     assert found.used == one.used and found.tuner.stats["changed_gradients"] == 0
 
 
-def test_two_optimizers_in_manual_optimization() -> None:
-    """Each steps in turn; a training step is done when both have."""
+@pytest.fixture
+def manual() -> Any:
+    """fit(steps, toggled, …) → trainer, callback: two optimizers in manual optimization.
+
+    steps(batch, i, step): the user's training_step, which calls step(j, batch) for optimizer j's step.
+    told: options of TunerCallback; others are the Trainer's.
+    """
     from lightning.pytorch import LightningModule, Trainer
     from torch.nn.functional import cross_entropy
 
     from hypergrad.integrations.lightning import TunerCallback
 
     class Two(LightningModule):
-        def __init__(self) -> None:
+        def __init__(self, steps: Any, toggled: bool) -> None:
             super().__init__()
             self.net, self.automatic_optimization = runs.network(), False
+            self.steps, self.toggled = steps, toggled
 
         def configure_optimizers(self) -> Any:
             return [torch.optim.SGD(layer.parameters(), lr=1e-3) for layer in (self.net[0], self.net[2])]
 
-        def training_step(self, batch: Any, i: int) -> None:
-            optimizers: Any = self.optimizers()
-            for opt in optimizers:
-                opt.zero_grad()
+        def step(self, j: int, batch: Any) -> None:
+            opt: Any = self.optimizers()[j]  # type: ignore[index]
+            if self.toggled:
+                self.toggle_optimizer(opt)
+            opt.zero_grad()
             self.manual_backward(cross_entropy(self.net(batch[0]), batch[1]))
-            for opt in optimizers:
-                opt.step()
+            opt.step()
+            if self.toggled:
+                self.untoggle_optimizer(opt)
 
-    callback = TunerCallback(lambda module: runs.val_loss_of(module.net), tune="lr")
-    off = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
+        def training_step(self, batch: Any, i: int) -> None:
+            self.steps(batch, i, self.step)
+
+    def fit(
+        steps: Any, toggled: bool = False, val_loss: Any = None, told: dict[str, Any] | None = None, **options: Any
+    ) -> Any:
+        callback = TunerCallback(
+            val_loss or (lambda module: runs.val_loss_of(module.net)), tune="lr", every=4, **(told or {})
+        )
+        off = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
+        trainer = Trainer(accelerator="cpu", callbacks=[callback], **off, **options)
+        with runs.quiet():
+            trainer.fit(Two(steps, toggled), runs.loader())
+        return trainer, callback
+
+    return fit
+
+
+def in_turn(batch: Any, i: int, step: Any) -> None:
+    for j in range(2):
+        step(j, batch)
+
+
+def every_other(batch: Any, i: int, step: Any) -> None:
+    """As where gradients are accumulated by hand."""
+    if i % 2:
+        in_turn(batch, i, step)
+
+
+@pytest.mark.parametrize("toggled", [False, True])
+def test_two_optimizers_in_manual_optimization(manual: Any, toggled: bool) -> None:
+    """Each steps in turn; a training step is done when both have. Frozen in the other's step or not, training is the same."""
+    of_first = lambda module: module.net[0].weight.square().mean()  # noqa: E731
+    tuner = manual(in_turn, toggled, max_epochs=1)[1].tuner
+    assert tuner.stats["steps"] == HALF
+    assert tuner.values["lr"].shape == (2,) and bool((tuner.values["lr"] > 1e-2).all())
+    ends = [manual(in_turn, each, of_first, max_epochs=1)[1].tuner.values["lr"].tolist() for each in (toggled, False)]
+    assert ends[0] == ends[1]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"max_epochs": 1}, {"max_steps": 2 * HALF}, {"max_steps": 2 * HALF - 1}, {"max_epochs": 1, "max_steps": 99}],
+)
+def test_length_of_a_run_of_two_optimizers(manual: Any, options: dict[str, int]) -> None:
+    """max_steps counts the steps of each: lr has come to its end when the run has."""
+    tuner = manual(in_turn, **options)[1].tuner
+    assert tuner.stats["steps"] == tuner._loop.total == HALF
+
+
+def test_length_of_a_second_fit_of_two_optimizers(manual: Any) -> None:
+    """global_step counts the steps of each, too."""
+    import lightning.pytorch as pl
+
+    class Again(pl.Callback):
+        def on_train_start(self, trainer: Any, module: Any) -> None:
+            totals.append(callback.tuner._loop.total)
+
+    totals: list[int] = []
+    trainer, callback = manual(in_turn, max_epochs=1)
+    trainer.callbacks.append(Again())
+    trainer.fit_loop.max_epochs = 2
     with runs.quiet():
-        Trainer(max_epochs=1, accelerator="cpu", callbacks=[callback], **off).fit(Two(), runs.loader())
-    assert callback.tuner is not None and callback.tuner.stats["steps"] == HALF
-    assert callback.tuner.values["lr"].shape == (2,) and bool((callback.tuner.values["lr"] > 1e-2).all())
+        trainer.fit(trainer.lightning_module, runs.loader())
+    assert totals == [HALF] and callback.tuner.stats["steps"] == HALF
+
+
+def test_steps_that_are_not_one_a_batch_are_said_after_the_first_epoch(manual: Any) -> None:
+    with pytest.warns(UserWarning, match=f"{HALF} batches took {HALF // 2} .*total_steps={HALF}"):
+        manual(every_other, max_epochs=2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        warnings.filterwarnings("ignore", module=r"lightning\..*")
+        told = manual(every_other, told={"total_steps": HALF}, max_epochs=2)[1].tuner
+        manual(in_turn, max_epochs=2)
+    assert told.stats["steps"] == HALF
+
+
+def test_val_loss_that_logs_is_an_error_before_training() -> None:
+    """It would log at every tenth step, under the names of validation."""
+    from torch.nn.functional import cross_entropy
+
+    job = Job()
+    x, y = runs.digits()
+
+    def validation_step(module: Any) -> Any:
+        loss = cross_entropy(module.net(x[1000:1200]), y[1000:1200])
+        module.log_dict({"val_loss": loss})
+        return loss
+
+    before = [p.clone() for p in job.net.parameters()]
+    with pytest.raises(RuntimeError, match=r"val_loss calls self\.log\('val_loss'\).*method of its own"):
+        runs.lightning(job, val_loss=validation_step)
+    assert all(torch.equal(a, b) for a, b in zip(before, job.net.parameters(), strict=True))
+    trainer, module, _ = job.framework
+    assert "log" not in vars(module) and trainer.callback_metrics == {}
+
+
+def test_a_compiled_module_is_refused_with_what_works() -> None:
+    """Lightning then compiles training_step as a whole; a network compiled in the module trains."""
+    job = Job()
+    with pytest.raises(NotImplementedError, match=r"self\.net = torch\.compile\(self\.net\)"):
+        runs.lightning(job, compiled="module")
+    assert all(torch.equal(a, b) for a, b in zip(job.weights, runs.network().parameters(), strict=True))
+    tuner = runs.lightning(Job(), compiled="net", max_epochs=1).tuner
+    assert tuner.stats["steps"] == HALF and tuner.stats["plain_steps"] == 0 < tuner.stats["hyper_steps"]
+
+
+def test_what_is_no_function_is_refused_where_it_is_given() -> None:
+    from hypergrad.integrations.lightning import TunerCallback
+
+    with pytest.raises(TypeError, match=r"val_loss must be a function \(module\).*got str"):
+        TunerCallback("val_loss")  # type: ignore[arg-type]

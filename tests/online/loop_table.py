@@ -90,10 +90,16 @@ ELSEWHERE: tuple[Listed, ...] = (
         "online/test_forward_switch.py::test_a_compiled_step_is_not_compiled_again_and_gives_the_same",
     ),
     Listed(
-        "fused attention in a part that is called beside the model",
+        "the same in parts of the model that the loop calls, at most two modules below it",
+        SUPPORTED,
+        "",
+        "online/test_forward_switch.py::test_parts_that_the_loop_calls_beside_the_model",
+    ),
+    Listed(
+        "fused attention in the loop itself",
         REFUSED,
-        "call the model, or `sdpa_kernel(SDPBackend.MATH)`",
-        "online/test_forward_switch.py::test_a_part_called_beside_the_model_is_refused_with_the_way_out",
+        "in a module, or `sdpa_kernel(SDPBackend.MATH)`",
+        "online/test_forward_switch.py::test_attention_in_the_loop_itself_is_refused_with_the_way_out",
     ),
     Listed(
         "OneCycleLR with momentum tuned",

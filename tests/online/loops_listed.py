@@ -46,6 +46,8 @@ FURTHER: tuple[Listed, ...] = (
     Listed("a group frozen by lr = 0", SUPPORTED, "", FROZEN + "test_group_frozen_by_lr_0_and_unfrozen"),
     Listed("two nets, each frozen while the other learns", SUPPORTED, "",
            FROZEN + "test_two_nets_each_frozen_while_the_other_learns"),
+    Listed("a val_loss of a net that is frozen when it is read (a GAN under toggle_optimizer)", SUPPORTED, "",
+           FROZEN + "test_validation_loss_of_the_net_that_is_frozen_when_it_is_read"),
     Listed("a frozen parameter read outside of a call of the model", REFUSED, "compute the loss by model(...)",
            FROZEN + "test_frozen_layer_read_outside_of_a_call_is_refused_before_the_step"),
     Listed("add_param_group in mid-run", REFUSED, "hold the parameters from the start, frozen",

@@ -261,20 +261,73 @@ def test_a_forward_pass_that_raises_leaves_no_setting_behind() -> None:
     assert "Flash" in F.scaled_dot_product_attention(q, q, q).grad_fn.name()
 
 
-def test_a_part_called_beside_the_model_is_refused_with_the_way_out() -> None:
-    """Its call cannot be seen."""
+class Parts(nn.Module):
+    """A model whose parts the loop calls, as a LightningModule's training_step does; it is never called itself."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.parts = nn.ModuleDict({"net": nn.Sequential(nn.Identity(), net) if type(net) is Child else net})
+
+    def predict(self, x: Tensor) -> Tensor:
+        return self.parts["net"](x)
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_parts_that_the_loop_calls_beside_the_model(name: str) -> None:
+    def ends_at(x: float) -> float:
+        model, opt = parts(False, 0.05 + x)
+        train(model.predict, opt, Tensor.backward)
+        return mse(model.predict, data()[1]).item()
+
+    def parts(compiled: bool, lr: float) -> tuple[Parts, torch.optim.Optimizer]:
+        net, opt = made(name, compiled, lr)
+        return Parts(net), opt
+
+    torch._dynamo.reset()
+    model, opt = parts(True, 0.05)
+    call = getattr(model.parts["net"], "_compiled_call_impl", None)
+    tuner = as_given(model, opt, lambda: mse(model.predict, data()[1]), tune="lr", every=STEPS, average=False)
+    train(model.predict, opt, tuner.backward)
+    assert tuner.stats["hessian_products"] == STEPS - 1
+    assert tuner.hypergradients["lr"].item() == pytest.approx(slope(ends_at), rel=FD_RTOL)
+    tuner.close()
+    assert not any(m._forward_pre_hooks or m._forward_hooks for m in model.modules())
+    assert getattr(model.parts["net"], "_compiled_call_impl", None) is call
+
+
+def test_a_call_after_which_torch_did_not_run_our_hook_does_not_hold_up_the_next_ones() -> None:
+    model, opt = made("scaled_dot_product_attention", False)
+    tuner = as_given(model, opt, lambda: mse(model, data()[1]), tune="lr", every=STEPS)
+    for t, batch in enumerate(data()[0]):
+        opt.zero_grad()
+        loss = mse(model, batch)
+        if t in (1, 3):
+            tuner._loop.tangents.forward.enter()
+        tuner.backward(loss)
+        q = torch.randn(1, 1, 2, 4, requires_grad=True)
+        assert "Flash" in F.scaled_dot_product_attention(q, q, q).grad_fn.name()
+        opt.step()
+    assert tuner.stats["hessian_products"] == STEPS - 1
+
+
+def test_attention_in_the_loop_itself_is_refused_with_the_way_out() -> None:
+    """There is no call that could be seen."""
     torch.manual_seed(0)
-    model = nn.Sequential(Attention())
+    model = Attention()
     opt = torch.optim.SGD(model.parameters(), lr=0.05)
-    tuner = as_given(model, opt, lambda: mse(model[0], data()[1]), tune="lr", every=STEPS)
-    losses = [lambda batch=batch: mse(model[0], batch) for batch in data()[0]]
-    tuner.backward(losses[0]())
+
+    def by_hand(x: Tensor) -> Tensor:
+        q, k, v = model.inside(x).chunk(3, -1)
+        return model.out(F.scaled_dot_product_attention(q[:, None], k[:, None], v[:, None])).mean((1, 2))
+
+    tuner = as_given(model, opt, lambda: mse(by_hand, data()[1]), tune="lr", every=STEPS)
+    tuner.backward(mse(by_hand, data()[0][0]))
     opt.step()
     before = [p.clone() for p in model.parameters()]
     with pytest.raises(
         NotImplementedError, match=r"call the model.*sdpa_kernel\(SDPBackend.MATH\).*eager.*set_fused_attn"
     ):
-        tuner.backward(losses[1]())
+        tuner.backward(mse(by_hand, data()[0][1]))
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
 
 

@@ -265,6 +265,65 @@ def test_two_nets_each_frozen_while_the_other_learns() -> None:
             assert got == pytest.approx(slope(at), rel=FD_RTOL), (name, i)
 
 
+def generator_first(model: Any, opts: list[Any], backward: Backward) -> None:
+    """As Lightning's toggle_optimizer has it: the generator is frozen while the other one learns, and when the step is done."""
+    for x, y in data()[0]:
+        for learns, opt, sign in (("g", opts[1], -0.25), ("d", opts[0], 1.0)):
+            for name, part in model.items():
+                part.requires_grad_(name == learns)
+            opt.zero_grad()
+            backward(sign * ((model["d"](model["g"](x)) - y) ** 2).mean())
+            opt.step()
+
+
+def of_generator(model: Any) -> Tensor:
+    return model["g"](data()[1][0]).square().mean()
+
+
+def test_validation_loss_of_the_net_that_is_frozen_when_it_is_read() -> None:
+    model, opts = adversaries()
+    tuner = as_given(model, opts, lambda: of_generator(model), every=STEPS, average=False)
+    generator_first(model, opts, tuner.backward)
+    for name, gradient in tuner.hypergradients.items():
+        for i, got in enumerate(gradient.tolist()):
+
+            def at(x: float, name: str = name, i: int = i) -> float:
+                model, opts = adversaries()
+                opts[i].param_groups[0][name] += x
+                generator_first(model, opts, Tensor.backward)
+                return of_generator(model).item()
+
+            assert got == pytest.approx(slope(at), rel=FD_RTOL), (name, i)
+
+
+@pytest.mark.parametrize("warm_start", [True, False])
+def test_it_is_read_to_the_end_of_a_run_when_nothing_is_tuned_any_more(warm_start: bool) -> None:
+    model, opts = adversaries()
+    model["g"].requires_grad_(True)
+    tuner = hypergrad.Tuner(
+        model, opts, lambda: of_generator(model), every=2, total_steps=2 * STEPS, warm_start=warm_start
+    )
+    for _ in range(2):
+        generator_first(model, opts, tuner.backward)
+    assert not tuner._hyper.vector.moving
+    assert tuner.val_loss == of_generator(model).item()
+
+
+def test_validation_loss_of_a_layer_that_is_frozen_before_it_ever_learns() -> None:
+    """Its hypergradient is 0, in the steps in which a plain run would not change it; later it is that of finite differences."""
+    model, opt = maker("mlp", "sgd")()
+    tuner = as_given(model, opt, lambda: model.first.weight.square().sum(), tune=("lr",), every=4, hyper_lr=1e-12)
+    found = []
+    for t, batch in enumerate(data()[0]):
+        model.first.requires_grad_(t >= 6)
+        opt.zero_grad()
+        tuner.backward(mse(model, batch))
+        opt.step()
+        found.append(tuner.hypergradients.get("lr", torch.full((2,), torch.nan)).clone())
+    assert all(bool((x == 0).all()) for x in found[3:7])
+    assert bool(found[-1].any())
+
+
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("advice", ["frozen from the start", "a new tuner"])
 def test_group_added_in_mid_run_is_refused_and_what_the_error_says_works(advice: str) -> None:

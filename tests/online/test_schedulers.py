@@ -242,6 +242,33 @@ def test_a_scheduler_made_in_mid_run_goes_on_from_the_present_lr() -> None:
     assert tuner.values["lr"].item() == pytest.approx(0.07)
 
 
+@pytest.mark.parametrize("strategy", ["cos", "linear"])
+@pytest.mark.filterwarnings("ignore:SWALR has swa_lr")
+def test_swalr_made_in_mid_run_as_lightning_makes_it_goes_on_from_the_present_lr(strategy: Any) -> None:
+    """Lightning's StochasticWeightAveraging writes swa_lr as `initial_lr`. From there on lr is what torch alone makes of it."""
+
+    def averaging(opt: Any) -> SWALR:
+        opt.param_groups[0]["initial_lr"] = 0.02
+        return SWALR(opt, 0.02, 4, strategy, last_epoch=STEPS if strategy == "cos" else -1)
+
+    made: list[Any] = []
+
+    def make(opt: Any, t: int) -> None:
+        if t == 6:
+            made.append(averaging(opt))
+        elif t > 6:
+            made[0].step()
+
+    alone = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.07)
+    scheduler, written = averaging(alone), []
+    for _ in range(6):
+        written.append(alone.param_groups[0]["lr"])
+        alone.step()
+        scheduler.step()
+    used, _ = in_mid_run(make)
+    assert used == pytest.approx([0.01] * 3 + [0.07] * 3 + written, rel=1e-9)
+
+
 def test_plateau_with_total_steps_is_the_shape() -> None:
     used, tuner = bowl_run(
         1e-3, 40, lambda opt: torchs.ReduceLROnPlateau(opt, factor=0.5, patience=9, mode="max"), total_steps=40

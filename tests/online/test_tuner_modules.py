@@ -12,6 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import hypergrad
 from tests.online.live_loops import (
+    FD_RTOL,
     STEPS,
     Backward,
     as_given,
@@ -20,6 +21,7 @@ from tests.online.live_loops import (
     matches_differences,
     mse,
     ordinary,
+    slope,
     two_layers,
     validation,
 )
@@ -114,6 +116,38 @@ def test_frozen_tuner_leaves_a_buffer_that_is_replaced_bit_identical() -> None:
         ordinary(model, opt, tuner.backward)
         results.append([*model.state_dict().values()])
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("by", ["tuner", "hypergradient"])
+def test_hypergradients_where_val_loss_leaves_the_model_in_eval_mode(by: str) -> None:
+    """Training goes on with dropout, as in the plain loop, which validates in eval mode and trains in train mode."""
+    when = (STEPS // 2, STEPS)
+
+    def plain(lr: float) -> float:
+        model = two_layers()
+        opt = torch.optim.SGD(model.parameters(), lr=lr, momentum=0.8)
+        torch.manual_seed(7)
+        losses = []
+        for t, batch in enumerate(data()[0], 1):
+            opt.zero_grad()
+            mse(model.train(), batch).backward()
+            opt.step()
+            if t in when:
+                losses.append(mse(model.eval(), data()[1]).item())
+        return losses[-1] if by == "tuner" else sum(losses) / 2
+
+    model = two_layers()
+    opt = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.8)
+    torch.manual_seed(7)
+    val_loss = lambda: mse(model.eval(), data()[1])  # noqa: E731
+    if by == "tuner":
+        tuner = as_given(model, opt, val_loss, tune=("lr",), every=STEPS, average=False)
+        ordinary(model, opt, tuner.backward)
+        found = tuner.hypergradients["lr"]
+    else:
+        found = hypergrad.hypergradient(model, opt, mse, data()[0], val_loss, wrt="lr", val_steps=when).gradients["lr"]
+    assert float(found) == pytest.approx(slope(lambda x: plain(0.05 + x)), rel=FD_RTOL)
+    assert all(m.training for m in model.modules())
 
 
 def test_linear_loss_frees_its_graph() -> None:
