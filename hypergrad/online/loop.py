@@ -252,6 +252,10 @@ class OnlineLoop:
             self.recovery.go_back(self.t, self.hyper.record, self.hyper.val_loss)
         if self.t == self.total:
             self.hyper.progress.say_best(self.t)
+        self.follow_phase()
+
+    def follow_phase(self) -> None:
+        """Tune what is tuned after so many steps. Where that is a change tangents are zero, as they are of other numbers."""
         if self.choose_what_is_tuned():
             self.starts.begin_phase()
             self.tangents.forget(also_pending=True)
