@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from hypergrad.integrations.handover import of_loss
+from hypergrad.integrations.handover import check_val_loss, of_loss
 from hypergrad.online.tuner import Tuner
 
 try:
@@ -68,6 +68,7 @@ class TunerCallback(Callback):
             )
         options = {**self.get_params()}
         val_loss, tune = options.pop("val_loss"), options.pop("tune")
+        check_val_loss(val_loss, "net")
         done = int(self.loaded_["loop"]["t"]) if self.loaded_ else 0
         options.setdefault("total_steps", done + net.max_epochs * len(net.get_iterator(dataset_train, training=True)))
         options = {**_clipping(net), **options}

@@ -151,3 +151,10 @@ def test_two_optimizers_in_manual_optimization() -> None:
         Trainer(max_epochs=1, accelerator="cpu", callbacks=[callback], **off).fit(Two(), runs.loader())
     assert callback.tuner is not None and callback.tuner.stats["steps"] == HALF
     assert callback.tuner.values["lr"].shape == (2,) and bool((callback.tuner.values["lr"] > 1e-2).all())
+
+
+def test_a_val_loss_that_is_none_is_refused() -> None:
+    from hypergrad.integrations.lightning import TunerCallback
+
+    with pytest.raises(TypeError, match=r"^val_loss must be a function \(module\) -> scalar tensor, got NoneType"):
+        TunerCallback(None)  # type: ignore[arg-type]
