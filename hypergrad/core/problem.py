@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -16,7 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from hypergrad.core.batchnorm import RunningStats
 from hypergrad.core.detached import is_cut
-from hypergrad.core.graph import Linearization, check_scalar, grad_or_none, without_hooks
+from hypergrad.core.graph import Linearization, check_scalar, explained, grad_or_none, without_hooks
 from hypergrad.core.loss_tensors import LossTensors
 from hypergrad.core.parameter_writes import refused
 from hypergrad.core.processes import ALONE, Processes
@@ -24,7 +25,7 @@ from hypergrad.core.rank_mean import RankMean
 from hypergrad.core.restore import Buffers, HostRng, Rng, Saved, untouched
 from hypergrad.core.second_order import twice_differentiable
 from hypergrad.core.signatures import takes_hypers, takes_step
-from hypergrad.core.survey import survey
+from hypergrad.core.survey import check_max_norm, survey
 
 
 class Validation(NamedTuple):
@@ -194,7 +195,7 @@ class Problem:
         inputs = [*self.params, *self.hypers.values()]
         with self._without_effect(seed), self.stats.as_leaves() if self.stats else nullcontext([]) as leaves:
             loss = self._call(val_loss, t)
-            with without_hooks(inputs):
+            with explained(), without_hooks(inputs):
                 grads = grad_or_none([loss], [*inputs, *leaves])
         of_params, of_stats = grads[: len(self.params)], grads[len(inputs) :]
         if all(g is None for g in of_params):
@@ -229,7 +230,8 @@ class Problem:
             host_rng.restore()
 
     def _call(self, val_loss: Callable[..., Tensor], t: int) -> Tensor:
-        with refused(self.params, self.optimizers, closely=not self.checked_for_writes):
+        explain = partial(check_max_norm, self.model)
+        with refused(self.params, self.optimizers, not self.checked_for_writes, explain):
             loss = val_loss(t) if takes_step(val_loss) else val_loss()
         self.checked_for_writes = self.checked_for_writes or t > 0
         check_scalar(loss, "val_loss()")

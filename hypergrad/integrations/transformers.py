@@ -12,6 +12,7 @@ from torch import Tensor
 from hypergrad.core.hyperparameters import START_FROM_ZERO
 from hypergrad.integrations.accelerate import backward_by
 from hypergrad.integrations.handover import check_val_loss
+from hypergrad.online.hyper_vector import specification
 from hypergrad.online.tuner import Tuner
 
 try:
@@ -120,9 +121,8 @@ class TunerMixin(Trainer):
 
         Returns those groups.
         """
-        named = (self.tune,) if isinstance(self.tune, str) else self.tune
         groups = cast(torch.optim.Optimizer, self.optimizer).param_groups
-        if "weight_decay" not in named or any(group.get("weight_decay", 0) for group in groups):
+        if "weight_decay" not in specification(self.tune) or any(group.get("weight_decay", 0) for group in groups):
             return []
         model: Any = self.model
         decayed = set(self.get_decay_parameter_names(model))
