@@ -35,7 +35,6 @@ def main(epochs: int = 10, folder: str | Path | None = None) -> dict[str, float]
         hidden_dropout_prob=0.0,
         attention_probs_dropout_prob=0.0,
         num_labels=10,  # type: ignore[call-arg]
-        # its default kernels of attention cannot be differentiated twice
     )
     model = ViTForImageClassification(config)
 

@@ -68,7 +68,7 @@ class Linearization:
         self.params, self.extra, self.plain = list(params), list(extra), plain
         check_scalar(loss, "the loss")
         inputs = [*self.params, *self.extra]
-        with _explained(plain):
+        with explained(plain):
             grads = grad_or_none([loss], inputs, create_graph=products, retain_graph=products or retain)
         self._whole = loss
         self.loss = loss.detach()
@@ -105,7 +105,7 @@ class Linearization:
         if not used:
             return [None] * len(inputs)
         outputs, cotangents = zip(*used, strict=True)
-        with _explained(self.plain), without_hooks(inputs):
+        with explained(self.plain), without_hooks(inputs):
             return grad_or_none(outputs, inputs, cotangents, retain_graph=retain)
 
     # With hooks on parameters g = c(∇ℓ), and ∂g/∂θ = c' H is not symmetric: J z = ∂(Jᵀu)/∂uᵀ z.
@@ -123,7 +123,7 @@ class Linearization:
         outputs = [g for g in rows if g is not None and g.requires_grad]
         us = [torch.zeros_like(g, requires_grad=True) for g in outputs]
         inputs, tangents = [*self.params, *self.extra], [*vectors, *(extra or [None] * len(self.extra))]
-        with _explained(self.plain), without_hooks(inputs):
+        with explained(self.plain), without_hooks(inputs):
             vjp = grad_or_none(outputs, inputs, us, create_graph=True) if outputs else [None] * len(inputs)
             pairs = [(x, v) for x, v in zip(vjp, tangents, strict=True) if v is not None and x is not None]
             pairs = [(x, v) for x, v in pairs if x.requires_grad]
@@ -140,13 +140,13 @@ class Linearization:
 
     def free(self) -> None:
         """Free the graph where no product did: the gradient does not depend on the parameters."""
-        with _explained(self.plain):
+        with explained(self.plain):
             grad_or_none([self._whole], self.params)
 
 
 @contextmanager
-def _explained(plain: bool) -> Iterator[None]:
-    """Raise with the remedy where torch has no second derivative. plain: under `twice_differentiable`."""
+def explained(plain: bool = False) -> Iterator[None]:
+    """Raise with the remedy where torch has no second derivative, or refuses the first. plain: under `twice_differentiable`."""
     try:
         with twice_differentiable() if plain else nullcontext():
             yield

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
@@ -64,12 +64,15 @@ def _place(x: Tensor) -> int:
 
 
 @contextmanager
-def refused(params: Sequence[Tensor], optimizers: Sequence[Any], closely: bool) -> Iterator[None]:
+def refused(
+    params: Sequence[Tensor], optimizers: Sequence[Any], closely: bool, explain: Callable[[], object]
+) -> Iterator[None]:
     """Raise where what runs here has written to parameters.
 
     Args:
         optimizers: whose eval() and train() are refused, where they have these, which a step replayed here would not heed.
         closely: see every write, also one by way of `.data`; else those alone that autograd counts.
+        explain: called where something was written; it raises where it knows what did.
 
     Raises:
         ValueError: after the code has come to its end, so that it has put back what it puts back.
@@ -79,4 +82,5 @@ def refused(params: Sequence[Tensor], optimizers: Sequence[Any], closely: bool) 
     with _without_modes(optimizers), writes if closely else nullcontext():
         yield
     if writes.found or any(p._version != old for p, old in zip(params, before, strict=True)):
+        explain()
         raise ValueError(ERROR.format(writes.found or "in place"))

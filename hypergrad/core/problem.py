@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -16,7 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from hypergrad.core.batchnorm import RunningStats
 from hypergrad.core.detached import is_cut
-from hypergrad.core.graph import Linearization, check_scalar, grad_or_none, without_hooks
+from hypergrad.core.graph import Linearization, check_scalar, explained, grad_or_none, without_hooks
 from hypergrad.core.loss_tensors import LossTensors
 from hypergrad.core.parameter_writes import refused
 from hypergrad.core.processes import ALONE, Processes
@@ -24,7 +25,7 @@ from hypergrad.core.rank_mean import RankMean
 from hypergrad.core.restore import Buffers, HostRng, Modes, Rng, Saved, untouched
 from hypergrad.core.second_order import twice_differentiable
 from hypergrad.core.signatures import call_val_loss, takes_hypers
-from hypergrad.core.survey import survey
+from hypergrad.core.survey import check_max_norm, survey
 
 
 class Validation(NamedTuple):
@@ -199,8 +200,10 @@ class Problem:
         with self._without_effect(seed), self.stats.as_leaves() if self.stats else nullcontext([]) as leaves:
             loss = self._call(val_loss, t, not may_be_frozen)
             wanted = [*inputs, *leaves]
-            with without_hooks(inputs):
-                grads = grad_or_none([loss], wanted) if loss.requires_grad else [None] * len(wanted)
+            grads: list[Tensor | None] = [None] * len(wanted)
+            if loss.requires_grad:
+                with explained(), without_hooks(inputs):
+                    grads = grad_or_none([loss], wanted)
         of_params, of_stats = grads[: len(self.params)], grads[len(inputs) :]
         if not may_be_frozen and all(g is None for g in of_params):
             raise ValueError(
@@ -236,7 +239,8 @@ class Problem:
             modes.restore()
 
     def _call(self, val_loss: Callable[..., Tensor], t: int, graph: bool) -> Tensor:
-        with refused(self.params, self.optimizers, closely=not self.checked_for_writes):
+        explain = partial(check_max_norm, self.model)
+        with refused(self.params, self.optimizers, not self.checked_for_writes, explain):
             loss = call_val_loss(val_loss, t)
         self.checked_for_writes = self.checked_for_writes or t > 0
         check_scalar(loss, "val_loss()", graph)

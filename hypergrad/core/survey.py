@@ -86,6 +86,11 @@ def _check_embedding(node: Any, model: torch.nn.Module | None) -> None:
             "an embedding with scale_grad_by_freq=True has a wrong second derivative in torch: build it with "
             "scale_grad_by_freq=False."
         )
+    check_max_norm(model)
+
+
+def check_max_norm(model: torch.nn.Module | None) -> None:
+    """Raise where a model has an embedding that writes to its weight in the forward pass."""
     for name, module in model.named_modules() if model is not None else ():
         if isinstance(module, torch.nn.Embedding) and module.max_norm is not None and module.weight.requires_grad:
             raise NotImplementedError(

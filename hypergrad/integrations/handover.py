@@ -1,4 +1,4 @@
-"""How a framework's own `loss.backward()` becomes `tuner.backward(loss)`, without a change to the framework.
+"""How a framework's own `loss.backward()` becomes `tuner.backward(loss)`, without a change to the framework; its val_loss.
 
 of_loss(loss, tuner)     this one tensor's `backward` is the tuner's; where the framework shows us its loss before backward
 of_calls(tuner)          inside the `with`, every tensor's is; where the framework makes the loss that it differentiates itself
@@ -14,6 +14,12 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from hypergrad.online.tuner import Tuner
+
+
+def check_val_loss(val_loss: Any, argument: str) -> None:
+    """Raise where it cannot be a function of the framework's model, which `argument` names."""
+    if not callable(val_loss):
+        raise TypeError(f"val_loss must be a function ({argument}) -> scalar tensor, got {type(val_loss).__name__}.")
 
 
 def of_loss(loss: Tensor, tuner: Tuner) -> None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from hypergrad.integrations.handover import of_loss
+from hypergrad.integrations.handover import check_val_loss, of_loss
 from hypergrad.online.tuner import Tuner
 
 if TYPE_CHECKING:
@@ -54,8 +54,7 @@ class TunerCallback(Callback):
         tune: str | Sequence[str] | Mapping[str, Any] = ("lr", "weight_decay"),
         **tuner_options: Any,
     ):
-        if not callable(val_loss):
-            raise TypeError(f"val_loss must be a function (module) → scalar tensor, got {type(val_loss).__name__}.")
+        check_val_loss(val_loss, "module")
         self.val_loss, self.tune, self.tuner_options = val_loss, tune, tuner_options
         self.tuner: Tuner | None = None
         self._loaded: Mapping[str, Any] | None = None  # a checkpoint's, until the tuner is made

@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_map_only
 
 from hypergrad.core.second_order import twice_differentiable
 from hypergrad.differentiate.arguments import without_wrappers
-from hypergrad.integrations.handover import of_loss
+from hypergrad.integrations.handover import check_val_loss, of_loss
 from hypergrad.integrations.skorch_validation import modes_kept, of_validation_data
 from hypergrad.online.tuner import Tuner
 
@@ -88,6 +88,8 @@ class TunerCallback(Callback):
             )
         options = self.get_params()
         given, tune = options.pop("val_loss"), options.pop("tune")
+        if given is not None:
+            check_val_loss(given, "net")
         val_loss = of_validation_data(net, dataset_valid) if given is None else partial(given, net)
         options.setdefault("total_steps", _steps(net, dataset_train, self.loaded_))
         options.setdefault("scaler", getattr(_accelerator(net), "scaler", None))

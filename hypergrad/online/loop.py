@@ -255,12 +255,15 @@ class OnlineLoop:
             self.hyper.progress.say_best(self.t)
         self.bound.step_done(self.t, k, formed, search.active)
         self._choose_products()
+        self.follow_phase()
+
+    def follow_phase(self) -> None:
+        """Tune what is tuned after so many steps. Where that is a change tangents are zero, as they are of other numbers."""
         if self.choose_what_is_tuned():
             self.starts.begin_phase()
             self.tangents.forget(also_pending=True)
 
     def _choose_products(self) -> None:
-        """Whether the next step is one without products."""
         self.tangents.skipping = self.t % self.bound.products_every(self.starts.search.active) != 0
 
     def choose_what_is_tuned(self) -> bool:

@@ -121,7 +121,8 @@ def as_plan(x: Plan | Mapping[str, Any] | None) -> Plan | None:
         raise TypeError(
             f"plan must be a tuner's `plan`, or the dict of its state_dict(), with {', '.join(sorted(names))}; got {x!r}."
         )
-    return Plan(**{name: (float if name in ("cost", "product", "validation") else int)(x[name]) for name in names})
+    whole = {name: int(x[name]) for name in ("every", "resting", "stride")}
+    return Plan(float(x["cost"]), float(x["product"]), float(x["validation"]), **whole)
 
 
 def _rounded_up(x: float) -> float:

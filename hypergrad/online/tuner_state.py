@@ -43,13 +43,13 @@ def load_state(loop: OnlineLoop, state: Mapping[str, Any]) -> None:
     loop.vector.load_state_dict(state["vector"])
     loop.writer.load_state_dict(state["param groups"])
     loop.load_state_dict(state["loop"])
-    loop.choose_what_is_tuned()
     tangents.load_state_dict(state["tangents"])
     hyper.load_state_dict(state["hyper steps"])
     if hyper.best is not None:
         hyper.best.load_state_dict(state["best"])
     if hyper.record is not None and state["backtracking"] is not None:
         hyper.record.load_state_dict(state["backtracking"])
+    loop.follow_phase()  # another one than the state's where total_steps is another
     loop.problem.processes.check_same("the state of a Tuner", (loop.t, loop.vector.value.tolist()))
 
 

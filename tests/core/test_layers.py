@@ -41,6 +41,20 @@ def test_a_refusal_leaves_the_weights_as_they_were(name: str, mode: str) -> None
     assert all(torch.equal(a, b) for a, b in zip(before, setup.model.parameters(), strict=True))
 
 
+@pytest.mark.parametrize("name", [name for name, row in LAYERS.items() if row.expected == "refused"])
+@pytest.mark.filterwarnings("ignore")  # of torch, while building and compiling
+def test_a_tuner_refuses_it_by_the_same_name(name: str) -> None:
+    """It calls the validation loss before any training loss, and that may be what fails first."""
+    row, setup = LAYERS[name], LayerCase(name).build()
+
+    def begin() -> None:
+        tuner = hypergrad.Tuner(setup.model, setup.optimizer, setup.val_loss)
+        tuner.backward(setup.loss(setup.model, setup.batches[0]))
+
+    with pytest.raises(NotImplementedError, match=row.says):
+        begin()
+
+
 @pytest.mark.parametrize("name", [name for name, row in LAYERS.items() if row.expected == "rounded"])
 def test_in_low_precision_the_modes_agree(name: str) -> None:
     """There is no difference of a bfloat16 loop to hold it against: mode against mode, and (above) against float64."""

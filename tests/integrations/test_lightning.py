@@ -265,5 +265,5 @@ def test_a_compiled_module_is_refused_with_what_works() -> None:
 def test_what_is_no_function_is_refused_where_it_is_given() -> None:
     from hypergrad.integrations.lightning import TunerCallback
 
-    with pytest.raises(TypeError, match=r"val_loss must be a function \(module\).*got str"):
+    with pytest.raises(TypeError, match=r"val_loss must be a function \(module\) -> scalar tensor, got str"):
         TunerCallback("val_loss")  # type: ignore[arg-type]

@@ -202,3 +202,9 @@ def test_an_unknown_clipping_is_refused() -> None:
     net.callbacks.append(("clip", GradientNormClipping(1.0, gradient_clip_norm_type=float("inf"))))
     with pytest.raises(NotImplementedError, match="gradient_clip_norm_type"):
         net.fit(*arrays())
+
+
+def test_a_val_loss_that_is_none_is_refused() -> None:
+    net = classifier().set_params(callbacks__tuner__val_loss=None)
+    with pytest.raises(TypeError, match=r"^val_loss must be a function \(net\) -> scalar tensor, got NoneType"):
+        net.fit(*arrays())

@@ -111,26 +111,28 @@ def val_loss(model: Any) -> torch.Tensor:
     return model(**{name: torch.stack([row[name] for row in rows]) for name in rows[0]}).loss
 
 
-def trainer(model: Any, folder: Path, **arguments: Any) -> Any:
+def trainer(model: Any, folder: Path, tuned: Any = None, **arguments: Any) -> Any:
+    """tuned: arguments of TunerMixin."""
     from hypergrad.integrations.transformers import TunerMixin
 
     class Tuned(TunerMixin, transformers.Trainer):
         def get_train_dataloader(self) -> Any:
             return torch.utils.data.DataLoader(self.train_dataset, batch_size=4, collate_fn=stacked)
 
-    args = transformers.TrainingArguments(
-        output_dir=str(folder),
-        num_train_epochs=2,
-        learning_rate=1e-4,
-        weight_decay=0.01,
-        report_to="none",
-        use_cpu=True,
-        disable_tqdm=True,
-        save_strategy="no",
-        logging_strategy="no",
+    options = {
+        "output_dir": str(folder),
+        "num_train_epochs": 2,
+        "learning_rate": 1e-4,
+        "weight_decay": 0.01,
+        "report_to": "none",
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "save_strategy": "no",
+        "logging_strategy": "no",
         **arguments,
-    )
-    return Tuned(model, args, train_dataset=texts()[:80], val_loss=val_loss, tuner_options={"every": 4})
+    }
+    mine = {"val_loss": val_loss, "tuner_options": {"every": 4}, **(tuned or {})}
+    return Tuned(model, transformers.TrainingArguments(**options), train_dataset=texts()[:80], **mine)
 
 
 def stacked(rows: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
@@ -174,3 +176,61 @@ def test_fused_attention_is_computed_by_matrix_products_where_one_is_due(tmp_pat
         each.train()
     assert own.tuner.stats == eager.tuner.stats and own.tuner.stats["hessian_products"] > 0
     assert torch.allclose(own.tuner.values["lr"], eager.tuner.values["lr"], rtol=1e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("plain_first", [False, True])
+def test_biases_and_norms_are_not_decayed_where_decay_is_tuned_from_0(plain_first: bool, tmp_path: Path) -> None:
+    """0 is the Trainer's default; a checkpoint of a run without a tuner has it in its optimizer."""
+    own = trainer(language_model(), tmp_path, weight_decay=0.0, max_steps=20, save_strategy="steps", save_steps=10)
+    if plain_first:
+        own.train()
+        (tmp_path / "checkpoint-10/tuner.pt").unlink()
+        optimizer = torch.load(tmp_path / "checkpoint-10/optimizer.pt")
+        for group in optimizer["param_groups"]:
+            group["weight_decay"] = 0.0
+        torch.save(optimizer, tmp_path / "checkpoint-10/optimizer.pt")
+        own = trainer(language_model(), tmp_path, weight_decay=0.0, max_steps=20)
+    own.train(resume_from_checkpoint=str(tmp_path / "checkpoint-10") if plain_first else None)
+    decayed, rest = own.tuner.values["weight_decay"].tolist()
+    assert decayed > 0 and rest == 0 and [g["weight_decay"] for g in own.optimizer.param_groups] == [decayed, 0]
+
+
+def test_a_tuner_that_is_refused_leaves_weight_decay_at_0(tmp_path: Path) -> None:
+    own = trainer(language_model(), tmp_path, {"tuner_options": {"every": 0}}, weight_decay=0.0)
+    with pytest.raises(ValueError, match="every"):
+        own.train()
+    assert [group["weight_decay"] for group in own.optimizer.param_groups] == [0, 0]
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # of torch, while it compiles
+def test_a_model_that_the_trainer_compiles_is_tuned(tmp_path: Path) -> None:
+    found = []
+    for compiled in ({}, {"torch_compile": True, "torch_compile_backend": "aot_eager"}):
+        own = trainer(language_model(), tmp_path, max_steps=12, **compiled)
+        own.train()
+        found.append(own.tuner)
+    assert found[0].stats == found[1].stats and found[0].stats["hessian_products"] > 0
+    torch.testing.assert_close(found[0].values, found[1].values, rtol=1e-3, atol=0)
+
+
+@pytest.mark.slow
+def test_a_checkpoint_is_gone_on_with_for_more_steps(tmp_path: Path) -> None:
+    """From the phase of weight decay back into that of lr."""
+    trainer(language_model(), tmp_path, max_steps=20, save_strategy="steps", save_steps=17).train()
+    own = trainer(language_model(), tmp_path, max_steps=60)
+    own.train(resume_from_checkpoint=str(tmp_path / "checkpoint-17"))
+    assert own.tuner.stats["steps"] == own.tuner._loop.total == 60
+
+
+def test_the_mixin_after_the_trainer_is_refused() -> None:
+    from hypergrad.integrations.transformers import TunerMixin
+
+    with pytest.raises(TypeError, match=r"^the mixin comes first: class Tuned\(TunerMixin, Trainer\)"):
+        type("Tuned", (transformers.Trainer, TunerMixin), {})
+
+
+def test_a_val_loss_that_is_none_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match=r"^val_loss must be a function \(model\) -> scalar tensor, got NoneType"):
+        trainer(language_model(), tmp_path, {"val_loss": None})

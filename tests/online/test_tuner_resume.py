@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import pickle
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -41,7 +42,8 @@ class Run:
     def __init__(self, schedule: Callable[[Any], Any] | None, tuner_first: bool = True, tuned: bool = True, **kw: Any):
         self.model = two_layers()
         self.optimizer = sgd(momentum=0.9)(self.model)
-        make = lambda: hypergrad.Tuner(self.model, self.optimizer, validation(self.model), every=3, **kw)  # noqa: E731
+        options = {"every": 3, **kw}
+        make = lambda: hypergrad.Tuner(self.model, self.optimizer, validation(self.model), **options)  # noqa: E731
         first = make() if tuner_first else None
         self.scheduler = schedule(self.optimizer) if schedule else None
         self.tuner = first or make()
@@ -95,6 +97,43 @@ def test_run_resumes_exactly_whatever_is_loaded_first(order: tuple[int, ...]) ->
     again.train(MIDDLE, 12)
     assert again.used == whole.used[2 * MIDDLE :]
     assert all(torch.equal(p, q) for p, q in zip(whole.model.parameters(), again.model.parameters(), strict=True))
+
+
+def weights_after(run: Run, state: dict[str, Any], name: str, lrs: list[float], factor: float) -> Tensor:
+    """The weights after steps from MIDDLE on with torch alone, group 0's lr or weight decay times `factor`.
+
+    lrs: of each step and group, one after another.
+    """
+    model = copy.deepcopy(run.model)
+    opt = sgd(momentum=0.9)(model)
+    opt.load_state_dict(copy.deepcopy(state))
+    for t, batch in list(enumerate(data()[0]))[MIDDLE : MIDDLE + len(lrs) // 2]:
+        torch.manual_seed(t)
+        for i, group in enumerate(opt.param_groups):
+            group["lr"] = lrs[2 * (t - MIDDLE) + i]
+        opt.param_groups[0][name] *= factor if name == "lr" or t == MIDDLE else 1
+        opt.zero_grad()
+        mse(model, batch).backward()
+        opt.step()
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+@pytest.mark.parametrize(("name", "total", "new_total"), [("lr", 10, 40), ("weight_decay", 40, 20)])
+def test_run_goes_on_at_another_length_where_another_number_is_tuned(name: str, total: int, new_total: int) -> None:
+    """Longer, it is in the phase of lr again, shorter in that of weight decay: tangents are of its own steps since then."""
+    options = {"every": 50, "warm_start": False}
+    half, again = Run(None, total_steps=total, **options), Run(None, total_steps=new_total, **options)
+    half.train(0, MIDDLE)
+    for x, part in zip(again.parts, half.parts, strict=True):
+        x.load_state_dict(copy.deepcopy(part.state_dict()))
+    opt_state = copy.deepcopy(half.optimizer.state_dict())
+    again.train(MIDDLE, MIDDLE + 4)
+    tangent = again.tuner._loop.tangents.tangent
+    assert tangent is not None
+    assert [again.tuner._loop.vector.labels[j] for j in again.tuner._loop.vector.moving] == [f"{name}/0", f"{name}/1"]
+    e = 1e-4
+    up, down = (weights_after(half, opt_state, name, again.used, math.exp(x)) for x in (e, -e))
+    torch.testing.assert_close(tangent.theta[0], (up - down) / (2 * e), rtol=1e-6, atol=1e-9)
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
