@@ -84,11 +84,12 @@ class Tuner(TunerView):
         warm_start: take lr's start (unless given by Hyperparameter(start=…)) as a hint only, and find it from slope and
             curvature along the first steps. Momentum, if it is tuned too and not given, then begins at 0.9 (where a lower one
             was typed, only in runs of 400 steps or more).
-        cost: a bound on the seconds of a run, over those of a plain one; None: none. What products and validation losses cost is
-            measured in the first 20 steps and becomes a plan: numbers are tuned in so many steps, lr in the first half of them,
-            weight decay in the second, as late as there is time for; outside of them a step costs what a plain one does. Without
-            total_steps the bound is kept in every thousand steps. The bound is on what tuning adds in the long run: a run of
-            less than a hundred steps may cost more. The plan is `tuner.plan`, and part of the state.
+        cost: a bound on the seconds of a run, over those of a plain one; None: none. What a Hessian product and a validation loss
+            cost is measured in ten steps, once lr's start is found, and becomes a plan (see plan.py): products are formed in one
+            step of so many, tangents stay as they are in between, and steps without cost what plain ones do; val_loss is read
+            more rarely where it is dear; phases are shorter where that is not enough. Without total_steps the bound is kept in
+            every thousand steps. A run of less than some hundred steps may cost more. The plan is `tuner.plan`, and part of the
+            state. For mode="forward".
         plan: that of an earlier run, or the dict that its `state_dict` gave: nothing is measured, and a run repeats bit for bit.
         seed: of the random numbers that val_loss draws, a stream of its own; recorded with the run.
         log_dir: folder for TensorBoard events and `metrics.jsonl`.
@@ -146,7 +147,7 @@ class Tuner(TunerView):
         scaler: Any = None,
         average: bool = True,
         warm_start: bool = True,
-        cost: float | None = None,
+        cost: float | None = 2.0,
         plan: Plan | Mapping[str, Any] | None = None,
         seed: int = 0,
         log_dir: str | Path | None = None,
@@ -158,7 +159,7 @@ class Tuner(TunerView):
         asked, mode = mode is not None, mode or "forward"
         check_numbers(mode, horizon, 10 if every is None else every, hyper_lr, total_steps)
         plan = as_plan(plan)
-        check_cost(cost if plan is None else plan.cost, mode)
+        check_cost(cost, plan, mode)
         self.model, self.optimizers, self.mode = model, as_optimizers(optimizer), mode
         clip = clipping(clip_norm, clip_value)
         written, given = specification(tune), LossTensors(hypers)

@@ -42,18 +42,16 @@ def check_numbers(mode: str, horizon: int, every: int, hyper_lr: float, total_st
         raise ValueError(f"hyper_lr must be a positive number, got {hyper_lr!r}.")
 
 
-def check_cost(cost: float | None, mode: str) -> None:
-    if cost is None:
-        return
-    if not isinstance(cost, (int, float)) or isinstance(cost, bool) or not cost > 1:
+def check_cost(cost: float | None, plan: Any, mode: str) -> None:
+    if cost is not None and (not isinstance(cost, (int, float)) or isinstance(cost, bool) or not cost > 1):
         raise ValueError(
             "cost must be a number above 1, the seconds of a tuned run over those of a plain one, or None, no bound; got "
             f"{cost!r}."
         )
-    if mode != "forward":
+    if plan is not None and mode != "forward":
         raise ValueError(
-            f"cost and plan say in which steps tuner.backward forms products: leave them out with mode={mode!r}, whose cost "
-            "`horizon` and `every` set."
+            f"a plan says in which steps tuner.backward forms products: leave it out with mode={mode!r}, whose cost `horizon` "
+            "and `every` set."
         )
 
 

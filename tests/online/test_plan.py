@@ -18,6 +18,7 @@ from hypergrad.online.plan import PERIOD, STRIDE, Plan, Spending, as_plan
 from hypergrad.online.policies.phases import Phases
 from hypergrad.policies import DEFAULT, replaced
 
+pytestmark = pytest.mark.clock
 BOTH = {"lr": 1, "weight_decay": 1}
 PLAN = Plan(cost=2.0, product=3.0, validation=3.0, every=10, resting=20)
 
@@ -303,7 +304,7 @@ def test_nothing_is_copied_while_nothing_is_tuned(optimizer: Any):
         ({"cost": "2"}, ValueError, "above 1"),
         ({"cost": float("nan")}, ValueError, "above 1"),
         ({"cost": True}, ValueError, "above 1"),
-        ({"cost": 2.0, "mode": "unrolled", "loss": lambda m, b: 0}, ValueError, "tuner.backward"),
+        ({"plan": PLAN, "mode": "unrolled", "loss": lambda m, b: 0}, ValueError, "tuner.backward"),
         ({"plan": {"cost": 2.0}}, TypeError, "state_dict"),
         ({"plan": 2.0}, TypeError, "state_dict"),
     ],

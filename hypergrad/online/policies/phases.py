@@ -84,7 +84,7 @@ class Phases(Policy):
         early, late = (_count(names, numbers) for names in _kinds(numbers, in_loss))
         if total is None or not early or not late:
             return float(early + late), 1.0 if total is None else self.last_share
-        first = self.step_share / self.last_share
+        first = self.step_share / self.last_share if self.last_share else 0.0
         return first * early + (1 - first) * late, self.last_share
 
     def _of_one_kind(

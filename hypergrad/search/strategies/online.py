@@ -46,7 +46,7 @@ class Online(HypergradientStrategy):
     def __init__(self, space: Space, seed: int, options: Mapping[str, Any]):
         super().__init__(space, seed, options)
         check_numbers("forward", 1, options.get("every", 10), options.get("hyper_lr", 0.1), None)
-        check_cost(options.get("cost"), "forward")
+        check_cost(options.get("cost"), None, "forward")
 
     def run(self, objective: Objective, trial: Trial) -> float:
         """Train and tune a run; its validation loss. The values that the entries end at are noted as `learned`."""
