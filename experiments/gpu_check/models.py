@@ -31,9 +31,9 @@ class Residual(nn.Module):
         return (inside + self.beside(x)).relu()
 
 
-def resnet18(width: int = 64, classes: int = 10) -> nn.Module:
+def resnet18(width: int = 64, classes: int = 10, channels: int = 3) -> nn.Module:
     """ResNet-18 as it is used on CIFAR (He et al. 2016): a first convolution of 3×3 at stride 1, and no pooling after it."""
-    layers: list[nn.Module] = [nn.Conv2d(3, width, 3, 1, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU()]
+    layers: list[nn.Module] = [nn.Conv2d(channels, width, 3, 1, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU()]
     inputs = width
     for i in range(4):
         outputs = width * 2**i

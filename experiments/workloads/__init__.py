@@ -2,7 +2,7 @@
 
 A plain run of each takes one to two seconds on one thread; `build(seed, full=True)` is a larger version. SGD is with momentum
 0.9. To add a workload is to add a row. Experiments run COMPARED, with `--family small` the second family: small sets and wrong
-labels (see small.py), with `--workloads` the rows that are named.
+labels (see small.py), with `--family realistic` two larger nets, with `--workloads` the rows that are named.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy, mse_loss
 
 from experiments.workloads import data, models
+from experiments.workloads.realistic import REALISTIC
 from experiments.workloads.small import SMALL
 from experiments.workloads.task import RUNGS, Batch, Task, Workload, fit, train, train_tuned
 
@@ -183,11 +184,16 @@ _ROWS = (
         by_adamw=_all_but_hidden_weights,
     ),
 )
-WORKLOADS: dict[str, Workload] = {row.name: row for row in (*_ROWS, *SMALL)}
+WORKLOADS: dict[str, Workload] = {row.name: row for row in (*_ROWS, *SMALL, *REALISTIC)}
 # The twelve that tables and means are over. Rivals and searches have no variant of Muon's, whose results stand by themselves.
 COMPARED = tuple(row.name for row in _ROWS if row.optimizer != "Muon")
 FAMILIES: dict[str, tuple[str, ...]] = {"main": COMPARED, "small": tuple(row.name for row in SMALL)}
-_QUICK = {"main": ("mlp_digits", "diabetes"), "small": ("breast_cancer_60", "diabetes_100")}  # what --quick runs
+FAMILIES["realistic"] = tuple(row.name for row in REALISTIC)
+_QUICK = {
+    "main": ("mlp_digits", "diabetes"),
+    "small": ("breast_cancer_60", "diabetes_100"),
+    "realistic": ("gpt_text",),
+}  # what --quick runs
 
 
 def chosen(args: Any) -> tuple[str, tuple[str, ...]]:

@@ -41,6 +41,7 @@ class Workload:
         data: `data(full)`: fixed data and splits; `full` asks for the larger version.
         model: `model(data, full)`: a fresh model, initialised from torch's global random numbers.
         loss: `loss(outputs, targets)` → scalar.
+        augment: `augment(inputs, draws)`: a training batch's inputs, changed at random; None: as they are.
         groups: `groups(model)` → the param groups; one group of all parameters where None.
         by_adamw: `by_adamw(model)` → param groups that an AdamW beside the optimizer takes; no second optimizer where None.
         family: a name of FAMILIES: the workloads that are run together, with pools of their own.
@@ -55,6 +56,7 @@ class Workload:
     steps: int
     full_steps: int
     batch: int = 50
+    augment: Callable[[Tensor, torch.Generator], Tensor] | None = None
     groups: Callable[[nn.Module], list[dict[str, Any]]] | None = None
     by_adamw: Callable[[nn.Module], list[dict[str, Any]]] | None = None
     family: str = "main"
@@ -103,7 +105,8 @@ class Task:
             at = step % per_epoch * size
             if at == 0:
                 order = torch.randperm(len(y), generator=draws)
-            yield x[order[at : at + size]], y[order[at : at + size]]
+            inputs = x[order[at : at + size]]
+            yield self.workload.augment(inputs, draws) if self.workload.augment else inputs, y[order[at : at + size]]
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         return self.workload.loss(model(batch[0]), batch[1])

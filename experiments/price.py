@@ -1,0 +1,283 @@
+"""What does tuning cost, in seconds and bytes, and what is it worth at that price?
+
+    python -m experiments.price [--costs 1.15 1.5 2 3] [--workloads cnn_fashion] [--family realistic] [--seed 0] [--quick]
+
+kind "run": a tuned run with `Tuner(cost=...)` and a plain run of the same workload, start and seed, by turns in blocks of 50
+steps in one process on one thread: CPU seconds of the one over those of the other, each as a whole, with all that happens in it
+(the measuring of the first steps, readings of the validation loss), and the loss at its end. `cost` null: no bound.
+
+kind "summary": the geometric means over workloads, and of loss over L* (the best of a grid of plain runs, pools.json), where it
+is known; those of workloads whose plain step takes less than 2 ms apart, since there Python's share rules.
+
+kind "resting": a ResNet-18 of 5 million weights on images of 32×32: steps in which nothing is tuned and no validation loss read,
+over plain steps, less 1: median of 7 turns of 4 steps.
+
+kind "bytes": growth of the peak of memory in twelve tuned steps over that in twelve plain ones, of the same net with a batch of
+2, in units of 4 n bytes, n its number of weights; each in a process of its own.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import math
+import os
+import statistics
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean, geometric_mean
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+import hypergrad
+from experiments import results
+from experiments.arguments import arg, command, parse
+from experiments.bench_modes import RETURNED, peak
+from experiments.gpu_check.models import resnet18
+from experiments.invariance import UNSEEN
+from experiments.sweep import sweep
+from experiments.workloads import WORKLOADS, chosen
+from hypergrad.policies import DEFAULT, LrWarmStart, Phases, replaced, without
+
+Row = dict[str, Any]
+BLOCK = 50  # steps
+SHORT_MS = 2.0  # of a plain step
+WIDTH = 43  # of the ResNet-18 of 5 million weights
+OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
+    "SGD with momentum": lambda params: torch.optim.SGD(params, lr=1e-3, momentum=0.9, weight_decay=1e-4),
+    "AdamW": lambda params: torch.optim.AdamW(params, lr=1e-4),
+}
+FORMS = {"default": 1000, "no total_steps": None, "cost=1.15": 1000}
+
+
+@dataclass
+class Args:
+    """Seconds, bytes and losses of tuned runs beside plain ones."""
+
+    costs: tuple = arg((1.15, 1.5, 2.0, 3.0), "bounds; 0 for none", quick=(2.0,))
+    workloads: tuple = arg((), "any of one family (default: the family's)")
+    family: str = arg("main", "main, small or realistic")
+    starts: tuple = arg((1e-5, 0.1), "learning rates; weight decay is 1e-4", quick=(1e-3,))
+    seed: int = arg(0, "the first of the seeds; test losses are read from 1000 on")
+    seeds: int = arg(1, "runs of each start")
+    steps: int = arg(0, "training steps of a run; 0: the workload's own", quick=60)
+    parts: tuple = arg(("run", "resting", "bytes"), "kinds of rows that are made")
+    bytes_of: str = arg("", "print the growth of memory of FORM:OPTIMIZER, and do nothing else")
+    out: str = arg("runs/price", "folder of finished runs and result", quick="runs/price_quick")
+    quick: bool = arg(False, "a few steps: a test of the machinery")
+
+
+# ---- whole runs
+
+
+class Loop:
+    """A run that goes on block by block, and its CPU seconds."""
+
+    def __init__(self, item: Row, tuned: bool):
+        task = WORKLOADS[item["workload"]].build(item["seed"], False, item["steps"])
+        self.task, self.seconds = task, 0.0
+        began = time.process_time()
+        self.optimizers = task.make_optimizers(item["start_lr"], item["start_weight_decay"])
+        self.tuner: hypergrad.Tuner | None = None
+        if tuned:
+            self.tuner = hypergrad.Tuner(
+                task.model, self.optimizers, task.val_loss, total_steps=task.steps, seed=task.seed, cost=item["cost"]
+            )
+        self.seconds += time.process_time() - began
+        self.batches = task.batches()
+
+    def block(self) -> bool:
+        """Train for a block. False: the run was over."""
+        batches = [batch for batch, _ in zip(self.batches, range(BLOCK), strict=False)]
+        began = time.process_time()
+        for batch in batches:
+            loss = self.task.loss(self.task.model, batch)
+            for opt in self.optimizers:
+                opt.zero_grad()
+            loss.backward() if self.tuner is None else self.tuner.backward(loss)
+            for opt in self.optimizers:
+                opt.step()
+        self.seconds += time.process_time() - began
+        return bool(batches)
+
+
+def run(item: Row) -> Row:
+    """One item of the sweep."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # roll-backs
+        plain, tuned = Loop(item, False), Loop(item, True)
+        while plain.block() and tuned.block():
+            pass
+    tuner = tuned.tuner
+    assert tuner is not None
+    split = "test" if item["seed"] >= UNSEEN else "val"
+    plan = None if tuner.plan is None else tuner.plan.state_dict()
+    row = {
+        "plain_ms": 1000 * plain.seconds / tuned.task.steps, "seconds": tuned.seconds / plain.seconds, "split": split,
+        "loss": tuned.task.evaluate(split), "plain_loss": plain.task.evaluate(split), "plan": plan,
+        "products_a_step": tuner.stats["hessian_products"] / tuned.task.steps, "end_lr": float(tuner.values["lr"].mean()),
+    }  # fmt: skip
+    tuner.close()
+    return item | row
+
+
+def items(args: Args) -> Iterator[Row]:
+    for seed in range(args.seed, args.seed + args.seeds):
+        for cost in args.costs:
+            for name in chosen(args)[1]:
+                for lr in args.starts:
+                    yield {
+                        "workload": name, "cost": cost or None, "start_lr": lr, "start_weight_decay": 1e-4, "seed": seed,
+                        "steps": WORKLOADS[name].length(False, args.steps),
+                    }  # fmt: skip
+
+
+def best_of_grid(name: str, split: str) -> float | None:
+    """L* of a workload; None where it is not known."""
+    for pools in map(results.load, ("pools", "pools_small")):
+        for row in pools["rows"] if pools else ():
+            if row.get("kind") == "summary" and row["workload"] == name:
+                return row["l_star" if split == "test" else "val_l_star"]
+    return None
+
+
+def summaries(rows: list[Row]) -> Iterator[Row]:
+    """For each bound one row of workloads whose plain step is short, and one of the others."""
+    for cost in dict.fromkeys(row["cost"] for row in rows):
+        for short in (True, False):
+            mine = [row for row in rows if row["cost"] == cost and (row["plain_ms"] < SHORT_MS) is short]
+            names = list(dict.fromkeys(row["workload"] for row in mine))
+            if not names:
+                continue
+            regrets = {}
+            for name in names:
+                best = best_of_grid(name, mine[0]["split"])
+                losses = [row["loss"] for row in mine if row["workload"] == name]
+                if best is not None and all(x is not None and math.isfinite(x) for x in losses):
+                    regrets[name] = fmean(losses) / best
+            yield {
+                "kind": "summary", "cost": cost, "short_steps": short, "workloads": len(names), "runs": len(mine),
+                "seconds": geometric_mean(row["seconds"] for row in mine), "largest": max(row["seconds"] for row in mine),
+                "regret": geometric_mean(regrets.values()) if regrets else None, "regret_of": len(regrets),
+            }  # fmt: skip
+
+
+# ---- steps in which nothing is due, and bytes
+
+
+def net(width: int, batch: int) -> tuple[nn.Module, Callable[[], Tensor]]:
+    torch.manual_seed(0)
+    model = resnet18(width)
+    x, y = torch.randn(batch, 3, 32, 32), torch.randint(10, (batch,))
+    return model, lambda: cross_entropy(model(x), y)
+
+
+def stepper(model: nn.Module, loss: Callable[[], Tensor], optimizer: str, **options: Any) -> Callable[[], None]:
+    """A step of a plain loop, or, with options, of a tuned one."""
+    opt = OPTIMIZERS[optimizer](model.parameters())
+    tuner = hypergrad.Tuner(model, opt, loss, **options) if options else None
+
+    def step() -> None:
+        opt.zero_grad()
+        value = loss()
+        value.backward() if tuner is None else tuner.backward(value)
+        opt.step()
+
+    return step
+
+
+def resting(optimizer: str, quick: bool) -> Row:
+    """Seconds of steps in which nothing is tuned."""
+    width, batch = (4, 2) if quick else (WIDTH, 16)
+    policies = replaced(without(DEFAULT, LrWarmStart), Phases(step_share=0.0, longest_share=0.0, last_share=0.0))
+    (one, loss), (other, other_loss) = net(width, batch), net(width, batch)
+    plain = stepper(one, loss, optimizer)
+    tuned = stepper(other, other_loss, optimizer, total_steps=10**6, every=10**6, policies=policies)
+    seconds: dict[str, list[float]] = {"plain": [], "tuned": []}
+    for step in (plain, tuned):
+        step(), step()
+    for _ in range(2 if quick else 7):
+        for name, step in (("plain", plain), ("tuned", tuned)):
+            began = time.process_time()
+            for _ in range(4):
+                step()
+            seconds[name].append((time.process_time() - began) / 4)
+    more = statistics.median(b / a for a, b in zip(seconds["plain"], seconds["tuned"], strict=True)) - 1
+    n = sum(p.numel() for p in one.parameters())
+    return {
+        "kind": "resting",
+        "optimizer": optimizer,
+        "weights": n,
+        "batch": batch,
+        "plain_ms": 1000 * statistics.median(seconds["plain"]),
+        "more": more,
+    }
+
+
+def growth(form: str, optimizer: str, width: int) -> tuple[int, int]:
+    """Bytes that the peak of memory grows by in twelve steps after the fourth, from before the optimizer is made, and n."""
+    model, loss = net(width, 2)
+    gc.collect()
+    before = peak("cpu", reset=True)
+    options: Row = {}
+    if form != "plain":
+        options = {"total_steps": FORMS[form], "cost": 1.15 if form == "cost=1.15" else 2.0}
+    step = stepper(model, loss, optimizer, **options)
+    for _ in range(36):
+        step()
+    return peak("cpu") - before, sum(p.numel() for p in model.parameters())
+
+
+def bytes_of(optimizer: str, quick: bool) -> Iterator[Row]:
+    """A row for each form."""
+    found = {}
+    for form in ("plain", *FORMS):
+        words = [sys.executable, "-m", "experiments.price", "--bytes-of", f"{form}:{optimizer}"]
+        done = subprocess.run(
+            [*words, *(["--quick"] if quick else [])],
+            env=os.environ | RETURNED,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        found[form] = json.loads(done.stdout.splitlines()[-1])
+    for form in FORMS:
+        n = found[form][1]
+        more = (found[form][0] - found["plain"][0]) / (4 * n)
+        yield {"kind": "bytes", "form": form, "optimizer": optimizer, "weights": n, "more": more}
+
+
+def main(args: Args) -> list[Row]:
+    torch.set_num_threads(1)
+    if args.bytes_of:
+        form, optimizer = args.bytes_of.split(":")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            print(json.dumps(growth(form, optimizer, 8 if args.quick else WIDTH)))
+        return []
+    out, rows = Path(args.out), list[Row]()
+    if "run" in args.parts:
+        todo = list(items(args))
+        kept = sweep(run, todo, out / "price.jsonl")
+        mine = [row for row in kept if any(item.items() <= row.items() for item in todo)] if args.quick else kept
+        rows += [*summaries(mine), *({"kind": "run", **row} for row in mine)]
+    for optimizer in OPTIMIZERS:
+        rows += [resting(optimizer, args.quick)] if "resting" in args.parts else []
+        rows += list(bytes_of(optimizer, args.quick)) if "bytes" in args.parts else []
+    results.write(out / "price.json", command(args), rows, one_line_a_row=True)
+    for row in rows:
+        if row["kind"] != "run":
+            print({name: round(x, 3) if isinstance(x, float) else x for name, x in row.items()})
+    return rows
+
+
+if __name__ == "__main__":
+    main(parse(Args))

@@ -1,0 +1,61 @@
+"""The third family: two nets of about half a million weights, whose steps take long enough that Python does not count.
+
+A plain run takes two to five minutes on one thread.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy, pad
+
+from experiments.gpu_check.models import resnet18
+from experiments.workloads import data, models
+from experiments.workloads.task import Workload
+
+SHIFT = 2  # pixels
+
+
+def _images(full: bool) -> data.Data:
+    """Fashion-MNIST as images [n, 1, 28, 28]."""
+    splits = data.fashion(full)
+    return data.Data(*(data.Split(x.view(-1, 1, 28, 28), y) for x, y in splits))
+
+
+def shifted(x: Tensor, draws: torch.Generator) -> Tensor:
+    """Images [n, 1, 28, 28], each shifted by up to SHIFT pixels in either direction, and mirrored in one case of two."""
+    n, size = len(x), x.shape[-1]
+    wide = pad(x, (SHIFT,) * 4)
+    down, right = torch.randint(2 * SHIFT + 1, (2, n, 1), generator=draws)
+    rows, columns = down + torch.arange(size), right + torch.arange(size)
+    columns = torch.where(torch.rand(n, 1, generator=draws) < 0.5, columns, columns.flip(1))
+    return wide[torch.arange(n)[:, None, None], 0, rows[:, :, None], columns[:, None, :]].unsqueeze(1)
+
+
+REALISTIC = (
+    Workload(
+        name="resnet_fashion",
+        title="ResNet-18 of 0.5 M weights, BatchNorm, shifted and mirrored Fashion-MNIST",
+        optimizer="SGD",
+        data=_images,
+        model=lambda data, full: resnet18(28 if full else 14, channels=1),
+        loss=cross_entropy,
+        steps=1500,
+        full_steps=6000,
+        batch=64,
+        augment=shifted,
+        family="realistic",
+    ),
+    Workload(
+        name="gpt_text",
+        title="GPT of 0.5 M weights over characters",
+        optimizer="AdamW",
+        data=data.characters,
+        model=lambda data, full: models.GPT(192, 6, 6) if full else models.GPT(96, 4, 4),
+        loss=models.next_character,
+        steps=1500,
+        full_steps=6000,
+        batch=16,
+        family="realistic",
+    ),
+)
