@@ -199,8 +199,10 @@ class Problem:
         with self._without_effect(seed), self.stats.as_leaves() if self.stats else nullcontext([]) as leaves:
             loss = self._call(val_loss, t, not may_be_frozen)
             wanted = [*inputs, *leaves]
-            with without_hooks(inputs):
-                grads = grad_or_none([loss], wanted) if loss.requires_grad else [None] * len(wanted)
+            grads: list[Tensor | None] = [None] * len(wanted)
+            if loss.requires_grad:
+                with without_hooks(inputs):
+                    grads = grad_or_none([loss], wanted)
         of_params, of_stats = grads[: len(self.params)], grads[len(inputs) :]
         if not may_be_frozen and all(g is None for g in of_params):
             raise ValueError(
