@@ -81,7 +81,8 @@ class TunerMixin(Trainer):
         if self.args.max_grad_norm:
             options["clip_norm"] = float(self.args.max_grad_norm)
         model: Any = self.model
-        called: Any = self.model_wrapped if is_compiled_module(self.model_wrapped) else model
+        wrapped: Any = self.model_wrapped
+        called = wrapped if is_compiled_module(wrapped) else model
         optimizer: Any = self.optimizer
         begun = self._begin_decay()
         try:
