@@ -60,6 +60,7 @@ GRID = {
     "weight_decay": (3e-4, 1e-3, 3e-3, 1e-2),
 }
 FRESH_SEEDS = range(1001, 1011)
+EVERY = 10  # a tuner's default
 LOSSES = "test_loss", "averaged_test_loss", "replay_test_loss"
 BATCH, VAL_BATCH = 50, 250
 VALUES = "lr", "weight_decay", "momentum"
@@ -187,7 +188,7 @@ def train(
         if plan:
             group.update(plan(step))
         if average:
-            follow(average, model, step)
+            follow(average, model, step, steps)
         batch = order[at : at + BATCH]
         if rival:
             rival.look(batch)
@@ -203,10 +204,14 @@ def train(
     return used
 
 
-# θ̄ ← θ̄ + a (θ − θ̄), a = 1/(share of the steps so far), before every step: as in Tangents.follow
+# θ̄ ← θ̄ + a (θ − θ̄), a = 1/(share of the steps so far), before every step; in the last tenth, where a tuner rests, before one
+# in EVERY with a EVERY times as large: as in WeightAverage.follow
 @torch.no_grad()
-def follow(average: nn.Module, model: nn.Module, step: int) -> None:
-    a = min(1.0, 1 / (SHARE * (step + 1)))
+def follow(average: nn.Module, model: nn.Module, step: int, steps: int) -> None:
+    every = EVERY if step >= 0.9 * steps else 1
+    if step % every:
+        return
+    a = min(1.0, every / (SHARE * (step + 1)))
     for mean, p in zip(average.parameters(), model.parameters(), strict=True):
         mean.lerp_(p, a)
 

@@ -12,8 +12,7 @@ is known; those of workloads whose plain step takes less than 2 ms apart, since 
 kind "resting": a ResNet-18 of 5 million weights on images of 32×32: steps in which nothing is tuned and no validation loss read,
 over plain steps, less 1: median of 7 turns of 4 steps.
 
-kind "bytes": growth of the peak of memory in twelve tuned steps over that in twelve plain ones, of the same net with a batch of
-2, in units of 4 n bytes, n its number of weights; each in a process of its own.
+kind "bytes": growth of the peak of memory in 24 tuned steps over that in 24 plain ones, of the same net with a batch of 2, in units of 4 n bytes, n its number of weights; each in a process of its own.
 """
 
 from __future__ import annotations
@@ -69,7 +68,9 @@ class Args:
     seed: int = arg(0, "the first of the seeds; test losses are read from 1000 on")
     seeds: int = arg(1, "runs of each start")
     steps: int = arg(0, "training steps of a run; 0: the workload's own", quick=60)
-    parts: tuple = arg(("run", "resting", "bytes"), "kinds of rows that are made")
+    parts: tuple = arg(
+        ("run", "resting", "bytes"), "kinds of rows that are made; the others stay as the result has them"
+    )
     bytes_of: str = arg("", "print the growth of memory of FORM:OPTIMIZER, and do nothing else")
     out: str = arg("runs/price", "folder of finished runs and result", quick="runs/price_quick")
     quick: bool = arg(False, "a few steps: a test of the machinery")
@@ -142,7 +143,7 @@ def items(args: Args) -> Iterator[Row]:
 
 def best_of_grid(name: str, split: str) -> float | None:
     """L* of a workload; None where it is not known."""
-    for pools in map(results.load, ("pools", "pools_small")):
+    for pools in map(results.load, ("pools.json", "pools_small.json")):
         for row in pools["rows"] if pools else ():
             if row.get("kind") == "summary" and row["workload"] == name:
                 return row["l_star" if split == "test" else "val_l_star"]
@@ -202,8 +203,8 @@ def resting(optimizer: str, quick: bool) -> Row:
     plain = stepper(one, loss, optimizer)
     tuned = stepper(other, other_loss, optimizer, total_steps=10**6, every=10**6, policies=policies)
     seconds: dict[str, list[float]] = {"plain": [], "tuned": []}
-    for step in (plain, tuned):
-        step(), step()
+    for step in (plain, tuned, plain, tuned):
+        step()
     for _ in range(2 if quick else 7):
         for name, step in (("plain", plain), ("tuned", tuned)):
             began = time.process_time()
@@ -223,7 +224,7 @@ def resting(optimizer: str, quick: bool) -> Row:
 
 
 def growth(form: str, optimizer: str, width: int) -> tuple[int, int]:
-    """Bytes that the peak of memory grows by in twelve steps after the fourth, from before the optimizer is made, and n."""
+    """Bytes that the peak of memory grows by in 24 steps, from before the optimizer is made, and n."""
     model, loss = net(width, 2)
     gc.collect()
     before = peak("cpu", reset=True)
@@ -231,7 +232,7 @@ def growth(form: str, optimizer: str, width: int) -> tuple[int, int]:
     if form != "plain":
         options = {"total_steps": FORMS[form], "cost": 1.15 if form == "cost=1.15" else 2.0}
     step = stepper(model, loss, optimizer, **options)
-    for _ in range(36):
+    for _ in range(24):  # with lr's warm start, the timing of steps, and readings of the loss
         step()
     return peak("cpu") - before, sum(p.numel() for p in model.parameters())
 
@@ -263,7 +264,10 @@ def main(args: Args) -> list[Row]:
             warnings.simplefilter("ignore")
             print(json.dumps(growth(form, optimizer, 8 if args.quick else WIDTH)))
         return []
-    out, rows = Path(args.out), list[Row]()
+    out = Path(args.out)
+    before = results.load("price.json", out) or {"rows": []}
+    parts = {"summary": "run"}  # kinds whose part has another name
+    rows: list[Row] = [row for row in before["rows"] if parts.get(row["kind"], row["kind"]) not in args.parts]
     if "run" in args.parts:
         todo = list(items(args))
         kept = sweep(run, todo, out / "price.jsonl")

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from hypergrad.online.calibration import Calibration
+from tests.unbounded import PLACE, without_clock
 
 ALONE = {
     "ray": "test_ray",
@@ -34,9 +34,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def unbounded(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """No tuner of this process reads a clock: runs repeat, with products in every step. The mark `clock` lets them."""
     if request.node.get_closest_marker("clock") is None:
-        monkeypatch.setattr(
-            "hypergrad.online.tuner_parts.Calibration", lambda device, active: Calibration(device, False)
-        )
+        monkeypatch.setattr(PLACE, without_clock)
 
 
 @pytest.fixture(autouse=True)

@@ -28,7 +28,7 @@ from typing import Any
 PERIOD = 1000  # steps over which the cost is kept where the length of the run is not known
 MOST_EVERY = 5  # at most so many times the steps between readings that were asked for
 ON_READINGS = 0.25  # the share of what may be spent that goes to readings, where they can be made rarer
-STRIDE = 10
+STRIDE = 20  # at most
 ROUND = 2**0.25
 
 
@@ -81,8 +81,8 @@ class Plan:
             for x in (v, v / 3)
         )
         left = extra - tuned * v / every - (1 - tuned) * v / 3 / resting
-        stride = math.ceil(k * p * tuned / left) if left > 0 else STRIDE
-        return Plan(cost, p, v, every, resting, min(max(stride, 1), STRIDE))
+        stride = min(max(math.ceil(k * p * tuned / left), 1), STRIDE) if left > 0 else STRIDE
+        return Plan(cost, p, v, every if fixed else max(every, stride), resting, stride)
 
     def price(self, k: float, formed: float | None = None) -> float:
         """What a step in which k numbers are tuned adds, in plain steps.

@@ -204,7 +204,7 @@ def test_an_unknown_clipping_is_refused() -> None:
         net.fit(*arrays())
 
 
-def test_a_val_loss_that_is_none_is_refused() -> None:
-    net = classifier().set_params(callbacks__tuner__val_loss=None)
-    with pytest.raises(TypeError, match=r"^val_loss must be a function \(net\) -> scalar tensor, got NoneType"):
+def test_a_val_loss_that_is_no_function_is_refused() -> None:
+    net = classifier().set_params(callbacks__tuner__val_loss=0.3)
+    with pytest.raises(TypeError, match=r"^val_loss must be a function \(net\) -> scalar tensor, got float"):
         net.fit(*arrays())

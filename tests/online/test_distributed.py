@@ -56,6 +56,13 @@ LOOPS = {
     "accumulated and clipped": UnionLoop(accumulate=3, clip_norm=0.5),
     "accumulated, buckets": UnionLoop(accumulate=2, inner=True, ddp=VIEWS),
     "scheduler": UnionLoop(scheduler=cosine),
+    "a plan, products in one step of three": UnionLoop(
+        optimizer=adamw,
+        tuner={
+            "plan": {"cost": 3.0, "product": 2.0, "validation": 1.0, "every": 6, "resting": 6, "stride": 3},
+            "total_steps": 200,
+        },
+    ),
     "resumed": UnionLoop(optimizer=adamw, resume=103, clip_norm=0.5),
     "scaled": UnionLoop(scaler=True, clip_norm=1.0),
     "unequal shards": UnionLoop(shares=(5, 3), accumulate=2),

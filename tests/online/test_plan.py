@@ -130,6 +130,7 @@ def test_the_stride_is_the_least_that_pays_for_the_whole_run(cost: float, k: flo
         return 0.9 * k * plan.product / stride + readings
 
     assert more(plan.stride) <= cost - 1 or plan.stride == STRIDE
+    assert plan.every >= plan.stride  # a hyperparameter step has new tangents
     assert plan.stride == 1 or more(plan.stride - 1) > cost - 1
 
 
