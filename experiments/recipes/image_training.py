@@ -35,7 +35,7 @@ def main(checkpoint: Path | None = None, last_epoch: int = EPOCHS, lr: float = 1
     """Train up to an epoch; returns the accuracy on test images, the lr that was found, and a sum of the weights."""
     torch.manual_seed(0)
     data = datasets.digits()
-    loader = DataLoader(images(data.train), batch_size=50)
+    loader = DataLoader(images(data.train), batch_size=50, shuffle=True)  # in an order drawn by torch's generator
     x_val, y_val = images(data.val).tensors
     model = network()
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=1e-6)
@@ -62,8 +62,7 @@ def main(checkpoint: Path | None = None, last_epoch: int = EPOCHS, lr: float = 1
         torch.set_rng_state(saved["random"])
 
     for epoch in range(begin, last_epoch):
-        shuffled = DataLoader(loader.dataset, batch_size=50, shuffle=True)  # its order is drawn from torch's generator
-        for x, y in shuffled:
+        for x, y in loader:
             with torch.autocast("cpu", torch.bfloat16):
                 loss = cross_entropy(model(x), y)
             optimizer.zero_grad()
@@ -85,4 +84,4 @@ def main(checkpoint: Path | None = None, last_epoch: int = EPOCHS, lr: float = 1
 
 
 if __name__ == "__main__":
-    print(main(*map(Path, sys.argv[1:2])))
+    print(main(Path(sys.argv[1]) if sys.argv[1:] else None))
