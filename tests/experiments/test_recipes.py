@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
 import math
+import os
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -86,10 +90,23 @@ def test_image_training_goes_on_where_it_stopped(tmp_path: Path) -> None:
         assert main(tmp_path / "run.pt", last_epoch=2) == main(last_epoch=2)
 
 
+@pytest.mark.slow
+def test_ddp_training_ends_alike_on_both_ranks(tmp_path: Path) -> None:
+    """By torchrun, one file of output a rank."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += ["--redirects", "1", "--log-dir", str(tmp_path), "-m", "experiments.recipes.ddp_training"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 0, done.stderr
+    one, other = (ast.literal_eval(next(tmp_path.glob(f"*/*/{i}/stdout.log")).read_text()) for i in range(2))
+    assert one | {"rank": 1} == other
+    assert one["test accuracy"] > 0.85 and one["lr"] > 1e-4
+
+
 def test_every_recipe_is_tested_and_shown() -> None:
     """Each on its page, from its own file."""
     files = {path.stem for path in (ROOT / "experiments/recipes").glob("*.py")} - {"__init__"}
-    assert files == {*RECIPES, *(f"{name}_digits" for name in FRAMEWORKS)}
+    assert files == {*RECIPES, "ddp_training", *(f"{name}_digits" for name in FRAMEWORKS)}
     page = (ROOT / "docs/recipes.md").read_text(encoding="utf-8")
     shown = re.findall(r'^--8<-- "experiments/recipes/(\w+)\.py"$', page, re.MULTILINE)
-    assert sorted(shown) == sorted(RECIPES)
+    assert sorted(shown) == sorted([*RECIPES, "ddp_training"])
