@@ -12,7 +12,8 @@ is known; those of workloads whose plain step takes less than 2 ms apart, since 
 kind "resting": a ResNet-18 of 5 million weights on images of 32×32: steps in which nothing is tuned and no validation loss read,
 over plain steps, less 1: median of 7 turns of 4 steps.
 
-kind "bytes": growth of the peak of memory in 24 tuned steps over that in 24 plain ones, of the same net with a batch of 2, in units of 4 n bytes, n its number of weights; each in a process of its own.
+kind "bytes": growth of the peak of memory in 24 tuned steps over that in 24 plain ones, of the same net with a batch of 2, in
+units of 4 n bytes, n its number of weights; each in a process of its own.
 """
 
 from __future__ import annotations

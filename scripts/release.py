@@ -3,7 +3,8 @@
     soak          the hypergradient of a run of many steps, with checkpoints on disk (`experiments.long_run`); 100,000 steps of a
                   tuner with flat memory, and a training that is killed fifty times and ends bit-equal (`experiments.soak`)
     kill          the tests that kill processes and resume, three times each
-    wheel         a wheel is built, has every module, and works in a fresh environment that cannot see this folder
+    wheel         sdist and wheel are built, have every module, and README's snippet runs by the wheel in a fresh environment that
+                  cannot see this folder
     environments  the fast tests by every other Python in PATH that has torch, and by every .venv-*/bin/python of this folder:
                   `python3.13 -m venv .venv-torch2.11 && .venv-torch2.11/bin/pip install torch==2.11.0 -e '.[dev]'` makes one
 
@@ -19,6 +20,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import tempfile
 import time
 import zipfile
@@ -36,18 +38,20 @@ KILL_FOLDERS = ["tests/search", "tests/whole_run"]
 REPEATS = 3
 SHOWN = 2000  # characters of the end of an output
 
-# One tuned run in the fresh environment. It prints where hypergrad was imported from.
-SMALL_RUN = """
-import torch, hypergrad, hypergrad.search
-model = torch.nn.Linear(1, 1)
-sgd = torch.optim.SGD(model.parameters(), lr=0.01)
-loss = lambda: (model(torch.ones(1, 1)) - 1).square().sum()
-tuner = hypergrad.Tuner(model, sgd, loss, tune=("lr",))
-for _ in range(30):
-    sgd.zero_grad()
-    tuner.backward(loss())
-    sgd.step()
-assert float(tuner.values["lr"]) != 0.01
+# What README's snippet takes for granted.
+BEFORE_SNIPPET = """
+import torch
+torch.manual_seed(0)
+x_train, x_val = torch.randn(256, 8), torch.randn(128, 8)
+y_train, y_val = (torch.sin(x[:, :1]) for x in (x_train, x_val))
+loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x_train, y_train), batch_size=32, shuffle=True)
+model = torch.nn.Sequential(torch.nn.Linear(8, 32), torch.nn.Tanh(), torch.nn.Linear(32, 1))
+optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6)
+criterion, epochs = torch.nn.MSELoss(), 10
+"""
+AFTER_SNIPPET = """
+assert float(tuner.values["lr"]) > 1e-4, tuner.values
+import hypergrad.search
 print(hypergrad.__file__)
 """
 
@@ -75,21 +79,44 @@ def kill() -> str:
     return "\n".join(run(sys.executable, *tests).splitlines()[-1] for _ in range(REPEATS))
 
 
+def snippet() -> str:
+    """README's first example, with what it takes for granted before it. Prints where hypergrad was imported from last."""
+    found = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    assert found is not None
+    return BEFORE_SNIPPET + found[1] + AFTER_SNIPPET
+
+
+def build(folder: Path) -> tuple[Path, Path]:
+    """The sdist and the wheel, in folder, from a copy of what they are made of; raises RuntimeError where a module is missing."""
+    tree, out = folder / "tree", folder / "dist"
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        tree.mkdir(exist_ok=True)
+        shutil.copy(ROOT / name, tree)
+    shutil.copytree(ROOT / "hypergrad", tree / "hypergrad", ignore=shutil.ignore_patterns("__pycache__"))
+    for kind in ("sdist", "wheel"):
+        code = f"import setuptools.build_meta as backend; backend.build_{kind}({str(out)!r})"
+        run(sys.executable, "-c", code, cwd=tree)
+    (sdist,), (wheel,) = out.glob("*.tar.gz"), out.glob("*.whl")
+    here = {path.relative_to(ROOT).as_posix() for path in (ROOT / "hypergrad").rglob("*.py")} | {"hypergrad/py.typed"}
+    with tarfile.open(sdist) as archive:
+        inside = {name.partition("/")[2] for name in archive.getnames()}
+    for built, names in ((sdist, inside), (wheel, set(zipfile.ZipFile(wheel).namelist()))):
+        if missing := here - names:
+            raise RuntimeError(f"{built.name} has not {sorted(missing)}")
+    return sdist, wheel
+
+
 def wheel() -> str:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        run(sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(folder), str(ROOT))
-        (built,) = folder.glob("*.whl")
-        here = {str(path.relative_to(ROOT)) for path in (ROOT / "hypergrad").rglob("*.py")} | {"hypergrad/py.typed"}
-        if missing := here - set(zipfile.ZipFile(built).namelist()):
-            raise RuntimeError(f"the wheel has not {sorted(missing)}")
+        sdist, built = build(folder)
         run(sys.executable, "-m", "venv", str(folder / "fresh"))
         python = str(folder / "fresh/bin/python")
         run(python, "-m", "pip", "install", "--quiet", str(built))
-        imported = run(python, "-c", SMALL_RUN, cwd=folder).strip()
+        imported = run(python, "-c", snippet(), cwd=folder).splitlines()[-1]
         if not Path(imported).is_relative_to(folder / "fresh"):
             raise RuntimeError(f"hypergrad was imported from {imported}, not from the wheel")
-        return f"{built.name}; {run(python, '-m', 'pip', 'freeze')}"
+        return f"{sdist.name}, {built.name}; {run(python, '-m', 'pip', 'freeze')}"
 
 
 def has_torch(python: str) -> bool:

@@ -29,6 +29,6 @@ export PATH
 stamp=.venv/installed-for
 if ! { pwd && cat pyproject.toml; } | cmp -s - "$stamp"; then
     echo "setup: installing hypergrad with its extras into .venv (the first time takes minutes: torch is large)"
-    python -m pip install --quiet --disable-pip-version-check -e '.[experiments,search,ray,lightning,transformers,accelerate,skorch,dev]' || exit 1
+    python -m pip install --quiet --disable-pip-version-check -e '.[experiments,search,ray,lightning,transformers,accelerate,skorch,docs,dev]' || exit 1
     { pwd && cat pyproject.toml; } >"$stamp"
 fi

@@ -23,9 +23,8 @@ from experiments import ablation_figure, figures, mode_tables, results, search_f
 from experiments.markdown import source, table  # noqa: E402
 from experiments.workloads import WORKLOADS  # noqa: E402
 
-DOCS = ("layers", "loops", "modes", "online", "optimizers", "ray", "search", "several", "sklearn")
-TEXTS = (ROOT / "README.md", *(ROOT / f"docs/{name}.md" for name in DOCS))  # whose blocks are filled
-FIGURES, GOALS = ROOT / "docs/figures", results.FOLDER / "goals.json"
+TEXTS = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))  # whose blocks are filled
+FIGURES, GOALS, RETIRED = ROOT / "docs/figures", results.FOLDER / "goals.json", results.FOLDER / "goals_retired.json"
 Result = dict[str, Any]
 
 
@@ -169,14 +168,63 @@ def layers(result: Result) -> str:
 
 
 def goals(rows: list[Result]) -> str:
-    head = ("goal", "target", "reached", "met", "command")
-    body = []
-    for row in rows:
-        reached = "not measured" if row["reached"] is None else f"{row['reached']:.4g}"
-        sign = {"<=": "≤", ">=": "≥", "==": "="}.get(row["op"], row["op"])
-        target = f"{sign} {row['target']:g} {row['unit']}".rstrip()
-        body.append((row["goal"], target, reached, "yes" if row["met"] else "no", f"`{row['command']}`"))
-    return table(head, body)
+    return table(("goal", "target", "reached", "met", "command"), [_goal(row) for row in rows])
+
+
+def goals_retired(rows: list[Result]) -> str:
+    head = ("goal", "target", "reached", "met", "command", "its successor")
+    return table(head, [(*_goal(row), row["successor"]) for row in rows])
+
+
+def _goal(row: Result) -> tuple[str, ...]:
+    reached = "not measured" if row["reached"] is None else f"{row['reached']:.4g}"
+    sign = {"<=": "≤", ">=": "≥", "==": "="}.get(row["op"], row["op"])
+    target = f"{sign} {row['target']:g} {row['unit']}".rstrip()
+    return row["goal"], target, reached, "yes" if row["met"] else "no", f"`{row['command']}`"
+
+
+# ---- sentences of README
+
+
+def fashion_in_words(result: Result) -> str:
+    methods = ("tuned", "untuned", "winner", "grid")
+    rows = {method: results.select(result["rows"], {"method": method, "steps": 10_000}) for method in methods}
+    tuned, winner = ([row["test_loss"] for row in rows[method]] for method in ("tuned", "winner"))
+    flops, seconds = _cost(rows["tuned"], rows["grid"], "test_loss")
+    plain = statistics.fmean(row["seconds"] for row in rows["untuned"])
+    return (
+        f"On Fashion-MNIST, from {len(tuned)} random starts, one tuned run ends at a test loss of "
+        f"{statistics.fmean(tuned):.3f} in the mean and {max(tuned):.3f} at worst; the winner of a grid of "
+        f"{len(rows['grid'])} runs is at {statistics.fmean(winner):.3f}. The tuned run does {flops:.1f} times the "
+        f"arithmetic of a plain one, and takes {seconds:.0f} seconds where that takes {plain:.0f}."
+    )
+
+
+def shootout_in_words(result: Result) -> str:
+    rows = {row["title"]: row for row in result["rows"] if row["kind"] == "summary"}
+    ours = rows["hypergrad, its defaults"]
+    others = {
+        "the best of 16 random runs": "best of 16 random",
+        "the best of 64": "best of 64 random",
+        "successive halving from 64": "halving, 64 by 4",
+    }
+    shown = [f"{name} {rows[title]['regret']:.3f} for {rows[title]['cost']:.0f}" for name, title in others.items()]
+    return (
+        f"Over {ours['workloads']} small workloads its test loss is {ours['regret']:.3f} times that of the winner of a grid "
+        f"of 200 runs in the mean, {ours['worst']:.2f} times on the worst, for the arithmetic of {ours['cost']:.1f} plain "
+        f"runs; {', '.join(shown)}."
+    )
+
+
+def harm_in_words(result: Result) -> str:
+    rows = {row["workload"]: row for row in result["rows"] if row["kind"] in ("summary", "overall")}
+    every, digits = rows.pop("all"), rows["clean_digits_300"]["over_untuned"]
+    worst = max(row["over_grid"] for row in rows.values())
+    return (
+        f"It does worse on small sets that a net can learn by heart: its validation loss is {every['over_grid']:.2f} times "
+        f"the grid winner's in the mean of {len(rows)}, {worst:.2f} times on the worst, and on 300 digits {digits:.2f} times "
+        "that of an untuned run."
+    )
 
 
 TABLES: dict[str, Callable[[Result], str]] = {
@@ -197,11 +245,17 @@ TABLES: dict[str, Callable[[Result], str]] = {
     "population": search_figures.population,
     "ray_study": search_figures.ray_study,
     "search_cv": search_figures.search_cv,
+    "fashion_in_words": fashion_in_words,
+    "shootout_in_words": shootout_in_words,
+    "harm_in_words": harm_in_words,
 }
 FILES = {  # of tables that are not in the file of their name
     "muon": "muon/invariance.json",
     "search_problems": "search_benchmark.json",
     "search_differences": "search_benchmark.json",
+    "fashion_in_words": "fashion_mnist.json",
+    "shootout_in_words": "shootout.json",
+    "harm_in_words": "harm.json",
 }
 PLOTS: dict[str, tuple[str, Callable[[list[Result]], Any]]] = {
     "quickstart": ("quickstart_curves.json", figures.quickstart),
@@ -222,10 +276,12 @@ def fill(text: str, goal_rows: list[Result], folder: Path = results.FOLDER) -> s
 
     def block(match: re.Match[str]) -> str:
         name = match[1]
-        if name != "goals" and name not in TABLES:
+        if name not in ("goals", "goals_retired", *TABLES):
             raise SystemExit(f"a text has a table {name!r}, which scripts/tables.py does not know: {sorted(TABLES)}")
         if name == "goals":
             content = goals(goal_rows)
+        elif name == "goals_retired":
+            content = goals_retired(json.loads(RETIRED.read_text(encoding="utf-8")))
         else:
             result = results.load(FILES.get(name, f"{name}.json"), folder)
             content = TABLES[name](result) if result else "*Not measured yet.*"

@@ -4,6 +4,7 @@ import json
 import math
 import re
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -165,3 +166,13 @@ def test_what_happened_is_said_in_both(folder):
     end = r"validation loss at the end [\d.]+, best [\d.]+ at step \d+ \(tuner.best\(\) has those weights\)\."
     assert re.fullmatch(end, said[4])
     assert "notes/text_summary" in events(folder).Tags()["tensors"]
+
+
+def test_every_tag_is_explained(folder):
+    """docs/tensorboard.md has a row for each: NAME stands for a number, behind log10_ too, and with its param group."""
+    page = (Path(__file__).parents[1] / "docs/tensorboard.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (`.*?) \|", page, re.MULTILINE)
+    patterns = [tag.replace("NAME", r"\w+(/\d+)?") for row in rows for tag in re.findall(r"`([\w/]+)`", row)]
+    tags = events(folder).Tags()["scalars"]
+    assert len(tags) > 30
+    assert [tag for tag in tags if not any(re.fullmatch(p + r"(/\d+)?", tag) for p in patterns)] == []

@@ -1,1 +1,1 @@
-"""A tuner in other packages' training loops: one script each, to copy from (docs/integrations.md)."""
+"""Scripts to copy from, each of which the tests run: docs/recipes.md, and docs/integrations.md for other packages' loops."""

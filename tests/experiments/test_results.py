@@ -14,7 +14,9 @@ ROWS = [
     {"method": "b", "seed": 0, "loss": 2.0, "diverged": False},
 ]
 GOALS = json.loads((results.FOLDER / "goals.json").read_text(encoding="utf-8"))
-FILES = sorted(path for path in results.FOLDER.glob("*.json") if path.name != "goals.json")
+RETIRED = json.loads((results.FOLDER / "goals_retired.json").read_text(encoding="utf-8"))
+LISTS = ("goals.json", "goals_retired.json")
+FILES = sorted(path for path in results.FOLDER.glob("*.json") if path.name not in LISTS)
 
 
 @pytest.fixture
@@ -76,6 +78,14 @@ def test_committed_goals_are_as_their_sources_have_them(row):
     assert results.recompute(row) == row, "run: python scripts/tables.py"
 
 
+def test_a_retired_goal_names_its_successor_and_is_no_goal_any_more():
+    for row in RETIRED:
+        assert set(row) == {"goal", "op", "target", "reached", "met", "unit", "command", "successor"}
+        assert row["met"] is results.OPS[row["op"]](row["reached"], row["target"])
+        assert row["successor"]
+    assert not {row["goal"] for row in RETIRED} & {row["goal"] for row in GOALS}
+
+
 @pytest.mark.parametrize("path", FILES, ids=[path.stem for path in FILES])
 def test_committed_results_have_flat_rows_and_name_no_machine(path):
     result = json.loads(path.read_text(encoding="utf-8"))
@@ -85,8 +95,20 @@ def test_committed_results_have_flat_rows_and_name_no_machine(path):
     assert not re.search(r"/(home|root|work|tmp|Users)/", path.read_text(encoding="utf-8"))
 
 
-def test_readme_and_figures_are_as_the_results_have_them():
+def test_texts_and_figures_are_as_the_results_have_them():
     assert tables.differences(write=False) == [], "run: python scripts/tables.py"
+
+
+def test_every_table_and_figure_is_shown_once():
+    """What a result file has is in the texts: a page that is rewritten loses no table."""
+    text = "".join(path.read_text(encoding="utf-8") for path in tables.TEXTS)
+    shown = re.findall(r"<!-- table:(\w+) -->", text)
+    assert sorted(shown) == sorted(("goals", "goals_retired", *tables.TABLES))
+    assert all(f"figures/{name}.png" in text for name in tables.PLOTS)
+
+
+def test_readme_is_short():
+    assert len((tables.ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 200
 
 
 def test_a_block_is_replaced_and_the_text_around_it_stays(folder, monkeypatch):
