@@ -91,7 +91,7 @@ class Tuner(TunerView):
             less than a hundred steps may cost more. The plan is `tuner.plan`, and part of the state.
         plan: that of an earlier run, or the dict that its `state_dict` gave: nothing is measured, and a run repeats bit for bit.
         seed: of the random numbers that val_loss draws, a stream of its own; recorded with the run.
-        log_dir: folder of the run's own for TensorBoard events and `metrics.jsonl`; after `load_state_dict` rows of later steps go.
+        log_dir: the run's own folder, for TensorBoard and `metrics.jsonl`; at `load_state_dict` rows of later steps are dropped.
         on_log: `on_log(metrics, step)`, called with each row of `metrics.jsonl` (tag → float) and the number of steps done; works
             without a log_dir too. For other loggers: docs/integrations.md. What it raises is raised by `optimizer.step()`.
         keep_best: keep the weights and buffers at the best validation loss so far, one copy, in host memory: see `best`.

@@ -194,7 +194,7 @@ class OneNumber:
 @pytest.mark.filterwarnings("ignore:blow-up")
 def test_what_lr_was_before_a_cut_is_forgotten() -> None:
     script = Script(OPTIMIZERS["SGD"], policies=NO_WAY_BACK).train(60)
-    script.tuner._loop.recovery._cut_after_roll_back(60, 4.0, 1.0)
+    script.tuner._loop.recovery._cut_after_roll_back(60, 4.0, 1.0, 0.5)
     now = script.tuner.values["lr"].item()
 
     def lr() -> float:
