@@ -7,6 +7,7 @@ from hypergrad.differentiate.hypergradient import hypergradient
 from hypergrad.differentiate.trajectory import Result
 from hypergrad.online.population import Population
 from hypergrad.online.tuner import Tuner
+from hypergrad.online.validation_loss import validation
 from hypergrad.whole_run.outer_loop import RunResult
 from hypergrad.whole_run.run import Run
 from hypergrad.whole_run.tune_run import tune_run
@@ -27,6 +28,7 @@ __all__ = [
     "search",
     "solvers",
     "tune_run",
+    "validation",
 ]
 
 

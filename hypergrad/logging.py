@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 import time
-import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from hypergrad.core.row_file import Rows
+from hypergrad.core.user_warnings import warn_user
+
+LR = "lr_scale"  # what is tuned of lr: lr over its shape
 
 
 class Recorder:
     """Write scalars against the number of training steps.
 
+    No step is written twice: where a run goes on from a state (`go_on`), rows of later steps are dropped, and TensorBoard hides
+    their events; a run that begins in the folder of an earlier one puts its `metrics.jsonl` aside, as `metrics.1.jsonl`, ….
+
     Args:
-        log_dir: folder of the run; made if needed. `metrics.jsonl` in it gets one object a call of `scalars`.
+        log_dir: folder of the run, which it has to itself; made if needed. `metrics.jsonl` in it gets one object a call of
+            `scalars`.
         hparams: shown in TensorBoard's HParams tab, in the same run, once `close` is called.
         pages: tags → the Custom Scalars tab; by default a tuner's.
     """
@@ -29,42 +36,68 @@ class Recorder:
     ):
         from torch.utils.tensorboard import SummaryWriter  # here: it takes a second to import
 
-        self.folder = Path(log_dir)
-        self.folder.mkdir(parents=True, exist_ok=True)
+        folder = Path(log_dir)
+        folder.mkdir(parents=True, exist_ok=True)
         self.hparams, self.pages = dict(hparams), pages or layout
-        self.writer = SummaryWriter(str(self.folder))
+        self.rows = Rows(folder)
+        self.make = lambda: SummaryWriter(str(folder), purge_step=self.rows.hidden_from)
+        self._writer: Any = None  # made at the first row: only then is it known what it hides
         self.closed = False
         self.last: dict[str, float] = {}
         self.starts: dict[str, float] = {}
-        self.step = 0
+        self.waiting: list[tuple[str, str]] = []  # said before the first step: of a run that goes on, said before
+
+    @property
+    def writer(self) -> Any:
+        """TensorBoard's."""
+        if self._writer is None:
+            self.rows.open()
+            self._writer = self.make()
+            waiting, self.waiting = self.waiting, []
+            for tag, message in waiting:
+                self.text(0, message, tag)
+        return self._writer
+
+    def go_on(self, step: int) -> None:
+        """A run goes on after so many steps."""
+        if self._writer is not None:
+            self._writer.close()
+        self._writer, self.waiting = None, []
+        self.rows.go_on(step)
 
     def begin(self, values: Mapping[str, float]) -> None:
         """Record the values, hyper/…, from which tuning starts: at step 0, and as a horizontal line in each chart.
 
         The line is needed because TensorBoard leaves outliers, such as a start, out of a chart's range.
         """
-        self.scalars(0, values)
+        if not self.rows.has_scalars:
+            self.scalars(0, values)
         self.starts = {f"start/{name.removeprefix('hyper/')}": values[name] for name in charted(values)}
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
-        if not self.last:
-            self.writer.add_custom_scalars(self.pages(list(values)))
+        writer = self.writer
+        if not self.rows.has_scalars:
+            writer.add_custom_scalars(self.pages(list(values)))
         values = {**values, **self.starts}
         for tag, value in values.items():
-            self.writer.add_scalar(tag, value, step)
+            writer.add_scalar(tag, value, step)
         finite = {tag: value if math.isfinite(value) else None for tag, value in values.items()}  # JSON has no NaN
-        self._line({"step": step, **finite})
+        self.rows.add({"step": step, **finite})
         self.last.update(values)
-        self.step = step
 
-    def text(self, step: int, message: str) -> None:
-        """Write a sentence to TensorBoard's Text tab and to the JSON lines."""
-        self.writer.add_text("notes", message, step)
-        self._line({"step": step, "note": message})
+    def text(self, step: int, message: str, tag: str = "notes") -> None:
+        """Write a sentence, or with tag="recipe" code, to TensorBoard's Text tab and to the JSON lines."""
+        if self._writer is None and step == 0:
+            self.waiting.append((tag, message))
+            return
+        writer, row = self.writer, {"step": step, "note" if tag == "notes" else tag: message}
+        if row not in self.rows.said:
+            writer.add_text(tag, message if tag == "notes" else f"```python\n{message}\n```", step)
+            self.rows.add(row)
 
-    def _line(self, row: Mapping[str, Any]) -> None:
-        with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as lines:
-            lines.write(json.dumps(row) + "\n")
+    def flush(self) -> None:
+        if self._writer is not None:
+            self._writer.flush()
 
     def close(self) -> None:
         if self.closed:
@@ -72,10 +105,12 @@ class Recorder:
         self.closed = True
         metrics = {tag: value for tag, value in self.last.items() if tag.startswith("loss/")}
         if metrics:
-            # run_name=".": the default would make a second run beside this one. global_step: the metrics are charts that exist
-            # already, and their last point is written once more.
-            self.writer.add_hparams(self.hparams, metrics, run_name=".", global_step=self.step)
-        self.writer.close()
+            from torch.utils.tensorboard.summary import hparams
+
+            for part in hparams(self.hparams, metrics):  # `add_hparams` would write the metrics' last points once more
+                self.writer.file_writer.add_summary(part)
+        if self._writer is not None:
+            self._writer.close()
 
 
 def short(labels: Sequence[str]) -> list[str]:
@@ -87,6 +122,16 @@ def short(labels: Sequence[str]) -> list[str]:
     """
     names = [label.split("/")[0] for label in labels]
     return [name if label == f"{name}/0" and names.count(name) == 1 else label for name, label in zip(names, labels)]
+
+
+def tagged(labels: Sequence[str]) -> list[str]:
+    """Short labels as the tags of a tuner have them, which say that what is tuned of lr is its scale.
+
+    Example:
+        >>> tagged(["lr/0", "lr/1", "momentum/0"])
+        ['lr_scale/0', 'lr_scale/1', 'momentum']
+    """
+    return [LR + name.removeprefix("lr") if name.split("/")[0] == "lr" else name for name in short(labels)]
 
 
 def charted(tags: Iterable[str]) -> list[str]:
@@ -107,7 +152,7 @@ def layout(tags: Iterable[str]) -> dict[str, dict[str, list[Any]]]:
     for name in shown:
         charts.setdefault(name.split("/")[0].replace("log10_", "log10 "), []).extend((f"hyper/{name}", f"start/{name}"))
 
-    lrs = [name.replace("lr", "lr/applied", 1) for name in names if name.split("/")[0] == "lr"]
+    lrs = [name.replace(LR, "lr/applied", 1) for name in names if name.split("/")[0] == LR]
 
     def lines(*tags: str) -> list[Any]:
         return ["Multiline", [f"^{re.escape(tag)}$" for tag in tags]]
@@ -117,7 +162,7 @@ def layout(tags: Iterable[str]) -> dict[str, dict[str, list[Any]]]:
 
     return {
         "hyperparameters; level lines: where they started": {
-            **({"lr as it was used: its value times its shape": lines(*lrs)} if lrs else {}),
+            **({"lr as it was used: its scale times its shape": lines(*lrs)} if lrs else {}),
             **{title: lines(*own) for title, own in charts.items()},
         },
         "loss": {"training and validation": lines("loss/train", "loss/val", "loss/val_best")},
@@ -184,15 +229,33 @@ class Journal:
             self.on_log({tag: float(x) for tag, x in values.items()}, step)
 
     def note(self, step: int, message: str, warn: bool = True) -> None:
+        """A sentence to the log, and as a warning."""
         if self.recorder is not None:
             self.recorder.text(step, message)
         if warn and not self.silent:
-            warnings.warn(message, stacklevel=4)
+            warn_user(message)
 
     def note_once(self, step: int, message: str, warn: bool = True) -> None:
         if message not in self.noted:
             self.noted.add(message)
             self.note(step, message, warn)
+
+    def recipe(self, step: int, code: str) -> None:
+        """What a plain run should use, for the Text tab; once for each code."""
+        if self.recorder is not None and code not in self.noted:
+            self.noted.add(code)
+            self.recorder.text(step, code, "recipe")
+
+    def go_on(self, step: int) -> None:
+        """A run goes on after so many steps: rows of later ones are written anew."""
+        self.noted.clear()
+        if self.recorder is not None:
+            self.recorder.go_on(step)
+
+    def flush(self) -> None:
+        """What was written is on disk."""
+        if self.recorder is not None:
+            self.recorder.flush()
 
     def close(self) -> None:
         if self.recorder is not None:

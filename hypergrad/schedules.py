@@ -1,21 +1,27 @@
-"""Shapes of schedules on normalised time x = step/steps in [0, 1], differentiable in all that they are made of.
+"""Shapes of schedules: for `schedules` of `hypergrad.hypergradient`, and the one that `hypergrad.Tuner` gives lr.
 
-They are for `schedules` of `hypergrad.hypergradient`:
+`knots` and `warmup_decay` are functions of normalised time x = step/steps in [0, 1], differentiable in all that they are made of:
 
     schedules={"lr": lambda t, h: schedules.knots(t / steps, h["lr_knots"])}
+
+`decay_to_zero` is the tuner's shape of lr where it knows the length of the run, `scheduler` the same as a scheduler of torch.
 """
 
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
 
 from hypergrad.core.float64 import widest
 
 Number = float | Tensor
+WARMUP_SHARE = 0.01  # of the steps, in `decay_to_zero`
 
 
 def knots(x: Number, values: Any, times: Any = None) -> Tensor:
@@ -109,6 +115,55 @@ def warmup_decay(x: Number, peak: Number, warmup: Number, floor: Number = 0.0, p
         # not of the quotient, whose slope is infinite at x = 1 for a power below 1
         share = (1 - at) ** exponent / (1 - w) ** exponent
     return torch.where(at < w, climb, floor + (peak - floor) * share)
+
+
+def decay_to_zero(t: int, total: int) -> float:
+    """Linear warm-up over the first hundredth of the steps, then linear decay that would reach 0 after the last.
+
+        w = ⌊total/100⌋        (t + 1)/(w + 1),  t < w        (total − t)/(total − w),  t ≥ w
+
+    Args:
+        t: steps done, 0 … total − 1; from `total` on the last value is kept.
+        total: number of steps.
+
+    Example:
+        >>> [decay_to_zero(t, 4) for t in range(5)]
+        [1.0, 0.75, 0.5, 0.25, 0.25]
+    """
+    warmup = int(WARMUP_SHARE * total)
+    if t < warmup:
+        return (t + 1) / (warmup + 1)
+    return max(total - t, 1) / (total - warmup)
+
+
+def scheduler(optimizer: Optimizer, total_steps: int, last_epoch: int = -1) -> LambdaLR:
+    """The shape that `hypergrad.Tuner` gives lr, as a scheduler of torch: lr is that of the optimizer times `decay_to_zero`.
+
+    Call its `step()` after every step of the optimizer, not once an epoch.
+
+    Args:
+        optimizer: its groups' lr, or `initial_lr` where they have one, are the peak.
+        total_steps: training steps of the whole run: epochs * len(train_loader).
+        last_epoch: as of torch's schedulers: steps done, less one.
+
+    Raises:
+        ValueError: total_steps is not a whole number above 0.
+
+    Example:
+        >>> sgd = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.2)
+        >>> linear, lrs = scheduler(sgd, total_steps=4), []
+        >>> for _ in range(4):
+        ...     lrs.append(sgd.param_groups[0]["lr"])
+        ...     sgd.step()
+        ...     linear.step()
+        >>> lrs
+        [0.2, 0.15000000000000002, 0.1, 0.05]
+    """
+    if isinstance(total_steps, bool) or not isinstance(total_steps, int) or total_steps < 1:
+        raise ValueError(
+            f"total_steps is the number of training steps of the run, such as epochs * len(train_loader); got {total_steps!r}."
+        )
+    return LambdaLR(optimizer, partial(decay_to_zero, total=total_steps), last_epoch)
 
 
 def _tensor(x: Any) -> Tensor:

@@ -9,7 +9,7 @@ import sys
 import hypergrad
 from hypergrad.differentiate.modes import MODES, OPTIONS
 
-NAMES = {"Hyperparameter", "Result", "hypergradient", "solvers"}
+NAMES = {"Hyperparameter", "Result", "hypergradient", "solvers", "validation"}
 HEAVY = ("torchvision", "sklearn", "matplotlib", "ray", "optuna", "tensorboard")
 HEAVY += ("lightning", "pytorch_lightning", "transformers", "accelerate", "skorch")
 

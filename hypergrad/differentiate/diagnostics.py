@@ -6,13 +6,13 @@ import math
 import resource
 import sys
 import time
-import warnings
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from hypergrad.core.user_warnings import warn_user
 from hypergrad.differentiate.series import Series
 
 CHAOS = 1e3  # growth of the norm beyond which a hypergradient is of little use
@@ -86,7 +86,7 @@ class Diagnostics:
                 f"the derivative in weight_decay is ill-conditioned in param groups {groups}: with coupled decay at 0 and "
                 "gradients that are exactly 0 it is about lr * p / eps. Use a weight decay above 0, a larger eps, or AdamW."
             )
-            warnings.warn(self.warnings[-1], stacklevel=4)
+            warn_user(self.warnings[-1])
 
     def stats(self, steps: int, usual: float = 1.0) -> dict[str, Any]:
         norms = self.norms.tolist()

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from hypergrad.core.detached import CUT
 from hypergrad.core.loss_tensors import unread_error
+from hypergrad.core.user_warnings import warn_user
 from hypergrad.differentiate.diagnostics import Diagnostics
 from hypergrad.differentiate.trajectory import Trajectory
 
@@ -32,4 +32,4 @@ def evaluation(trajectory: Trajectory) -> Iterator[Diagnostics]:
                 f"training changes the buffers {', '.join(moved)}; a path through them to the validation loss is not part of the "
                 "hypergradient. hypergrad.check tells whether that matters here."
             )
-            warnings.warn(diagnostics.warnings[-1], stacklevel=4)
+            warn_user(diagnostics.warnings[-1])

@@ -226,6 +226,7 @@ class HyperSteps:
             sizes = {j: 0.0 if hit[j] else size for j, size in sizes.items()}  # those tangents start again
             self.outer.step(gradient, hit, self.tangents.curvature.take_newton(read))
             self.vector.write_hypers()
+            self.progress.settled.note()
             self.moved = True
             self.counts["hyper_steps"] += 1
         self.progress.record(t, self.val_loss, sizes, self.validated <= 1)

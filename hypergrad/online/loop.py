@@ -252,7 +252,7 @@ class OnlineLoop:
             assert self.hyper.record is not None
             self.recovery.go_back(self.t, self.hyper.record, self.hyper.val_loss)
         if self.t == self.total:
-            self.hyper.progress.say_best(self.t)
+            self.hyper.progress.say_end(self.t)
         self.bound.step_done(self.t, k, formed, search.active)
         self._choose_products()
         self.follow_phase()

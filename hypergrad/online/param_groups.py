@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from hypergrad.online.hyper_vector import HyperVector
-from hypergrad.online.lr_shape import decay_to_zero
 from hypergrad.online.schedulers import absolute_numbers, holds_plateau
 from hypergrad.optimizers.group_values import plain, replaced
 from hypergrad.optimizers.transition import Transition
+from hypergrad.schedules import decay_to_zero
 
 Key = tuple[str, int]  # name, group
 SCALED = ("lr", "weight_decay")  # names that something else may write too

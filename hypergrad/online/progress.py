@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from statistics import fmean
+from typing import Any
 
-from hypergrad.logging import Journal, short
+from hypergrad.logging import Journal, short, tagged
 from hypergrad.online.best_weights import BestWeights
 from hypergrad.online.outer_optimizer import OuterOptimizer
 from hypergrad.online.param_groups import ParamGroupWriter
+from hypergrad.online.recipe import Recipe
+from hypergrad.online.settled_values import SettledValues
 
 
 class Progress:
@@ -19,6 +22,8 @@ class Progress:
         writer: knows the lr that was really used.
         best: the best weights, where they are kept.
         counts: what happened, for `tuner.stats`.
+        settled: follows the values.
+        recipe: what a plain run should use, after so many steps.
     """
 
     def __init__(
@@ -28,8 +33,10 @@ class Progress:
         writer: ParamGroupWriter,
         best: BestWeights | None,
         counts: Mapping[str, int],
+        settled: SettledValues,
+        recipe: Callable[[int], Recipe],
     ):
-        self.writer = writer
+        self.writer, self.settled, self.recipe = writer, settled, recipe
         self.journal, self.outer, self.vector, self.best, self.counts = journal, outer, outer.vector, best, counts
         self.losses: list[float] = []  # of the training steps since the last row
 
@@ -63,26 +70,25 @@ class Progress:
     def _shown(self, values: Sequence[float]) -> dict[str, float]:
         """Values of all that is tuned, those that move by orders of magnitude also by their logarithm: charts are linear."""
         row: dict[str, float] = {}
-        for name, x, kind in zip(short(self.vector.labels), values, self.vector.kinds, strict=True):
+        for name, x, kind in zip(tagged(self.vector.labels), values, self.vector.kinds, strict=True):
             row[f"hyper/{name}"] = x
             if kind.kind == "positive":
                 row[f"hyper/log10_{name}"] = math.log10(x)
         return row
 
     def _applied(self) -> dict[str, float]:
-        """Every lr as the last step used it: its value times its shape."""
-        named = zip(short(self.vector.labels), self.vector.entries, strict=True)
-        lrs = [(name, ("lr", e.group)) for name, e in named if e.name == "lr" and e.group is not None]
-        return {
-            name.replace("lr", "lr/applied", 1): self.writer.applied[key]
-            for name, key in lrs
-            if key in self.writer.applied
-        }
+        """As the last step used them: every lr, its scale times its shape, and what else something else writes."""
+        row: dict[str, float] = {}
+        for name, e in zip(short(self.vector.labels), self.vector.entries, strict=True):
+            key = (e.name, e.group)
+            if e.group is not None and key in self.writer.applied and (e.name == "lr" or key in self.writer.bases):
+                row[name.replace(e.name, f"{e.name}/applied", 1)] = self.writer.applied[e.name, e.group]
+        return row
 
     def _diagnosis(self, sizes: Mapping[int, float]) -> dict[str, float]:
         """Whether the hypergradients dL/dφ are to be believed, and what they cost so far in gradients per training step."""
         mean, noise, row, counts = self.outer.smoothed(), self.outer.noise(), {}, self.counts
-        names = short(self.vector.labels)
+        names = tagged(self.vector.labels)
         for j in self.vector.moving:
             if math.isfinite(mean[j]):
                 band = {"": mean[j], "_low": mean[j] - noise[j], "_high": mean[j] + noise[j]}
@@ -94,11 +100,20 @@ class Progress:
         row["run/steps_passed_over"] = counts["nonfinite_steps"] + counts["spikes"]
         return row
 
-    def say_best(self, t: int) -> None:
-        """Record, after t steps, how the run ends and where it was best; once for each answer."""
+    def state_dict(self) -> dict[str, Any]:
+        return {"losses": list(self.losses), "settled": self.settled.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.losses = list(state["losses"])
+        self.settled.load_state_dict(state["settled"])
+
+    def say_end(self, t: int) -> None:
+        """Record, after t steps, how the run ends, where it was best, and what a plain run should use; once for each answer."""
         sentence = None if self.best is None else self.best.sentence(t)
         if sentence is not None:
             self.journal.note_once(t, sentence, warn=False)
+        if t and self.journal.recorder is not None:
+            self.journal.recipe(t, self.recipe(t).code())
 
 
 def gradient_evaluations(stats: Mapping[str, int]) -> int:

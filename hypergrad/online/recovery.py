@@ -76,23 +76,34 @@ class Recovery:
         """Pass step t over, or roll back."""
         assert self.judge is not None
         self.judge.mend_buffers()
+        usual = self.judge.usual
         if verdict == "spike":
             self._pass_over(t, "spikes", "a loss was far above the first")
         elif verdict != "blow-up" or not self.judge.roll_back():
             self._pass_over(t, "nonfinite_steps", "a loss or gradient was not finite")
         else:
-            self._cut_after_roll_back(t, self.judge.cut, loss)
+            self._cut_after_roll_back(t, self.judge.cut, loss, usual)
 
     def _pass_over(self, t: int, count: str, why: str) -> None:
         self.counts[count] += 1
         self.journal.note_once(t, f"{why}: the step was passed over (tuner.stats['{count}']).")
 
-    def _cut_after_roll_back(self, t: int, by: float, loss: float | None) -> None:
+    def _cut_after_roll_back(self, t: int, by: float, loss: float | None, usual: float) -> None:
+        """usual: what the loss had come down to."""
         self.counts["rollbacks"] += 1
         cut = self._cut_lr(by)
-        then = f"lr divided by {by:g}" if cut else "lr is not tuned and stays: if this goes on, lower it"
+        then = (
+            f"lr was divided by {by:g}, and training goes on"
+            if cut
+            else "lr is not tuned and stays: if this goes on, lower it"
+        )
         shown = math.nan if loss is None else loss
-        self.journal.note(t, f"blow-up (loss {shown:.3g}): weights taken back to the last good ones, {then}.")
+        self.journal.note(
+            t,
+            f"blow-up at step {t:,}: the training loss rose to {shown:.3g} from {usual:.3g}, as it does where lr is too large. "
+            f"Weights were taken back to the last good ones, {then}.",
+            warn=not cut or self.counts["rollbacks"] == 1,
+        )
 
     def _cut_lr(self, by: float) -> bool:
         """lr divided, with a ceiling; tangents and averages start again. False where lr is not tuned."""

@@ -92,7 +92,7 @@ class Tuner(TunerView):
             state. For mode="forward".
         plan: that of an earlier run, or the dict that its `state_dict` gave: nothing is measured, and a run repeats bit for bit.
         seed: of the random numbers that val_loss draws, a stream of its own; recorded with the run.
-        log_dir: folder for TensorBoard events and `metrics.jsonl`.
+        log_dir: the run's own folder, for TensorBoard and `metrics.jsonl`; at `load_state_dict` rows of later steps are dropped.
         on_log: `on_log(metrics, step)`, called with each row of `metrics.jsonl` (tag → float) and the number of steps done; works
             without a log_dir too. For other loggers: docs/integrations.md. What it raises is raised by `optimizer.step()`.
         keep_best: keep the weights and buffers at the best validation loss so far, one copy, in host memory: see `best`.
@@ -255,7 +255,7 @@ class Tuner(TunerView):
         self._free()
         self._loop.tangents.frozen.remove()
         self._closed = True
-        self._hyper.progress.say_best(self._loop.t)
+        self._hyper.progress.say_end(self._loop.t)
         self._journal.close()
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -264,6 +264,7 @@ class Tuner(TunerView):
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that `load_state_dict` needs to go on; tensors are not copied. Loads with weights_only=True."""
+        self._journal.flush()
         return state_of(self._loop)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

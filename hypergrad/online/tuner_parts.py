@@ -6,6 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +34,10 @@ from hypergrad.online.policies.lr_warm_start import LrWarmStart
 from hypergrad.online.policies.phases import Phases
 from hypergrad.online.policies.policy import Policy, find
 from hypergrad.online.progress import Progress
+from hypergrad.online.recipe import recipe_of
 from hypergrad.online.recovery import Recovery
 from hypergrad.online.replay_window import ReplayWindow
+from hypergrad.online.settled_values import SettledValues
 from hypergrad.online.start_watch import StartWatch
 from hypergrad.online.starts import Starts
 from hypergrad.online.tangents import Tangents
@@ -138,7 +141,9 @@ def build(
     best = BestWeights(transition, problem) if keep_best else None
     if best is not None:
         best.read(0, before)
-    progress = Progress(journal, outer, writer, best, counts)
+    settled = SettledValues(writer, counts)
+    recipe = partial(recipe_of, problem.model, writer, settled, counts)
+    progress = Progress(journal, outer, writer, best, counts, settled, recipe)
     hyper = HyperSteps(
         problem, outer, tangents, progress, val_loss, options.average, options.seed, best, record, counts
     )

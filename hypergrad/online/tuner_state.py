@@ -7,7 +7,7 @@ from typing import Any
 
 from hypergrad.online.loop import OnlineLoop
 
-VERSION = 4  # of the layout below; a state of another one is refused
+VERSION = 5  # of the layout below; a state of another one is refused
 
 
 def state_of(loop: OnlineLoop) -> dict[str, Any]:
@@ -26,6 +26,7 @@ def state_of(loop: OnlineLoop) -> dict[str, Any]:
         "param groups": loop.writer.state_dict(),
         "tangents": loop.tangents.state_dict(),
         "hyper steps": hyper.state_dict(),
+        "progress": hyper.progress.state_dict(),
         "best": None if best is None else best.state_dict(),
         "loop": loop.state_dict(),
     }
@@ -45,6 +46,8 @@ def load_state(loop: OnlineLoop, state: Mapping[str, Any]) -> None:
     loop.load_state_dict(state["loop"])
     tangents.load_state_dict(state["tangents"])
     hyper.load_state_dict(state["hyper steps"])
+    hyper.progress.load_state_dict(state["progress"])
+    loop.journal.go_on(loop.t)
     if hyper.best is not None:
         hyper.best.load_state_dict(state["best"])
     if hyper.record is not None and state["backtracking"] is not None:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from hypergrad.online.loop import OnlineLoop
 from hypergrad.online.plan import Plan
+from hypergrad.online.recipe import Recipe
 
 
 class TunerView:
@@ -51,6 +52,32 @@ class TunerView:
     @property
     def applied(self) -> dict[str, Tensor]:
         return self._loop.vector.by_name(self._loop.writer.present() | self._loop.writer.applied, values=False)
+
+    def recipe(self) -> Recipe:
+        """What a plain run should use: `print(tuner.recipe())` is Python code that makes its optimizer and scheduler.
+
+        A number that was tuned is the mean over the last third of its phase (settled_values.py), in its transform: of lr's and
+        weight decay's logarithm. lr is the peak of `hypergrad.schedules.scheduler`, the shape that the tuner gives it with
+        total_steps; beside a scheduler of yours, what that is made with. What stands against the recipe is in its `doubts`, and
+        in the code as comments. With a log_dir it is in TensorBoard's Text tab at the end of the run.
+
+        Example:
+            >>> import hypergrad
+            >>> model, x = torch.nn.Linear(3, 1), torch.randn(64, 3)
+            >>> sgd = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+            >>> tuner = hypergrad.Tuner(model, sgd, lambda: model(x).square().mean(), tune="lr", total_steps=1000)
+            >>> print(tuner.recipe())
+            import torch
+            import hypergrad
+            # From hypergrad.Tuner after 0 steps; tuned: lr.
+            # Do not trust it as it stands:
+            #   nothing moved: no hyperparameter step was taken.
+            #   the run had 0 steps: below 400 numbers have hardly settled.
+            #   it is of the first 0 of 1,000 steps.
+            optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+            scheduler = hypergrad.schedules.scheduler(optimizer, total_steps=1000)  # .step() after every optimizer.step()
+        """
+        return self._loop.hyper.progress.recipe(self._loop.t)
 
     @contextmanager
     def averaged(self) -> Iterator[torch.nn.Module]:

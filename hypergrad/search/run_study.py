@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import tempfile
-import warnings
 from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+from hypergrad.core.user_warnings import warn_user
 from hypergrad.search.ask_and_tell import AskAndTell
 from hypergrad.search.budget import Budget, as_budget
 from hypergrad.search.extras import need
@@ -143,7 +143,7 @@ def optimize(
             raise KeyboardInterrupt
         raise NoTrialCompleted(result)
     if loop.interrupted:
-        warnings.warn(f"interrupted: the study has what was done until then, {result}.", stacklevel=2)
+        warn_user(f"interrupted: the study has what was done until then, {result}.")
     return result
 
 

@@ -12,8 +12,8 @@ from torch import Tensor
 from hypergrad.core.signatures import call_val_loss, takes_hypers
 from hypergrad.differentiate.arguments import as_optimizers
 from hypergrad.differentiate.schedule_gradients import Schedules
-from hypergrad.online.lr_shape import decay_to_zero
 from hypergrad.optimizers.transition import Transition
+from hypergrad.schedules import decay_to_zero
 from hypergrad.search.objective import Objective, Pruned, Trial, call_objective
 from hypergrad.whole_run.run import Run
 

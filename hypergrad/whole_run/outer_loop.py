@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import time
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hypergrad.core.user_warnings import warn_user
 from hypergrad.whole_run.run_objective import Evaluation, WholeRunObjective
 from hypergrad.whole_run.step_rules import OuterSteps, Point, listed, vector
 
@@ -160,7 +160,7 @@ class OuterLoop:
                 f"no evaluation at horizon {self.horizons[-1]:.3g} was finite: values are of a shorter one."
             )
         if self.warnings:
-            warnings.warn(" ".join(self.warnings), stacklevel=3)
+            warn_user(" ".join(self.warnings))
         phi = vector(self.last) if best is None else best.phi
         same = [row["step"] for row in self.history if row["best"]]
         stats = self.counts | {

@@ -111,6 +111,8 @@ def tune_run(
         if log_dir is None or not writes
         else Recorder(log_dir, {"outer": outer, "outer_lr": outer_lr, "mode": mode}, _pages)
     )
+    if record is not None and loop.history:
+        record.go_on(loop.history[-1]["step"])
     bar = tqdm(
         total=outer_steps,
         initial=len(loop.history),

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 import hypergrad
-from hypergrad.online.lr_shape import decay_to_zero
 from hypergrad.online.progress import gradient_evaluations
+from hypergrad.schedules import decay_to_zero
 from hypergrad.search import Categorical, Float, NoTrialCompleted, Run, Trial, optimize
 from hypergrad.search.objective import seed_of
 from hypergrad.search.training import train

@@ -78,6 +78,12 @@ class StepJudge:
     def reference(self) -> float:
         return self.past.reference
 
+    @property
+    def usual(self) -> float:
+        """What the training loss had come down to."""
+        past = self.past
+        return min(past.best, past.mean) if math.isfinite(past.best) else past.reference
+
     def judge(self, loss: float | None, finite: bool, optimizer: int = 0) -> str:
         """One of good, bad batch, spike, blow-up, and after a roll-back false alarm or bad data.
 

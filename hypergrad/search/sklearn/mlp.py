@@ -9,7 +9,6 @@ one (`hypergrad.hypergradient`), and so the result is exact however far from a m
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from itertools import pairwise
 from numbers import Integral, Real
@@ -24,6 +23,7 @@ from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_is_fitted, column_or_1d, validate_data
 from torch import Tensor, nn
 
+from hypergrad.core.user_warnings import warn_user
 from hypergrad.differentiate.hypergradient import hypergradient
 from hypergrad.search.sklearn.losses import Data, Loss, log_loss, squared_error, weights
 from hypergrad.search.sklearn.minimum import DENSE, HeldOut, Minimum, at_minimum, hessian_of
@@ -126,7 +126,7 @@ class _MLP(BaseEstimator):
         found, self.n_iter_, reached = to_minimum(value_and_gradient, second, self.initial_, self.max_iter, self.tol)
         if not reached:
             text = f"no minimum within max_iter={self.max_iter}: raise max_iter, alpha or tol."
-            warnings.warn(text, ConvergenceWarning, stacklevel=4)
+            warn_user(text, ConvergenceWarning)
         return found
 
     def _steps(self, data: Data) -> np.ndarray:

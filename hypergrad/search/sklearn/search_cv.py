@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-import warnings
 from collections.abc import Mapping
 from numbers import Integral, Real
 from typing import Any
@@ -18,6 +17,7 @@ from sklearn.utils import check_random_state, indexable
 from sklearn.utils.parallel import Parallel
 from sklearn.utils.validation import _check_method_params
 
+from hypergrad.core.user_warnings import warn_user
 from hypergrad.search.convert.sklearn_spaces import from_sklearn
 from hypergrad.search.entries import Float
 from hypergrad.search.sklearn.folds import Folds, Samples
@@ -201,16 +201,14 @@ class HypergradSearchCV(BaseSearchCV):
         self.best_params_, self.best_loss_ = best.params, best.loss
         self.best_score_ = float(self.cv_results_["mean_test_score"][self.best_index_])
         if best.slopes is not None and not any(best.slopes.values()):
-            warnings.warn(
+            warn_user(
                 f"the loss does not change with {', '.join(best.params)} at {best.params}: every coefficient may be 0 there. "
                 "Move the range, or raise n_initial.",
                 ConvergenceWarning,
-                stacklevel=3,
             )
         if abs(best.gap) > GAP * abs(best.loss):
-            warnings.warn(
+            warn_user(
                 f"the fits end short of their minimum, which is worth {best.gap:.2g} of a loss of {best.loss:.2g}: "
                 "hypergradients are as far off. Lower the estimator's tol, or raise its max_iter.",
                 ConvergenceWarning,
-                stacklevel=3,
             )
