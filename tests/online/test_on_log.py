@@ -96,7 +96,7 @@ RECIPES: dict[str, tuple[str, Callable[[Any], Any]]] = {
     "accelerate": ("log", lambda accelerator: lambda metrics, step: accelerator.log(metrics, step=step)),
     "print": (
         "print",
-        lambda to: lambda metrics, step: to.print(metrics, metrics.get("loss/val"), metrics["hyper/lr/0"], step),
+        lambda to: lambda metrics, step: to.print(metrics, metrics.get("loss/val"), metrics.get("lr/applied"), step),
     ),
 }
 
