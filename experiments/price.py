@@ -12,21 +12,18 @@ is known; those of workloads whose plain step takes less than 2 ms apart, since 
 kind "resting": a ResNet-18 of 5 million weights on images of 32×32: steps in which nothing is tuned and no validation loss read,
 over plain steps, less 1: median of 7 turns of 4 steps.
 
-kind "bytes": growth of the peak of memory in 24 tuned steps over that in 24 plain ones, of the same net with a batch of 2, in
-units of 4 n bytes, n its number of weights; each in a process of its own.
+kind "bytes": the largest sum of tensors alive at once (counted at every operation, inside the backward pass too; not what a
+kernel takes for itself) in 24 tuned steps, less that of 24 plain ones, of the same net with a batch of 2, in units of 4 n
+bytes, n its number of weights; "late" is the same in the 24 steps after the hundredth.
 """
 
 from __future__ import annotations
 
-import gc
-import json
 import math
-import os
 import statistics
-import subprocess
-import sys
 import time
 import warnings
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,11 +33,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map
 
 import hypergrad
 from experiments import results
 from experiments.arguments import arg, command, parse
-from experiments.bench_modes import RETURNED, peak
 from experiments.gpu_check.models import resnet18
 from experiments.invariance import UNSEEN
 from experiments.sweep import sweep
@@ -72,7 +70,6 @@ class Args:
     parts: tuple = arg(
         ("run", "resting", "bytes"), "kinds of rows that are made; the others stay as the result has them"
     )
-    bytes_of: str = arg("", "print the growth of memory of FORM:OPTIMIZER, and do nothing else")
     out: str = arg("runs/price", "folder of finished runs and result", quick="runs/price_quick")
     quick: bool = arg(False, "a few steps: a test of the machinery")
 
@@ -224,47 +221,65 @@ def resting(optimizer: str, quick: bool) -> Row:
     }
 
 
-def growth(form: str, optimizer: str, width: int) -> tuple[int, int]:
-    """Bytes that the peak of memory grows by in 24 steps, from before the optimizer is made, and n."""
-    model, loss = net(width, 2)
-    gc.collect()
-    before = peak("cpu", reset=True)
-    options: Row = {}
-    if form != "plain":
-        options = {"total_steps": FORMS[form], "cost": 1.15 if form == "cost=1.15" else 2.0}
-    step = stepper(model, loss, optimizer, **options)
-    for _ in range(24):  # with lr's warm start, the timing of steps, and readings of the loss
-        step()
-    return peak("cpu") - before, sum(p.numel() for p in model.parameters())
+class Alive(TorchDispatchMode):
+    """Sums up the bytes of tensors that are alive."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self.known: set[int] = set()
+
+    def note(self, x: Any) -> None:
+        if not isinstance(x, Tensor):
+            return
+        storage = x.untyped_storage()
+        if id(storage) in self.known:
+            return
+        self.known.add(id(storage))
+        self.now += storage.nbytes()
+        self.peak = max(self.peak, self.now)
+        weakref.finalize(storage, self._gone, id(storage), storage.nbytes())
+
+    def _gone(self, which: int, size: int) -> None:
+        self.known.discard(which)
+        self.now -= size
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        tree_map(self.note, out)
+        return out
+
+
+def peaks(form: str, optimizer: str, width: int) -> tuple[int, int, int]:
+    """The most bytes alive in the first 24 steps, and in 24 after a hundred, and n."""
+    with Alive() as alive:
+        model, loss = net(width, 2)
+        options: Row = {}
+        if form != "plain":
+            options = {"total_steps": FORMS[form], "cost": 1.15 if form == "cost=1.15" else 2.0}
+        step, found = stepper(model, loss, optimizer, **options), []
+        for t in range(124):
+            if t in (0, 100):
+                alive.peak = alive.now
+            step()
+            if t in (23, 123):
+                found.append(alive.peak)
+    return found[0], found[1], sum(p.numel() for p in model.parameters())
 
 
 def bytes_of(optimizer: str, quick: bool) -> Iterator[Row]:
     """A row for each form."""
-    found = {}
-    for form in ("plain", *FORMS):
-        words = [sys.executable, "-m", "experiments.price", "--bytes-of", f"{form}:{optimizer}"]
-        done = subprocess.run(
-            [*words, *(["--quick"] if quick else [])],
-            env=os.environ | RETURNED,
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-        found[form] = json.loads(done.stdout.splitlines()[-1])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # roll-backs
+        found = {form: peaks(form, optimizer, 4 if quick else WIDTH) for form in ("plain", *FORMS)}
     for form in FORMS:
-        n = found[form][1]
-        more = (found[form][0] - found["plain"][0]) / (4 * n)
-        yield {"kind": "bytes", "form": form, "optimizer": optimizer, "weights": n, "more": more}
+        n, plain = found[form][2], found["plain"]
+        early, late = ((a - b) / (4 * n) for a, b in zip(found[form][:2], plain[:2], strict=True))
+        yield {"kind": "bytes", "form": form, "optimizer": optimizer, "weights": n, "more": early, "late": late}
 
 
 def main(args: Args) -> list[Row]:
     torch.set_num_threads(1)
-    if args.bytes_of:
-        form, optimizer = args.bytes_of.split(":")
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            print(json.dumps(growth(form, optimizer, 8 if args.quick else WIDTH)))
-        return []
     out = Path(args.out)
     before = results.load("price.json", out) or {"rows": []}
     parts = {"summary": "run"}  # kinds whose part has another name

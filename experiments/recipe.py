@@ -10,9 +10,9 @@ same workload, same seed, is trained plainly by the optimizer and scheduler that
     lr, weight_decay         the recipe's, geometric means over param groups
     doubts                   how many things the recipe says against itself
 
-A workload's summary row has the geometric mean of over_tuned, the row of all workloads that of theirs (`over_tuned`), the worst
-(`worst`, `worst_workload`), and how many runs have no number (`lost`); `undoubted` is the mean over runs without a doubt. Where
-seeds are from 1000 on the same of test losses stands beside it (`test_over_tuned`).
+A workload's summary row has the geometric mean of over_tuned, the row of all workloads that of theirs (`over_tuned`), their
+`median`, the worst (`worst`, `worst_workload`), and how many runs have no number (`lost`); `undoubted` is the mean over runs
+without a doubt. Where seeds are from 1000 on the same of test losses stands beside it (`test_over_tuned`).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import os
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, median
 from typing import Any
 
 from torch import Tensor
@@ -128,6 +128,7 @@ def summarised(rows: list[Row], names: tuple[str, ...]) -> list[Row]:
         **{field: mean([row[field] for row in out]) for field in fields},
         "undoubted": mean([row["over_tuned"] for row in rows if not row["doubts"]]),
         "undoubted_runs": sum(not row["doubts"] for row in rows),
+        "median": median(row["over_tuned"] for row in known) if known else None,
         "worst": worst and worst["over_tuned"],
         "worst_workload": worst and worst["workload"],
         "lost": sum(row["lost"] for row in out),

@@ -129,7 +129,7 @@ def script(folder, checkpoint, kill_at=None, total=24, every_save=7):
             part.load_state_dict(state)
     for t in range(tuner.stats["steps"], total):
         if t == kill_at:
-            tuner._journal.recorder.flush()  # what TensorBoard's writer has by then
+            tuner._journal.flush()  # what TensorBoard's writer has by then
             raise Killed
         opt.zero_grad()
         tuner.backward(loss())

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from hypergrad.core.user_warnings import warn_user
 from hypergrad.integrations.handover import check_val_loss, of_loss
 from hypergrad.online.tuner import Tuner
 
@@ -111,10 +111,9 @@ class TunerCallback(Callback):
         taken = self.tuner.stats["steps"] - self._taken
         supposed, now = _steps(trainer), _steps(trainer, taken / batches)
         if taken and math.isfinite(supposed) and 2 * now <= supposed and trainer.is_global_zero:
-            warnings.warn(
+            warn_user(
                 f"{batches} batches took {taken} training steps, not one each: lr will not have come to the end of its shape "
                 f"when the run has. Pass total_steps={math.ceil(now)} to TunerCallback.",
-                stacklevel=1,  # with others people silence Lightning's own
             )
 
     def state_dict(self) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from hypergrad.core.second_order import twice_differentiable
+from hypergrad.core.user_warnings import warn_user
 from hypergrad.differentiate.arguments import without_wrappers
 from hypergrad.integrations.handover import check_val_loss, of_loss
 from hypergrad.integrations.skorch_validation import modes_kept, of_validation_data
@@ -137,11 +137,10 @@ class TunerCallback(Callback):
             self.tuner_.stats["steps"] == steps < -(-batches // _accumulated(net))
             and "total_steps" not in self.get_params()
         ):
-            warnings.warn(
+            warn_user(
                 f"this net took {steps} optimizer steps in an epoch of {batches} batches, and lr is shaped for a step at every "
                 f"batch: it will not have decayed at the end. Give TunerCallback total_steps={steps * net.max_epochs}, the "
                 "optimizer steps of the whole run.",
-                stacklevel=2,
             )
 
     def on_train_end(self, net: Any, **_: Any) -> None:

@@ -38,7 +38,7 @@ class SettledValues:
         self.stride = [1] * k
         self.seen = [0] * k  # readings since the number was last forgotten
         self.tuned = [False] * k  # at any reading
-        self.cuts, self.scaled = 0, dict[Any, float]()
+        self.cuts, self.scaled = 0, dict[tuple[str, int], float]()
 
     def note(self) -> None:
         """φ has taken a step."""
@@ -75,11 +75,13 @@ class SettledValues:
 
     def _outdated(self) -> set[int]:
         """The numbers that something other than a hyperparameter step has changed since the last one."""
-        cut, now = self._cuts() != self.cuts, dict(self.writer.bases)
-        places = {j: (e.name, e.group) for j, e in enumerate(self.vector.entries)}
-        return {
-            j for j, place in places.items() if (cut and place[0] == "lr") or now.get(place) != self.scaled.get(place)
-        }
+        cut, now, found = self._cuts() != self.cuts, self.writer.bases, set[int]()
+        for j, entry in enumerate(self.vector.entries):
+            if entry.group is not None:
+                place = entry.name, entry.group
+                if (cut and entry.name == "lr") or now.get(place) != self.scaled.get(place):
+                    found.add(j)
+        return found
 
     def state_dict(self) -> dict[str, Any]:
         return {

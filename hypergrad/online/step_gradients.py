@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
-import torch
 from torch import Tensor
 
 from hypergrad.core.multi_tensor import norms
@@ -42,7 +41,7 @@ class StepGradients:
 
     # the sum of finite numbers may overflow, and that of others may be 0
     def finite(self, read: Mapping[str, list[float]]) -> bool:
-        return math.isfinite(read["sum"][0]) or all(bool(torch.isfinite(g).all()) for g in self.tensors)
+        return math.isfinite(read["sum"][0]) or bool(norms(self.tensors, math.inf).isfinite().all())
 
     def zero(self, read: Mapping[str, list[float]]) -> bool:
-        return read["sum"][0] == 0 and not any(bool(g.any()) for g in self.tensors)
+        return read["sum"][0] == 0 and not bool(norms(self.tensors, math.inf).any())

@@ -58,7 +58,7 @@ class Tangents:
         self.tangent: Tangent | None = None  # None: zero
         self.average = WeightAverage(transition)
         self.pending: Pending | None = None
-        self.skipping = False  # no product is formed in the present step, where that may be
+        self.skipping = False  # the present step is one without a product
         self.curvature, self.written = LrCurvature(vector), WrittenWeights()
         self.counts = {"gradients": 0, "hessian_products": 0, "capped": 0, "nonfinite_products": 0}
         self.cap = TangentCap(vector, self.counts, processes)
@@ -87,15 +87,18 @@ class Tangents:
         """
         check_now(self.processes)
         self.forward.settle()
+        params, hypers = self.transition.params, list(self.vector.hypers.values())
         scale = 1.0 if self.scaler is None else float(self.scaler.get_scale())
         if self.resting and self.counts["gradients"] and (self.processes.alone or not whole):
             if self.tangent is not None:
-                self.forget_written(self.transition.flatten(self.transition.params))
+                self.forget_written(self.transition.flatten(params))
             self.pending = without_tangents(loss, self.pending, self.transition, scale)
             self.counts["gradients"] += 1
-            inputs = self._all_but_hypers(loss) if inputs is None and self.vector.hypers else inputs
+            if inputs is None and hypers:  # whose .grad stays as it is
+                inputs = [x for x in survey(loss).leaves if id(x) not in {id(y) for y in hypers}]
             return loss.backward(inputs=inputs, retain_graph=retain_graph)
-        params, hypers = self.transition.params, list(self.vector.hypers.values())
+        if all(p.grad is None for p in params):  # of no use, and large
+            self.pending = None
         graph = survey(loss, self.model)
         self.note_read(graph.leaves)
         if not self.counts["gradients"]:
@@ -148,11 +151,6 @@ class Tangents:
         if not self.processes.alone:
             self.pending = found(new, self.transition)
         return None
-
-    def _all_but_hypers(self, loss: Tensor) -> list[Tensor]:
-        """The leaves of a loss, without tensors of its own that are tuned, whose .grad stays as it is."""
-        own = {id(x) for x in self.vector.hypers.values()}
-        return [x for x in survey(loss).leaves if id(x) not in own]
 
     def average_pending(self) -> None:
         """Make the tangent of the gradient that waits the mean of the processes': one collective a step."""

@@ -29,7 +29,7 @@ from hypergrad.online.tuner_arguments import (
     check_objects,
 )
 from hypergrad.online.tuner_parts import Options, build
-from hypergrad.online.tuner_state import load_state, state_of
+from hypergrad.online.tuner_state import compacted, load_state, state_of
 from hypergrad.online.tuner_view import TunerView
 from hypergrad.optimizers.transition import Transition
 
@@ -262,10 +262,16 @@ class Tuner(TunerView):
         """Copies and pickles of the hooks on an optimizer do not follow: a copy of a tuner would tune nothing."""
         raise TypeError(NO_COPY)
 
-    def state_dict(self) -> dict[str, Any]:
-        """Everything that `load_state_dict` needs to go on; tensors are not copied. Loads with weights_only=True."""
+    def state_dict(self, *, compact: bool = False) -> dict[str, Any]:
+        """Everything that `load_state_dict` needs to go on; tensors are not copied. Loads with weights_only=True.
+
+        Args:
+            compact: leave out weights, buffers and optimizer tensors to go back to (docs/online.md, State): about half of it. A
+                run goes on from it by the same steps, bit for bit, until one would have gone back further than here.
+        """
         self._journal.flush()
-        return state_of(self._loop)
+        state = state_of(self._loop)
+        return compacted(state) if compact else state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a state. Raises ValueError, before anything is written, where it is of another version, model, list of

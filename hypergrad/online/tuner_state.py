@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
 from hypergrad.online.loop import OnlineLoop
 
+NO_RECORD = {"best": math.inf, "step": 0, "theta": None, "buffers": [], "last": [], "start": None}
 VERSION = 5  # of the layout below; a state of another one is refused
 
 
@@ -29,6 +31,17 @@ def state_of(loop: OnlineLoop) -> dict[str, Any]:
         "progress": hyper.progress.state_dict(),
         "best": None if best is None else best.state_dict(),
         "loop": loop.state_dict(),
+    }
+
+
+def compacted(state: Mapping[str, Any]) -> dict[str, Any]:
+    """A state without the training states that it would go back to: those are then of the steps after it is loaded."""
+    starts, judge, record = state["starts"], state["recovery"]["judge"], state["backtracking"]
+    return {
+        **state,
+        "starts": {**starts, "watch": {**starts["watch"], "kept": None}},
+        "recovery": {"judge": None if judge is None else {**judge, "good": []}},
+        "backtracking": None if record is None else {**record, **NO_RECORD},
     }
 
 

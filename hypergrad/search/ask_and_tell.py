@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-import warnings
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, replace
@@ -12,6 +11,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from hypergrad.core.user_warnings import warn_user
 from hypergrad.search.budget import Budget, Cost
 from hypergrad.search.convert.optuna_spaces import encode, suggest
 from hypergrad.search.extras import need
@@ -130,7 +130,7 @@ class AskAndTell:
         trial, values = self.running.pop(future)
         optuna = need("optuna", "a search")
         for sentence in outcome.warnings:
-            warnings.warn(sentence, NotDifferentiated, stacklevel=4)
+            warn_user(sentence, NotDifferentiated)
         trial.set_user_attr("cost", asdict(outcome.cost))
         if outcome.notes:
             trial.set_user_attr("notes", outcome.notes)

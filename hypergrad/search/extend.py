@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import copy
 import re
-import warnings
 from typing import Any
 
+from hypergrad.core.user_warnings import warn_user
 from hypergrad.search.convert.optuna_spaces import distribution, encode, key, plain_value
 from hypergrad.search.entries import Categorical
 from hypergrad.search.extras import need
@@ -54,10 +54,9 @@ def extended(study: Any, trials: list[Any], space: Space, name: str, create: Any
             new.set_user_attr(attr, x)
     missing = [n for n in space if trials and not any(key(n, space[n]) in each.params for each in trials)]
     without = f" None of them has a value of {', '.join(missing)}." if missing else ""
-    warnings.warn(
+    warn_user(
         f"the space of this study was extended: its {len(trials)} trials stay, with their values.{without} Samplers go on from "
         f"them; CMA-ES, and the rungs of Hyperband, begin anew. The study before is {study.study_name!r} in the same storage.",
-        stacklevel=4,
     )
     return new
 

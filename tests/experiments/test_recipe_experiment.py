@@ -66,7 +66,8 @@ def test_a_run_without_a_number_is_lost():
         {"workload": "b", "over_tuned": 1.0, "doubts": 1},
     ]
     whole = recipe.summarised(rows, ("a", "b"))[0]
-    assert (whole["over_tuned"], whole["worst"], whole["lost"]) == (pytest.approx(1.1), pytest.approx(1.21), 1)
+    assert (whole["over_tuned"], whole["worst"], whole["lost"]) == (pytest.approx(1.21**0.5), pytest.approx(1.21), 1)
+    assert whole["median"] == pytest.approx(1.105)
     assert (whole["undoubted"], whole["undoubted_runs"]) == (pytest.approx(1.21), 1)
 
 

@@ -207,7 +207,7 @@ def test_what_lr_was_before_a_cut_is_forgotten() -> None:
     assert any("rolled back once" in doubt for doubt in script.tuner.recipe().doubts)
 
 
-@pytest.mark.parametrize("middle", [30, 200, 399])
+@pytest.mark.parametrize("middle", [200, *(pytest.param(t, marks=pytest.mark.slow) for t in (30, 399))])
 def test_resumed_run_gives_the_same_recipe(middle: int) -> None:
     whole, half, again = (Script(OPTIMIZERS["AdamW, two groups"]) for _ in range(3))
     whole.train(STEPS)

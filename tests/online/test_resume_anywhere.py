@@ -23,7 +23,7 @@ from tests.online.live_loops import float64
 
 __all__ = ["float64"]  # the fixture
 SPIKE, NOT_A_NUMBER = 1e4, math.nan
-PLAN = {"cost": 3.0, "product": 2.0, "validation": 2.0, "every": 4, "resting": 8}
+PLAN = {"cost": 3.0, "product": 2.0, "validation": 2.0, "every": 4, "resting": 8, "stride": 2}
 
 
 def net() -> nn.Sequential:

@@ -242,6 +242,8 @@ def a_loader() -> Any:
     return DataLoader(numbers(), batch_size=8)
 
 
+A_CLASS: Any = nn.MSELoss
+A_FLOAT: Any = lambda outputs, targets: 0.0  # noqa: E731
 WRONG: dict[str, tuple[Callable[[], Any], str]] = {
     "iterator": (lambda: hypergrad.validation(Seen(), iter(a_loader()), mean), r"rather than iter\(loader\)"),
     "dataset": (lambda: hypergrad.validation(Seen(), numbers(), mean), r"pass DataLoader\(dataset"),  # type: ignore[arg-type]
@@ -249,7 +251,7 @@ WRONG: dict[str, tuple[Callable[[], Any], str]] = {
     "no examples": (lambda: hypergrad.validation(Seen(), DataLoader(numbers(0)), mean), "has no examples"),
     "no batches": (lambda: hypergrad.validation(Seen(), [], mean), "has no batches"),
     "model": (lambda: hypergrad.validation(mean, a_loader(), mean), "must be a torch.nn.Module"),  # type: ignore[arg-type]
-    "criterion's class": (lambda: hypergrad.validation(Seen(), a_loader(), nn.MSELoss), r"pass MSELoss\(\), not"),
+    "criterion's class": (lambda: hypergrad.validation(Seen(), a_loader(), A_CLASS), r"pass MSELoss\(\), not"),
     "criterion": (lambda: hypergrad.validation(Seen(), a_loader(), None), "pass a function"),  # type: ignore[arg-type]
     "mode": (lambda: hypergrad.validation(Seen(), a_loader(), mean, mode="test"), "'auto', 'eval' or 'train'"),
     "size": (lambda: hypergrad.validation(Seen(), a_loader(), mean, size=0), "1 or more"),
@@ -260,7 +262,7 @@ WRONG: dict[str, tuple[Callable[[], Any], str]] = {
         r"a batch is a dict, .* f\(model, batch\)",
     ),
     "not reduced": (lambda: hypergrad.validation(Seen(), a_loader(), torch.sub)(), r"shape \(8,\): take its mean"),
-    "a float": (lambda: hypergrad.validation(Seen(), a_loader(), lambda a, b: 0.0)(), "one number, got float"),
+    "a float": (lambda: hypergrad.validation(Seen(), a_loader(), A_FLOAT)(), "one number, got float"),
     "no gradient": (
         lambda: hypergrad.validation(Seen(), a_loader(), lambda a, b: a.detach().mean())(),
         "accuracy has no gradient",

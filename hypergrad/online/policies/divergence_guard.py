@@ -31,6 +31,7 @@ from typing import Any
 
 import torch
 
+from hypergrad.core.multi_tensor import norms
 from hypergrad.core.problem import Problem
 from hypergrad.online.kept_state import KeptState, as_buffers, values_of
 from hypergrad.online.policies.loss_past import Limits, LossPast
@@ -115,7 +116,9 @@ class StepJudge:
         return self._weights_finite()
 
     def _weights_finite(self) -> bool:
-        return all(bool(torch.isfinite(p).all()) for p in self.transition.params)
+        return bool(
+            norms([p.detach() for p in self.transition.params], math.inf).isfinite().all()
+        )  # one wait for a device
 
     def _pasts(self) -> list[LossPast]:
         return [self.past] if self.own is None else list(self.own.values())

@@ -14,12 +14,12 @@ with it what has no derivative.
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
 
+from hypergrad.core.user_warnings import warn_user
 from hypergrad.differentiate.hypergradient import hypergradient
 from hypergrad.search.entries import Float
 from hypergrad.search.objective import Objective, Trial, WrongType, call_objective, seeded
@@ -81,7 +81,7 @@ class HypergradientStrategy(Strategy):
         names, sentence = not_moved(self.space, values, run, tuned)
         if names:
             trial.note("not differentiated", names)
-            warnings.warn(sentence, NotDifferentiated, stacklevel=2)
+            warn_user(sentence, NotDifferentiated)
 
     def _float(self, name: str) -> Float:
         entry = self.space[name]
