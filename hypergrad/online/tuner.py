@@ -125,8 +125,8 @@ class Tuner(TunerView):
         ...     sgd.zero_grad()
         ...     tuner.backward(loss)
         ...     sgd.step()
-        >>> bool(tuner.values["lr"] > 1e-5), tuner.stats["hyper_steps"]
-        (True, 20)
+        >>> bool(tuner.values["lr"] > 1e-5), tuner.stats["steps"]
+        (True, 200)
     """
 
     def __init__(
