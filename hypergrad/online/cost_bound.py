@@ -7,8 +7,8 @@ from typing import Any
 
 from hypergrad.core.processes import Processes
 from hypergrad.logging import Journal
-from hypergrad.online.calibration import Calibration
-from hypergrad.online.plan import Plan, Spending, as_plan
+from hypergrad.online.calibration import BETWEEN, Calibration
+from hypergrad.online.plan import MOST_PRODUCT, Plan, Spending, as_plan
 
 
 class CostBound:
@@ -45,7 +45,7 @@ class CostBound:
         """Products are formed in one step of so many, while numbers are tuned. searching: lr's warm start is under way."""
         if searching:
             return 1
-        return self.plan.stride if self.plan is not None else 2 if self.calibration.timing else 1
+        return self.plan.stride if self.plan is not None else BETWEEN if self.calibration.timing else 1
 
     def step_done(self, t: int, k: int, formed: bool, searching: bool) -> None:
         """t steps are done, the last with k numbers tuned.
@@ -65,6 +65,13 @@ class CostBound:
         self.spending.plan = plan = Plan.made(self.cost, *found, self.every, self.fixed, *self.mean)
         self.spending.spent = plan.price(k, 1.0) * t  # the run has just begun
         self.journal.note(t, plan.sentence(), warn=False)
+        if found[0] > MOST_PRODUCT:
+            self.journal.note(
+                t,
+                f"a product took {found[0]:.2g} plain steps here, most of it Python's own time, as steps are short: the run will "
+                f"take more than {plan.cost:g} times a plain one's seconds.",
+                warn=False,
+            )
         if plan.allowance(1) == 0:
             self.journal.note(
                 t,

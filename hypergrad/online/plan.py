@@ -7,12 +7,17 @@ of s and a reading every e steps while something is tuned, every r steps while n
     a step adds       k p/s + v/e  while something is tuned       v/(3 r)  while nothing is
 
     e, r              readings take a quarter of cost − 1 at most, where they can be made rarer, 5 times as rare at most
-    s                 the least with which all phases of the run cost no more than cost − 1 a step; STRIDE at most
+    s                 the least odd number with which all phases of the run cost no more than cost − 1 a step; STRIDE at most
     phases            are shorter where that is not enough (policies/phases.py)
 
 In steps without a product tangents stay as they are, as if those steps did not depend on weights or numbers: hypergradients are
 then those of every s-th step of the run. With one step of three the workloads ended as well as with every step
-(experiments/results/online_tuning_log.md, ninth session).
+(experiments/results/online_tuning_log.md, ninth session). s is odd: at the edge of
+stability weights swing from one step to the next, and every second step would see one side of the swing alone.
+
+A product is two passes through the graph of a step: p is 2 to 3 where arithmetic rules. What is above MOST_PRODUCT is Python's
+own time, in nets whose plain step takes a millisecond or two. It is left out, since at a stride that paid for it too lr would
+be moved by tangents of a step in ten. There the bound is not kept, which is said in the log.
 
 p and v are measured once, in the first steps of a run, and rounded up to powers of 2^(1/4), so that most runs of one script have
 one plan. From there on no clock is read: a run repeats bit for bit given its plan.
@@ -28,7 +33,8 @@ from typing import Any
 PERIOD = 1000  # steps over which the cost is kept where the length of the run is not known
 MOST_EVERY = 5  # at most so many times the steps between readings that were asked for
 ON_READINGS = 0.25  # the share of what may be spent that goes to readings, where they can be made rarer
-STRIDE = 20  # at most
+STRIDE = 21  # at most
+MOST_PRODUCT = 4.0
 ROUND = 2**0.25
 
 
@@ -73,15 +79,16 @@ class Plan:
         Example:
             >>> plan = Plan.made(2.0, 2.7, 3.0, 10)
             >>> round(plan.product, 3), round(plan.validation, 3), plan.every, plan.stride
-            (2.828, 3.364, 14, 4)
+            (2.828, 3.364, 14, 5)
         """
-        p, v, extra = _rounded_up(product), _rounded_up(validation), cost - 1
+        p, v, extra = min(_rounded_up(product), MOST_PRODUCT), _rounded_up(validation), cost - 1
         every, resting = (
             every if fixed else math.ceil(min(max(x / (ON_READINGS * extra), every), MOST_EVERY * every))
             for x in (v, v / 3)
         )
         left = extra - tuned * v / every - (1 - tuned) * v / 3 / resting
         stride = min(max(math.ceil(k * p * tuned / left), 1), STRIDE) if left > 0 else STRIDE
+        stride += 1 - stride % 2
         return Plan(cost, p, v, every if fixed else max(every, stride), resting, stride)
 
     def price(self, k: float, formed: float | None = None) -> float:

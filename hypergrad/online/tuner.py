@@ -85,8 +85,8 @@ class Tuner(TunerView):
             curvature along the first steps. Momentum, if it is tuned too and not given, then begins at 0.9 (where a lower one
             was typed, only in runs of 400 steps or more).
         cost: a bound on the seconds of a run, over those of a plain one; None: none. What a Hessian product and a validation loss
-            cost is measured in ten steps, once lr's start is found, and becomes a plan (see plan.py): products are formed in one
-            step of so many, tangents stay as they are in between, and steps without cost what plain ones do; val_loss is read
+            cost is measured in twelve steps, once lr's start is found, and becomes a plan (see plan.py): products are formed in
+            one step of so many, tangents stay as they are in between, and steps without cost what plain ones do; val_loss is read
             more rarely where it is dear; phases are shorter where that is not enough. Without total_steps the bound is kept in
             every thousand steps. A run of less than some hundred steps may cost more. The plan is `tuner.plan`, and part of the
             state. For mode="forward".
