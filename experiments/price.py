@@ -14,7 +14,7 @@ over plain steps, less 1: median of 7 turns of 4 steps.
 
 kind "bytes": the largest sum of tensors alive at once (counted at every operation, inside the backward pass too; not what a
 kernel takes for itself) in 24 tuned steps, less that of 24 plain ones, of the same net with a batch of 2, in units of 4 n
-bytes, n its number of weights; "late" is the same in the 24 steps after the hundredth.
+bytes, n its number of weights; "late" is the same in the 24 steps after the fiftieth.
 """
 
 from __future__ import annotations
@@ -251,18 +251,18 @@ class Alive(TorchDispatchMode):
 
 
 def peaks(form: str, optimizer: str, width: int) -> tuple[int, int, int]:
-    """The most bytes alive in the first 24 steps, and in 24 after a hundred, and n."""
+    """The most bytes alive in the first 24 steps, and in 24 after fifty, and n."""
     with Alive() as alive:
         model, loss = net(width, 2)
         options: Row = {}
         if form != "plain":
             options = {"total_steps": FORMS[form], "cost": 1.15 if form == "cost=1.15" else 2.0}
         step, found = stepper(model, loss, optimizer, **options), []
-        for t in range(124):
-            if t in (0, 100):
+        for t in range(74):
+            if t in (0, 50):
                 alive.peak = alive.now
             step()
-            if t in (23, 123):
+            if t in (23, 73):
                 found.append(alive.peak)
     return found[0], found[1], sum(p.numel() for p in model.parameters())
 

@@ -61,7 +61,7 @@ class Training:
         self.model = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 1))
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4)
         self.scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, steps)
-        self.tuner = hypergrad.Tuner(self.model, self.optimizer, self.val_loss, total_steps=steps)
+        self.tuner = hypergrad.Tuner(self.model, self.optimizer, self.val_loss, total_steps=steps, cost=None)
         self.t = 0
 
     def loss(self, rows: Tensor) -> Tensor:

@@ -101,6 +101,7 @@ def tuned(job: Job, first: int = 0, last: int = STEPS, tuner: hypergrad.Tuner | 
 
 
 def make_tuner(job: Job, **options: Any) -> hypergrad.Tuner:
+    options = {"cost": None, **options}  # no clock: what is compared is to be the same
     return hypergrad.Tuner(job.model, job.optimizer, job.val_loss, job.wrt, total_steps=STEPS, every=4, **options)
 
 
@@ -198,7 +199,14 @@ def _waits(device: str, layers: int, tune: bool, steps: int = 20) -> float:
     return sum("synchroniz" in str(w.message) for w in heard) / steps
 
 
-PLAN = {"cost": 2.0, "product": 4.0, "validation": 2.0, "every": 5, "resting": 10}  # tuned in some of the steps
+PLAN = {
+    "cost": 2.0,
+    "product": 4.0,
+    "validation": 2.0,
+    "every": 5,
+    "resting": 10,
+    "stride": 3,
+}  # tuned in some of the steps
 ONLINE_CHECKS: dict[str, Check] = {
     f"tuner, {rule}{', with a plan' if plan else ''}": partial(online, make=RULES[rule].make, plan=plan)
     for rule in ("SGD with momentum", "AdamW")

@@ -5,6 +5,8 @@ A plain run takes two to five minutes on one thread.
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, pad
@@ -16,6 +18,7 @@ from experiments.workloads.task import Workload
 SHIFT = 2  # pixels
 
 
+@cache
 def _images(full: bool) -> data.Data:
     """Fashion-MNIST as images [n, 1, 28, 28]."""
     splits = data.fashion(full)

@@ -28,10 +28,13 @@ def test_every_optimizer_is_in_two_workloads_or_more():
 
 def test_a_plain_run_lowers_the_loss_and_is_the_same_every_time(workload):
     lr = 0.02 if workload.optimizer == "SGD" else 0.003
-    once = train(workload.build(3, steps=STEPS), lr, 1e-4, initial=True)
+    steps = (
+        3 * STEPS if workload.name == "resnet_fashion" else STEPS
+    )  # BatchNorm's running statistics take some tens of steps
+    once = train(workload.build(3, steps=steps), lr, 1e-4, initial=True)
     if workload.name != "random_labels":  # nothing to learn there
         assert once["test"] < once["initial_test"] and once["val"] < once["initial_val"]
-    assert train(workload.build(3, steps=STEPS), lr, 1e-4, initial=True) | SAME == once | SAME
+    assert train(workload.build(3, steps=steps), lr, 1e-4, initial=True) | SAME == once | SAME
     assert train(workload.build(4, steps=STEPS), lr, 1e-4)["test"] != once["test"]
     assert set(RUNGS) < set(once)
 

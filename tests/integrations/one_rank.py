@@ -16,11 +16,14 @@ from torch.utils.data import DataLoader, DistributedSampler
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
+from hypergrad.online import tuner_parts
 from tests.integrations import runs
+from tests.unbounded import without_clock
 
 
 def main(kind: str, folder: Path) -> None:
     torch.set_num_threads(1)
+    tuner_parts.Calibration = without_clock  # type: ignore[assignment]
     warnings.simplefilter("ignore")
     runs.BATCH //= 2
     # accelerate lets a scheduler step once for every process

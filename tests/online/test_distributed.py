@@ -59,7 +59,7 @@ LOOPS = {
     "a plan, products in one step of three": UnionLoop(
         optimizer=adamw,
         tuner={
-            "plan": {"cost": 3.0, "product": 2.0, "validation": 1.0, "every": 6, "resting": 6, "stride": 3},
+            "plan": {"cost": 3.0, "product": 2.0, "validation": 1.0, "every": 5, "resting": 5, "stride": 3},
             "total_steps": 200,
         },
     ),
