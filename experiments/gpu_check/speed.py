@@ -62,7 +62,7 @@ class Training:
             if form == "resting":
                 policies = replaced(policies, Phases(0.0, 0.0, 0.0))
             self.tuner = hypergrad.Tuner(
-                self.model, self.optimizer, self.val_loss, total_steps=100_000, policies=policies
+                self.model, self.optimizer, self.val_loss, total_steps=100_000, policies=policies, cost=None
             )
 
     def step_all(self, n: int) -> None:
