@@ -146,6 +146,31 @@ def ablation(result: Result) -> str:
     return table(head, body) + "\n\n" + source(result)
 
 
+def strides(result: Result) -> str:
+    head = (
+        "products in one step of",
+        "workloads",
+        "validation loss over that with one in each",
+        "worst workload",
+        "of it",
+        "CPU seconds",
+    )
+    families = {"main": "the twelve", "small": "small family"}
+    body = [
+        (
+            str(row["stride"]),
+            families[row["family"]],
+            f"{row['mean']:.3f}",
+            row["worst_workload"],
+            f"{row['worst']:.3f}",
+            f"{row['seconds']:.2f}",
+        )
+        for row in result["rows"]
+        if row["kind"] == "summary" and row["stride"] > 1
+    ]
+    return table(head, body) + "\n\n" + source(result)
+
+
 def schedulers(result: Result) -> str:
     head = ("scheduler", "workload", "best plain lr", "tuned from 1e-6", "tuned from 1e-1", "scale found")
     rows, body = result["rows"], []
@@ -233,6 +258,7 @@ TABLES: dict[str, Callable[[Result], str]] = {
     "shootout": shootout,
     "harm": harm,
     "ablation": ablation,
+    "strides": strides,
     "schedulers": schedulers,
     "layers": layers,
     **mode_tables.TABLES,

@@ -25,7 +25,7 @@ BETWEEN = 3  # products in one step of so many
 
 
 class Calibration:
-    """A stopwatch.
+    """Times steps and validation losses.
 
     Args:
         device: of the weights; it is waited for in the steps that are timed.

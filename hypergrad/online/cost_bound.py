@@ -8,7 +8,10 @@ from typing import Any
 from hypergrad.core.processes import Processes
 from hypergrad.logging import Journal
 from hypergrad.online.calibration import BETWEEN, Calibration
-from hypergrad.online.plan import MOST_PRODUCT, Plan, Spending, as_plan
+from hypergrad.online.plan import MOST_PRODUCT, PERIOD, Plan, Spending, as_plan, odd
+from hypergrad.online.validation_noise import DRAWS
+
+SMALL = 0.05
 
 
 class CostBound:
@@ -40,6 +43,17 @@ class CostBound:
         if self.plan is None:
             return self.every
         return self.plan.resting if resting else self.plan.every
+
+    def averages_every(self, tuned: bool, searching: bool) -> int:
+        """Steps between those whose weights go into the running average: with their tangents, where there are any."""
+        return self.products_every(searching) if tuned else odd(self.every)
+
+    def affords_second_draws(self) -> bool:
+        """Whether second draws of the validation loss (validation_noise.py) are a small part of what may be spent."""
+        plan = self.plan
+        if plan is None:
+            return True
+        return DRAWS * plan.validation <= SMALL * plan.allowance(PERIOD if self.total is None else self.total)
 
     def products_every(self, searching: bool) -> int:
         """Products are formed in one step of so many, while numbers are tuned. searching: lr's warm start is under way."""

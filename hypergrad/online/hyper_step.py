@@ -69,13 +69,14 @@ class HyperSteps:
     def _set_frozen(self, frozen: bool) -> None:
         self.frozen, self.tangents.forward.allowed = frozen, not frozen
 
-    def take(self, t: int, warming: bool, coupled: bool = False) -> bool:
+    def take(self, t: int, warming: bool, coupled: bool, twice: bool) -> bool:
         """One hyperparameter step from the tangents, after t training steps; once nothing is tuned any more, the loss alone.
 
         Args:
             warming: whether the warm start is under way; its readings say nothing of the run.
             coupled: whether optimizers go down losses of their own that depend on the same parameters, as in a GAN: a rise is no
                 sign of a large lr there.
+            twice: whether a second draw of the loss, which tells how noisy it is, may be paid for.
 
         Returns:
             whether the validation loss has risen, so that training should go back (see backtracking.py).
@@ -90,7 +91,7 @@ class HyperSteps:
             frozen = not all(p.requires_grad for p in self.transition.params)  # those that have no tangent
             with self.tangents.calibration.time_reading():
                 value, of_params, of_hypers, _ = self.problem.validate(self.validation, t, self.seed + t, frozen)
-            if tangent is not None and self.noise.wanted and not warming and not self.frozen:
+            if twice and tangent is not None and self.noise.wanted and not warming and not self.frozen:
                 again = self.problem.validate(self.validation, t, self.seed + OTHER_DRAWS + t, frozen).of_params
         readout = Readout(self.processes)
         readout.ask("value", value)

@@ -143,7 +143,7 @@ class OnlineLoop:
                 self._drop_gradients(i)
                 self.recovery.undo_start(self.t, *self.starts.undo())
                 return
-        steps = self.bound.products_every(self.starts.search.active) if self.vector.moving else self.every
+        steps = self.bound.averages_every(bool(self.vector.moving), self.starts.search.active)
         if not self.stepped and self.t % steps == 0:
             self.tangents.average.follow(state().theta, self.tangents.tangent, self.t, steps)
         values = self._use(i)
@@ -248,7 +248,7 @@ class OnlineLoop:
         self.counts |= {"steps": self.t, **self.tangents.counts}
         k, formed, search = len(self.vector.moving), not self.tangents.resting, self.starts.search
         due = self.mode == "forward" and self.t % self.bound.reads_every(not self.vector.moving) == 0
-        if due and self.hyper.take(self.t, search.active, search.coupled):
+        if due and self.hyper.take(self.t, search.active, search.coupled, self.bound.affords_second_draws()):
             assert self.hyper.record is not None
             self.recovery.go_back(self.t, self.hyper.record, self.hyper.val_loss)
         if self.t == self.total:

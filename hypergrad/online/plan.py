@@ -12,8 +12,8 @@ of s and a reading every e steps while something is tuned, every r steps while n
 
 In steps without a product tangents stay as they are, as if those steps did not depend on weights or numbers: hypergradients are
 then those of every s-th step of the run. With one step of three the workloads ended as well as with every step
-(experiments/results/online_tuning_log.md, ninth session). s is odd: at the edge of
-stability weights swing from one step to the next, and every second step would see one side of the swing alone.
+(experiments/results/strides.json). s is odd: at the edge of stability weights move to and fro from one step to the next, and
+every second step would see one side alone.
 
 A product is two passes through the graph of a step: p is 2 to 3 where arithmetic rules. What is above MOST_PRODUCT is Python's
 own time, in nets whose plain step takes a millisecond or two. It is left out, since at a stride that paid for it too lr would
@@ -88,7 +88,7 @@ class Plan:
         )
         left = extra - tuned * v / every - (1 - tuned) * v / 3 / resting
         stride = min(max(math.ceil(k * p * tuned / left), 1), STRIDE) if left > 0 else STRIDE
-        stride += 1 - stride % 2
+        stride = odd(stride)
         return Plan(cost, p, v, every if fixed else max(every, stride), resting, stride)
 
     def price(self, k: float, formed: float | None = None) -> float:
@@ -130,6 +130,11 @@ def as_plan(x: Plan | Mapping[str, Any] | None) -> Plan | None:
         )
     whole = {name: int(x[name]) for name in ("every", "resting", "stride")}
     return Plan(float(x["cost"]), float(x["product"]), float(x["validation"]), **whole)
+
+
+def odd(n: int) -> int:
+    """n, or one more: what is seen in one step of so many is not one side of what changes its sign at every step."""
+    return n + 1 - n % 2
 
 
 def _rounded_up(x: float) -> float:

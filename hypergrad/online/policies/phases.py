@@ -5,6 +5,12 @@ the loss from there to `last_share`; after that nothing is: lr is small, and the
 is still on its way up (MeanTrustRegion.climbing) the first phase goes on, to `longest_share` at most: the run is too short for
 lr to come to rest sooner. With T not known, or with numbers of one kind alone, all are tuned at once.
 
+With a bound on the seconds (plan.py), A what may be spent in the run and c what a step of the second phase costs:
+
+    first phase     as above, while less than early_spending · A is spent (climbing_spending · A while lr climbs), or more where
+                    the second phase does not need the rest
+    second phase    its last (A − spent)/c steps; nothing is tuned before them
+
 The worth of weight decay shows late, once lr decays and overfitting begins: tuned beside lr on the Fashion-MNIST protocol it is
 driven to its lower bound, tuned after lr it rises again.
 """
@@ -29,8 +35,8 @@ class Phases(Policy):
     step_share: float = 0.3
     longest_share: float = 0.8
     last_share: float = 0.9
-    early_money: float = 0.5
-    climbing_money: float = 0.8
+    early_spending: float = 0.5
+    climbing_spending: float = 0.8
 
     def tuned_at(
         self,
@@ -67,7 +73,9 @@ class Phases(Policy):
             return early if first else late
         allowed, price = plan.allowance(total), plan.price(_count(late, numbers))
         longest = price * (self.last_share - self.step_share) * total
-        if first and spent < max(allowed * (self.early_money if at_rest else self.climbing_money), allowed - longest):
+        if first and spent < max(
+            allowed * (self.early_spending if at_rest else self.climbing_spending), allowed - longest
+        ):
             return early
         begins = max(self.last_share * total - (allowed - spent) / price, self.step_share * total)
         return late if t >= begins and spent < allowed else frozenset()
@@ -96,7 +104,7 @@ class Phases(Policy):
         numbers: Mapping[str, int],
         spending: Spending,
     ) -> frozenset[str]:
-        """All at once: from the beginning, or, where none of them is of the step, as late as there is money for."""
+        """All at once: from the beginning, or, where none of them is of the step, as late as can be paid for."""
         plan, spent = spending.plan, spending.spent
         if plan is None:
             return names
