@@ -250,19 +250,20 @@ class Alive(TorchDispatchMode):
         return out
 
 
-def peaks(form: str, optimizer: str, width: int) -> tuple[int, int, int]:
+def peaks(form: str, optimizer: str, quick: bool) -> tuple[int, int, int]:
     """The most bytes alive in the first 24 steps, and in 24 after fifty, and n."""
     with Alive() as alive:
-        model, loss = net(width, 2)
+        model, loss = net(4 if quick else WIDTH, 2)
+        length, late = (3, 6) if quick else (24, 50)
         options: Row = {}
         if form != "plain":
             options = {"total_steps": FORMS[form], "cost": 1.15 if form == "cost=1.15" else 2.0}
         step, found = stepper(model, loss, optimizer, **options), []
-        for t in range(74):
-            if t in (0, 50):
+        for t in range(late + length):
+            if t in (0, late):
                 alive.peak = alive.now
             step()
-            if t in (23, 73):
+            if t + 1 in (length, late + length):
                 found.append(alive.peak)
     return found[0], found[1], sum(p.numel() for p in model.parameters())
 
@@ -271,7 +272,7 @@ def bytes_of(optimizer: str, quick: bool) -> Iterator[Row]:
     """A row for each form."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # roll-backs
-        found = {form: peaks(form, optimizer, 4 if quick else WIDTH) for form in ("plain", *FORMS)}
+        found = {form: peaks(form, optimizer, quick) for form in ("plain", *FORMS)}
     for form in FORMS:
         n, plain = found[form][2], found["plain"]
         early, late = ((a - b) / (4 * n) for a, b in zip(found[form][:2], plain[:2], strict=True))

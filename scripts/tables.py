@@ -146,6 +146,32 @@ def ablation(result: Result) -> str:
     return table(head, body) + "\n\n" + source(result)
 
 
+def price(result: Result) -> str:
+    head = (
+        "workload",
+        "cost",
+        "seconds over plain",
+        "ms of a plain step",
+        "products in one step of",
+        "loss",
+        "untuned",
+    )
+    body = [
+        (
+            WORKLOADS[row["workload"]].title,
+            "no bound" if row["cost"] is None else f"{row['cost']:g}",
+            f"{row['seconds']:.2f}",
+            f"{row['plain_ms']:.3g}",
+            "–" if row["plan"] is None else str(row["plan"]["stride"]),
+            f"{row['loss']:.3f}",
+            f"{row['plain_loss']:.3f}",
+        )
+        for row in result["rows"]
+        if row["kind"] == "run"
+    ]
+    return table(head, body) + "\n\n" + source(result)
+
+
 def strides(result: Result) -> str:
     head = (
         "products in one step of",
@@ -258,6 +284,7 @@ TABLES: dict[str, Callable[[Result], str]] = {
     "shootout": shootout,
     "harm": harm,
     "ablation": ablation,
+    "price": price,
     "strides": strides,
     "schedulers": schedulers,
     "layers": layers,
