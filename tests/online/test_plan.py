@@ -287,9 +287,9 @@ def test_nothing_is_copied_while_nothing_is_tuned(optimizer: Any):
             tuner.backward(model(x).square().mean())
             opt.step()
 
-    go(11)
+    go(12)  # the last went into the running average
     with Copies(sum(p.numel() for p in model.parameters())) as copies:
-        go(8)
+        go(7)
     assert copies.found == []
     with copies:
         go(2)  # a loss is read, and its state is kept as a good one
