@@ -166,7 +166,7 @@ def price(result: Result) -> str:
             f"{row['loss']:.3f}",
             f"{row['plain_loss']:.3f}",
         )
-        for row in result["rows"]
+        for row in sorted(result["rows"], key=lambda row: (row.get("workload", ""), row.get("cost") or math.inf))
         if row["kind"] == "run"
     ]
     return table(head, body) + "\n\n" + source(result)

@@ -89,8 +89,8 @@ class Tuner(TunerView):
             cost is measured in twelve steps, once lr's start is found, and becomes a plan (see plan.py): products are formed in
             one step of so many, tangents stay as they are in between, and steps without cost what plain ones do; val_loss is read
             more rarely where it is dear; phases are shorter where that is not enough. Without total_steps the bound is kept in
-            every thousand steps. A run of less than some hundred steps may cost more. The plan is `tuner.plan`, and part of the
-            state. For mode="forward".
+            every thousand steps. Lr's warm start and the measuring come before there is a plan: a short run, or one with a bound
+            near 1, may cost more. The plan is `tuner.plan`, and part of the state. For mode="forward".
         plan: that of an earlier run, or the dict that its `state_dict` gave: nothing is measured, and a run repeats bit for bit.
         seed: of the random numbers that val_loss draws, a stream of its own; recorded with the run.
         log_dir: the run's own folder, for TensorBoard and `metrics.jsonl`; at `load_state_dict` rows of later steps are dropped.
