@@ -118,10 +118,14 @@ def run(item: Row) -> Row:
     tuner = tuned.tuner
     assert tuner is not None
     split = "test" if item["seed"] >= UNSEEN else "val"
-    plan = None if tuner.plan is None else tuner.plan.state_dict()
+    plan = (
+        {}
+        if tuner.plan is None
+        else {f"plan_{name}": x for name, x in tuner.plan.state_dict().items() if name != "cost"}
+    )
     row = {
         "plain_ms": 1000 * plain.seconds / tuned.task.steps, "seconds": tuned.seconds / plain.seconds, "split": split,
-        "loss": tuned.task.evaluate(split), "plain_loss": plain.task.evaluate(split), "plan": plan,
+        "loss": tuned.task.evaluate(split), "plain_loss": plain.task.evaluate(split), **plan,
         "products_a_step": tuner.stats["hessian_products"] / tuned.task.steps, "end_lr": float(tuner.values["lr"].mean()),
     }  # fmt: skip
     tuner.close()

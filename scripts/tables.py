@@ -162,7 +162,7 @@ def price(result: Result) -> str:
             "no bound" if row["cost"] is None else f"{row['cost']:g}",
             f"{row['seconds']:.2f}",
             f"{row['plain_ms']:.3g}",
-            "–" if row["plan"] is None else str(row["plan"]["stride"]),
+            str(row.get("plan_stride", "–")),
             f"{row['loss']:.3f}",
             f"{row['plain_loss']:.3f}",
         )
