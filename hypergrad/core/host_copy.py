@@ -1,4 +1,4 @@
-"""A copy of a few tensors in host memory that is overwritten again and again; from a GPU without waiting for it."""
+"""A copy of a few tensors in host memory; from a GPU without waiting for it, into memory that is overwritten again and again."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ ASYNCHRONOUS = frozenset({"cuda"})  # devices that copy into pinned host memory 
 
 
 class HostCopy:
-    """Values of tensors, in memory of its own that is allocated by the first `write`.
+    """Values of tensors; those from a GPU in memory that is allocated by the first `write`.
 
     Args:
         device: where most of the tensors are; for a GPU the memory is pinned.
@@ -28,8 +28,14 @@ class HostCopy:
         self.pinned, self.kept = device.type in ASYNCHRONOUS, list[Tensor]()
         self.arrived: torch.cuda.Event | None = None  # after the last write from a GPU
 
-    def write(self, tensors: Sequence[Tensor]) -> None:
-        """Keep these values in place of the last ones. From a GPU they arrive in the order of its current stream."""
+    def write(self, tensors: Sequence[Tensor], given: int = 0) -> None:
+        """Keep these values in place of the last ones. From a GPU they arrive in the order of its current stream.
+
+        given: so many of them, the first, are never written to: on the host they are kept as they are.
+        """
+        if not self.pinned and all(x.device.type == "cpu" for x in tensors):
+            self.kept = [x.detach() if i < given else x.detach().clone() for i, x in enumerate(tensors)]
+            return
         if [(x.shape, x.dtype) for x in tensors] != [(x.shape, x.dtype) for x in self.kept]:
             self.read()  # no copy into the memory that is given up is pending
             self.kept = [torch.empty(x.shape, dtype=x.dtype, pin_memory=self.pinned) for x in tensors]
@@ -39,7 +45,7 @@ class HostCopy:
         self.arrived = _event(devices.pop()) if devices else None
 
     def read(self) -> list[Tensor]:
-        """The values, on the host: the copy's own memory, which the next `write` overwrites. Waits until they are there."""
+        """The values, on the host, which the next `write` may overwrite. Waits until they are there."""
         if self.arrived is not None:
             self.arrived.synchronize()
             self.arrived = None

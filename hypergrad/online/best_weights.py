@@ -70,7 +70,7 @@ class BestWeights:
         Args:
             t: training steps done.
             loss: one that is not finite never counts.
-            theta: the weights [n] at which it was read; None: those in the model. Buffers are the model's.
+            theta: the weights [n] at which it was read, never written to; None: those in the model. Buffers are the model's.
         """
         self.last_step, self.last_loss = t, loss
         if not math.isfinite(loss):
@@ -86,7 +86,7 @@ class BestWeights:
         if self.step < 0 or self._score(loss, mean) < self._score(self.loss, self.mean):
             self.loss, self.mean, self.step = loss, mean, t
             theta = self.transition.flatten(self.transition.params) if theta is None else theta
-            self.copy.write([theta, *self.problem.buffers])
+            self.copy.write([theta, *self.problem.buffers], given=1)
 
     def _score(self, loss: float, mean: float) -> float:
         return loss if self.reversals <= REVERSALS else max(loss, mean)

@@ -31,9 +31,8 @@ from hypergrad.optimizers.transition import Transition
 class Pending:
     """What `backward` left for the step to use."""
 
-    left: (
-        Tensor | None
-    )  # a copy of every p.grad [n], 0 where there is none; None: nothing is tuned, and nothing compared
+    # a copy of every p.grad [n], 0 where there is none; None: nothing is tuned, and nothing compared
+    left: Tensor | None
     has: tuple[bool, ...]  # the parameters that have one
     dg: Tensor | None  # tangent of the gradient [k, n]; None is zero
     losses: dict[frozenset[int], Tensor]  # the largest of those accumulated, by the optimizers they reach, times scale
@@ -43,9 +42,8 @@ class Pending:
     coupled: bool = False  # a loss reads parameters of several optimizers
     survives: Tensor | None = None  # 0-d bool, while more is added: not all of it was zeroed
     averaged: bool = False  # dg is the mean of the processes'
-    own: Tensor | None = (
-        None  # `column_sums` of what this process left there before the mean was taken; None: not known
-    )
+    # `column_sums` of what this process left there before the mean was taken; None: not known
+    own: Tensor | None = None
 
     def forget_tangent(self) -> None:
         """The gradient's tangent is zero."""
@@ -162,10 +160,11 @@ class Comparison:
         if pending.changed is not None:
             readout.ask("changed", pending.changed)
         self.active, self.sizes = active, transition.sizes
-        self.part = part
+        self.ref = self.part = part
         if self.clip is None and not scaled:
             return
-        self.ref, self.part = self.left / pending.scale, part / pending.scale
+        self.ref = self.left if pending.scale == 1 else self.left / pending.scale
+        self.part = self.ref if part is self.left else part / pending.scale
         part, self.rtol = self.part, 64 * torch.finfo(g.dtype).eps
         if self.clip == "clip_value":
             off = (g - part.clamp(-self.threshold, self.threshold)).abs()
@@ -178,6 +177,11 @@ class Comparison:
         near = (off <= size * part.abs().amax() + size * part.abs()).all()  # False for NaN
         numbers = [square, self.c, self.norm, near.to(g.dtype)]
         readout.ask("scaling", torch.stack(numbers))
+
+    def keep_one(self, read: Mapping[str, list[float]]) -> None:
+        """Of two equal vectors keep one."""
+        if read["same"][0] == 1 and self.part is self.left:
+            self.pending.left = self.left = self.part = self.ref = self.g
 
     def tangent(self, read: Mapping[str, list[float]], k: int) -> Tensor | None:
         """The tangent of the gradients as the optimizer will see them [k, n]; None where that is not known.

@@ -83,9 +83,10 @@ class HyperSteps:
         """
         if not self.vector.moving:
             self.val_loss = self._mean_losses([self.problem.evaluate(self.validation, t, self.seed + t)])[0]
-            self._note_best(t, None)
+            theta = self._weights_read()
+            self._note_best(t, theta)
             self.progress.record(t, self.val_loss, {}, self.validated <= 1)
-            return self._risen(t, self.val_loss, None, warming or coupled)
+            return self._risen(t, self.val_loss, theta, warming or coupled)
         again = None
         with self._where() as tangent:
             frozen = not all(p.requires_grad for p in self.transition.params)  # those that have no tangent
@@ -105,7 +106,7 @@ class HyperSteps:
         self._ask(readout)
         read = readout.fetch()
         gradient = self._gradient(read, {name: g.shape for name, g in found.items()})
-        theta = self.tangents.average.theta if self._averages() else None
+        theta = self._weights_read()
         self._move(t, read["value"][0], gradient, read, theta)
         if again is not None:
             self._note_noise(t, read["hypergradient"], read["another hypergradient"])
@@ -136,13 +137,12 @@ class HyperSteps:
             )
 
     def _risen(self, t: int, loss: float, theta: Tensor | None, warming: bool) -> bool:
-        """Whether the validation loss, read at theta (None: the model's weights), is above its lowest by more than chance.
+        """Whether the validation loss, read at theta, is above its lowest by more than chance.
 
         A suspect is read again at the average of the weights: while lr is large the weights themselves jump about it.
         """
-        if self.record is None or self.frozen or warming:
+        if self.record is None or self.frozen or warming or theta is None:
             return False
-        theta = self.transition.flatten(self.transition.params) if theta is None else theta
         average = self.tangents.average.theta
 
         def read_both(other: Tensor) -> tuple[list[float], list[float]]:
@@ -185,6 +185,13 @@ class HyperSteps:
         readout = Readout(self.processes)
         readout.ask("losses", torch.stack([x.reshape(()) for x in losses]))
         return readout.fetch()["losses"]
+
+    def _weights_read(self) -> Tensor | None:
+        """A copy of the weights [n] at which the validation loss is read, one for all that keep them; None: nobody does."""
+        if self.best is None and self.record is None:
+            return None
+        average = self.tangents.average.theta if self._averages() else None
+        return self.transition.flatten(self.transition.params) if average is None else average.clone()
 
     def _averages(self) -> bool:
         """Whether the validation loss is taken at the running average of the weights."""

@@ -1,11 +1,16 @@
-"""A training state that is kept to go back to: weights, the optimizers' tensors and counts, and the model's buffers."""
+"""A training state that is kept to go back to: weights, the optimizers' tensors and counts, and the model's buffers.
+
+What optimizers with a rule keep is rounded to bfloat16 (8 bits, the range of float32): moments of gradients, of which a run that
+goes on from there with another lr needs no more. Before the first step there are none, and they take no memory.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from hypergrad.core.problem import Problem, Saved
@@ -20,6 +25,16 @@ class KeptState:
 
     state: State
     buffers: list[Saved]
+
+    @staticmethod
+    def of(state: State, problem: Problem, transition: Transition) -> KeptState:
+        """Of a state of the live optimizers, as `transition.live` reads it: its weights are not copied."""
+        made_in_constructor = any(getattr(rule, "first", {}) for rule in transition.rules)
+        if any(state.counts) or made_in_constructor or transition.fallbacks:
+            return KeptState(state.copied(torch.bfloat16), problem.read_buffers())
+        nothing = state.theta.new_zeros(1)  # nobody reads them when they are written back
+        slots = {name: nothing.expand(x.numel()) for name, x in state.slots.items()}
+        return KeptState(replace(state, slots=slots), problem.read_buffers())
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors are not copied."""

@@ -61,12 +61,8 @@ class OnlineLoop:
         self.hyper, self.writer, self.starts, self.recovery, self.phases = hyper, writer, starts, recovery, phases
         self.first_checks = first_checks
         self.problem, self.outer, self.tangents = hyper.problem, hyper.outer, hyper.tangents
-        self.vector, self.transition, self.journal, self.counts = (
-            hyper.vector,
-            hyper.transition,
-            hyper.journal,
-            hyper.counts,
-        )
+        self.vector, self.transition = hyper.vector, hyper.transition
+        self.journal, self.counts = hyper.journal, hyper.counts
         self.optimizers, self.mode, self.every, self.total = hyper.transition.optimizers, mode, every, total
         self.bound = bound
         self.other = OtherState(self.problem.model, self.transition.params, every)
@@ -126,7 +122,7 @@ class OnlineLoop:
             if fresh is not None and not self.skipped:
                 fresh.used_by(i)
             return
-        state = cache(lambda: self.transition.read(read.get("counts")))
+        state = cache(lambda: self.transition.live(read.get("counts")))
         if self.t == 0 and not self.stepped and self.hyper.record is not None:
             self.hyper.record.starts_from(state().theta)
         loss = read["loss"][0] if "loss" in read else None
@@ -144,6 +140,8 @@ class OnlineLoop:
                 self.recovery.undo_start(self.t, *self.starts.undo())
                 return
         steps = self.bound.averages_every(bool(self.vector.moving), self.starts.search.active)
+        if self.mode == "forward" and g is not None:
+            self.tangents.forget_written(state().theta)
         if not self.stepped and self.t % steps == 0:
             self.tangents.average.follow(state().theta, self.tangents.tangent, self.t, steps)
         values = self._use(i)
@@ -178,7 +176,6 @@ class OnlineLoop:
     ) -> None:
         """Tangents through the step; in the first steps what they show of the starts."""
         tangents = self.tangents
-        tangents.forget_written(state.theta)
         dg = None if comparison is None else comparison.tangent(read, len(self.vector.moving))
         scale = getattr(self.optimizers[i], "grad_scale", None)  # fused optimizers unscale by themselves
         if scale is not None:
@@ -190,12 +187,13 @@ class OnlineLoop:
             self.unknown.known(i)
         if fresh is not None and dg is not None and (self.apart or not fresh.stepped):
             tangents.curvature.add(tangents.tangent, fresh, i if self.apart else None)
-        before, search = tangents.tangent, self.starts.search
+        search = self.starts.search
+        before = tangents.copied() if self.apart and search.begins(i) else None
         tangents.push(state, g, active, values, self.used.slopes, dg)
 
         def push_again() -> None:
             self.writer.write(i, self.t, False, self.known)
-            tangents.take_again(before if self.apart else None)
+            tangents.take_again(before)
             tangents.push(state, g, active, self._use(i), self.used.slopes, dg)
 
         self.starts.make_small(i, self.t, state, push_again)

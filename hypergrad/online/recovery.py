@@ -118,7 +118,7 @@ class Recovery:
         transition.write(kept.state)
         self.problem.write_buffers(kept.buffers)
         if self.judge is not None:
-            self.judge.start_again(transition.read())
+            self.judge.start_again(transition.live())
         self._cut_lr(by)
         self.tangents.drop_pending()
         self.dropped += 1
@@ -132,7 +132,7 @@ class Recovery:
         """The validation loss has risen to `loss`: weights back to where it was lowest, with a smaller lr."""
         step, by = record.go(), record.policy.lr_cut
         if self.judge is not None:
-            self.judge.start_again(self.tangents.transition.read())
+            self.judge.start_again(self.tangents.transition.live())
         self._cut_lr(by)
         self.counts["backtracks"] += 1
         back = f"the validation loss rose to {loss:.3g}: weights taken back to those of step {step:,}, lr divided by {by:g}."

@@ -47,14 +47,14 @@ class StartWatch:
         """Note a step that is about to be taken. True: undo the start.
 
         Args:
-            state: reads the state before it.
+            state: reads the state before it, live.
             zero: whether its gradient is exactly 0.
             searching: whether the warm start is under way.
         """
         if not self.active or loss is None or not math.isfinite(loss):
             return False
         if self.kept is None:
-            self.kept = KeptState(state(), self.problem.read_buffers())
+            self.kept = KeptState.of(state(), self.problem, self.transition)
         p = self.policy
         if len(self.first) < p.losses:
             self.first.append(loss)

@@ -34,7 +34,7 @@ class TangentCap:
 
     # The factor, mostly 1, is multiplied with unseen.
     def bound(self, tangent: Tangent, norm: Tensor, dg: Tensor) -> Tangent:
-        """Tangents within the cap.
+        """Tangents within the cap, in the memory of these.
 
         Args:
             norm: of the weights.
@@ -49,12 +49,13 @@ class TangentCap:
         finite = torch.isfinite(norms).unsqueeze(-1)
         flags = torch.stack([~within, factor < 1, ~torch.isfinite(dg).all(1)])
         factor = factor.unsqueeze(-1)
-        slots = {name: torch.where(finite, x * factor, 0) for name, x in tangent.slots.items()}
+        for x in (tangent.theta, *tangent.slots.values()):
+            x.mul_(factor).masked_fill_(~finite, 0)
         self._flush()
         self.unread = flags, self.vector.moving
         if at_once:
             self._flush()
-        return Tangent(torch.where(finite, tangent.theta * factor, 0), slots)
+        return tangent
 
     def ask(self, readout: Readout) -> None:
         """Ask whether the last step's tangents met the cap; to be noted with `note`."""

@@ -27,6 +27,7 @@ from hypergrad.online.calibration import Calibration
 from hypergrad.online.forward_switch import ForwardSwitch
 from hypergrad.online.frozen_layers import FrozenLayers
 from hypergrad.online.gradient_changes import Comparison, Pending, carried_on, reached
+from hypergrad.online.gradient_tangent import gradient_tangent
 from hypergrad.online.hyper_vector import HyperVector
 from hypergrad.online.lr_curvature import LrCurvature
 from hypergrad.online.plain_backward import without_tangents
@@ -121,7 +122,12 @@ class Tangents:
             lin = Linearization(
                 loss, params, [*hypers, *others], products, retain_graph, products and self.forward.attached
             )
-            dg = self._gradient_tangent(lin, len(others), retain_graph) if products and not trial else None
+            dg = None
+            if products and not trial:
+                dg, formed = gradient_tangent(
+                    lin, self.vector, self.transition, self.tangent, len(others), retain_graph
+                )
+                self.counts["hessian_products"] += formed
             if trial:
                 lin.jvp(lin.grads, retain=retain_graph)
             if products and not retain_graph and all(g is None or not g.requires_grad for g in lin.grads):
@@ -136,12 +142,17 @@ class Tangents:
                 if dg is not None and i < len(params):
                     dg[:, slice(*self.transition.ranges[i])] = 0
         old = None if self.pending is None else carried_on(self.pending, self.transition)
+        value = lin.loss
+        del lin, plain
         if whole and not self.processes.alone:
             grads[: len(params)] = self.processes.means(grads[: len(params)], params)
         has = tuple(g is not None for g in grads[: len(params)])
         self.counts["gradients"] += 1
         left = self.transition.flatten(grads[: len(params)])
-        losses = {reached(self.transition, has): lin.loss}
+        for i, (p, g) in enumerate(zip(params, self.transition.split(left), strict=True)):
+            if grads[i] is not None and p.is_contiguous():
+                grads[i] = g  # the same numbers: autograd's own need not stay in memory
+        losses = {reached(self.transition, has): value}
         new = Pending(left, has, dg, losses, scale, coupled=coupled)
         new = expected(new, old, self.transition, self.processes)
         new = new if old is None else old.joined(new)
@@ -182,28 +193,6 @@ class Tangents:
         self.counts["gradients"] += gradients
         self.counts["hessian_products"] += hessian_products
 
-    def _gradient_tangent(self, lin: Linearization, n_others: int, retain_graph: bool) -> Tensor | None:
-        transition, directions = self.transition, self.vector.tuned
-        slope = self.vector.slope()[self.vector.moving].tolist() if self.vector.hypers else []
-        jobs = []
-        for j in range(len(directions)):
-            extra = directions.into_loss(j, 0)
-            if extra is not None:
-                extra = [None if x is None else x * slope[j] for x in extra] + [None] * n_others
-            if extra is not None or self.tangent is not None:
-                jobs.append((j, extra))
-        rows: dict[int, Tensor] = {}
-        nothing: list[Tensor | None] = [None] * len(transition.params)
-        for i, (j, extra) in enumerate(jobs):
-            z = nothing if self.tangent is None else transition.split(self.tangent.theta[j])
-            product = lin.jvp(z, extra, retain=retain_graph or i + 1 < len(jobs))
-            rows[j] = transition.flatten(product)
-        self.counts["hessian_products"] += len(jobs)
-        if not rows:
-            return None
-        zero = torch.zeros_like(next(iter(rows.values())))
-        return torch.stack([rows.get(j, zero) for j in range(len(directions))])
-
     # ---- the transition stage
 
     def compare(self, g: Tensor, active: Sequence[bool], readout: Readout) -> Comparison | None:
@@ -213,9 +202,15 @@ class Tangents:
         return Comparison(self.pending, self.transition, g, active, self.clip, self.scaler is not None, readout)
 
     def push(
-        self, state: State, g: Tensor, active: tuple[bool, ...], values: Values, scale: Tensor, dg: Tensor | None
+        self,
+        state: State,
+        g: Tensor,
+        active: tuple[bool, ...],
+        values: Values,
+        scale: Tensor,
+        dg: Tensor | None,
     ) -> None:
-        """Take the tangents through one step. dg None: unknown, so they start again from zero at this step."""
+        """Take the tangents through one step, in their memory. dg None: unknown, so they start again from zero at this step."""
         directions = self.vector.tuned
         if not len(directions):
             self.forget()
@@ -226,9 +221,9 @@ class Tangents:
         dg = torch.zeros_like(self.tangent.theta) if dg is None else dg
         for name, x in state.slots.items():  # a slot that a group has begun to keep
             if name not in self.tangent.slots:
-                self.tangent.slots[name] = x.new_zeros(len(directions), x.numel())
+                self.tangent.slots[name] = state.theta.new_zeros(len(directions), x.numel())
         seeds, _ = directions.seeds(0, scale[self.vector.moving].to(state.theta))
-        self.tangent = self.transition.jvp(state, g, active, values, self.tangent, dg, seeds)
+        self.tangent = self.transition.jvp(state, g, active, values, self.tangent, dg, seeds, in_place=True)
         self.frozen.trained(active)
         self.tangent = self.cap.bound(self.tangent, torch.linalg.vector_norm(state.theta), dg)
 
@@ -251,11 +246,18 @@ class Tangents:
         if also_pending and self.pending is not None:
             self.pending.forget_tangent()
 
+    def copied(self) -> Tangent | None:
+        tangent = self.tangent
+        if tangent is None:
+            return None
+        return Tangent(tangent.theta.clone(), {name: x.clone() for name, x in tangent.slots.items()})
+
     def take_again(self, before: Tangent | None) -> None:
         """The last step is to be taken through once more, from these tangents."""
         if before is None:
             self.forget()
         self.tangent = before
+        self.tangent = self.copied()  # they may be wanted once more
 
     def start_again(self) -> None:
         """Tangents are zero, and the running average of the weights starts again: training goes on from other weights."""
@@ -270,12 +272,11 @@ class Tangents:
         self.counts.update({k: v for k, v in stats.items() if k in self.counts})
 
     def state_dict(self) -> dict[str, Any]:
-        tangent = self.tangent
+        tangent = self.copied()  # later steps write into the tangents
         return {
             "theta": None if tangent is None else tangent.theta,
-            "slots": None if tangent is None else dict(tangent.slots),
-            "average": self.average.theta,
-            "average_tangent": self.average.tangent,
+            "slots": None if tangent is None else tangent.slots,
+            **self.average.state_dict(),
             "curvature": self.curvature.state_dict(),
             "hit": self.cap.state(),
         }
@@ -284,7 +285,7 @@ class Tangents:
         like = self.transition.params[0]
 
         def here(x: Any) -> Any:
-            return None if x is None else x.to(like)
+            return None if x is None else x.to(like, copy=True)
 
         self.tangent = None
         self.written.forget()

@@ -26,11 +26,15 @@ class WeightAverage:
         self.tangent: Tensor | None = None
 
     def follow(self, theta: Tensor, tangent: Tangent | None, t: int, steps: int = 1) -> None:
-        """Move towards the weights and tangents after t steps; steps: so many at once."""
+        """Move towards the weights and tangents after t steps, in place; steps: so many at once."""
         a = min(1.0, steps / (SHARE * (t + 1)))
-        self.theta = theta if self.theta is None else self.theta.lerp(theta, a)
+        self.theta = theta.clone() if self.theta is None else self.theta.lerp_(theta, a)
         if tangent is not None:
-            self.tangent = tangent.theta * a if self.tangent is None else self.tangent.lerp(tangent.theta, a)
+            self.tangent = tangent.theta * a if self.tangent is None else self.tangent.lerp_(tangent.theta, a)
+
+    def state_dict(self) -> dict[str, Tensor | None]:
+        copies = [None if x is None else x.clone() for x in (self.theta, self.tangent)]
+        return dict(zip(("average", "average_tangent"), copies, strict=True))
 
     @contextmanager
     def in_model(self) -> Iterator[None]:

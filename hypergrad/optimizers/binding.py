@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections import ChainMap
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any
 
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from hypergrad.core import multi_tensor
 from hypergrad.optimizers.group_values import floats
+from hypergrad.optimizers.pieces import LiveSlot
 from hypergrad.optimizers.registry import rule_of
 from hypergrad.optimizers.rule import Tensors, UpdateRule, parts
 from hypergrad.optimizers.traced.fallback import Fallback
@@ -39,6 +40,11 @@ class State:
     slots: Tensors
     counts: tuple[int, ...]
     rest: dict[int, Any] = field(default_factory=dict)
+
+    def copied(self, dtype: torch.dtype | None = None) -> State:
+        """With the slots of a live state in memory of their own; in `dtype` those of optimizers that have a rule."""
+        slots = {name: x.joined(dtype) if isinstance(x, LiveSlot) else x for name, x in self.slots.items()}
+        return replace(self, slots=slots)
 
     def nbytes(self) -> int:
         return sum(x.numel() * x.element_size() for x in (self.theta, *self.slots.values()))
@@ -189,20 +195,26 @@ class Binding:
         """Whether parameter i counts the steps of its group, taken with a gradient or without."""
         return getattr(self.rules[self.group_of[i]], "counts_groups", False)
 
-    def slots(self) -> Tensors:
-        """The optimizer's tensors, flat; their first values (mostly zeros) where there are none yet."""
-        return {name: torch.cat([self._slot(name, i) for i in range(len(self.params))]) for name in self.slot_names}
+    def _live_slots(self) -> dict[str, LiveSlot]:
+        """The optimizer's tensors; their first values (mostly zeros) where there are none yet."""
+        n = range(len(self.params))
+        return {name: LiveSlot([self._slot(name, i) for i in n], self.params[0].detach()) for name in self.slot_names}
 
     def _slot(self, name: str, i: int) -> Tensor:
         p, group, size = self.params[i], self.group_of[i], math.prod(self.slot_shapes[name][i])
         x = self.live_state(p, group).get(name) if size else None
         if x is None:
-            return p.new_full((size,), getattr(self.rules[group], "first", {}).get(name, 0.0))
-        return x.detach().reshape(-1).to(p)
+            return p.new_full((1,), getattr(self.rules[group], "first", {}).get(name, 0.0)).expand(size)
+        return x
 
     def read(self, counts: Sequence[float] | None = None) -> State:
         """The present state. counts: as of `counts`."""
-        slots, rest = self.slots(), {}
+        return self.live(counts).copied()
+
+    def live(self, counts: Sequence[float] | None = None) -> State:
+        """The same without a copy of the optimizers' tensors: right until they step."""
+        slots: dict[str, Any] = dict(self._live_slots())
+        rest = {}
         for i, fallback in self.fallbacks.items():
             own, rest[i] = fallback.read()
             slots |= own

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
@@ -15,7 +16,8 @@ class Span:
     stop: int
     shape: tuple[int, ...]
 
-    def of(self, x: Tensor) -> Tensor:
+    def of(self, x: Any) -> Tensor:
+        """Its part of a tensor, or of a LiveSlot."""
         return x[..., self.start : self.stop].view((*x.shape[:-1], *self.shape))
 
     def flat(self, x: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ adjoints [n].
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,14 +16,16 @@ from torch import Tensor
 
 from hypergrad.optimizers.binding import Binding, State, Values
 from hypergrad.optimizers.clip import Clip, ClipNorm, ClipValue
+from hypergrad.optimizers.pieces import Pieces
 from hypergrad.optimizers.rule import Tensors, parts
 from hypergrad.optimizers.span import Span
 from hypergrad.optimizers.traced.fallback import Fallback, Inputs
 
 CLIPS: dict[str, type[Clip]] = {"clip_norm": ClipNorm, "clip_value": ClipValue}
 
-# On CPU a long range is cut, so that the memory that a rule allocates for its ten or so passes is reused, not mapped each time.
-CHUNK = 2**20
+# A long range is cut, as a rule allocates memory for ten or so passes. On CPU that memory is then reused, not mapped each time;
+# on a device pieces are larger, as a kernel costs microseconds to launch.
+CHUNK, DEVICE_CHUNK = 2**20, 2**23
 
 WELL_CONDITIONED_EPS = 1e-3  # from this eps on d/d(weight decay) through g/(√v + eps) at g = v = 0 is of ordinary size
 
@@ -39,7 +41,7 @@ class Tangent:
     @staticmethod
     def zeros(state: State, k: int | None = None) -> Tangent:
         def zero(x: Tensor) -> Tensor:
-            return torch.zeros_like(x) if k is None else x.new_zeros(k, x.numel())
+            return torch.zeros_like(x) if k is None else state.theta.new_zeros(k, x.numel())
 
         return Tangent(zero(state.theta), {name: zero(x) for name, x in state.slots.items()})
 
@@ -59,10 +61,10 @@ class ParamRange:
     def of(self, x: Tensor) -> Tensor:
         return self.theta.of(x)
 
-    def chunks(self, size: int | None) -> Iterator[ParamRange]:
+    def chunks(self, size: int) -> Iterator[ParamRange]:
         """The same in ranges of at most `size` numbers, where the rule sees one vector."""
         length = self.theta.stop - self.theta.start
-        if size is None or length <= size or self.theta.shape != (length,):
+        if length <= size or self.theta.shape != (length,):
             yield self
             return
         for a in range(0, length, size):
@@ -76,26 +78,6 @@ class ParamRange:
     def seeds_of(self, x: Tensors) -> Tensors:
         """Tangents of scalars [k, 1], to be broadcast against those of θ."""
         return {name: d.view((len(d), *[1] * len(self.theta.shape))) for name, d in x.items()}
-
-
-@dataclass
-class _Pieces:
-    """Joins ranges to a vector; what no range covers keeps its old value, or is 0."""
-
-    old: Tensor
-    zero: bool = False
-    new: list[tuple[Span, Tensor]] = field(default_factory=list)
-
-    def join(self) -> Tensor:
-        pieces = sorted(self.new, key=lambda piece: piece[0].start)
-        covered = sum(span.stop - span.start for span, _ in pieces)
-        if pieces and covered == self.old.shape[-1]:
-            flat = [span.flat(x) for span, x in pieces]
-            return flat[0] if len(flat) == 1 else torch.cat(flat, dim=-1)
-        out = torch.zeros_like(self.old) if self.zero else self.old.clone()
-        for span, x in pieces:
-            span.of(out).copy_(x)
-        return out
 
 
 class Transition(Binding):
@@ -138,9 +120,9 @@ class Transition(Binding):
             yield from self._range(block, counts).chunks(self.chunk)
 
     @property
-    def chunk(self) -> int | None:
-        """Numbers of a range that are worked on at a time; None: all of them."""
-        return CHUNK * torch.get_num_threads() if self.params[0].device.type == "cpu" else None
+    def chunk(self) -> int:
+        """Numbers of a range that are worked on at a time."""
+        return CHUNK * torch.get_num_threads() if self.params[0].device.type == "cpu" else DEVICE_CHUNK
 
     def _joins(self, last: int, i: int, counts: Sequence[int]) -> bool:
         same = self.group_of[last] == self.group_of[i] and counts[last] == counts[i]
@@ -180,18 +162,18 @@ class Transition(Binding):
     def step(self, state: State, g: Tensor, active: tuple[bool, ...], values: Values) -> State:
         """One step from `state` with the flat gradient g [n]."""
         g = self.clipped(g, values)
-        theta, slots = _Pieces(state.theta), {name: _Pieces(state.slots[name]) for name in self.slot_names}
+        theta, slots = Pieces(state.theta), {name: Pieces(state.slots[name]) for name in self.slot_names}
         own, rest = {}, {}
         for fallback, inputs in self._own_steps(state, g, active, values):
             p, s, rest[fallback.number] = fallback.step(inputs)
-            theta.new.append((fallback.span, p))
+            theta.add(fallback.span, p)
             own |= s
         for part in self.plan(state.counts, active):
             s, h = part.slots_of(state.slots), self.scalars(part, values)
             p, s = self.rules[part.group].step(part.of(state.theta), part.of(g), s, h)
-            theta.new.append((part.theta, p))
+            theta.add(part.theta, p)
             for name, x in s.items():
-                slots[name].new.append((part.slots[name], x))
+                slots[name].add(part.slots[name], x)
         slots = {name: x.join() for name, x in slots.items()}
         counted = [(a or self.counts_groups(i)) and not self.takes_own_step[i] for i, a in enumerate(active)]
         return state.like(theta.join(), slots | own, counted, rest)
@@ -206,6 +188,7 @@ class Transition(Binding):
         dg: Tensor,
         seeds: Sequence[Tensors],
         clip_seed: Tensor | None = None,
+        in_place: bool = False,
     ) -> Tangent:
         """The jvp of one step.
 
@@ -214,24 +197,43 @@ class Transition(Binding):
             dg: tangent of g, [k, n].
             seeds: for each group, tangents of its scalars h by the rule's names, each [k, 1].
             clip_seed: tangent of the clipping threshold, [k, 1].
+            in_place: the result takes the memory of `tangent`.
         """
+        theta = Pieces(tangent.theta, in_place=in_place)
+        slots = {name: Pieces(tangent.slots[name], in_place=in_place) for name in self.slot_names}
+        own: Tensors = {}
+        for span, dp, ds in self.jvp_by_range(state, g, active, values, tangent, dg, seeds, clip_seed):
+            theta.add(span, dp)
+            for name, (slot_span, x) in ds.items():
+                if slot_span is None:
+                    own[name] = x
+                else:
+                    slots[name].add(slot_span, x)
+        return Tangent(theta.join(), {name: x.join() for name, x in slots.items()} | own)
+
+    def jvp_by_range(
+        self,
+        state: State,
+        g: Tensor,
+        active: tuple[bool, ...],
+        values: Values,
+        tangent: Tangent,
+        dg: Tensor,
+        seeds: Sequence[Tensors],
+        clip_seed: Tensor | None = None,
+    ) -> Iterator[tuple[Span, Tensor, dict[str, tuple[Span | None, Tensor]]]]:
+        """The same a range at a time: its tangent, and those of its slots; without a span a slot is one of an optimizer alone."""
         if self.clip is not None:
             m = values[self.clip.name][0]
             dg, g = self.clip.jvp(g, self.sizes, m, dg, clip_seed), self.clipped(g, values)
-        theta, slots = _Pieces(tangent.theta), {name: _Pieces(tangent.slots[name]) for name in self.slot_names}
-        own: Tensors = {}
         for fallback, inputs in self._own_steps(state, g, active, values):
             dp, ds = fallback.jvp(inputs, tangent.theta, dg, tangent.slots, seeds)
-            theta.new.append((fallback.span, dp))
-            own |= ds
+            yield fallback.span, dp, {name: (None, x) for name, x in ds.items()}
         for part in self.plan(state.counts, active):
             s, ds = part.slots_of(state.slots), part.slots_of(tangent.slots)
             h, dp, dh = self.scalars(part, values), part.of(tangent.theta), part.seeds_of(seeds[part.group])
             dp, ds = self.rules[part.group].jvp(part.of(state.theta), part.of(g), s, h, dp, part.of(dg), ds, dh)
-            theta.new.append((part.theta, dp))
-            for name, x in ds.items():
-                slots[name].new.append((part.slots[name], x))
-        return Tangent(theta.join(), {name: x.join() for name, x in slots.items()} | own)
+            yield part.theta, dp, {name: (part.slots[name], x) for name, x in ds.items()}
 
     def vjp(
         self, state: State, g: Tensor, active: tuple[bool, ...], values: Values, adjoint: Tangent
@@ -243,22 +245,22 @@ class Transition(Binding):
             derivative in each of its scalars that is in `wrt` (0-d); the derivative in the clipping threshold.
         """
         raw, g = g, self.clipped(g, values)
-        theta, slots = _Pieces(adjoint.theta), {name: _Pieces(adjoint.slots[name]) for name in self.slot_names}
-        lam_g, own = _Pieces(g, zero=True), {}
+        theta, slots = Pieces(adjoint.theta), {name: Pieces(adjoint.slots[name]) for name in self.slot_names}
+        lam_g, own = Pieces(g, zero=True), {}
         lam_h: list[Tensors] = [{} for _ in self.groups]
         for fallback, inputs in self._own_steps(state, g, active, values):
             lp, lg, ls = fallback.vjp(inputs, adjoint.theta, adjoint.slots, lam_h)
-            theta.new.append((fallback.span, lp))
-            lam_g.new.append((fallback.span, lg))
+            theta.add(fallback.span, lp)
+            lam_g.add(fallback.span, lg)
             own |= ls
         for part in self.plan(state.counts, active):
             s, ls = part.slots_of(state.slots), part.slots_of(adjoint.slots)
             h, lp = self.scalars(part, values), part.of(adjoint.theta)
             lp, lg, ls, lh = self.rules[part.group].vjp(part.of(state.theta), part.of(g), s, h, lp, ls)
-            theta.new.append((part.theta, lp))
-            lam_g.new.append((part.theta, lg))
+            theta.add(part.theta, lp)
+            lam_g.add(part.theta, lg)
             for name, x in ls.items():
-                slots[name].new.append((part.slots[name], x))
+                slots[name].add(part.slots[name], x)
             for name in lh.keys() & self.wanted:
                 x = lh[name]
                 lam_h[part.group][name] = lam_h[part.group].get(name, 0) + (x() if callable(x) else x).sum()

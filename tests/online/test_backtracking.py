@@ -115,7 +115,7 @@ def test_weights_loaded_before_the_first_step_are_where_it_starts_again() -> Non
     with torch.no_grad():
         model.weight.fill_(3.0)
     optimizer.state[model.weight]["momentum_buffer"] = torch.full((1, 2), 0.5)
-    back.starts_from(model.weight.detach().flatten())
+    back.starts_from(model.weight.detach().flatten().clone())
     with torch.no_grad():
         model.weight.fill_(5.0)
     assert first_return(back, [1.5, 1.6, 1.7], lambda theta: 4 * [1.0 if float(theta[0]) == 3 else 1.7]) == 1

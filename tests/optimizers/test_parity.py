@@ -158,7 +158,7 @@ def test_rule_is_torch(flags: str, dtype: torch.dtype, live: int, present: Calla
     for t in range(live, live + STEPS):
         state = step_both(optimizer, transition, state, gradients(params, t, present))
     assert_equal(state.theta, transition.flatten(params))
-    for name, slot in transition.slots().items():
+    for name, slot in transition.read().slots.items():
         assert_equal(state.slots[name], slot)
     if not flags.startswith(("sgd", "lion", "muon")):  # those do not count
         assert state.counts == transition.counts()

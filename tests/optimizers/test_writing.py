@@ -49,4 +49,4 @@ def test_training_goes_on_from_a_state_written_back(name: str, taken: int) -> No
     steps(0)
     assert transition.counts() == counts
     assert_equal(transition.read().theta, want.theta)
-    assert all(torch.equal(x, want.slots[slot]) for slot, x in transition.slots().items())
+    assert all(torch.equal(x, want.slots[slot]) for slot, x in transition.read().slots.items())

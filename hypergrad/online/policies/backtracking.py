@@ -41,20 +41,10 @@ from torch import Tensor
 from hypergrad.core.problem import Problem, Saved
 from hypergrad.online.kept_state import KeptState, as_buffers, values_of
 from hypergrad.online.policies.policy import Policy
-from hypergrad.optimizers.binding import State
 from hypergrad.optimizers.transition import Transition
 
 # reads the validation loss `pairs` times at the present weights' average and at the record's, in turn: what it is there, and here
 ReadBoth = Callable[[Tensor], tuple[Sequence[float], Sequence[float]]]
-
-
-def _first_state(transition: Transition) -> State:
-    """The state before the first step. Slots that nobody reads when it is written back take no memory."""
-    state = transition.read()
-    made_in_constructor = any(getattr(rule, "first", {}) for rule in transition.rules)
-    if any(state.counts) or made_in_constructor or transition.fallbacks:
-        return state
-    return replace(state, slots={name: x.new_zeros(1).expand(len(x)) for name, x in state.slots.items()})
 
 
 @dataclass(frozen=True)
@@ -88,7 +78,7 @@ class LossRecord:
         self.policy, self.transition, self.problem, self.before = policy, transition, problem, before
         # up to this step the run starts again
         self.until = 0.0 if total is None or not math.isfinite(before) else self.policy.restart_share * total
-        self.start = KeptState(_first_state(transition), problem.read_buffers()) if self.until else None
+        self.start = KeptState.of(transition.live(), problem, transition) if self.until else None
         self.second: deque[float] = deque(maxlen=self.policy.recent)
         self.phase: list[int] = []  # the numbers that were tuned at the last reading
         self._begin()
@@ -101,13 +91,15 @@ class LossRecord:
             self.best, self.theta, self.buffers = self.before, self.start.state.theta, self.start.buffers
 
     def starts_from(self, theta: Tensor) -> None:
-        """The first step starts from weights theta [n]: those may have been loaded since this was made."""
-        if self.start is not None and not torch.equal(theta, self.start.state.theta):
-            self.start = KeptState(_first_state(self.transition), self.problem.read_buffers())
+        """The first step starts from weights theta [n], never written to: they may have been loaded since this was made."""
+        if self.start is not None:
+            if not torch.equal(theta, self.start.state.theta):
+                self.start = KeptState.of(self.transition.live(), self.problem, self.transition)
+            self.start = replace(self.start, state=replace(self.start.state, theta=theta))  # one copy, with others
             self._begin()
 
     def read(self, t: int, loss: float, theta: Tensor, phase: Sequence[int], read_both: ReadBoth) -> bool:
-        """Note a validation loss at weights theta [n]. True: go back (`go`).
+        """Note a validation loss at weights theta [n], never written to. True: go back (`go`).
 
         Args:
             phase: the numbers that are tuned at present.
@@ -126,7 +118,7 @@ class LossRecord:
             self.second.append(abs(x - 2 * y + z) / (0.6745 * math.sqrt(6)))
         self.wait -= 1
         if loss < self.best:
-            self.best, self.theta, self.buffers, self.step = loss, theta.clone(), self.problem.read_buffers(), t
+            self.best, self.theta, self.buffers, self.step = loss, theta, self.problem.read_buffers(), t
             return False
         sigma = median(self.second) if self.second else 0.0
         if (

@@ -124,12 +124,11 @@ class StepJudge:
         return [self.past] if self.own is None else list(self.own.values())
 
     def keep(self, state: State) -> None:
-        """Note a state as good, if the loss has kept most of the progress it made.
-
-        Its tensors are never written to, so nothing is copied but the buffers.
-        """
+        """Note a live state as good, if the loss has kept most of the progress it made."""
         if all(past.healthy() for past in self._pasts()) or not self.good:
-            self.good.append(KeptState(state, self.problem.read_buffers()))
+            if len(self.good) == self.good.maxlen:
+                self.good.popleft()  # its memory is free before the new one takes its own
+            self.good.append(KeptState.of(state, self.problem, self.transition))
 
     def mend_buffers(self) -> None:
         """A bad batch may have put a NaN into running statistics: take those of the last good state, or the first ones."""
@@ -137,12 +136,12 @@ class StepJudge:
             self.problem.write_buffers(self.good[-1].buffers if self.good else self.first_buffers)
 
     def start_again(self, state: State) -> None:
-        """From a state that is a good one, and not the one that training has come to: forget the losses so far."""
+        """From a live state that is a good one, and not the one that training has come to: forget the losses so far."""
         for past in self._pasts():
             past.start_again(False)
             past.best = past.level = math.inf
         self.good.clear()
-        self.good.append(KeptState(state, self.problem.read_buffers()))
+        self.good.append(KeptState.of(state, self.problem, self.transition))
 
     def roll_back(self) -> bool:
         """Copy weights, buffers and optimizer tensors back, in place, from the older of the states kept."""

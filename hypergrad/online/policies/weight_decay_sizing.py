@@ -76,14 +76,13 @@ class WeightDecaySizing(Policy):
             readout: a new one.
         """
         transition = vector.transition
-        z = self._decay_tangents(transition, vector, state, g, active, values, slopes)
         mine = [x == i for x in transition.optimizer_of_group]
         momenta = [x if m else None for x, m in zip(values.get("momentum", []), mine)]
         momentum = largest_momentum({"momentum": momenta}, transition.rules)
         hints = [j for j in range(len(vector)) if self._is_hint(vector, j, mine)]
+        sums = self._along_weights(transition, vector, state, g, active, values, slopes)
         for j in hints:
-            theta = torch.where(z[j] == 0, 0, state.theta)
-            readout.ask(f"{j}", torch.stack([theta @ z[j], theta @ theta]))
+            readout.ask(f"{j}", sums[j])
         found = []
         for j, (product, square) in zip(hints, readout.fetch().values(), strict=True):
             rate = -product / max(square, 1e-300)
@@ -102,7 +101,7 @@ class WeightDecaySizing(Policy):
         return hint and entry.group is not None and mine[entry.group]
 
     @staticmethod
-    def _decay_tangents(
+    def _along_weights(
         transition: Transition,
         vector: HyperVector,
         state: State,
@@ -111,7 +110,19 @@ class WeightDecaySizing(Policy):
         values: Values,
         slopes: Tensor,
     ) -> Tensor:
-        """z [k, n]: what each number alone does to θ in this step. Momentum adds to it later."""
+        """θᵀz and θᵀθ [k, 2] over the weights where z is not 0, z what each number alone does to θ in this step.
+
+        Momentum adds to z later.
+        """
         seeds, _ = vector.directions.seeds(0, slopes.to(state.theta))
-        zero = Tangent.zeros(state, len(vector.directions))
-        return transition.jvp(state, g, active, values, zero, torch.zeros_like(zero.theta), seeds).theta
+        nothing = state.theta.new_zeros(1, 1)  # tangents of 0 that take no memory
+        k = len(vector.directions)
+        zero = Tangent(
+            nothing.expand(k, len(state.theta)), {name: nothing.expand(k, x.numel()) for name, x in state.slots.items()}
+        )
+        sums = state.theta.new_zeros(k, 2)
+        for span, dp, _ in transition.jvp_by_range(state, g, active, values, zero, zero.theta, seeds):
+            z, here = span.flat(dp), span.of(state.theta).reshape(-1)
+            theta = torch.where(z == 0, 0, here)
+            sums += torch.stack([(theta * z).sum(1), (theta * theta).sum(1)], dim=1)
+        return sums

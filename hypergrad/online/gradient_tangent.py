@@ -1,0 +1,47 @@
+"""The tangent of a batch's gradient: for each tuned number H z, and what the number itself, in the loss, does to the gradient."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from hypergrad.core.graph import Linearization
+from hypergrad.online.hyper_vector import HyperVector
+from hypergrad.optimizers.transition import Tangent, Transition
+
+
+def gradient_tangent(
+    lin: Linearization,
+    vector: HyperVector,
+    transition: Transition,
+    tangent: Tangent | None,
+    n_others: int,
+    retain: bool,
+) -> tuple[Tensor | None, int]:
+    """dg/dφ [k, n] (None: zero), and how many products were formed.
+
+    Args:
+        lin: of the loss; its extra leaves are the tensors in the loss, and `n_others` more.
+        tangent: dθ/dφ; None: zero.
+        retain: keep the graph.
+    """
+    directions = vector.tuned
+    slope = vector.slope()[vector.moving].tolist() if vector.hypers else []
+    jobs = []
+    for j in range(len(directions)):
+        extra = directions.into_loss(j, 0)
+        if extra is not None:
+            extra = [None if x is None else x * slope[j] for x in extra] + [None] * n_others
+        if extra is not None or tangent is not None:
+            jobs.append((j, extra))
+    rows: dict[int, Tensor] = {}
+    nothing: list[Tensor | None] = [None] * len(transition.params)
+    for i, (j, extra) in enumerate(jobs):
+        z = nothing if tangent is None else transition.split(tangent.theta[j])
+        rows[j] = transition.flatten(lin.jvp(z, extra, retain=retain or i + 1 < len(jobs)))
+    if not rows:
+        return None, 0
+    if len(directions) == 1:
+        return rows[0].unsqueeze(0), len(jobs)
+    zero = torch.zeros_like(next(iter(rows.values())))
+    return torch.stack([rows.get(j, zero) for j in range(len(directions))]), len(jobs)
