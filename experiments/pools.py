@@ -13,6 +13,8 @@ for each workload. Searches are resampled from the pool: no run of it is made tw
 The small family has a `pools_small.json` of its own: a grid of 8 lr, half a decade apart, × 6 weight decays, a decade apart, in
 the optimizer's range (SMALL_GRID), no trials, and on the same fresh seeds the untuned run of REFERENCE: `untuned` and
 `val_untuned` are its mean test and validation loss.
+
+The realistic family, of which a run takes minutes, has a grid of 5 lr, half a decade apart, × 2 weight decays (REALISTIC_GRID).
 """
 
 from __future__ import annotations
@@ -36,8 +38,14 @@ Range = tuple[float, float]
 GRID_SEED, TRIAL_SEED, FRESH_SEED = 0, 1000, 2000  # the first of each kind
 GRID_LR, GRID_WD = (-5, 1), (-7, -1)  # exponents of ten
 TRIAL_LR, TRIAL_WD = (-6, 1), (-7, -1)
-SIZES = {"main": (20, 10, 128), "small": (8, 6, 0)}  # family → learning rates and weight decays of its grid, trials
+SIZES = {
+    "main": (20, 10, 128),
+    "small": (8, 6, 0),
+    "realistic": (5, 2, 0),
+}  # family → learning rates and weight decays of its grid, trials
 SMALL_GRID = {"AdamW": ((-4, -0.5), (-4, 1)), "SGD": ((-3.5, 0), (-6, -1))}  # exponents of ten of lr, of weight decay
+REALISTIC_GRID = {"AdamW": ((-3.5, -1.5), (-3, -1)), "SGD": ((-2, 0), (-4, -3))}
+RANGES = {"small": SMALL_GRID, "realistic": REALISTIC_GRID}
 # lr and weight decay of an untuned run; weight decay is torch's default
 REFERENCE = {"AdamW": (1e-3, 0.01), "SGD": (0.1, 0.0), "RMSprop": (1e-3, 0.0), "Muon": (1e-3, 0.1)}
 TRIALS_AT_ONCE = 32  # of one workload: an interrupted pool has about as many of each
@@ -50,9 +58,13 @@ class Args:
 
     workloads: tuple = arg((), "any of one family (default: the family's)")
     family: str = arg("main", "the workloads that are run without --workloads: main or small")
-    grid_lr: int = arg(0, "learning rates of the grid; 0: 20 from 1e-5 to 10, 8 for the small family", quick=2)
-    grid_wd: int = arg(0, "weight decays of the grid; 0: 10 from 1e-7 to 0.1, 6 for the small family", quick=2)
-    trials: int = arg(-1, "random trials; -1: 128, none for the small family", quick=2)
+    grid_lr: int = arg(
+        0, "learning rates of the grid; 0: 20 from 1e-5 to 10, 8 for the small family, 5 for the realistic", quick=2
+    )
+    grid_wd: int = arg(
+        0, "weight decays of the grid; 0: 10 from 1e-7 to 0.1, 6 for the small family, 2 for the realistic", quick=2
+    )
+    trials: int = arg(-1, "random trials; -1: 128, for the main family alone", quick=2)
     fresh: int = arg(5, "fresh seeds of the grid's winner", quick=2)
     steps: int = arg(0, "training steps of a run; 0: the workload's own", quick=20)
     full: bool = arg(False, "the larger version of each workload")
@@ -147,7 +159,7 @@ def main(args: Args) -> list[Row]:
 
     for workload in names:  # what L* needs comes first
         optimizer, fresh = WORKLOADS[workload].optimizer, [{"seed": FRESH_SEED + i} for i in range(args.fresh)]
-        ranges = SMALL_GRID[optimizer] if family == "small" else (GRID_LR, GRID_WD)
+        ranges = RANGES[family][optimizer] if family in RANGES else (GRID_LR, GRID_WD)
         winner = best(sweep_of(workload, "grid", grid(lrs, wds, *ranges)))
         if winner:
             point = {key: winner[key] for key in ("lr", "weight_decay")}

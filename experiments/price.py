@@ -9,6 +9,8 @@ steps in one process on one thread: CPU seconds of the one over those of the oth
 kind "summary": the geometric means over workloads, and of loss over L* (the best of a grid of plain runs, pools.json), where it
 is known; those of workloads whose plain step takes less than 2 ms apart, since there Python's share rules.
 
+kind "family": the same of a whole family, with the regret of its best and of its worst seed.
+
 kind "resting": a ResNet-18 of 5 million weights on images of 32×32: steps in which nothing is tuned and no validation loss read,
 over plain steps, less 1: median of 7 turns of 4 steps.
 
@@ -42,7 +44,7 @@ from experiments.arguments import arg, command, parse
 from experiments.gpu_check.models import resnet18
 from experiments.invariance import UNSEEN
 from experiments.sweep import sweep
-from experiments.workloads import WORKLOADS, chosen
+from experiments.workloads import FAMILIES, WORKLOADS, chosen
 from hypergrad.policies import DEFAULT, LrWarmStart, Phases, replaced, without
 
 Row = dict[str, Any]
@@ -145,7 +147,7 @@ def items(args: Args) -> Iterator[Row]:
 
 def best_of_grid(name: str, split: str) -> float | None:
     """L* of a workload; None where it is not known."""
-    for pools in map(results.load, ("pools.json", "pools_small.json")):
+    for pools in map(results.load, ("pools.json", "pools_small.json", "pools_realistic.json")):
         for row in pools["rows"] if pools else ():
             if row.get("kind") == "summary" and row["workload"] == name:
                 return row["l_star" if split == "test" else "val_l_star"]
@@ -160,16 +162,40 @@ def summaries(rows: list[Row]) -> Iterator[Row]:
             names = list(dict.fromkeys(row["workload"] for row in mine))
             if not names:
                 continue
-            regrets = {}
-            for name in names:
-                best = best_of_grid(name, mine[0]["split"])
-                losses = [row["loss"] for row in mine if row["workload"] == name]
-                if best is not None and all(x is not None and math.isfinite(x) for x in losses):
-                    regrets[name] = fmean(losses) / best
+            found = regrets(mine)
             yield {
                 "kind": "summary", "cost": cost, "short_steps": short, "workloads": len(names), "runs": len(mine),
                 "seconds": geometric_mean(row["seconds"] for row in mine), "largest": max(row["seconds"] for row in mine),
-                "regret": geometric_mean(regrets.values()) if regrets else None, "regret_of": len(regrets),
+                "regret": geometric_mean(found.values()) if found else None, "regret_of": len(found),
+            }  # fmt: skip
+
+
+def regrets(rows: list[Row]) -> dict[str, float]:
+    """For each workload whose L* is known, the mean loss of its runs over L*."""
+    found = {}
+    for name in dict.fromkeys(row["workload"] for row in rows):
+        best = best_of_grid(name, rows[0]["split"])
+        losses = [row["loss"] for row in rows if row["workload"] == name]
+        if best is not None and all(x is not None and math.isfinite(x) for x in losses):
+            found[name] = fmean(losses) / best
+    return found
+
+
+def families(rows: list[Row]) -> Iterator[Row]:
+    """For each bound, split and family of which every workload was run, seconds and regret, with the least and most of a seed."""
+    for family, names in FAMILIES.items():
+        for cost, split in dict.fromkeys((row["cost"], row["split"]) for row in rows):
+            mine = [row for row in rows if (row["cost"], row["split"]) == (cost, split) and row["workload"] in names]
+            found = regrets(mine) if mine else {}
+            if len(found) < len(names):
+                continue
+            seeds = {row["seed"] for row in mine}
+            of_seed = [geometric_mean(regrets([row for row in mine if row["seed"] == x]).values()) for x in seeds]
+            worst = max(found, key=lambda name: found[name])
+            yield {
+                "kind": "family", "family": family, "cost": cost, "split": split, "seeds": len(seeds), "runs": len(mine),
+                "seconds": geometric_mean(row["seconds"] for row in mine), "regret": geometric_mean(found.values()),
+                "low": min(of_seed), "high": max(of_seed), "worst": found[worst], "worst_workload": worst,
             }  # fmt: skip
 
 
@@ -287,13 +313,13 @@ def main(args: Args) -> list[Row]:
     torch.set_num_threads(1)
     out = Path(args.out)
     before = results.load("price.json", out) or {"rows": []}
-    parts = {"summary": "run"}  # kinds whose part has another name
+    parts = {"summary": "run", "family": "run"}  # kinds whose part has another name
     rows: list[Row] = [row for row in before["rows"] if parts.get(row["kind"], row["kind"]) not in args.parts]
     if "run" in args.parts:
         todo = list(items(args))
         kept = sweep(run, todo, out / "price.jsonl")
         mine = [row for row in kept if any(item.items() <= row.items() for item in todo)] if args.quick else kept
-        rows += [*summaries(mine), *({"kind": "run", **row} for row in mine)]
+        rows += [*summaries(mine), *families(mine), *({"kind": "run", **row} for row in mine)]
     for optimizer in OPTIMIZERS:
         rows += [resting(optimizer, args.quick)] if "resting" in args.parts else []
         rows += list(bytes_of(optimizer, args.quick)) if "bytes" in args.parts else []

@@ -41,6 +41,16 @@ def use(root: Path) -> None:
     package = importlib.util.module_from_spec(spec)
     sys.modules[PACKAGE] = package
     spec.loader.exec_module(package)
+    read_no_clock()
+
+
+def read_no_clock() -> None:
+    """Tuners make no plan: it follows from measured seconds, and would differ from run to run."""
+    from hypergrad.online import tuner_parts
+
+    measured = getattr(tuner_parts, "Calibration", None)
+    if measured is not None:  # commits before `cost` have none
+        tuner_parts.Calibration = lambda device, active: measured(device, False)
 
 
 def run(name: str, quick: bool) -> dict[str, Any]:

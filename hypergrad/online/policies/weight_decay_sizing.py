@@ -122,7 +122,7 @@ class WeightDecaySizing(Policy):
         )
         sums = state.theta.new_zeros(k, 2)
         for span, dp, _ in transition.jvp_by_range(state, g, active, values, zero, zero.theta, seeds):
-            z, here = span.flat(dp), span.of(state.theta).reshape(-1)
-            theta = torch.where(z == 0, 0, here)
-            sums += torch.stack([(theta * z).sum(1), (theta * theta).sum(1)], dim=1)
+            for j, z in enumerate(span.flat(dp)):
+                theta = torch.where(z == 0, 0, span.of(state.theta).reshape(-1))
+                sums[j] += torch.stack([theta @ z, theta @ theta])
         return sums
