@@ -116,7 +116,7 @@ def run(item: Row) -> Row:
     def disturb(step: int, batch: Batch) -> Disturbed:
         return events[step](batch, step) if step in events else (batch, 1.0)
 
-    options: Row = {} if suite.known else {"total_steps": None}
+    options: Row = {"cost": None} | ({} if suite.known else {"total_steps": None})  # every hypergradient is whole
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # roll-backs are counted
         row = train_tuned(

@@ -11,6 +11,8 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 
+from experiments import results
+
 Rows = list[dict[str, Any]]
 
 # One colour for what hypergrad does, quiet ones for what it is compared with.
@@ -117,7 +119,23 @@ FAMILIES = (
 )
 
 
-def shootout(rows: Rows) -> Figure:
+def price(rows: Rows) -> Figure:
+    """Quality over seconds: hypergrad at each bound, beside the other methods of the shootout."""
+    others = results.load("shootout.json")
+    ends = [
+        row for row in (others["rows"] if others else ()) if row["kind"] == "summary" and row["method"] != "hypergrad"
+    ]
+    for row in rows:
+        if row["kind"] == "family" and row["family"] == "main" and row["split"] == "test":
+            title = "no bound" if row["cost"] is None else f"cost={row['cost']:g}"
+            ends.append(
+                row
+                | {"kind": "summary", "method": "hypergrad", "title": title, "cost": row["seconds"], "workloads": 12}
+            )
+    return shootout(ends, "CPU seconds over a plain run's; of searches: plain runs")
+
+
+def shootout(rows: Rows, xlabel: str = "cost in plain runs") -> Figure:
     """Quality over cost of each method that was run on every workload: geometric mean regret, in plain runs, log axes."""
     ends = [row for row in rows if row["kind"] == "summary"]
     everywhere = max(row["workloads"] for row in ends)
@@ -149,9 +167,12 @@ def shootout(rows: Rows) -> Figure:
     tuned = [row for row in live if row["method"] == "hypergrad"]
     others = [row for row in live if row not in tuned]
     _points(panel, others, "o", OTHERS[0], "one live run")
-    _points(panel, tuned, "D", TUNED, "hypergrad, its defaults")
+    _points(panel, tuned, "D", TUNED, "hypergrad" if len(tuned) > 1 else tuned[0]["title"] if tuned else "")
+    for row in tuned if len(tuned) > 1 else ():
+        at = (row["cost"], row["regret"])
+        panel.annotate(row["title"], at, xytext=(6, 4), textcoords="offset points", fontsize=8, color=TUNED)
     _labels(panel, others, 0.75)
-    _tidy(panel, "regret: test loss over that of the best of a grid of 200 (bars: 5–95 %)", "cost in plain runs")
+    _tidy(panel, "regret: test loss over that of the best of a grid of 200 (bars: 5–95 %)", xlabel)
     panel.legend(frameon=False, fontsize=8)
     return figure
 

@@ -315,6 +315,7 @@ PLOTS: dict[str, tuple[str, Callable[[list[Result]], Any]]] = {
     "fashion_mnist": ("fashion_mnist.json", figures.fashion_mnist),
     "trajectories": ("fashion_mnist_paths.json", figures.trajectories),
     "shootout": ("shootout.json", figures.shootout),
+    "price": ("price.json", figures.price),
     "bench_modes": ("bench_modes.json", figures.bench_modes),
     "ablation": ("ablation.json", ablation_figure.ablation),
     "metalearn_lr": ("metalearn_lr.json", whole_run_figures.metalearn_lr),
