@@ -4,7 +4,7 @@
     python -m experiments.gpt --text FILE --layers 12 --width 768 --heads 12 --context 1024 --vocabulary 50257 --batch 4
 
 The first has half a million weights, the second GPT-2's 124 million (tokens are bytes in both: a larger vocabulary is there for
-its size). Without `--text` it reads scikit-learn's descriptions of its data sets, 43,000 bytes, which a large net learns by heart.
+its size). Without `--text` it reads scikit-learn's descriptions of its data sets, 43 kB, which a large net learns by heart.
 Of ten pieces of a text eight train, one validates and one tests. AdamW; attention by torch's scaled_dot_product_attention, or
 written out with `--attention written`. Which runs, and what their rows have: real_runs.py.
 """

@@ -20,8 +20,8 @@ A row of kind "run" has
     bytes                        peak of allocated memory, on a GPU
     recipe, doubts               of a tuned run: the code, and how many things it says against itself
 
-rows of kind "curve" the losses at `points` places of a run. `OUT/tensorboard/RUN` has the same in TensorBoard, and the tuner's own
-log. Finished runs are kept in `OUT/NAME.jsonl` and not run again; the result is written anew after each.
+rows of kind "curve" the losses at `points` places of a run. `OUT/tensorboard/RUN` has the same for TensorBoard, and the tuner's
+own log. Finished runs are kept in `OUT/NAME.jsonl` and not run again; the result is written anew after each.
 """
 
 from __future__ import annotations
