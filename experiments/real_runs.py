@@ -13,8 +13,8 @@ A row of kind "run" has
 
     val, test, accuracy          mean losses over the whole sets at the end in eval mode, accuracy on the test set; null where the
                                  run diverged
-    seconds, seconds_over_plain  wall seconds of training, the device waited for, readings of the curves left out; over those of
-                                 the default run
+    seconds, seconds_over_plain  of training, readings of the curves left out; over those of the default run. On a GPU on the wall,
+                                 the device waited for; on a CPU the processor's, as other programs do not slow those
     end_lr, end_weight_decay     the peak of lr (tuned: where it was tuned to), and weight decay
     products_a_step, stride      Hessian products over steps; the plan's, null without one
     bytes                        peak of allocated memory, on a GPU
@@ -96,7 +96,7 @@ Build = Callable[[Any], Training]
 
 
 class Watch:
-    """Wall seconds between `start` and `stop`, the device waited for at both."""
+    """Seconds between `start` and `stop`: on the wall, the device waited for at both; on a CPU the processor's."""
 
     def __init__(self, device: str):
         self.cuda, self.seconds, self._began = device.startswith("cuda"), 0.0, 0.0
@@ -108,8 +108,9 @@ class Watch:
         self.seconds += self._now() - self._began
 
     def _now(self) -> float:
-        if self.cuda:
-            torch.cuda.synchronize()
+        if not self.cuda:
+            return time.process_time()
+        torch.cuda.synchronize()
         return time.perf_counter()
 
 
