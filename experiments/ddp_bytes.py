@@ -2,10 +2,10 @@
 
     python -m experiments.ddp_bytes [--quick]
 
-Two gloo processes train an MLP (rows "counted") tuned by a plan with products in one step of three. Every collective is counted as
-it goes through torch's dispatcher, those that DistributedDataParallel starts in C++ too; bytes are those of the tensors that a
-rank hands to it. Kinds of steps: "resting" (no product, no reading), "product", "reading" (of the validation loss; alone or with a
-product), "plain" (the same loop without a tuner). Of a kind the row has the largest numbers of its steps:
+Two gloo processes train an MLP (rows "counted") tuned by a plan with products in one step of three. Every collective is counted
+as it goes through torch's dispatcher, those that DistributedDataParallel starts in C++ too; bytes are those of the tensors that a
+rank hands to it. Kinds of steps: "resting" (no product, no reading), "product", "reading" (of the validation loss; alone or with
+a product), "plain" (the same loop without a tuner). Of a kind the row has the largest numbers of its steps:
 
     gradient_bytes                  DistributedDataParallel's own: 4 n for n weights
     buffer_bytes                    its copies of rank 0's buffers, before every forward pass, those of val_loss too

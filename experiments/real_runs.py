@@ -13,8 +13,8 @@ A row of kind "run" has
 
     val, test, accuracy          mean losses over the whole sets at the end in eval mode, accuracy on the test set; null where the
                                  run diverged
-    seconds, seconds_over_plain  of training, readings of the curves left out; over those of the default run. On a GPU on the wall,
-                                 the device waited for; on a CPU the processor's, as other programs do not slow those
+    seconds, seconds_over_plain  of training, readings of the curves left out; over those of the default run. On a GPU by the
+                                 clock, the device waited for; on a CPU the processor's, as other programs do not slow those
     end_lr, end_weight_decay     the peak of lr (tuned: where it was tuned to), and weight decay
     products_a_step, stride      Hessian products over steps; the plan's, null without one
     bytes                        peak of allocated memory, on a GPU

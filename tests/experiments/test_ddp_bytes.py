@@ -1,4 +1,4 @@
-"""`experiments.ddp_bytes`: what is written out for many processes. What is counted is held in tests/online/test_distributed.py."""
+"""`experiments.ddp_bytes`: what is written out for many processes. Counts are held in tests/online/test_distributed.py."""
 
 from __future__ import annotations
 
