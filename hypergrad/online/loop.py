@@ -136,12 +136,15 @@ class OnlineLoop:
             if verdict != "good":
                 self.void = True
                 self._drop_gradients(i)
-                self.recovery.act(self.t, verdict, loss)
+                if verdict == "blow-up" and self.starts.undoes_blow_up():
+                    self.recovery.undo_start(self.t, *self.starts.undo(self.t))
+                else:
+                    self.recovery.act(self.t, verdict, loss)
                 return
             if not self.stepped and self.starts.undoes(state, loss, gradients.zero(read)):
                 self.void = True
                 self._drop_gradients(i)
-                self.recovery.undo_start(self.t, *self.starts.undo())
+                self.recovery.undo_start(self.t, *self.starts.undo(self.t))
                 return
         steps = self.bound.averages_every(bool(self.vector.moving), self.starts.search.active)
         if not self.stepped and self.t % steps == 0:

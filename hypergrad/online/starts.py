@@ -141,9 +141,19 @@ class Starts:
         """Whether the warm start is to be undone, as of a step that is about to be taken. zero: its gradient is exactly 0."""
         return self.watch.active and self.watch.sees(state, loss, zero, self.search.active)
 
-    def undo(self) -> tuple[KeptState, float]:
-        """The state to go back to, and by what lr is divided."""
-        return self.watch.undo(), self.watch.policy.lr_cut
+    def undoes_blow_up(self) -> bool:
+        """Whether training has blown up in the warm start, which is then to be undone."""
+        return self.search.active and self.watch.active and self.watch.kept is not None
+
+    def undo(self, t: int) -> tuple[KeptState, float]:
+        """At step t: the state to go back to, and by what lr is divided. A warm start under way ends."""
+        policy, by = self.watch.policy, self.watch.policy.lr_cut
+        if self.search.active:
+            self.search.stop()
+            self._size_all()
+            shape = self.writer.lr_shape(t, 0)  # not 0, as the warm start takes no step there
+            by *= policy.growth**policy.losses * max(shape, self.writer.peak_shape(0)) / shape
+        return self.watch.undo(), by
 
     def begin_phase(self) -> None:
         """Other numbers are tuned from now on. Where weight decay is one of them it is sized."""
