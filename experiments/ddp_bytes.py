@@ -29,8 +29,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import nn
+from torch.multiprocessing.spawn import spawn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -211,7 +211,7 @@ def _serve(rank: int, store: str, width: int, folder: str) -> None:
 
 def main(args: Args) -> list[Row]:
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(_serve, (str(Path(folder, "store")), args.width, folder), nprocs=2)
+        spawn(_serve, (str(Path(folder, "store")), args.width, folder), nprocs=2)
         one, other = (torch.load(Path(folder, str(rank))) for rank in range(2))
     if one != other:
         raise SystemExit("the two processes counted different collectives")

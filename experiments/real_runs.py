@@ -228,7 +228,7 @@ def train(
         loss = made.loss(batch)
         optimizer.zero_grad()
         backward(loss)
-        used = optimizer.param_groups[0]["lr"] if tuner is None else None
+        used = float(optimizer.param_groups[0]["lr"])  # of a plain step
         optimizer.step()
         if schedule is not None:
             schedule.step()
@@ -237,7 +237,7 @@ def train(
             continue
         watch.stop()
         val, accuracy = made.evaluate("val")
-        lr = float(used if tuner is None else tuner.applied["lr"].mean())
+        lr = used if tuner is None else float(tuner.applied["lr"].mean())
         point = {"train": float(total) / (step - last), "val": val, "val_accuracy": accuracy, "lr": lr}
         for tag, x in point.items():
             writer.add_scalar(f"curve/{tag}", x, step)

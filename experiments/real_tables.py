@@ -25,7 +25,15 @@ def real_runs(result: Result) -> str:
 
 
 def ddp_bytes(result: Result) -> str:
-    head = ("step", "DDP's gradients", "DDP's buffers", "vectors", "their bytes", "collectives of numbers", "their bytes")
+    head = (
+        "step",
+        "DDP's gradients",
+        "DDP's buffers",
+        "vectors",
+        "their bytes",
+        "collectives of numbers",
+        "their bytes",
+    )
     body = []
     for row in result["rows"]:
         if row["rows"] != "counted":
