@@ -137,13 +137,14 @@ class Starts:
             self.search.couple()
             self.tangents.curvature.couple()
 
-    def undoes(self, state: Callable[[], State], loss: float | None, zero: bool) -> bool:
-        """Whether the warm start is to be undone, as of a step that is about to be taken. zero: its gradient is exactly 0."""
-        return self.watch.active and self.watch.sees(state, loss, zero, self.search.active)
+    def undoes(self, verdict: str, state: Callable[[], State], loss: float | None, zero: bool) -> bool:
+        """Whether the warm start is to be undone: as of a step that is about to be taken, or that blows up while it is under way.
 
-    def undoes_blow_up(self) -> bool:
-        """Whether training has blown up in the warm start, which is then to be undone."""
-        return self.search.active and self.watch.active and self.watch.kept is not None
+        verdict: what the step is. zero: its gradient is exactly 0.
+        """
+        if verdict == "blow-up":
+            return self.search.active and self.watch.active and self.watch.kept is not None
+        return verdict == "good" and self.watch.active and self.watch.sees(state, loss, zero, self.search.active)
 
     def undo(self, t: int) -> tuple[KeptState, float]:
         """At step t: the state to go back to, and by what lr is divided. A warm start under way ends."""
