@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
 
 
 class Size(NamedTuple):
@@ -19,6 +20,7 @@ class Size(NamedTuple):
     context: int
     vocabulary: int
     batch: int
+    fused: bool = False  # attention by torch's own kernels, which have no second derivative
 
 
 FULL = Size(layers=12, width=768, heads=12, context=1024, vocabulary=50_257, batch=4)
@@ -30,7 +32,7 @@ class Block(nn.Module):
 
     def __init__(self, size: Size):
         super().__init__()
-        width, self.heads = size.width, size.heads
+        width, self.heads, self.fused = size.width, size.heads, size.fused
         self.before_attention, self.before_mlp = nn.LayerNorm(width), nn.LayerNorm(width)
         self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
         self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
@@ -39,8 +41,12 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = self.qkv(self.before_attention(x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        scores = (q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])).masked_fill(self.future, -math.inf)
-        x = x + self.out((scores.softmax(-1) @ v).transpose(1, 2).flatten(2))
+        if self.fused:
+            mixed = scaled_dot_product_attention(q, k, v, is_causal=True)
+        else:
+            scores = (q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])).masked_fill(self.future, -math.inf)
+            mixed = scores.softmax(-1) @ v
+        x = x + self.out(mixed.transpose(1, 2).flatten(2))
         return x + self.mlp(self.before_mlp(x))
 
 

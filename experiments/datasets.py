@@ -72,6 +72,31 @@ def fashion_mnist(data_dir: str | None = None) -> Data:
     return Data(Split(x[:cut], y[:cut]), Split(x[cut:], y[cut:]), Split(test_x, test_y))
 
 
+def cifar10(data_dir: str | None = None) -> Data:
+    """CIFAR-10 as images [n, 3, 32, 32], standardised per channel; the last tenth of the training images (5,000) validates.
+
+    Raises:
+        FileNotFoundError: neither in the folder nor to be downloaded.
+    """
+    from torchvision.datasets import CIFAR10
+
+    root = data_dir or str(Path(torch.hub.get_dir()).parent / "datasets" / "vision")
+    try:
+        sets = [CIFAR10(root, train, download=data_dir is None) for train in (True, False)]
+    except (OSError, RuntimeError) as error:
+        raise FileNotFoundError(
+            f"CIFAR-10 was not found: {str(error).splitlines()[0]}. Pass --data-dir with the folder that holds "
+            "cifar-10-batches-py, as torchvision.datasets.CIFAR10 makes it, or let torchvision download it."
+        ) from error
+    (x, y), (test_x, test_y) = (
+        (torch.from_numpy(s.data).permute(0, 3, 1, 2).float(), torch.tensor(s.targets)) for s in sets
+    )
+    std, mean = torch.std_mean(x, dim=(0, 2, 3), correction=0, keepdim=True)
+    x, test_x = ((each - mean) / std for each in (x, test_x))
+    cut = len(x) - len(x) // 10
+    return Data(Split(x[:cut], y[:cut]), Split(x[cut:], y[cut:]), Split(test_x, test_y))
+
+
 def find_fashion_mnist(data_dir: str | None = None, download: bool = True) -> Path:
     """The folder that holds the four IDX files (plain or .gz): given, cached, packaged by Debian, or downloaded.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -52,13 +53,19 @@ def finished(path: Path) -> list[Row]:
     return rows
 
 
-def _in_this_process(run: Callable[[Row], Row], items: list[Row]) -> Iterator[Row]:
+@contextmanager
+def one_thread() -> Iterator[None]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        yield from map(run, items)
+        yield
     finally:
         torch.set_num_threads(threads)
+
+
+def _in_this_process(run: Callable[[Row], Row], items: list[Row]) -> Iterator[Row]:
+    with one_thread():
+        yield from map(run, items)
 
 
 def _in_processes(run: Callable[[Row], Row], items: list[Row], jobs: int) -> Iterator[Row]:

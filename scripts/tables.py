@@ -19,7 +19,15 @@ from typing import Any
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-from experiments import ablation_figure, figures, mode_tables, results, search_figures, whole_run_figures  # noqa: E402
+from experiments import (  # noqa: E402
+    ablation_figure,
+    figures,
+    mode_tables,
+    real_tables,
+    results,
+    search_figures,
+    whole_run_figures,
+)
 from experiments.markdown import source, table  # noqa: E402
 from experiments.workloads import WORKLOADS  # noqa: E402
 
@@ -289,6 +297,7 @@ TABLES: dict[str, Callable[[Result], str]] = {
     "schedulers": schedulers,
     "layers": layers,
     **mode_tables.TABLES,
+    **real_tables.TABLES,
     "search_benchmark": search_figures.search_benchmark,
     "search_problems": search_figures.search_problems,
     "search_differences": search_figures.search_differences,
@@ -309,6 +318,7 @@ FILES = {  # of tables that are not in the file of their name
     "fashion_in_words": "fashion_mnist.json",
     "shootout_in_words": "shootout.json",
     "harm_in_words": "harm.json",
+    "ddp_bytes_written_out": "ddp_bytes.json",
 }
 PLOTS: dict[str, tuple[str, Callable[[list[Result]], Any]]] = {
     "quickstart": ("quickstart_curves.json", figures.quickstart),

@@ -43,13 +43,14 @@ def resnet18(width: int = 64, classes: int = 10, channels: int = 3) -> nn.Module
 
 
 class Workload(NamedTuple):
-    """A net, its data and its optimizer; `steps` is K of `hypergradient`."""
+    """A net, its data and its optimizer; `steps` is K of `hypergradient`, `run` the steps of a whole tuned run."""
 
     model: Callable[[bool], nn.Module]  # of whether it is to be tiny
     batch: Callable[[bool], Batch]
     optimizer: Callable[[Any], torch.optim.Optimizer]
     steps: int
     block: int  # steps between two looks at the clock
+    run: int
     bf16: bool = False
     channels_last: bool = False
 
@@ -103,12 +104,18 @@ def _adamw(params: Any) -> torch.optim.Optimizer:
 
 
 WORKLOADS: dict[str, Workload] = {
-    "MLP, SGD with momentum": Workload(_mlp, _vectors, _momentum, steps=100, block=40),
-    "MLP, AdamW": Workload(_mlp, _vectors, _adamw, steps=100, block=40),
+    "MLP, SGD with momentum": Workload(_mlp, _vectors, _momentum, steps=100, block=40, run=2000),
+    "MLP, AdamW": Workload(_mlp, _vectors, _adamw, steps=100, block=40, run=2000),
     "ResNet-18, bf16": Workload(
-        lambda quick: resnet18(4 if quick else 64), _images, _momentum, steps=5, block=10, bf16=True, channels_last=True
+        lambda quick: resnet18(4 if quick else 64), _images, _momentum, 5, 10, 400, bf16=True, channels_last=True
     ),
     "GPT of 124 M weights, bf16": Workload(
-        lambda quick: bench_gpt.GPT(_size(quick)), lambda quick: bench_gpt.data(_size(quick)), _adamw, 3, 10, bf16=True
+        lambda quick: bench_gpt.GPT(_size(quick)),
+        lambda quick: bench_gpt.data(_size(quick)),
+        _adamw,
+        3,
+        10,
+        300,
+        bf16=True,
     ),
 }

@@ -1,8 +1,9 @@
-"""The checks of `speed`: seconds and memory of tuned steps and of `hypergradient` over those of plain steps, by turns."""
+"""The checks of `speed`: seconds and memory of tuned runs, of tuned steps and of `hypergradient` over those of plain steps."""
 
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable
 from functools import partial
 from statistics import median
@@ -16,7 +17,6 @@ from experiments.gpu_check.models import WORKLOADS, Workload
 from experiments.gpu_check.rows import Check, Place, Row
 from hypergrad.policies import DEFAULT, LrWarmStart, Phases, replaced, without
 
-FORMS = ("tuned", "resting", "hypergradient")
 BLOCKS = (3, 7)  # at least, and at most, of plain and of other steps by turns
 SECONDS = 12.0  # of a row, after which no further pair of blocks begins once there are the least
 
@@ -52,11 +52,14 @@ class Device:
 class Training:
     """A training loop of its own, plain or in one of the forms. `step_all(n)` takes n steps."""
 
-    def __init__(self, workload: Workload, place: Place, form: str = "plain"):
+    def __init__(self, workload: Workload, place: Place, form: str = "plain", run: int = 0, cost: float | None = None):
+        """run: the length of a whole run, tuned by the defaults at that cost."""
         self.form = form
         self.model, self.loss, self.val_loss = workload.build(place.device, place.quick)
         self.optimizer = workload.optimizer(self.model.parameters())
         self.tuner: hypergrad.Tuner | None = None
+        if run:  # validated on the batch that it trains on, as made-up data has nothing to generalise
+            self.tuner = hypergrad.Tuner(self.model, self.optimizer, self.loss, total_steps=run, cost=cost)
         if form in ("tuned", "resting"):  # far from its end, lr alone is tuned: one product a step; or nothing is
             policies = without(DEFAULT, LrWarmStart)
             if form == "resting":
@@ -91,12 +94,12 @@ class Training:
         return self.tuner.stats["hessian_products"] if self.tuner else 0
 
 
-def measure(place: Place, name: str, form: str) -> Row:
-    """Blocks of plain steps and of the form's steps by turns."""
+def measure(place: Place, name: str, form: str, steps: int = 0) -> Row:
+    """Blocks of plain steps and of the form's steps by turns. steps: of one long block; 0: short ones."""
     began, workload, device = time.perf_counter(), WORKLOADS[name], Device(place)
-    n = workload.steps if form == "hypergradient" else workload.block
+    n = steps or (workload.steps if form == "hypergradient" else workload.block)
     n = min(n, 4) if place.quick else n
-    least, most = (2, 2) if place.quick else BLOCKS
+    least, most = (1, 1) if steps else (2, 2) if place.quick else BLOCKS
     empty = device.allocated()
     plain = Training(workload, place)
     plain.step_all(3)
@@ -105,7 +108,7 @@ def measure(place: Place, name: str, form: str) -> Row:
     for _ in range(3):  # the optimizer's state is there, as in the middle of a run
         other.plain_step() if other.tuner is None else other.tuned_step(other.tuner)
     if form == "hypergradient":
-        other.step_all(n)
+        other.step_all(min(n, workload.steps))
     present, products = device.allocated() - beside, other.products()
     blocks: list[tuple[float, int, float, int]] = []
     while len(blocks) < least or (len(blocks) < most and time.perf_counter() - began < SECONDS):
@@ -139,7 +142,46 @@ def measure(place: Place, name: str, form: str) -> Row:
     return {"detail": line, **row}
 
 
-# by value: what users do most, on small and on large nets; then the rest
+def whole_run(place: Place, name: str, cost: float) -> Row:
+    """A run tuned by the defaults at a cost, from its first step to its last; blocks of plain steps before it."""
+    workload, device = WORKLOADS[name], Device(place)
+    n, block = (40, 4) if place.quick else (workload.run, workload.block)
+    empty = device.allocated()
+    plain = Training(workload, place)
+    plain.step_all(3)
+    blocks = [device.block(partial(plain.step_all, block)) for _ in range(BLOCKS[0])]
+    plain_ms, plain_bytes = 1000 * median(seconds for seconds, _ in blocks) / block, max(x for _, x in blocks) - empty
+    del plain
+    beside = device.allocated()
+    other = Training(workload, place, f"cost={cost:g}", n, cost)
+    tuner = other.tuner
+    assert tuner is not None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # blow-ups, which the row counts
+        seconds, peak = device.block(partial(other.step_all, n))
+    ratio, stats, plan = 1000 * seconds / n / plain_ms, tuner.stats, tuner.plan
+    row: Row = {
+        "workload": name,
+        "form": other.form,
+        "steps": n,
+        "plain_ms": round(plain_ms, 4),
+        "ms": round(1000 * seconds / n, 4),
+        "ratio": round(ratio, 3),
+        "plain_bytes": plain_bytes if place.cuda else None,
+        "bytes": peak - beside if place.cuda else None,
+        "memory_ratio": round((peak - beside) / plain_bytes, 3) if place.cuda else None,
+        "products_a_step": stats["hessian_products"] / n,
+        "plan": None if plan is None else plan.state_dict(),
+        "rollbacks": stats["rollbacks"],
+        "backtracks": stats["backtracks"],
+        "passed_over": stats["spikes"] + stats["nonfinite_steps"],
+    }
+    tuner.close()
+    memory = f", memory {row['memory_ratio']:.2f} times" if place.cuda else ""
+    return {"detail": f"{n} steps took {ratio:.2f} times the seconds of plain ones of {plain_ms:.3g} ms{memory}", **row}
+
+
+# by value: whole runs as users have them, on large nets; single steps and hypergradients, most used first; then the rest
 ORDER = (
     ("MLP, SGD with momentum", "tuned"),
     ("ResNet-18, bf16", "tuned"),
@@ -154,4 +196,25 @@ ORDER = (
     ("MLP, AdamW", "resting"),
     ("MLP, SGD with momentum", "resting"),
 )
-CHECKS: dict[str, Check] = {f"{name}: {form}": partial(measure, name=name, form=form) for name, form in ORDER}
+RUNS = (
+    ("GPT of 124 M weights, bf16", 2.0),
+    ("ResNet-18, bf16", 2.0),
+    ("ResNet-18, bf16", 1.15),
+    ("GPT of 124 M weights, bf16", 1.15),
+)
+SMALL_RUNS = (("MLP, AdamW", 2.0), ("MLP, AdamW", 1.15))
+LONG = 200  # steps of the hypergradient of a whole run
+
+
+def _runs(pairs: tuple[tuple[str, float], ...]) -> dict[str, Check]:
+    return {f"{name}: cost={cost:g}": partial(whole_run, name=name, cost=cost) for name, cost in pairs}
+
+
+CHECKS: dict[str, Check] = {
+    **_runs(RUNS),
+    f"ResNet-18, bf16: hypergradient over {LONG} steps": partial(
+        measure, name="ResNet-18, bf16", form="hypergradient", steps=LONG
+    ),
+    **_runs(SMALL_RUNS),
+    **{f"{name}: {form}": partial(measure, name=name, form=form) for name, form in ORDER},
+}

@@ -25,14 +25,19 @@ def _images(full: bool) -> data.Data:
     return data.Data(*(data.Split(x.view(-1, 1, 28, 28), y) for x, y in splits))
 
 
-def shifted(x: Tensor, draws: torch.Generator) -> Tensor:
-    """Images [n, 1, 28, 28], each shifted by up to SHIFT pixels in either direction, and mirrored in one case of two."""
-    n, size = len(x), x.shape[-1]
-    wide = pad(x, (SHIFT,) * 4)
-    down, right = torch.randint(2 * SHIFT + 1, (2, n, 1), generator=draws)
+def shifted(x: Tensor, draws: torch.Generator, by: int = SHIFT) -> Tensor:
+    """Images [n, c, h, h], each shifted by up to `by` pixels in either direction, and mirrored in one case of two.
+
+    draws: of the CPU, so that the images are the same on every device.
+    """
+    n, c, size = x.shape[:3]
+    wide = pad(x, (by,) * 4)
+    down, right = torch.randint(2 * by + 1, (2, n, 1), generator=draws)
     rows, columns = down + torch.arange(size), right + torch.arange(size)
     columns = torch.where(torch.rand(n, 1, generator=draws) < 0.5, columns, columns.flip(1))
-    return wide[torch.arange(n)[:, None, None], 0, rows[:, :, None], columns[:, None, :]].unsqueeze(1)
+    image, channel = torch.arange(n)[:, None, None, None], torch.arange(c)[:, None, None]
+    at = [i.to(x.device) for i in (image, channel, rows[:, None, :, None], columns[:, None, None, :])]
+    return wide[at[0], at[1], at[2], at[3]]
 
 
 REALISTIC = (

@@ -129,15 +129,14 @@ class OnlineLoop:
         if not self.hyper.frozen:
             keep = not self.stepped and self.t % self.every == 0
             verdict = self.recovery.verdict(i, state, gradients.finite(read), loss, keep, not self.stepped)
-            if verdict != "good":
+            undone = not self.stepped and self.starts.undoes(verdict, state, loss, gradients.zero(read))
+            if undone or verdict != "good":
                 self.void = True
                 self._drop_gradients(i)
-                self.recovery.act(self.t, verdict, loss)
-                return
-            if not self.stepped and self.starts.undoes(state, loss, gradients.zero(read)):
-                self.void = True
-                self._drop_gradients(i)
-                self.recovery.undo_start(self.t, *self.starts.undo())
+                if undone:
+                    self.recovery.undo_start(self.t, *self.starts.undo(self.t))
+                else:
+                    self.recovery.act(self.t, verdict, loss)
                 return
         steps = self.bound.averages_every(bool(self.vector.moving), self.starts.search.active)
         if self.mode == "forward" and g is not None:

@@ -137,13 +137,24 @@ class Starts:
             self.search.couple()
             self.tangents.curvature.couple()
 
-    def undoes(self, state: Callable[[], State], loss: float | None, zero: bool) -> bool:
-        """Whether the warm start is to be undone, as of a step that is about to be taken. zero: its gradient is exactly 0."""
-        return self.watch.active and self.watch.sees(state, loss, zero, self.search.active)
+    def undoes(self, verdict: str, state: Callable[[], State], loss: float | None, zero: bool) -> bool:
+        """Whether the warm start is to be undone: as of a step that is about to be taken, or that blows up while it is under way.
 
-    def undo(self) -> tuple[KeptState, float]:
-        """The state to go back to, and by what lr is divided."""
-        return self.watch.undo(), self.watch.policy.lr_cut
+        verdict: what the step is. zero: its gradient is exactly 0.
+        """
+        if verdict == "blow-up":
+            return self.search.active and self.watch.active and self.watch.kept is not None
+        return verdict == "good" and self.watch.active and self.watch.sees(state, loss, zero, self.search.active)
+
+    def undo(self, t: int) -> tuple[KeptState, float]:
+        """At step t: the state to go back to, and by what lr is divided. A warm start under way ends."""
+        policy, by = self.watch.policy, self.watch.policy.lr_cut
+        if self.search.active:
+            self.search.stop()
+            self._size_all()
+            shape = self.writer.lr_shape(t, 0)  # not 0, as the warm start takes no step there
+            by *= policy.growth**policy.losses * max(shape, self.writer.peak_shape(0)) / shape
+        return self.watch.undo(), by
 
     def begin_phase(self) -> None:
         """Other numbers are tuned from now on. Where weight decay is one of them it is sized."""

@@ -95,6 +95,8 @@ def test_both_tiers_run_on_a_cpu_without_further_packages(tmp_path):
     assert [row["check"] for row in measured] == list(speed.CHECKS)
     assert all(row["passed"] and row["ratio"] > 0 and row["memory_ratio"] is None for row in measured)
     assert {row["products_a_step"] for row in measured if row["form"] == "tuned"} == {1.0}
+    runs = [row for row in measured if row["form"].startswith("cost=")]
+    assert len(runs) == 6 and all(row["steps"] == 40 and 0 < row["products_a_step"] < 1 for row in runs)
     assert str(tmp_path) not in text and str(Path.home()) not in text
 
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from experiments import ddp_bytes
 from tests.online import rank_jobs
 from tests.online.union_loops import UnionLoop, Unused, adamw, linear, mlp, norm, run
 from tests.ranks import Ranks, started
@@ -195,6 +196,28 @@ def test_one_collective_for_products_and_one_for_numbers_a_step(ranks: Ranks) ->
     for counts in ranks(rank_jobs.collectives, UnionLoop(steps=30, accumulate=3)):
         assert counts[0] == 1  # no tangent yet, so no product
         assert all(n == (3 if t % 5 == 4 else 2) for t, n in enumerate(counts) if t > 20)
+
+
+@pytest.mark.parametrize("norm", [False, True])
+@pytest.mark.parametrize("both", [False, True])
+def test_bytes_of_each_kind_of_step(ranks: Ranks, norm: bool, both: bool) -> None:
+    """4 n of DistributedDataParallel for n weights, as without a tuner, 4 k n for k products where they are due, few numbers."""
+    width = 64
+    one, other = ranks(ddp_bytes.measure, width, norm, both)
+    assert one == other
+    plain, other = ranks(ddp_bytes.measure, width, norm, both, False)
+    assert plain == other and [row["kind"] for row in plain] == ["plain"]
+    n = 20 * width + width + width * 10 + 10 + 2 * width * norm
+    buffers = norm * (4 * 2 * width + 8)  # running mean and variance, and the number of batches
+    k, rows = 1 + both, {row["kind"]: row for row in one}
+    assert set(rows) == {"resting", "product", "reading", "product and reading"}
+    for kind, row in {**rows, "plain": plain[0]}.items():
+        product, reading = "product" in kind, "reading" in kind
+        assert (row["weights"], row["gradient_bytes"]) == (n, 4 * n)
+        assert row["buffer_bytes"] == buffers * (1 + reading)  # val_loss is a forward pass too
+        assert (row["vectors"], row["vector_bytes"]) == (product, product * 4 * k * n)
+        assert row["scalar_calls"] == (0 if kind == "plain" else 1 + reading)
+        assert row["scalar_bytes"] <= 1000
 
 
 @pytest.mark.parametrize("mode", ["forward", "unrolled", "implicit"])

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 
 import hypergrad
+from experiments.gpu_check.models import resnet18
 from hypergrad.core.problem import Problem
 from hypergrad.online.policies import LrWarmStart
 from hypergrad.online.start_watch import StartWatch
@@ -83,6 +86,52 @@ def test_start_is_undone_where_losses_stay_above_the_first_ones() -> None:
     assert undone([*down, *[1.3] * 20]) == 29
     assert undone([*down, *[1.3] * 19, 1.1]) is None  # not above all of them
     assert undone([*down, *[0.5] * 20, *[9.0] * 20]) is None  # later it is not the start's fault
+
+
+def test_a_search_is_undone_where_losses_rise_above_the_first_by_more_than_those_spread() -> None:
+    first = [1.0, 1.1, 0.9, 1.2, 0.8]  # up to 1.6 is within their spread
+    assert undone([*first, *[1.7] * 5]) == 9
+    assert undone([*first, *[1.5] * 5, *[0.5] * 30]) is None
+    assert undone([*first, 1.7, 1.7, 1.7, 1.7, 1.5, *[0.5] * 30]) is None  # one of them is not
+
+
+class Patterns:
+    """A ResNet-18 of width 2 on noisy patterns: curvature along its first steps is negative, and lr goes on growing."""
+
+    def __init__(self, seed: int, total: int):
+        torch.manual_seed(seed)
+        self.model, self.draws = resnet18(2, classes=4, channels=1), torch.Generator().manual_seed(seed)
+        self.means = torch.randn(4, 1, 8, 8, generator=self.draws)
+        val = self.batch(64)
+        opt = torch.optim.SGD(self.model.parameters(), lr=1e-6, momentum=0.9, weight_decay=1e-4)
+        self.tuner = hypergrad.Tuner(self.model, opt, lambda: self.loss(val), total_steps=total)
+        self.losses: list[float] = []
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # roll-backs
+            for _ in range(100):
+                loss = self.loss(self.batch(16))
+                opt.zero_grad()
+                self.tuner.backward(loss)
+                opt.step()
+                self.losses.append(loss.item())
+        self.tuner.close()
+
+    def batch(self, n: int) -> tuple[Tensor, Tensor]:
+        y = torch.randint(4, (n,), generator=self.draws)
+        return self.means[y] + 1.5 * torch.randn(n, 1, 8, 8, generator=self.draws), y
+
+    def loss(self, batch: tuple[Tensor, Tensor]) -> Tensor:
+        return cross_entropy(self.model(batch[0]), batch[1])
+
+
+@pytest.mark.parametrize("total", [200, 20_000])  # without and with a warm-up of 200 steps under way
+@pytest.mark.parametrize("seed", [2, 3, 7, 9])
+@pytest.mark.slow
+def test_a_search_that_runs_away_ends_with_an_lr_that_trains(seed: int, total: int) -> None:
+    run = Patterns(seed, total)
+    assert run.tuner.stats["rollbacks"] <= 2
+    assert 1e-3 < float(run.tuner.values["lr"]) < 1
+    assert sum(run.losses[-20:]) / 20 < sum(run.losses[:5]) / 5
 
 
 def test_start_is_undone_where_gradients_are_exactly_zero_and_losses_are_not() -> None:
