@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import linecache
 import os
 import pickle
 import sys
@@ -108,6 +110,32 @@ def process_pool(n_jobs: int) -> ProcessPoolExecutor:
         "n_jobs > 1: worker processes cannot start, for the reason printed above. A script that calls optimize must do so under "
         "if __name__ == '__main__':, because every worker imports it. Or use workers='threads'."
     ) from failed
+
+
+def check_main_module() -> None:
+    """Refuse a call from the top of a script, under no `if`: every worker imports the script, and would make the call again.
+
+    Raises:
+        RuntimeError: it is such a call.
+    """
+    file = getattr(sys.modules.get("__main__"), "__file__", None)
+    frame = sys._getframe()
+    while frame is not None and (frame.f_code.co_filename != file or frame.f_code.co_name != "<module>"):
+        frame = frame.f_back
+    if frame is None or not (source := "".join(linecache.getlines(file))):
+        return
+    line, body = frame.f_lineno, ast.parse(source).body
+    at = [
+        x
+        for node in body
+        for x in ast.walk(node)
+        if isinstance(x, ast.stmt) and x.lineno <= line <= (x.end_lineno or 0)
+    ]
+    if not any(isinstance(x, ast.If) for x in at):
+        raise RuntimeError(
+            f"{file}, line {line}: n_jobs > 1 starts worker processes, every one of which imports this script and would make this "
+            "call again. Put it under if __name__ == '__main__':, or use workers='threads'."
+        )
 
 
 def _imported() -> list[str]:

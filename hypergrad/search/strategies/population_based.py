@@ -38,14 +38,14 @@ class PBT(Random):
         self.mutations = {name: _draws(entry) for name, entry in named.items() if _varies(entry)}
         if not self.mutations:
             raise ValueError("no entry of the space varies: population-based training has nothing to perturb.")
-        self.scheduler("min")
+        self.scheduler()
 
-    def scheduler(self, mode: str) -> Any:
+    def scheduler(self) -> Any:
         made = need("ray.tune.schedulers", "strategy 'pbt'").PopulationBasedTraining
         try:
             return made(
                 metric="loss",
-                mode=mode,
+                mode="min",
                 hyperparam_mutations=self.mutations,
                 custom_explore_fn=self.inside,
                 log_config=False,
