@@ -98,7 +98,7 @@ def ray_trainable(
     Args:
         objective: as `optimize` takes it. A `Run` is trained, and reports ten times on its way.
         seed: of the study; every trial has its own, from Tune's number for it.
-        direction: "minimize", or "maximize" where the objective gives a score: results have it as "score", and "loss" is minus it.
+        direction: "minimize", or "maximize" where the objective gives a score: results have it as "score", "loss" is minus it.
 
     Raises:
         TypeError: an objective that is none.

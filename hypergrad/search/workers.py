@@ -133,8 +133,8 @@ def check_main_module() -> None:
     ]
     if not any(isinstance(x, ast.If) for x in at):
         raise RuntimeError(
-            f"{file}, line {line}: n_jobs > 1 starts worker processes, every one of which imports this script and would make this "
-            "call again. Put it under if __name__ == '__main__':, or use workers='threads'."
+            f"{file}, line {line}: n_jobs > 1 starts worker processes, every one of which imports this script and would make "
+            "this call again. Put it under if __name__ == '__main__':, or use workers='threads'."
         )
 
 
