@@ -19,7 +19,7 @@ import torch
 
 from hypergrad.search.extras import need
 from hypergrad.search.objective import Objective, Outcome, Reports, Trial, evaluate, name_of
-from hypergrad.search.storage import open_storage, quiet_optuna
+from hypergrad.search.storage import opened_again, quiet_optuna
 from hypergrad.search.strategies.base import Strategy
 
 WORKERS = ("processes", "threads")
@@ -56,13 +56,9 @@ class Runner:
 def _in_process(
     storage: Any, name: str, trial_id: int, objective: Objective, strategy: Strategy, trial: Trial
 ) -> Outcome:
-    optuna = need("optuna", "a search")
     with quiet_optuna():
-        sampler = optuna.samplers.RandomSampler(seed=0)
-        study = optuna.load_study(
-            study_name=name, storage=open_storage(storage), sampler=sampler, pruner=strategy.pruner()
-        )
-        trial.reports = Reports(optuna.Trial(study, trial_id))
+        study = opened_again(storage, name, strategy.pruner())
+        trial.reports = Reports(need("optuna", "a search").Trial(study, trial_id))
         return evaluate(partial(strategy.run, objective), trial)
 
 

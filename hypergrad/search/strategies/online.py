@@ -42,6 +42,7 @@ class Online(HypergradientStrategy):
     """
 
     takes: ClassVar[tuple[str, ...]] = ("every", "hyper_lr", "average", "warm_start", "cost")
+    defaults: ClassVar[dict[str, Any]] = {}  # those that are not the tuner's own
 
     def __init__(self, space: Space, seed: int, options: Mapping[str, Any]):
         super().__init__(space, seed, options)
@@ -69,7 +70,7 @@ class Online(HypergradientStrategy):
             mode="forward",
             total_steps=len(list(run.batches)),
             seed=trial.seed,
-            **{name: x for name, x in self.options.items() if name in Online.takes},
+            **{name: x for name, x in (self.defaults | self.options).items() if name in Online.takes},
         )
         try:
             value = train(run, trial, tuner.backward, hypers_of(run, values) | tuner.hypers)
@@ -104,9 +105,10 @@ class HypergradientOnline(FromStart, Online):
 
 
 class HybridOnline(Sampled, Online):
-    """Runs from points that a sampler chooses, each tuned while it trains."""
+    """Runs from points that a sampler chooses, each tuned while it trains, in 1.5 times the seconds of a plain run."""
 
     takes = (*Online.takes, "sampler")
+    defaults: ClassVar[dict[str, Any]] = {"cost": 1.5}
 
 
 def _negative(score: Callable[..., Tensor]) -> Callable[..., Tensor]:
