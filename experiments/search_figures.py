@@ -11,7 +11,7 @@ from experiments.figures import OTHERS, TUNED, Rows, _tidy
 from experiments.markdown import source, table
 
 CHARGED = {
-    "seconds": "measured seconds",
+    "seconds": "measured CPU seconds",
     "evaluations": "counted gradient evaluations",
     "promised": "1.5 plain runs",
 }
@@ -113,7 +113,7 @@ def search_seconds(result: dict[str, Any]) -> str:
         "steps",
         "a plain step, ms",
         "trial, evaluations",
-        "trial, seconds over a plain run's",
+        "trial, CPU seconds over a plain run's",
     )
     return "\n\n".join([table(("score", *map(str, budgets)), body), table(heads, costs), source(result)])
 

@@ -7,12 +7,12 @@ momentum (Adam: lr and α) start, and what else there is; a Tuner with cost=1.5 
 side by side, by the sum of their held-out losses (log loss, or MSE), which is also what TPE is told. One trial is one run of 40
 epochs. Both metrics are read at its end, at its last weights.
 
-The cost of a trial is its seconds over those of a plain run of the same configuration: the same loop without a tuner, of which
-PLAIN steps are timed before the trial and PLAIN after it ("seconds"). Beside it the same trials are charged by counted gradient
-evaluations, a Hessian product being two ("evaluations"), and by what cost=1.5 promises where a step is long beside the tuner's
-Python ("promised"). TPE and ASHA search the table of `experiments.search_table`, where an
-evaluation of 40 epochs costs 1; choosing the next trial costs none of them anything. Scores and intervals are those of
-`experiments.search_benchmark`.
+The cost of a trial ("seconds") is its CPU seconds over those of a plain run of the same configuration: the same loop without a
+tuner, of which PLAIN steps are timed before the trial and PLAIN after it, in the same process and its one thread. Beside it the
+same trials are charged by counted gradient evaluations, a Hessian product being two ("evaluations"), and by what cost=1.5
+promises where a step is long beside the tuner's Python ("promised"). TPE and ASHA search the table of
+`experiments.search_table`, where an evaluation of 40 epochs costs 1; choosing the next trial costs none of them anything. Scores
+and intervals are those of `experiments.search_benchmark`.
 """
 
 from __future__ import annotations
@@ -43,7 +43,8 @@ BUDGETS = (4, 8, 16, 32, 64)
 CHARGES = ("seconds", "evaluations", "promised")
 PROMISED = 1.5  # plain runs, cost= of hybrid-online's tuner
 RIVALS = ("tpe", "asha")
-PLAIN = 15  # steps that are timed, twice
+PLAIN = 30  # steps that are timed, twice
+WARM = 3  # steps before these
 AT_A_TIME = 4  # trials, after which it is seen whether the budget is spent
 STAYS = ("beta1", "beta2", "eps")  # no hypergradient moves these
 FINAL_SEED = 5000
@@ -84,28 +85,30 @@ def held_out(data: Folds, output: Tensor) -> Tensor:
 
 
 def plain_steps(data: Folds, values: Values, given: list[tuple[Tensor, Tensor]], seed: int) -> float:
-    """Seconds of a step of the loop without a tuner, the median of PLAIN."""
+    """CPU seconds of a step of the loop without a tuner, the mean of PLAIN."""
     nets, optimizer = build(data, values, seed)
-    seconds = []
-    for x, y in (given * PLAIN)[:PLAIN]:
-        began = time.perf_counter()
+    began = 0.0
+    for i, (x, y) in enumerate((given * (PLAIN + WARM))[: PLAIN + WARM]):
+        if i == WARM:
+            began = time.process_time()
         optimizer.zero_grad()
         loss(nets(x), y, data.kind).backward()
         optimizer.step()
-        seconds.append(time.perf_counter() - began)
-    return float(np.median(seconds))
+    return (time.process_time() - began) / PLAIN
 
 
 def objective(data: Folds, epochs: int, params: Values, trial: Trial) -> Run:
     given = batches(data, params["batch"], epochs, trial.seed)
     trial.note("plain before", plain_steps(data, params, given, trial.seed))
     trial.note("steps", len(given))
+    trial.note("began", time.process_time())
     nets, optimizer = build(data, params, trial.seed)
 
     def val_loss() -> Tensor:
         output = nets(data.held_x)
         if not torch.is_grad_enabled():  # a report, or the end of the run
             trial.note("scores", scores(output, data.held_y, data.held, data.kind))
+            trial.note("ended", time.process_time())
         return held_out(data, output)
 
     return Run(nets, optimizer, given, lambda _, batch: loss(nets(batch[0]), batch[1], data.kind), val_loss)
@@ -146,7 +149,7 @@ def _trial(data: Folds, each: Any, item: Row) -> Row:
     plain = (before + plain_steps(data, params, given, 0)) / 2
     ends = each.notes.get("scores", (math.nan, math.nan)) if each.state == "complete" else (math.nan, math.nan)
     row = {
-        "seconds": round((each.cost.seconds - PLAIN * before) / (steps * plain), 4),
+        "seconds": round((each.notes.get("ended", each.notes["began"]) - each.notes["began"]) / (steps * plain), 4),
         "evaluations": round(each.cost.gradient_evaluations / steps, 4),
         "promised": PROMISED,
         "plain_seconds": round(steps * plain, 4),

@@ -1,12 +1,13 @@
 r"""Hypergradients inside one training run: a `hypergrad.Tuner` moves the entries that have a derivative while it trains.
 
-A trial is one run, at a few times the gradients of a plain one. With r_g the ratio that the run's param group g holds of an
-entry x, and x_g the number that the tuner has brought it to, the entry's learned value is
+A trial is one run, at `cost` times the seconds of a plain one; more where steps are short beside the tuner's own Python. With r_g
+the ratio that the run's param group g holds of an entry x, and x_g the number that the tuner has brought it to, the entry's
+learned value is
 
     x = exp mean_g log(x_g / r_g)          over the groups in which r_g is not 0
 
 and stands for the run in `best_params`. lr is the scale of a short warm-up and a linear decay to zero over the run
-(`hypergrad.online.lr_shape`), and is trained so again by `Study.verify`. "hypergradient-online" begins the first trial at the
+(`hypergrad.schedules.decay_to_zero`), and is trained so again by `Study.verify`. "hypergradient-online" begins the first trial at the
 space's own start and the next ones at random; with "hybrid-online" a sampler of Optuna chooses every start, and what has no
 derivative.
 """
