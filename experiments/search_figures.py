@@ -10,7 +10,13 @@ from matplotlib.ticker import NullFormatter
 from experiments.figures import OTHERS, TUNED, Rows, _tidy
 from experiments.markdown import source, table
 
+CHARGED = {
+    "seconds": "measured CPU seconds",
+    "evaluations": "counted gradient evaluations",
+    "promised": "1.5 plain runs",
+}
 NAMES = {
+    "hybrid-online": "hybrid-online",
     "hypergradient": "one hypergradient run",
     "hybrid": "hybrid: ASHA, and such runs from its best",
     "asha": "ASHA",
@@ -71,6 +77,69 @@ def search_regret(rows: Rows) -> Figure:
     panel.set_ylim(-0.03, 0.8)
     _tidy(panel, "normalised regret, mean of 20 problems; bands: 95 %", "budget, run-equivalents (five fold fits each)")
     panel.legend(frameon=False, fontsize=9)
+    return figure
+
+
+def search_seconds(result: dict[str, Any]) -> str:
+    """Scores of hybrid-online by what a trial is charged, beside TPE and ASHA; what a trial costs; where it stands by problem."""
+    rows = result["rows"]
+    own = [row for row in rows if row["kind"] == "summary"]
+    budgets = sorted({row["budget"] for row in own})
+    body = []
+    for charge, words in CHARGED.items():
+        at = {row["budget"]: row for row in own if (row["strategy"], row["charge"]) == ("hybrid-online", charge)}
+        cells = (
+            f"{at[b]['score']:.3f} ({at[b]['low']:.3f} to {at[b]['high']:.3f})" if b in at else "–" for b in budgets
+        )
+        body.append((f"hybrid-online, charged by {words}", *cells))
+    for name in ("tpe", "asha"):
+        at = {row["budget"]: row for row in own if row["strategy"] == name}
+        body.append(
+            (NAMES[name], *(f"{at[b]['score']:.3f} ({at[b]['low']:.3f} to {at[b]['high']:.3f})" for b in budgets))
+        )
+    costs = [
+        (
+            f"{row['set']}, {row['space']}",
+            f"{row['median_steps']:.0f}",
+            f"{row['median_plain_seconds'] / row['median_steps'] * 1e3:.2f}",
+            f"{row['median_evaluations']:.2f}",
+            f"{row['median_seconds']:.1f}",
+        )
+        for row in rows
+        if row["kind"] == "cost"
+    ]
+    heads = (
+        "medians over trials",
+        "steps",
+        "a plain step, ms",
+        "trial, evaluations",
+        "trial, CPU seconds over a plain run's",
+    )
+    return "\n\n".join([table(("score", *map(str, budgets)), body), table(heads, costs), source(result)])
+
+
+def search_seconds_figure(rows: Rows) -> Figure:
+    """Score over budget with 95 % bands: charged by the clock, and by what is promised."""
+    figure = Figure(figsize=(9, 3.8), layout="constrained")
+    panels = figure.subplots(1, 2, sharey=True)
+    for panel, charge in zip(panels, ("seconds", "promised"), strict=True):
+        for name, colour in {"asha": OTHERS[0], "tpe": OTHERS[2], "hybrid-online": TUNED}.items():
+            own = [r for r in rows if r["kind"] == "summary" and (r["strategy"], r["charge"]) == (name, charge)]
+            own.sort(key=lambda row: row["budget"])
+            budgets = [row["budget"] for row in own]
+            panel.plot(
+                budgets, [row["score"] for row in own], color=colour, linewidth=1.5, marker=".", label=NAMES[name]
+            )
+            panel.fill_between(
+                budgets, [r["low"] for r in own], [r["high"] for r in own], color=colour, alpha=0.15, linewidth=0
+            )
+        panel.set_xscale("log", base=2)
+        ticks = sorted({row["budget"] for row in rows if row["kind"] == "summary" and row["charge"] == charge})
+        panel.set_xticks(ticks, [str(tick) for tick in ticks])
+        panel.xaxis.set_minor_formatter(NullFormatter())
+        panel.set_title(f"a trial charged by {CHARGED[charge]}", fontsize=10)
+        _tidy(panel, "normalised score; bands: 95 %" if charge == "seconds" else "", "budget, plain runs")
+    panels[0].legend(frameon=False, fontsize=9)
     return figure
 
 

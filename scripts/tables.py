@@ -300,6 +300,7 @@ TABLES: dict[str, Callable[[Result], str]] = {
     **real_tables.TABLES,
     "search_benchmark": search_figures.search_benchmark,
     "search_problems": search_figures.search_problems,
+    "search_seconds": search_figures.search_seconds,
     "search_differences": search_figures.search_differences,
     "search_diagnosis": search_figures.search_diagnosis,
     "discrete": search_figures.discrete,
@@ -331,6 +332,7 @@ PLOTS: dict[str, tuple[str, Callable[[list[Result]], Any]]] = {
     "metalearn_lr": ("metalearn_lr.json", whole_run_figures.metalearn_lr),
     "learned_schedule": ("learned_schedule.json", whole_run_figures.learned_schedule),
     "search_benchmark": ("search_benchmark.json", search_figures.search_regret),
+    "search_seconds": ("search_seconds.json", search_figures.search_seconds_figure),
     "data_cleaning": ("data_cleaning.json", whole_run_figures.data_cleaning),
 }
 

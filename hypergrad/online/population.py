@@ -19,12 +19,9 @@ from torch.func import functional_call, vmap
 
 from hypergrad.core.float64 import on_host
 from hypergrad.core.hyperparameters import KIND_OF, Hyperparameter
+from hypergrad.online.policies.adam_on_phi import ADAM
 from hypergrad.optimizers.binding import Binding
 from hypergrad.optimizers.rule import Tensors
-from hypergrad.optimizers.rules.adam import Adam
-
-OUTER = Adam()  # the rule by which φ moves
-OUTER_NUMBERS = {"weight_decay": 0.0, "beta1": 0.9, "beta2": 0.999, "eps": 1e-12}
 
 
 class _Call(nn.Module):
@@ -42,7 +39,8 @@ class Population:
     r"""Train and tune P models of one architecture together; each as it would be alone.
 
     Every step carries the tangents Zᵢ = dθᵢ/dφᵢ of each member's own numbers φᵢ = log lr, log weight decay, … along (forward
-    mode); every `every` steps dLᵢ/dφᵢ = ⟨∇Lᵢ, Zᵢ⟩ is formed and φᵢ takes a step of Adam (Clarke et al. 2022, arXiv 2110.10461).
+    mode); every `every` steps dLᵢ/dφᵢ = ⟨∇Lᵢ, Zᵢ⟩ is formed and φᵢ takes a step of Adam (`online/policies/adam_on_phi.py`; for
+    one model Clarke et al. 2022, arXiv 2110.10461).
     This is a smaller tuner than `hypergrad.Tuner`: no warm start, schedule or guard.
 
     Args:
@@ -116,7 +114,7 @@ class Population:
             if k
             else torch.zeros(0, len(models))
         )
-        self.moments = {name: torch.zeros_like(self.phi) for name in OUTER.slots}
+        self.moments = torch.zeros_like(self.phi), torch.zeros_like(self.phi)
         self.hyper_steps = 0
 
     @property
@@ -208,8 +206,9 @@ class Population:
         d = self._along()
         d = torch.where(d.isfinite(), d, 0)
         self.hyper_steps += 1
-        h = OUTER_NUMBERS | {"lr": self.hyper_lr, "t": self.hyper_steps}
-        self.phi, self.moments = OUTER.step(self.phi, d, self.moments, h)
+        count = torch.tensor(self.hyper_steps, dtype=torch.float64)
+        self.moments = ADAM.averages(d, *self.moments, count)
+        self.phi = self.phi - self.hyper_lr * ADAM.direction(*self.moments, count)
         for name, kind, phi in zip(self.tune, self.kinds, self.phi, strict=True):
             for h, x in zip(self.numbers, kind.from_free(phi).tolist(), strict=True):
                 h[name] = x

@@ -6,10 +6,7 @@ import importlib
 from typing import Any
 
 _NEEDS = "{what} needs the package {package!r}, which is not installed: pip install {pip}"
-PIP = {
-    "sklearn": "scikit-learn",
-    "ray": "'ray[tune]'",
-}  # a package's name for pip, where it differs from the one it is imported by
+PIP = {"sklearn": "scikit-learn", "ray": "'ray[tune]'"}  # where pip's name is not the one a package is imported by
 
 
 def need(module: str, what: str) -> Any:
@@ -34,3 +31,20 @@ def need(module: str, what: str) -> Any:
         if (error.name or "").split(".")[0] != package:
             raise
         raise ImportError(_NEEDS.format(what=what, package=package, pip=PIP.get(package, package))) from error
+
+
+def made(module: str, name: str, what: str, **options: Any) -> Any:
+    """An instance of a class of another library, with options of the user's.
+
+    Args:
+        module, what: as of `need`.
+        name: of the class.
+
+    Raises:
+        ValueError: it does not take them.
+    """
+    errors = (TypeError, need("ray.tune", what).TuneError) if module.startswith("ray.") else TypeError
+    try:
+        return getattr(need(module, what), name)(**options)
+    except errors as error:
+        raise ValueError(f"options: {module}.{name} does not take them: {error}") from error

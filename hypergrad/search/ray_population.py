@@ -39,7 +39,7 @@ class Member:
     future: Future[Outcome] = field(default_factory=Future)
     cost: Cost = field(default_factory=Cost)
     path: list[dict[str, Any]] = field(default_factory=list)
-    last: tuple[float, dict[str, Any]] | None = None  # the loss reported last, and the values that it was trained with
+    last: tuple[float, dict[str, Any]] | None = None  # the value reported last, and the values that it was trained with
     notes: dict[str, Any] = field(default_factory=dict)
 
     def receive(self, result: dict[str, Any], retries: int) -> None:
@@ -52,16 +52,18 @@ class Member:
         self.cost += Cost(0, result.get("epochs_more", 0.0), result.get("gradients_more", 0.0))
         self.notes |= result.get("notes", {})
         if not result.get("done"):
-            value = result["loss"] if math.isfinite(result["loss"]) else None
-            self.path.append({"epoch": result["epoch"], "value": value} | result["config"])
-            self.last = result["loss"], result["config"]
-            self.reports.report(result["loss"], result["epoch"])
+            value = self.trial.sign * result["loss"]
+            self.path.append(
+                {"epoch": result["epoch"], "value": value if math.isfinite(value) else None} | result["config"]
+            )
+            self.last = value, result["config"]
+            self.reports.report(value, result["epoch"])
             return
         error = result.get("error")
         # A member that copied another's weights at its last report ends with values that nothing was trained with: its result is
         # that of the last report.
-        loss, config = self.last or (result["loss"], result["config"])
-        self.end(None if error else loss, error, config, result["time_total_s"], retries)
+        value, config = self.last or (self.trial.sign * result["loss"], result["config"])
+        self.end(None if error else value, error, config, result["time_total_s"], retries)
 
     def end(self, value: float | None, error: str | None, config: dict[str, Any], seconds: float, retries: int) -> None:
         if self.future.done():
@@ -115,7 +117,7 @@ class PopulationRunner(Runner):
             tune.with_resources(objective_of_the_search, resources),
             param_space=self.strategy.param_space,
             tune_config=tune.TuneConfig(
-                scheduler=self.strategy.scheduler("min" if sign > 0 else "max"),
+                scheduler=self.strategy.scheduler(),
                 search_alg=search.BasicVariantGenerator(
                     points_to_evaluate=[
                         {name: stored(space[name], x) for name, x in each.trial.params.items()} for each in self.members

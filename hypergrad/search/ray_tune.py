@@ -18,6 +18,7 @@ from hypergrad.search.objective import (
     Trial,
     WrongType,
     as_number,
+    as_sign,
     call_objective,
     seed_of,
     seeded,
@@ -76,14 +77,17 @@ class TuneTrial(Trial):
             saved = self.tune.Checkpoint.from_directory(folder)
             self.tune.report(self.metrics(number, step), checkpoint=saved)
 
-    def metrics(self, loss: float, step: int) -> dict[str, Any]:
-        """The metrics of a report to Tune; costs are those since the last report."""
+    def metrics(self, value: float, step: int) -> dict[str, Any]:
+        """The metrics of a report to Tune: the loss, of a score minus it; costs are those since the last report."""
         (epochs, gradients), self.reported = self.reported, (float(step), self._gradients)
         more = {"epochs_more": step - epochs, "gradients_more": self._gradients - gradients}
-        return {"loss": loss, "epoch": step, "notes": dict(self.notes)} | more
+        score = {} if self.sign > 0 else {"score": value}
+        return {"loss": self.sign * value, "epoch": step, "notes": dict(self.notes)} | score | more
 
 
-def ray_trainable(objective: Objective, seed: int = 0) -> Callable[[Mapping[str, Any]], None]:
+def ray_trainable(
+    objective: Objective, seed: int = 0, direction: str = "minimize"
+) -> Callable[[Mapping[str, Any]], None]:
     """An objective as the function trainable that `ray.tune.Tuner` takes, over `param_space=to_ray(space)`.
 
     Each `trial.report(value, step)` is a result with "loss" (to be minimised) and "epoch", which any scheduler of Ray Tune may
@@ -94,14 +98,16 @@ def ray_trainable(objective: Objective, seed: int = 0) -> Callable[[Mapping[str,
     Args:
         objective: as `optimize` takes it. A `Run` is trained, and reports ten times on its way.
         seed: of the study; every trial has its own, from Tune's number for it.
+        direction: "minimize", or "maximize" where the objective gives a score: results have it as "score", "loss" is minus it.
 
     Raises:
         TypeError: an objective that is none.
+        ValueError: another direction.
         ImportError: Ray is missing; the message has the line for pip.
     """
     takes_trial(objective)
     need("ray.tune", NEEDED_BY)
-    made = Trainable(objective, seed, for_pbt=False)
+    made = Trainable(objective, seed, for_pbt=False, sign=as_sign(direction))
 
     def trainable(config: Mapping[str, Any]) -> None:
         made(config)
@@ -152,7 +158,7 @@ class Trainable:
             if not self.for_pbt:
                 raise
             wrong = str(error) if isinstance(error, WrongType) else ""
-            last |= {"loss": self.sign * math.inf, "error": explained(error), "wrong": wrong}
+            last |= {"loss": math.inf, "error": explained(error), "wrong": wrong}
         tune.report(last)
 
     def _number(self, trial_id: str) -> int:

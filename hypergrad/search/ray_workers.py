@@ -23,7 +23,7 @@ from typing import Any
 from hypergrad.search.budget import Cost
 from hypergrad.search.extras import need
 from hypergrad.search.objective import Objective, Outcome, Reports, Trial, evaluate, name_of
-from hypergrad.search.storage import NAME, open_storage, quiet_optuna
+from hypergrad.search.storage import NAME, is_path, opened_again, quiet_optuna
 from hypergrad.search.strategies.base import Strategy
 from hypergrad.search.strategies.tuned_entries import NotDifferentiated
 from hypergrad.search.workers import Runner
@@ -106,12 +106,8 @@ class ReportActor:
     """Stores what trials on workers report. A report is identified by its step, so one that is sent twice counts once."""
 
     def __init__(self, storage: Any, strategy: Strategy, name: str = NAME):
-        optuna = need("optuna", "a search")
         with quiet_optuna():
-            sampler = optuna.samplers.RandomSampler(seed=0)
-            self.study = optuna.load_study(
-                study_name=name, storage=open_storage(storage), sampler=sampler, pruner=strategy.pruner()
-            )
+            self.study = opened_again(storage, name, strategy.pruner())
 
     def _trial(self, trial_id: int) -> Reports:
         return Reports(need("optuna", "a search").Trial(self.study, trial_id))
@@ -210,10 +206,6 @@ def ray_runner(n_jobs: int, storage: Any, strategy: Strategy, cluster: Cluster, 
             yield runner
         finally:
             runner.close()
-
-
-def is_path(storage: Any) -> bool:
-    return isinstance(storage, os.PathLike) or (isinstance(storage, str) and "://" not in storage)
 
 
 @contextmanager

@@ -22,7 +22,7 @@ from hypergrad.search.strategies import make
 from hypergrad.search.strategies.base import Strategy
 from hypergrad.search.strategies.population_based import PBT
 from hypergrad.search.study import NoTrialCompleted, Study
-from hypergrad.search.workers import WORKERS, check_picklable, local_runner
+from hypergrad.search.workers import WORKERS, check_main_module, check_picklable, local_runner
 
 BACKENDS = ("local", "ray")
 
@@ -120,6 +120,7 @@ def optimize(
         in_processes = backend == "local" and n_jobs > 1 and workers == "processes"
         temporary = in_processes and storage is None
         if in_processes:
+            check_main_module()
             check_picklable(objective)
         if temporary:  # processes exchange reports through a file
             storage = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "study.journal"

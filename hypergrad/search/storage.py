@@ -31,9 +31,9 @@ def open_storage(storage: Any) -> Any:
         return optuna.storages.InMemoryStorage()
     if isinstance(storage, optuna.storages.BaseStorage):
         return storage
-    if isinstance(storage, str) and "://" in storage:
+    if isinstance(storage, str) and not is_path(storage):
         return optuna.storages.get_storage(storage)
-    if not isinstance(storage, (str, os.PathLike)):
+    if not is_path(storage):
         raise TypeError(f"storage must be a path, a URL or a storage of Optuna, got {type(storage).__name__}.")
     path = Path(storage)
     if path.is_dir():
@@ -44,6 +44,17 @@ def open_storage(storage: Any) -> Any:
         return optuna.storages.JournalStorage(backend)
     except Exception as error:
         raise ValueError(f"storage {path} is a file, but no journal of a study: choose another name.") from error
+
+
+def is_path(storage: Any) -> bool:
+    return isinstance(storage, os.PathLike) or (isinstance(storage, str) and "://" not in storage)
+
+
+def opened_again(storage: Any, name: str, pruner: Any) -> Any:
+    """A study in a process beside the one that opened it, where nothing is drawn."""
+    optuna = need("optuna", "a search")
+    sampler = optuna.samplers.RandomSampler(seed=0)
+    return optuna.load_study(study_name=name, storage=open_storage(storage), sampler=sampler, pruner=pruner)
 
 
 def sign_of(study: Any) -> float:
@@ -117,7 +128,7 @@ def _name(number: int) -> str:
 @contextmanager
 def locked(storage: Any) -> Iterator[None]:
     """Lock a journal file for one call of `optimize`. A storage that is not a file needs no lock."""
-    if storage is None or not isinstance(storage, (str, os.PathLike)) or "://" in str(storage):
+    if not is_path(storage):
         yield
         return
     filelock = need("filelock", "a storage in a file")

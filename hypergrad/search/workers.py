@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import linecache
 import os
 import pickle
 import sys
@@ -17,7 +19,7 @@ import torch
 
 from hypergrad.search.extras import need
 from hypergrad.search.objective import Objective, Outcome, Reports, Trial, evaluate, name_of
-from hypergrad.search.storage import open_storage, quiet_optuna
+from hypergrad.search.storage import opened_again, quiet_optuna
 from hypergrad.search.strategies.base import Strategy
 
 WORKERS = ("processes", "threads")
@@ -54,13 +56,9 @@ class Runner:
 def _in_process(
     storage: Any, name: str, trial_id: int, objective: Objective, strategy: Strategy, trial: Trial
 ) -> Outcome:
-    optuna = need("optuna", "a search")
     with quiet_optuna():
-        sampler = optuna.samplers.RandomSampler(seed=0)
-        study = optuna.load_study(
-            study_name=name, storage=open_storage(storage), sampler=sampler, pruner=strategy.pruner()
-        )
-        trial.reports = Reports(optuna.Trial(study, trial_id))
+        study = opened_again(storage, name, strategy.pruner())
+        trial.reports = Reports(need("optuna", "a search").Trial(study, trial_id))
         return evaluate(partial(strategy.run, objective), trial)
 
 
@@ -108,6 +106,32 @@ def process_pool(n_jobs: int) -> ProcessPoolExecutor:
         "n_jobs > 1: worker processes cannot start, for the reason printed above. A script that calls optimize must do so under "
         "if __name__ == '__main__':, because every worker imports it. Or use workers='threads'."
     ) from failed
+
+
+def check_main_module() -> None:
+    """Refuse a call from the top of a script, under no `if`: every worker imports the script, and would make the call again.
+
+    Raises:
+        RuntimeError: it is such a call.
+    """
+    file = getattr(sys.modules.get("__main__"), "__file__", None)
+    frame = sys._getframe()
+    while frame is not None and (frame.f_code.co_filename != file or frame.f_code.co_name != "<module>"):
+        frame = frame.f_back
+    if frame is None or not (source := "".join(linecache.getlines(file))):
+        return
+    line, body = frame.f_lineno, ast.parse(source).body
+    at = [
+        x
+        for node in body
+        for x in ast.walk(node)
+        if isinstance(x, ast.stmt) and x.lineno <= line <= (x.end_lineno or 0)
+    ]
+    if not any(isinstance(x, ast.If) for x in at):
+        raise RuntimeError(
+            f"{file}, line {line}: n_jobs > 1 starts worker processes, every one of which imports this script and would make "
+            "this call again. Put it under if __name__ == '__main__':, or use workers='threads'."
+        )
 
 
 def _imported() -> list[str]:

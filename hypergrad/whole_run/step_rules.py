@@ -4,7 +4,7 @@ A value that is not worse than the best so far is the new best, and the step fro
 step is taken again from the best point, half as long. The step, with g the hypergradient in φ:
 
     sgd     η σ g
-    adam    η σ m̂/√v̂                 Kingma & Ba 2015; after a worse value m starts again from the best point's g
+    adam    η σ m̂/√s                  `online/policies/adam_on_phi.py`; after a worse value m is the best point's g again
     sign    η σ_j sign g_j           Rprop, Riedmiller & Braun 1993: σ_j halves where g_j changed its sign, and grows else
 """
 
@@ -18,8 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hypergrad.online.policies.adam_on_phi import ADAM
+
 RULES = ("adam", "sign", "sgd")
-BETA1, BETA2 = 0.8, 0.95  # of Adam: there are some twenty steps, not thousands
 GROW, HALF = 1.2, 0.5
 SMALLEST = 2.0**-12  # the descent ends once steps are this much shorter than the first
 WINDOW, PROGRESS = 2, 0.02  # stalled: the last 2 evaluations lowered the value by less than 2 % of the whole decrease
@@ -51,8 +52,8 @@ class OuterSteps:
     def __init__(self, rule: str, lr: float, k: int, size: float = 1.0):
         self.rule, self.lr = rule, lr
         zero = torch.zeros(k, dtype=torch.float64)
-        self.size, self.m, self.v = torch.full_like(zero, size), zero, zero.clone()
-        self.m_steps = self.v_steps = 0
+        self.size, self.m, self.s = torch.full_like(zero, size), zero, zero.clone()
+        self.m_steps = self.s_steps = 0
         self.best: Point | None = None
         self.bests: list[float] = []  # the best value after each evaluation
 
@@ -64,7 +65,7 @@ class OuterSteps:
         else:
             self.size = self.size * HALF
             if self.best is not None:
-                self.m, self.m_steps = (1 - BETA1) * self.best.gradient, 1
+                self.m, self.m_steps = (1 - ADAM.beta1) * self.best.gradient, 1
         if self.best is not None:
             self.bests.append(self.best.value)
         return better
@@ -76,8 +77,8 @@ class OuterSteps:
             factor = torch.ones_like(g)
             factor[agree > 0], factor[agree < 0] = GROW, HALF
             self.size = self.size * factor
-        self.m, self.m_steps = BETA1 * self.m + (1 - BETA1) * g, self.m_steps + 1
-        self.v, self.v_steps = BETA2 * self.v + (1 - BETA2) * g * g, self.v_steps + 1
+        self.m_steps, self.s_steps = self.m_steps + 1, self.s_steps + 1
+        self.m, self.s = ADAM.averages(g, self.m, self.s, torch.tensor(self.s_steps, dtype=torch.float64))
         self.best = point
 
     def next(self) -> Tensor:
@@ -90,8 +91,7 @@ class OuterSteps:
             return g
         if self.rule == "sign":
             return g.sign()
-        m, v = self.m / (1 - BETA1**self.m_steps), self.v / (1 - BETA2**self.v_steps)
-        return torch.where(v > 0, m / v.sqrt().clamp_min(1e-300), 0)
+        return ADAM.direction(self.m, self.s, torch.tensor(self.m_steps, dtype=torch.float64))
 
     def stalled(self) -> bool:
         """Whether the last evaluations lowered the value hardly at all."""
@@ -106,13 +106,13 @@ class OuterSteps:
     def state_dict(self) -> dict[str, Any]:
         """Numbers and lists, for JSON."""
         best = None if self.best is None else {n: listed(x) for n, x in asdict(self.best).items()}
-        state = {name: listed(getattr(self, name)) for name in ("size", "m", "v", "m_steps", "v_steps", "bests")}
+        state = {name: listed(getattr(self, name)) for name in ("size", "m", "s", "m_steps", "s_steps", "bests")}
         return state | {"best": best}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        for name in ("size", "m", "v"):
+        for name in ("size", "m", "s"):
             setattr(self, name, vector(state[name]))
-        self.m_steps, self.v_steps, self.bests = state["m_steps"], state["v_steps"], list(state["bests"])
+        self.m_steps, self.s_steps, self.bests = state["m_steps"], state["s_steps"], list(state["bests"])
         best = state["best"]
         self.best = best and Point(best["value"], vector(best["phi"]), vector(best["gradient"]), best["step"])
 

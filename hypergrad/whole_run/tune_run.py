@@ -25,6 +25,7 @@ from hypergrad.whole_run.run_objective import Evaluation, WholeRunObjective
 from hypergrad.whole_run.step_rules import RULES
 
 FEW = 32  # numbers of one name that are recorded one by one
+VERSION = 2  # of what is kept in a file
 COMMON_OPTIONS = ("clip_norm", "clip_value", "ema")
 
 
@@ -91,6 +92,7 @@ def tune_run(
     _check(build, hypers, outer_steps, outer, outer_lr, seeds, horizons, mode, options)
     objective = WholeRunObjective(build, hypers, seeds, {"mode": mode} | options)
     study = {
+        "version": VERSION,
         "names": objective.hyper_vector.labels,
         "start": objective.start[0].tolist(),
         "bounds": torch.stack([objective.hyper_vector.low, objective.hyper_vector.high]).tolist(),

@@ -137,7 +137,7 @@ def test_values_move_as_torchs_adam_moves_them():
     models, optimizers = members("sgd")
     population = Population(models, optimizers, loss, val_loss, every=3)
     phi = [nn.Parameter(population.values[name].log()) for name in ("lr", "weight_decay")]
-    outer = torch.optim.Adam(phi, lr=0.1, eps=1e-12)
+    outer = torch.optim.Adam(phi, lr=0.1, betas=(0.8, 0.95), eps=0.0)
     for t, batch in enumerate(data()[0], 1):
         population.every = None if t % 3 == 0 else 3
         population.step(batch)

@@ -14,6 +14,7 @@ from hypergrad.online.progress import gradient_evaluations
 from hypergrad.schedules import decay_to_zero
 from hypergrad.search import Categorical, Float, NoTrialCompleted, Run, Trial, optimize
 from hypergrad.search.objective import seed_of
+from hypergrad.search.strategies import online
 from hypergrad.search.training import train
 from tests.search.problems import quadratic
 
@@ -59,6 +60,23 @@ def test_its_values_value_and_cost_are_those_of_a_tuner_in_a_loop_of_ones_own() 
     assert study.best_params == {name: pytest.approx(float(x[0])) for name, x in tuner.values.items()}
     assert study.best_value == run.val_loss().item()
     assert study.spent.gradient_evaluations == gradient_evaluations(tuner.stats)
+
+
+@pytest.mark.parametrize(("options", "cost"), [({}, 1.5), ({"cost": 3.0}, 3.0), ({"cost": None}, None)])
+def test_a_trial_of_the_hybrid_costs_one_and_a_half_plain_runs(
+    options: dict[str, Any], cost: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    costs = []
+
+    class Tuner(hypergrad.Tuner):
+        def __init__(self, *args: Any, **given: Any):
+            costs.append(given.get("cost", "its own"))
+            super().__init__(*args, **given)
+
+    monkeypatch.setattr(online, "Tuner", Tuner)
+    quiet(long, SPACE, "hybrid-online", 1, options=options)
+    quiet(long, SPACE, "hypergradient-online", 1, options=options)
+    assert costs == [cost, options.get("cost", "its own")]
 
 
 def test_verify_trains_learned_values_with_the_decay_that_they_were_learned_with() -> None:

@@ -114,19 +114,56 @@ def test_steps_between_trials_go_down_the_gradient_and_halve_when_they_overshoot
     assert len(set(parents)) < len(parents)  # some overshot, and were followed by half a step from the same trial
 
 
+def torchs_adam(start: dict[str, float], gradients: list[dict[str, float]], lr: float) -> list[dict[str, float]]:
+    """Where torch.optim.Adam takes u, lr being longer by 1.2 after every step: lr over 3 decades, x over 2."""
+    u = {"lr": math.log(start["lr"] / 1e-3) / math.log(1e3), "x": start["x"] / 2.0}
+    leaves = {name: torch.tensor(x, dtype=torch.float64, requires_grad=True) for name, x in u.items()}
+    adam = torch.optim.Adam(leaves.values(), lr=lr, betas=(0.8, 0.95), eps=0.0)
+    path = []
+    for g in gradients:
+        at = 1e-3 * 1e3 ** leaves["lr"].item()
+        leaves["lr"].grad = torch.tensor(g["lr"] * at * math.log(1e3), dtype=torch.float64)
+        leaves["x"].grad = torch.tensor(g["x"] * 2.0, dtype=torch.float64)
+        adam.step()
+        adam.param_groups[0]["lr"] *= 1.2
+        path.append({"lr": 1e-3 * 1e3 ** leaves["lr"].item(), "x": 2.0 * leaves["x"].item()})
+    return path
+
+
 @pytest.mark.parametrize("direction", ["minimize", "maximize"])
-def test_a_step_is_that_of_the_formula(direction: str) -> None:
-    """u ← u − α dL/du: lr, log over 3 decades, has dL/du = g lr log(1000); the largest moves by step_size."""
+def test_steps_are_those_of_adam_in_each_entry_s_scale(direction: str) -> None:
+    """Trials in between, of samplers and worse, are passed over; one that is better begins anew."""
     space = {"lr": Float(1e-3, 1.0, "log"), "x": Float(0.0, 2.0)}
     study = optuna.create_study(direction=direction)
     d = {name: optuna.distributions.FloatDistribution(e.low, e.high, log=e.scale == "log") for name, e in space.items()}
-    g_lr, g_x, sign = 4.0, -0.05, 1 if direction == "minimize" else -1
-    attrs = {"hypergradient": {"lr": g_lr, "x": g_x}}
-    study.add_trial(optuna.create_trial(params={"lr": 0.1, "x": 1.0}, distributions=d, value=1.0, user_attrs=attrs))
-    values: Any = hypergradient_step(study, space, 0.2)
-    du_lr, du_x = g_lr * 0.1 * math.log(1e3), g_x * 2.0
-    assert math.log(values["lr"] / 0.1) / math.log(1e3) == pytest.approx(-sign * 0.2)
-    assert (values["x"] - 1.0) / 2.0 == pytest.approx(-sign * 0.2 * du_x / du_lr)
+    sign = 1 if direction == "minimize" else -1
+    gradients = [{"lr": 4.0, "x": -0.05}, {"lr": 3.0, "x": 0.02}, {"lr": 0.5, "x": 0.01}]
+
+    def ended(params: dict[str, float], loss: float, g: dict[str, float], **attrs: Any) -> None:
+        attrs |= {"hypergradient": {name: sign * x for name, x in g.items()}}
+        study.add_trial(optuna.create_trial(params=params, distributions=d, value=sign * loss, user_attrs=attrs))
+
+    start = {"lr": 0.1, "x": 1.0}
+    ended(start, 9.0, gradients[0])
+    for i, wanted in enumerate(torchs_adam(start, gradients, 0.1)):
+        assert hypergradient_step(study, space, 0.1) == pytest.approx(wanted, rel=1e-9)
+        if i < 2:
+            ended(wanted, 8.0 - i, gradients[i + 1], **{"hypergradient step from trial": i})
+            ended({"lr": 1e-3, "x": 0.0}, 10.0, gradients[0])
+    ended(start, 1.0, gradients[0])
+    assert hypergradient_step(study, space, 0.1) == pytest.approx(torchs_adam(start, gradients, 0.1)[0], rel=1e-9)
+
+
+def test_a_step_without_a_value_is_taken_again_half_as_long() -> None:
+    study = optuna.create_study()
+    study.enqueue_trial({"lr": 0.02, "logit(momentum)": 0.0})
+    study.optimize(differentiated, n_trials=1)
+    first: Any = hypergradient_step(study, SPACE_OF_LR, 0.1)
+    for halved in (2, 4):
+        assert enqueue_hypergradient_step(study, SPACE_OF_LR, 0.1)
+        study.tell(study.ask(), state=optuna.trial.TrialState.FAIL)
+        values: Any = hypergradient_step(study, SPACE_OF_LR, 0.1)
+        assert math.log(values["lr"] / 0.02) == pytest.approx(math.log(first["lr"] / 0.02) / halved)
 
 
 def test_bad_input_of_steps() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import os
 from functools import partial
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 
 from hypergrad.search import Categorical, Float, Int, Trial, optimize, ray_trainable
+from hypergrad.search.extras import need
 from hypergrad.search.objective import Reports
 from hypergrad.search.ray_population import Member
 from hypergrad.search.ray_tune import number_of
@@ -138,6 +140,79 @@ def test_ray_tune_stops_and_goes_on_with_our_objective_and_its_tuner(tmp_path: P
     assert state["epoch"] == 4 and state["tuner"]["stats"]["steps"] == 40
 
 
+def climb(p: dict[str, Any], trial: Trial) -> float:
+    """A score."""
+    for epoch in (1, 2):
+        trial.report(p["lr"] * epoch, epoch)
+    return 3 * p["lr"]
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("cluster")
+def test_ray_tune_maximises_a_score(tmp_path: Path) -> None:
+    from ray import tune
+    from ray.tune.schedulers import ASHAScheduler
+
+    asha = ASHAScheduler(time_attr="epoch", max_t=3, grace_period=1, reduction_factor=2)
+    found = tune.Tuner(
+        ray_trainable(climb, direction="maximize"),
+        param_space={"lr": tune.grid_search([4.0, 1.0])},
+        tune_config=tune.TuneConfig(metric="loss", mode="min", scheduler=asha, max_concurrent_trials=1),
+        run_config=tune.RunConfig(storage_path=str(tmp_path), verbose=0),
+    ).fit()
+    assert {each.config["lr"]: each.metrics["score"] for each in found} == {4.0: 12.0, 1.0: 1.0}  # 1.0: stopped
+    assert found.get_best_result().metrics["loss"] == -12.0  # type: ignore[index]
+
+
+class Inside:
+    """What a trainable calls of `ray.tune`, without a cluster: results are kept."""
+
+    Checkpoint = None
+
+    def __init__(self) -> None:
+        self.results: list[dict[str, Any]] = []
+
+    def get_context(self) -> Any:
+        return type("Context", (), {"get_trial_id": lambda _: "a_00000"})()
+
+    def get_checkpoint(self) -> None:
+        return None
+
+    def report(self, result: dict[str, Any]) -> None:
+        self.results.append(result)
+
+
+# direction -> (loss, score) of every result of `climb` at lr = 0.5
+DIRECTIONS = {
+    "minimize": [(0.5, None), (1.0, None), (1.5, None)],
+    "maximize": [(-0.5, 0.5), (-1.0, 1.0), (-1.5, 1.5)],
+}
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_a_trainable_reports_a_loss_in_either_direction(direction: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from hypergrad.search import ray_tune
+
+    inside, found = Inside(), need
+    monkeypatch.setattr(ray_tune, "need", lambda name, what: inside if name == "ray.tune" else found(name, what))
+    ray_trainable(climb, direction=direction)({"lr": 0.5})
+    assert [(x["loss"], x.get("score")) for x in inside.results] == DIRECTIONS[direction]
+
+
+@pytest.mark.parametrize(("direction", "worst"), [("minimize", math.inf), ("maximize", -math.inf)])
+def test_the_worst_value_is_a_result_and_the_other_infinity_an_error(
+    direction: str, worst: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from hypergrad.search import ray_tune
+
+    inside, found = Inside(), need
+    monkeypatch.setattr(ray_tune, "need", lambda name, what: inside if name == "ray.tune" else found(name, what))
+    ray_trainable(lambda p: worst, direction=direction)({"lr": 0.5})
+    assert inside.results[-1]["loss"] == math.inf
+    with pytest.raises(ValueError, match="the objective returned"):
+        ray_trainable(lambda p: -worst, direction=direction)({"lr": 0.5})
+
+
 class Kept(Trial):
     """A trial that goes on from a state, and keeps those it is given."""
 
@@ -202,5 +277,7 @@ def test_bad_input(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     with pytest.raises(ValueError, match=match):
         call()
     assert os.listdir(tmp_path) == []
+    with pytest.raises(ValueError, match="'minimize' or 'maximize', got 'max'"):
+        ray_trainable(bowl, direction="max")
     with pytest.raises(TypeError, match="function"):
         ray_trainable(bowl({"lr": 1e-2, "k": 3, "kind": "a"}))  # type: ignore[arg-type]

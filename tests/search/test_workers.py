@@ -91,11 +91,23 @@ def test_workers_have_the_packages_of_the_process_that_calls(tmp_path: Path) -> 
     assert len(trials) == 6 and {notes["parent"] for notes in trials} == {script}
 
 
+# calls that every worker would make again -> the end of what is said
+UNGUARDED = {
+    "main()": "use workers='threads'.",
+    "with open(__file__):\n    main()": "use workers='threads'.",
+    "if os.getpid():\n    main()": "Or use workers='threads'.",  # may be meant as a guard: only the workers show that it is none
+}
+
+
 @pytest.mark.slow
-def test_a_script_that_every_worker_would_run_again_is_told_so(tmp_path: Path) -> None:
-    done, _ = run_script(tmp_path, call="main()")
+@pytest.mark.parametrize("call", UNGUARDED)
+def test_a_script_that_every_worker_would_run_again_is_told_so(call: str, tmp_path: Path) -> None:
+    done, imported = run_script(tmp_path, call=call)
+    last = done.stderr.splitlines()[-1]
     assert done.returncode != 0 and done.stdout == ""
-    assert done.stderr.splitlines()[-1].startswith("RuntimeError: n_jobs > 1: worker processes cannot start")
+    assert last.startswith("RuntimeError: ") and "if __name__ == '__main__':" in last and last.endswith(UNGUARDED[call])
+    if not call.startswith("if"):  # no worker was begun
+        assert imported["objective"] == 1 and f"script.py, line {17 + call.count(chr(10))}: n_jobs > 1 starts" in last
 
 
 class Pool:

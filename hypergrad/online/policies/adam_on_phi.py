@@ -4,7 +4,18 @@ r"""Adam on φ, whose second moment forgets the first hypergradients.
 
 with m̂ = m/(1 − β₁ⁿ) and n the hyperparameter steps in which the number moved. The second moment looks back over one part in
 `memory` of the steps so far, and gives the newest a weight of 1 − β₂ at least: the first hypergradients, often the largest by
-far, do not rule for long. (Kingma & Ba 2015, arXiv 1412.6980, with a weight of our own.)
+far, do not rule for long. (Kingma & Ba 2015, arXiv 1412.6980, with a weight of our own.) With memory=None the weight is theirs,
+w = (1 − β₂)/(1 − β₂ⁿ), so that s is their second moment divided by 1 − β₂ⁿ.
+
+`Population`, `tune_run` and the search move φ by the same rule, with the constants of ADAM: their steps are fewer, and no
+policies shape them. Beside these, measured were the tuner's, and Kingma & Ba's β₁ = 0.9 and β₂ = 0.999. Mean validation losses of
+`tune_run` on the four worked examples (experiments.worked_examples, five seeds), and of the members of a `Population` that begin
+at four values of lr (digits, breast cancer and diabetes, each by SGD and by AdamW, 400 steps):
+
+                     tune_run                             Population
+    ADAM             0.0827  0.261  0.175  0.343          0.206  0.325   0.051  0.068   0.498  0.476
+    the tuner's      0.0823  0.262  0.176  0.345          0.321  0.687   0.055  0.107   0.504  0.500
+    β 0.9, 0.999     0.0829  0.261  0.177  0.342          0.229  0.378   0.051  0.073   0.501  0.481
 """
 
 from __future__ import annotations
@@ -23,7 +34,7 @@ class AdamOnPhi(Policy):
     """The step that all others shape; it cannot be left out."""
 
     beta1: float = 0.8
-    memory: float = 4.0
+    memory: float | None = 4.0
     beta2: float = 0.99
 
     def init(self, k: int) -> State:
@@ -35,14 +46,23 @@ class AdamOnPhi(Policy):
         g, m, s = p.gradient, state["m"], state["s"]
         agreed = torch.where(moves, (g * m).sign(), 0)
         count = state["count"] + moves
-        m = torch.where(moves, m.lerp(g, 1 - self.beta1), m)
-        weight = (1 / (1 + (count - 1) / self.memory)).clamp(1 - self.beta2, 1.0)
-        s = torch.where(moves, s + weight * (g * g - s), s)
+        m, s = (torch.where(moves, new, old) for new, old in zip(self.averages(g, m, s, count), (m, s), strict=True))
         moves = moves & (s > 0)
-        unbiased = m / (1 - self.beta1**count)
-        down = torch.where(moves, unbiased / s.sqrt().clamp_min(1e-300), 0) * c.hyper_lr
+        down = torch.where(moves, self.direction(m, s, count), 0) * c.hyper_lr
         state = {"m": torch.where(p.chaotic, 0, m), "s": s, "count": count}
         return p.but(moves=moves, agreed=agreed, down=down), state
+
+    def averages(self, g: Tensor, m: Tensor, s: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
+        """m and s with g, the `count`-th of them."""
+        if self.memory is None:
+            weight = (1 - self.beta2) / (1 - self.beta2**count)
+        else:
+            weight = (1 / (1 + (count - 1) / self.memory)).clamp(1 - self.beta2, 1.0)
+        return m.lerp(g, 1 - self.beta1), s + weight * (g * g - s)
+
+    def direction(self, m: Tensor, s: Tensor, count: Tensor) -> Tensor:
+        """m̂/√s, where m is of `count` gradients; 0 where all were 0."""
+        return torch.where(s > 0, m / (1 - self.beta1**count) / s.sqrt().clamp_min(1e-300), 0)
 
     def rescaled(self, mine: Tensor, factor: float, state: State) -> State:
         """Where the number was heading is forgotten, how large dL/dφ is stays."""
@@ -56,3 +76,6 @@ class AdamOnPhi(Policy):
         """Standard error of that mean [k]; NaN before the first."""
         of_one = torch.where(state["count"] > 0, state["s"], math.nan).sqrt()
         return of_one * math.sqrt((1 - self.beta1) / (1 + self.beta1))
+
+
+ADAM = AdamOnPhi(beta1=0.8, memory=None, beta2=0.95)

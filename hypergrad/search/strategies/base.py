@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any, ClassVar
 
-from hypergrad.search.extras import need
+from hypergrad.search.extras import made, need
 from hypergrad.search.objective import Objective, Trial, seed_of
 from hypergrad.search.space import Space, Values
 from hypergrad.search.training import result_of
@@ -61,10 +61,6 @@ class Strategy:
 
     def seeded(self, name: str, number: int, **options: Any) -> Any:
         """A sampler of Optuna with a seed of the trial's own."""
-        samplers = need("optuna", "a search").samplers
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # some of Optuna's samplers call themselves experimental
-            try:
-                return getattr(samplers, name)(seed=seed_of(self.seed, number), **options)
-            except TypeError as error:
-                raise ValueError(f"options: optuna.samplers.{name} does not take them: {error}") from error
+            return made("optuna.samplers", name, "a search", seed=seed_of(self.seed, number), **options)

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from hypergrad.search.extras import need
+from hypergrad.search.extras import made
 from hypergrad.search.space import Space, Values
 from hypergrad.search.strategies.base import Strategy
 from hypergrad.search.strategies.grid import Random
@@ -41,11 +41,7 @@ class Halving(Random):
         return self.seeded("TPESampler", number) if self.draws_from == "tpe" else Strategy.sampler(self, number)
 
     def pruner(self) -> Any:
-        pruners = need("optuna", "a search").pruners
-        try:
-            return getattr(pruners, self.name)(**self.options)
-        except TypeError as error:
-            raise ValueError(f"options: optuna.pruners.{self.name} does not take them: {error}") from error
+        return made("optuna.pruners", self.name, "a search", **self.options)
 
 
 class Hyperband(Halving):

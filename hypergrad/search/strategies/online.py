@@ -1,12 +1,13 @@
 r"""Hypergradients inside one training run: a `hypergrad.Tuner` moves the entries that have a derivative while it trains.
 
-A trial is one run, at a few times the gradients of a plain one. With r_g the ratio that the run's param group g holds of an
-entry x, and x_g the number that the tuner has brought it to, the entry's learned value is
+A trial is one run, at `cost` times the seconds of a plain one; more where steps are short beside the tuner's own Python. With r_g
+the ratio that the run's param group g holds of an entry x, and x_g the number that the tuner has brought it to, the entry's
+learned value is
 
     x = exp mean_g log(x_g / r_g)          over the groups in which r_g is not 0
 
 and stands for the run in `best_params`. lr is the scale of a short warm-up and a linear decay to zero over the run
-(`hypergrad.online.lr_shape`), and is trained so again by `Study.verify`. "hypergradient-online" begins the first trial at the
+(`hypergrad.schedules.decay_to_zero`), and is trained so again by `Study.verify`. "hypergradient-online" begins the first trial at the
 space's own start and the next ones at random; with "hybrid-online" a sampler of Optuna chooses every start, and what has no
 derivative.
 """
@@ -42,6 +43,7 @@ class Online(HypergradientStrategy):
     """
 
     takes: ClassVar[tuple[str, ...]] = ("every", "hyper_lr", "average", "warm_start", "cost")
+    defaults: ClassVar[dict[str, Any]] = {}  # those that are not the tuner's own
 
     def __init__(self, space: Space, seed: int, options: Mapping[str, Any]):
         super().__init__(space, seed, options)
@@ -69,7 +71,7 @@ class Online(HypergradientStrategy):
             mode="forward",
             total_steps=len(list(run.batches)),
             seed=trial.seed,
-            **{name: x for name, x in self.options.items() if name in Online.takes},
+            **{name: x for name, x in (self.defaults | self.options).items() if name in Online.takes},
         )
         try:
             value = train(run, trial, tuner.backward, hypers_of(run, values) | tuner.hypers)
@@ -104,9 +106,10 @@ class HypergradientOnline(FromStart, Online):
 
 
 class HybridOnline(Sampled, Online):
-    """Runs from points that a sampler chooses, each tuned while it trains."""
+    """Runs from points that a sampler chooses, each tuned while it trains, in 1.5 times the seconds of a plain run."""
 
     takes = (*Online.takes, "sampler")
+    defaults: ClassVar[dict[str, Any]] = {"cost": 1.5}
 
 
 def _negative(score: Callable[..., Tensor]) -> Callable[..., Tensor]:

@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 
 from hypergrad.search.convert import to_ray
 from hypergrad.search.entries import Categorical, Entry, labels
-from hypergrad.search.extras import need
+from hypergrad.search.extras import made
 from hypergrad.search.space import Space, Values
 from hypergrad.search.strategies.grid import Random
 
@@ -38,23 +38,20 @@ class PBT(Random):
         self.mutations = {name: _draws(entry) for name, entry in named.items() if _varies(entry)}
         if not self.mutations:
             raise ValueError("no entry of the space varies: population-based training has nothing to perturb.")
-        self.scheduler("min")
+        self.scheduler()
 
-    def scheduler(self, mode: str) -> Any:
-        made = need("ray.tune.schedulers", "strategy 'pbt'").PopulationBasedTraining
-        try:
-            return made(
-                metric="loss",
-                mode=mode,
-                hyperparam_mutations=self.mutations,
-                custom_explore_fn=self.inside,
-                log_config=False,
-                **self.given,
-            )
-        except (TypeError, need("ray.tune", "strategy 'pbt'").TuneError) as error:
-            raise ValueError(
-                f"options: ray.tune.schedulers.PopulationBasedTraining does not take them: {error}"
-            ) from error
+    def scheduler(self) -> Any:
+        return made(
+            "ray.tune.schedulers",
+            "PopulationBasedTraining",
+            "strategy 'pbt'",
+            metric="loss",
+            mode="min",
+            hyperparam_mutations=self.mutations,
+            custom_explore_fn=self.inside,
+            log_config=False,
+            **self.given,
+        )
 
     def inside(self, config: Values) -> Values:
         """Values back between their bounds."""
