@@ -57,10 +57,11 @@ def call_val_loss(val_loss: Callable[..., Any], t: int) -> Any:
     try:
         return val_loss(t)
     except (TypeError, AttributeError) as error:
-        error.add_note(
+        hint = (
             "val_loss has an argument without a default, so hypergrad called val_loss(t), with t the number of steps done. If "
             "it is to be the model, write val_loss without an argument, and use the model by its name."
         )
+        error.args = (f"{error}\n{hint}",)
         raise
 
 
