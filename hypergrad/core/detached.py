@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from torch import _C, Tensor, strided
+from torch import Tensor, strided
 
 from hypergrad.core.survey import nodes_of, saved_names
 
@@ -12,17 +12,12 @@ CUT = (
     "tells how far off they are."
 )
 
-# Whether torch tells which saved tensors have hooks, as since 2.10: reading one that has may train a layer a second time.
-SEEN = hasattr(_C._autograd.SavedTensor, "unpack_hook")
-
 
 def is_cut(loss: Tensor) -> bool:
     """Whether the graph keeps one piece of memory both as a tensor with a history and as a constant, as `.detach()` leaves it.
 
     Seen is what the graph keeps as it is; a number computed from a detached tensor is a constant like others.
     """
-    if not SEEN:
-        return False
     with_history: set[int] = set()
     constant: set[int] = set()
     for node in nodes_of(loss.grad_fn):
