@@ -55,7 +55,9 @@ def test_what_public_functions_return_can_be_named() -> None:
                 if inspect.isclass(kind) and kind.__module__.startswith("hypergrad.") and kind not in public:
                     hidden.add(f"{word}, which {name}'s {f.__name__} returns")
     assert not hidden
-    assert hypergrad.Recipe in public and hypergrad.Plan in public  # of tuner.recipe() and tuner.plan: the test sees them
+    assert (
+        hypergrad.Recipe in public and hypergrad.Plan in public
+    )  # of tuner.recipe() and tuner.plan: the test sees them
 
 
 def test_import_is_light() -> None:

@@ -12,8 +12,6 @@ from typing import Any, NamedTuple
 
 import torch
 
-from experiments import results
-
 Row = dict[str, Any]
 ROOT = Path(__file__).parents[2]
 LAST_LINES = 8  # of a traceback

@@ -48,7 +48,10 @@ def test_takes_step(name: str) -> None:
 
 
 def test_an_error_over_the_step_says_what_it_is() -> None:
-    for wrong, own in ((lambda model: model(1.0), "not callable"), (lambda model: model.weight, "no attribute 'weight'")):
+    for wrong, own in (
+        (lambda model: model(1.0), "not callable"),
+        (lambda model: model.weight, "no attribute 'weight'"),
+    ):
         with pytest.raises((TypeError, AttributeError), match=own) as caught:
             call_val_loss(wrong, 3)
         assert str(caught.value).endswith("write val_loss without an argument, and use the model by its name.")
