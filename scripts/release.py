@@ -140,8 +140,8 @@ def versions(python: str) -> str:
     ).strip()
 
 
-def environment(python: str) -> str:
-    return run(python, "-m", "pytest", "-q", "-m", "not slow").splitlines()[-1]
+def environment(python: str, tests: list[str]) -> str:
+    return run(python, "-m", "pytest", "-q", "-m", "not slow", *tests).splitlines()[-1]
 
 
 def measured(name: str, check: Callable[[], str]) -> dict[str, Any]:
