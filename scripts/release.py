@@ -165,13 +165,16 @@ def main() -> None:
     parser.add_argument(
         "--only", nargs="+", choices=("soak", "kill", "wheel", "environments"), help="some of the checks"
     )
+    parser.add_argument("--tests", nargs="+", default=[], help="folders: environments run their fast tests, not all")
     args = parser.parse_args()
     checks: dict[str, Callable[[], str]] = {"wheel": wheel, "kill": kill, "soak": soak}
     chosen = {name: check for name, check in checks.items() if not args.only or name in args.only}
     rows = [measured(name, check) for name, check in chosen.items()]
     if not args.only or "environments" in args.only:
+        which = " ".join(["fast tests", *(["of", *args.tests] if args.tests else [])])
         rows += [
-            measured(f"fast tests, {versions(python)}", partial(environment, python)) for python in other_pythons()
+            measured(f"{which}, {versions(python)}", partial(environment, python, args.tests))
+            for python in other_pythons()
         ]
     if args.only and (before := results.load("release.json", args.out)):
         measured_now = {row["check"] for row in rows}
