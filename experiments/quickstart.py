@@ -22,6 +22,7 @@ from tqdm import tqdm
 import hypergrad
 from experiments import datasets, flops, results
 from experiments.arguments import arg, command, parse
+from hypergrad.logging import Recorder
 
 
 @dataclass
@@ -110,9 +111,22 @@ def train_plain(args: Args, lr: float, weight_decay: float) -> tuple[dict[str, A
         optimizer.step()
         decay.step()
         if step % 10 == 0 or step == args.steps - 1:
-            curve.append({"step": step, "val_loss": val_loss().item(), "lr": lr, "weight_decay": weight_decay})
+            losses = {"train_loss": train_loss.item(), "val_loss": val_loss().item()}
+            curve.append({"step": step, **losses, "lr": lr, "weight_decay": weight_decay})
     row = {"lr": lr, "weight_decay": weight_decay, "val_loss": val_loss().item()}
     return row | {"test_accuracy": test_accuracy(), "gradient_evaluations": args.steps}, curve
+
+
+def log(args: Args, curve: list[dict[str, Any]], log_dir: Path) -> None:
+    """A plain run for TensorBoard, under the tags of a tuned one: its curves stand in the same charts."""
+    levels = {"hyper/lr_scale": curve[0]["lr"], "hyper/weight_decay": curve[0]["weight_decay"]}
+    levels |= {tag.replace("/", "/log10_"): math.log10(value) for tag, value in levels.items()}
+    recorder = Recorder(log_dir, {f"{name}/0 start": curve[0][name] for name in ("lr", "weight_decay")})
+    for point in curve:
+        applied = {"lr/applied": point["lr"] * (1 - point["step"] / args.steps)}
+        losses = {"loss/train": point["train_loss"], "loss/val": point["val_loss"]}
+        recorder.scalars(point["step"] + 1, {**levels, **applied, **losses})
+    recorder.close()
 
 
 def random_search(args: Args) -> tuple[dict[str, Any], list[dict[str, Any]]]:
@@ -131,16 +145,19 @@ def main(args: Args) -> list[dict[str, Any]]:
         raise SystemExit("--device cuda: this machine has no GPU that torch can use; leave --device away")
     torch.set_num_threads(1)  # the model is tiny
     folder = Path(args.out, time.strftime("%Y%m%d-%H%M%S"))
+    tuned = folder / "tuned"
     runs = {
-        "tuned by hypergrad": lambda: train_tuned(args, folder),
-        "untuned": lambda: train_plain(args, args.lr, args.weight_decay),
-        "untuned, torch's default lr": lambda: train_plain(args, 1e-3, args.weight_decay),
-        f"random search, best of {args.trials}": lambda: random_search(args),
+        "tuned by hypergrad": (tuned, lambda: train_tuned(args, tuned)),
+        "untuned": (folder / "untuned", lambda: train_plain(args, args.lr, args.weight_decay)),
+        "untuned, torch's default lr": (folder / "lr 1e-3", lambda: train_plain(args, 1e-3, args.weight_decay)),
+        f"random search, best of {args.trials}": (folder / f"best of {args.trials}", lambda: random_search(args)),
     }
     rows, curves = [], []
-    for name, train in runs.items():
+    for name, (log_dir, train) in runs.items():
         began = time.perf_counter()
         row, curve = train()
+        if log_dir != tuned:  # the tuner writes its own
+            log(args, curve, log_dir)
         rows.append({"method": name, "seed": args.seed, **row, "seconds": round(time.perf_counter() - began, 2)})
         curves += [{"method": name, **point} for point in curve]
 
@@ -155,7 +172,7 @@ def main(args: Args) -> list[dict[str, Any]]:
         )
     tensorboard = Path(sys.executable).with_name("tensorboard")  # the environment's own, which need not be in PATH
     print(f"\ncurves   {folder / 'curves.png'}")
-    print(f"browse   {tensorboard if tensorboard.exists() else 'tensorboard'} --logdir {folder.parent.resolve()}")
+    print(f"browse   {tensorboard if tensorboard.exists() else 'tensorboard'} --logdir {folder.resolve()}")
     return rows
 
 

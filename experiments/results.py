@@ -12,14 +12,14 @@ import operator
 import os
 import platform
 import statistics
-import tomllib
 from pathlib import Path
 from typing import Any
 
 import torch
 
+import hypergrad
+
 FOLDER = Path(__file__).parent / "results"
-PYPROJECT = Path(__file__).parent.parent / "pyproject.toml"
 
 OPS = {"<=": operator.le, "<": operator.lt, ">=": operator.ge, ">": operator.gt, "==": operator.eq}
 AGGREGATES = {
@@ -37,7 +37,7 @@ def environment(device: str = "cpu") -> dict[str, Any]:
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "hypergrad": tomllib.loads(PYPROJECT.read_text(encoding="utf-8"))["project"]["version"],
+        "hypergrad": hypergrad.__version__,
         "platform": f"{platform.system()} {platform.machine()}",
         "cpus": os.cpu_count(),
         "device": torch.cuda.get_device_name(device) if device.startswith("cuda") else device,

@@ -165,7 +165,7 @@ def layout(tags: Iterable[str]) -> dict[str, dict[str, list[Any]]]:
             **({"lr as it was used: its scale times its shape": lines(*lrs)} if lrs else {}),
             **{title: lines(*own) for title, own in charts.items()},
         },
-        "loss": {"training and validation": lines("loss/train", "loss/val", "loss/val_best")},
+        "loss": {"validation": lines("loss/val", "loss/val_best"), "training": lines("loss/train")},
         "hypergradient of the validation loss, with its standard error": {
             name: band(f"val_hypergradient/{name}")
             for name in reversed(names)  # TensorBoard shows these last to first

@@ -3,13 +3,14 @@
     soak          the hypergradient of a run of many steps, with checkpoints on disk (`experiments.long_run`); 100,000 steps of a
                   tuner with flat memory, and a training that is killed fifty times and ends bit-equal (`experiments.soak`)
     kill          the tests that kill processes and resume, three times each
-    wheel         sdist and wheel are built, have every module, and README's snippet runs by the wheel in a fresh environment that
+    wheel         sdist and wheel are built, have every module, and README's Python runs by the wheel in a fresh environment that
                   cannot see this folder
-    environments  the fast tests by every other Python in PATH that has torch, and by every .venv-*/bin/python of this folder:
-                  `python3.13 -m venv .venv-torch2.11 && .venv-torch2.11/bin/pip install torch==2.11.0 -e '.[dev]'` makes one
+    environments  the fast tests by every other Python in PATH that has torch, and by every .venv-*/bin/python of this folder.
+                  `python3.10 -m venv .venv-oldest` and
+                  `.venv-oldest/bin/pip install torch==2.10.0 -e '.[experiments,search,dev]'` make one
 
-Writes release.json: a row for each check, with `passed`, seconds, and the end of what it printed. The exit status is 1 unless all
-have passed.
+Writes release.json: a row for each check, with `passed`, seconds, and the end of what it printed. With --only the rows of other
+checks stay: environments that are large may be made and removed one after the other. The exit status is 1 unless all have passed.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ KILL_FOLDERS = ["tests/search", "tests/whole_run"]
 REPEATS = 3
 SHOWN = 2000  # characters of the end of an output
 
-# What README's snippet takes for granted.
+# What README's Python takes for granted.
 BEFORE_SNIPPET = """
 import torch
 torch.manual_seed(0)
@@ -51,6 +52,8 @@ criterion, epochs = torch.nn.MSELoss(), 10
 """
 AFTER_SNIPPET = """
 assert float(tuner.values["lr"]) > 1e-4, tuner.values
+assert tuner.recipe().optimizers[0].groups[0]["lr"] > 1e-4
+assert hypergrad.check(model, optimizer, training_loss, five, val_loss, wrt=("lr", "weight_decay")).ok
 import hypergrad.search
 print(hypergrad.__file__)
 """
@@ -80,10 +83,9 @@ def kill() -> str:
 
 
 def snippet() -> str:
-    """README's first example, with what it takes for granted before it. Prints where hypergrad was imported from last."""
-    found = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
-    assert found is not None
-    return BEFORE_SNIPPET + found[1] + AFTER_SNIPPET
+    """README's Python, with what it takes for granted before it. Prints where hypergrad was imported from last."""
+    found = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    return "\n".join([BEFORE_SNIPPET, *found, AFTER_SNIPPET])
 
 
 def build(folder: Path) -> tuple[Path, Path]:
@@ -125,16 +127,21 @@ def has_torch(python: str) -> bool:
 
 
 def other_pythons() -> Iterator[str]:
-    for minor in range(11, 16):
+    for minor in range(10, 16):
         found = shutil.which(f"python3.{minor}")
         if found and minor != sys.version_info.minor and has_torch(found):
             yield found
     yield from map(str, sorted(ROOT.glob(".venv-*/bin/python")))
 
 
-def environment(python: str) -> str:
-    versions = run(python, "-c", "import sys, torch; print(sys.version.split()[0], torch.__version__)")
-    return versions + run(python, "-m", "pytest", "-q", "-m", "not slow").splitlines()[-1]
+def versions(python: str) -> str:
+    return run(
+        python, "-c", "import sys, torch; print(f'Python {sys.version.split()[0]}, torch {torch.__version__}')"
+    ).strip()
+
+
+def environment(python: str, tests: list[str]) -> str:
+    return run(python, "-m", "pytest", "-q", "-m", "not slow", *tests).splitlines()[-1]
 
 
 def measured(name: str, check: Callable[[], str]) -> dict[str, Any]:
@@ -158,12 +165,20 @@ def main() -> None:
     parser.add_argument(
         "--only", nargs="+", choices=("soak", "kill", "wheel", "environments"), help="some of the checks"
     )
+    parser.add_argument("--tests", nargs="+", default=[], help="folders: environments run their fast tests, not all")
     args = parser.parse_args()
     checks: dict[str, Callable[[], str]] = {"wheel": wheel, "kill": kill, "soak": soak}
     chosen = {name: check for name, check in checks.items() if not args.only or name in args.only}
     rows = [measured(name, check) for name, check in chosen.items()]
     if not args.only or "environments" in args.only:
-        rows += [measured(f"environment {i}", partial(environment, python)) for i, python in enumerate(other_pythons())]
+        which = " ".join(["fast tests", *(["of", *args.tests] if args.tests else [])])
+        rows += [
+            measured(f"{which}, {versions(python)}", partial(environment, python, args.tests))
+            for python in other_pythons()
+        ]
+    if args.only and (before := results.load("release.json", args.out)):
+        measured_now = {row["check"] for row in rows}
+        rows = [row for row in before["rows"] if row["check"] not in measured_now] + rows
     results.write(args.out / "release.json", "bash scripts/test.sh --release", rows)
     sys.exit(not all(row["passed"] for row in rows))
 

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import inspect
+import re
 import subprocess
 import sys
+from collections.abc import Iterator
+from typing import Any
 
 import hypergrad
 from hypergrad.differentiate.modes import MODES, OPTIONS
@@ -28,6 +31,33 @@ def test_every_mode_has_one_signature() -> None:
         assert tuple(p.name for p in parameters[2:]) == OPTIONS[name]
         assert all(p.default is not inspect.Parameter.empty for p in parameters[2:])
         assert inspect.signature(mode).return_annotation == "Result"
+
+
+def returning(thing: object) -> Iterator[Any]:
+    """The functions of a public thing that give something back: itself, its methods, its properties."""
+    members = [thing] if inspect.isfunction(thing) else []
+    if inspect.isclass(thing):
+        members += [x for name, x in inspect.getmembers(thing) if not name.startswith("_")]
+    for x in members:
+        f = x.fget if isinstance(x, property) else getattr(x, "__func__", x)
+        if inspect.isfunction(f) and f.__module__.startswith("hypergrad."):
+            yield f
+
+
+def test_what_public_functions_return_can_be_named() -> None:
+    """For annotations in a user's code. `policies` is left out: what policies hand each other is the method's own."""
+    named = {name: getattr(m, name) for m in (hypergrad, hypergrad.search) for name in m.__all__}
+    public, hidden = list(named.values()), set()
+    for name, thing in named.items():
+        for f in returning(thing):
+            for word in re.findall(r"\w+", str(f.__annotations__.get("return", ""))):
+                kind = f.__globals__.get(word)
+                if inspect.isclass(kind) and kind.__module__.startswith("hypergrad.") and kind not in public:
+                    hidden.add(f"{word}, which {name}'s {f.__name__} returns")
+    assert not hidden
+    assert (
+        hypergrad.Recipe in public and hypergrad.Plan in public
+    )  # of tuner.recipe() and tuner.plan: the test sees them
 
 
 def test_import_is_light() -> None:

@@ -7,14 +7,13 @@ import re
 import time
 import traceback
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
-from experiments import results
-
 Row = dict[str, Any]
-ROOT = results.PYPROJECT.parent
+ROOT = Path(__file__).parents[2]
 LAST_LINES = 8  # of a traceback
 
 

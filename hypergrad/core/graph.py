@@ -184,7 +184,9 @@ def grad_or_none(outputs: Sequence[Tensor], inputs: Sequence[Tensor], *args: Any
 def check_scalar(loss: Any, what: str, graph: bool = True) -> None:
     """graph: whether it has to depend on parameters that are trained now."""
     if not isinstance(loss, Tensor):
-        raise TypeError(f"{what} must be a scalar tensor, got {type(loss).__name__}.")
+        raise TypeError(
+            f"{what} must be a scalar tensor, got {type(loss).__name__}: return the loss itself, without .item()."
+        )
     if loss.numel() != 1:
         raise ValueError(
             f"{what} must be a scalar, got shape {tuple(loss.shape)}: reduce it, for example with .mean()."
@@ -192,5 +194,5 @@ def check_scalar(loss: Any, what: str, graph: bool = True) -> None:
     if graph and not loss.requires_grad:
         raise ValueError(
             f"{what} does not depend on the parameters: it was made without a graph (no_grad, detach, .item(), gathered over "
-            "processes)."
+            "processes), or of what has no derivative (argmax, an accuracy). Return a loss, with its graph."
         )

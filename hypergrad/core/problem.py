@@ -49,7 +49,7 @@ class Problem:
         processes: those that train the model together.
 
     Raises:
-        ValueError: one of `hypers` is among `params`.
+        TypeError, ValueError: the loss is no function; one of `hypers` is among `params`.
     """
 
     def __init__(
@@ -61,6 +61,8 @@ class Problem:
         optimizers: Sequence[torch.optim.Optimizer] = (),
         processes: Processes = ALONE,
     ):
+        if loss is not None and not callable(loss):
+            raise TypeError(f"loss must be a function loss(model, batch) -> scalar tensor, got {type(loss).__name__}.")
         self.processes = processes
         self.model, self.params, self.loss = model, list(params), loss
         self.optimizers = optimizers
@@ -112,7 +114,8 @@ class Problem:
             except (TypeError, ValueError, RuntimeError, IndexError, KeyError, AttributeError) as error:
                 raise ValueError(
                     f"loss(model, batch{', hypers' if self.extra else ''}) failed on a batch of type "
-                    f"{type(batch).__name__}: {type(error).__name__}: {error}. Check what the loss takes apart."
+                    f"{type(batch).__name__}: {type(error).__name__}: {error}. Check what the loss takes apart: it "
+                    "is called as `lambda model, batch: criterion(model(batch[0]), batch[1])` is."
                 ) from error
             check_scalar(loss, "the training loss")
             return loss

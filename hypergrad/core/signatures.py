@@ -51,16 +51,23 @@ def takes_step(val_loss: Callable[..., Any]) -> bool:
 
 
 def call_val_loss(val_loss: Callable[..., Any], t: int) -> Any:
-    """A validation loss after t steps. What it raises over its argument says what that is."""
-    if not takes_step(val_loss):
-        return val_loss()
+    """A validation loss after t steps. What it raises over its argument says what that is, and so where its batches end."""
     try:
-        return val_loss(t)
+        return val_loss(t) if takes_step(val_loss) else val_loss()
+    except StopIteration as error:
+        raise ValueError(
+            "val_loss raised StopIteration: the batches that it takes one after the other have ended. It is called again and "
+            "again: take the same batch each time, or make it by hypergrad.validation(model, loader, criterion), which draws "
+            "without end."
+        ) from error
     except (TypeError, AttributeError) as error:
-        error.add_note(
+        if not takes_step(val_loss):
+            raise
+        hint = (
             "val_loss has an argument without a default, so hypergrad called val_loss(t), with t the number of steps done. If "
             "it is to be the model, write val_loss without an argument, and use the model by its name."
         )
+        error.args = (f"{error}\n{hint}",)
         raise
 
 

@@ -8,11 +8,14 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from hypergrad.core.second_order import ONCE
 
 # Layers whose gradient differs in its last bits when its graph is kept.
 _INEXACT = frozenset({"SiluBackward0", "MishBackward0", "NativeGroupNormBackward0", "MkldnnRnnLayerBackward0"})
+
+_MARKED_ONCE = once_differentiable(lambda ctx: None).__code__  # all that it marks have this code
 
 
 class Survey(NamedTuple):
@@ -72,8 +75,7 @@ def survey(loss: Tensor, model: torch.nn.Module | None = None) -> Survey:
 def _check_twice_differentiable(node: Any) -> None:
     cls = getattr(type(node), "_forward_cls", None)
     backward = getattr(cls, "backward", None)
-    code = getattr(backward, "__code__", None)
-    if code is not None and "once_differentiable" in code.co_qualname:
+    if getattr(backward, "__code__", None) is _MARKED_ONCE:
         raise NotImplementedError(
             f"the autograd Function {getattr(cls, '__qualname__', cls)} is marked @once_differentiable, so its second "
             "derivative would silently be 0: write its backward in differentiable torch operations, without that mark."

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from hypergrad.core.graph import Linearization
 from hypergrad.core.problem import Problem
+from hypergrad.core.shown import rounded, shown, shown_dict, shown_list
 from hypergrad.differentiate.checkpoints import Checkpoint
 from hypergrad.differentiate.wrt import Directions
 from hypergrad.optimizers.binding import State, Values
@@ -20,9 +21,9 @@ from hypergrad.optimizers.rule import Tensors
 from hypergrad.optimizers.transition import Tangent, Transition
 
 
-@dataclass
+@dataclass(repr=False)
 class Result:
-    """A hypergradient.
+    """A hypergradient. Printed, tensors of many numbers are their shape and norm.
 
     Attributes:
         value: the validation loss, 0-d.
@@ -47,6 +48,10 @@ class Result:
     gradients: dict[str, Tensor]
     stats: dict[str, Any] = field(default_factory=dict)
     initial: list[Tensor | None] | None = None
+
+    def __repr__(self) -> str:
+        initial = "" if self.initial is None else f", initial={shown_list(self.initial)}"
+        return f"Result(value={shown(self.value)}, gradients={shown_dict(self.gradients)}, stats={rounded(self.stats)}{initial})"
 
 
 class Share(NamedTuple):

@@ -151,7 +151,7 @@ class ReplayWindow:
     def _shares(self, gradients: Tensors) -> Tensor:
         """The derivative in each number's value at each step, [steps, k]; times the value's slope there it is that in φ."""
         entries = self.loop.vector.entries
-        return on_host(torch.stack([gradients[e.name][:, *e.index] for e in entries], dim=1))
+        return on_host(torch.stack([gradients[e.name][(slice(None), *e.index)] for e in entries], dim=1))
 
     def _look_back(self, batch: Any) -> None:
         loop = self.loop

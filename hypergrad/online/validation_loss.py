@@ -25,7 +25,7 @@ def validation(
     *,
     size: int | None = None,
     mode: str = "auto",
-) -> ValidationLoss:
+) -> Callable[[], Tensor]:
     """A `val_loss` for `Tuner`, `hypergradient` and `tune_run`: the loss of a random batch of a loader, again and again.
 
     A tuner seeds torch's random numbers for every reading of the validation loss, by the number of steps done, and puts them back

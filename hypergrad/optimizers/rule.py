@@ -22,7 +22,7 @@ A rule may have further attributes:
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar, Protocol, Self
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -56,7 +56,7 @@ class UpdateRule(Protocol):
         ...
 
     @classmethod
-    def from_group(cls, group: Mapping[str, Any], wrt: frozenset[str]) -> Self:
+    def from_group(cls, group: Mapping[str, Any], wrt: frozenset[str]) -> UpdateRule:
         """Read the flags of a live param group, over those of its optimizer (`optimizer.maximize` of third-party classes).
 
         Raise where a flag or a derivative in `wrt` is not supported.

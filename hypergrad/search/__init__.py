@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from hypergrad.search.budget import Budget
+from hypergrad.search.budget import Budget, Cost
 from hypergrad.search.convert import (
     from_hyperopt,
     from_optuna,
@@ -29,6 +29,7 @@ from hypergrad.search.gradient_steps import enqueue_hypergradient_step, hypergra
 from hypergrad.search.objective import Pruned, Trial
 from hypergrad.search.ranges import suggest_space
 from hypergrad.search.ray_tune import ray_trainable
+from hypergrad.search.records import Record
 from hypergrad.search.run_study import optimize
 from hypergrad.search.space import Space
 from hypergrad.search.strategies import STRATEGIES
@@ -42,10 +43,12 @@ __all__ = [
     "STRATEGIES",
     "Budget",
     "Categorical",
+    "Cost",
     "Float",
     "Int",
     "NoTrialCompleted",
     "Pruned",
+    "Record",
     "Run",
     "Space",
     "Study",

@@ -10,7 +10,14 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Cost:
-    """The cost of a trial, or of several."""
+    """The cost of a trial, or of several.
+
+    Attributes:
+        trials: whole trials.
+        epochs: steps that were reported.
+        gradient_evaluations: forward and backward passes of a batch; a Hessian-vector product counts as two.
+        seconds: of the trials, added up.
+    """
 
     trials: int = 0
     epochs: float = 0.0

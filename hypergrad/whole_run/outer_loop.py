@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hypergrad.core.shown import rounded, shown_dict
 from hypergrad.core.user_warnings import warn_user
 from hypergrad.whole_run.run_objective import Evaluation, WholeRunObjective
 from hypergrad.whole_run.step_rules import OuterSteps, Point, listed, vector
@@ -19,9 +20,9 @@ CARRIED = 2.0  # the first step at a horizon over the last step at the horizon b
 LR_CUT = math.log(10)  # by which log lr is lowered where the value or hypergradient of the start is not finite
 
 
-@dataclass
+@dataclass(repr=False)
 class RunResult:
-    """The result of `tune_run`.
+    """The result of `tune_run`. Printed, its history is left out.
 
     Attributes:
         values: name → tensor, shape [n_groups] for names of param groups, the tensor's own for those in the loss. The best at the
@@ -43,6 +44,12 @@ class RunResult:
     run_equivalents: float
     best_step: int
     stats: dict[str, Any] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        return (
+            f"RunResult(values={shown_dict(self.values)}, value={self.value:.6g}, run_equivalents={self.run_equivalents:.6g}, "
+            f"best_step={self.best_step}, stats={rounded(self.stats)})"
+        )
 
 
 class OuterLoop:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from hypergrad.core.signatures import positional, takes_hypers, takes_step
+from hypergrad.core.signatures import call_val_loss, positional, takes_hypers, takes_step
 
 
 def with_default(x: int = 3) -> None:
@@ -45,6 +45,16 @@ TAKES: dict[str, tuple[Callable[..., Any], bool]] = {
 def test_takes_step(name: str) -> None:
     f, expected = TAKES[name]
     assert takes_step(f) == expected
+
+
+def test_an_error_over_the_step_says_what_it_is() -> None:
+    for wrong, own in (
+        (lambda model: model(1.0), "not callable"),
+        (lambda model: model.weight, "no attribute 'weight'"),
+    ):
+        with pytest.raises((TypeError, AttributeError), match=own) as caught:
+            call_val_loss(wrong, 3)
+        assert str(caught.value).endswith("write val_loss without an argument, and use the model by its name.")
 
 
 LOSSES: dict[str, tuple[Callable[..., Any], bool]] = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -101,8 +102,20 @@ BAD: dict[str, Row] = {
     "val_loss not a scalar": (lambda s: {"val_loss": lambda: s.model(s.batches[0][0])}, ValueError, "scalar"),
     "val_loss a number": (lambda s: {"val_loss": lambda: 1.0}, TypeError, "scalar tensor"),
     "val_loss without a graph": (lambda s: {"val_loss": lambda: s.val_loss().detach()}, ValueError, "no_grad"),
+    "val_loss of .item()": (lambda s: {"val_loss": lambda: s.val_loss().item()}, TypeError, r"without \.item\(\)"),
+    "val_loss that counts": (
+        lambda s: {"val_loss": lambda: (s.model(s.batches[0][0]) > 0).double().mean()}, ValueError, "accuracy",
+    ),
+    "val_loss whose batches end": (
+        lambda s: {"val_loss": partial(next, iter(()))}, ValueError, r"again and again.*hypergrad\.validation",
+    ),
     "val_loss of the model": (lambda s: {"val_loss": lambda model: model(s.batches[0][0]).mean()}, TypeError, "without"),
     "val_loss of another model": (lambda s: {"val_loss": elsewhere}, ValueError, "shares no parameter"),
+    "loss a tensor": (lambda s: {"loss": s.val_loss()}, TypeError, r"loss must be a function loss\(model, batch\).*got Tensor"),
+    "loss a criterion": (lambda s: {"loss": nn.MSELoss()}, ValueError, r"lambda model, batch: criterion\(model"),
+    "loss of inputs and targets": (
+        lambda s: {"loss": lambda x, y: nn.functional.mse_loss(s.model(x), y)}, ValueError, "lambda model, batch: criterion",
+    ),
     "loss of one argument": (lambda s: {"loss": lambda model: 0}, ValueError, "what the loss takes"),
     # batches
     "no batches": (lambda s: {"batches": []}, ValueError, "at least one batch"),

@@ -167,3 +167,18 @@ def test_groups_without_the_hyperparameter_have_gradient_zero() -> None:
     assert not gradients["momentum"][1:].any()
     assert not gradients["betas"][:2].any()
     assert gradients["betas"][2].all()
+
+
+def test_what_is_printed_has_the_numbers_and_not_every_weight() -> None:
+    model = torch.nn.Linear(100, 1, bias=False).double()
+    torch.nn.init.constant_(model.weight, 0.5)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+
+    def loss(model: torch.nn.Module, batch: Tensor) -> Tensor:
+        return (model.weight**2).sum() / 2
+
+    result = hypergrad.hypergradient(model, optimizer, loss, [0], lambda: loss(model, torch.empty(0)), wrt="lr")
+    # w' = (1 - lr) w, loss 100 w'^2 / 2; d loss / d lr = -100 (1 - lr) w^2; d loss / d w = (1 - lr)^2 w, of 100 elements
+    assert "value=10.125, gradients={'lr': [-22.5]}" in repr(result)
+    assert "initial=[<(1, 100), norm 4.05>]" in repr(result)
+    assert len(repr(result)) < 500

@@ -1,13 +1,19 @@
 import json
+import math
 from itertools import islice
 from pathlib import Path
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import hypergrad
 from experiments import quickstart
 from experiments.arguments import parse
+
+
+def logged(folder: Path) -> EventAccumulator:
+    return EventAccumulator(str(folder)).Reload()
 
 
 def test_the_quick_run_ends_with_a_table_curves_and_the_line_to_browse_them(tmp_path, capsys):
@@ -25,11 +31,21 @@ def test_the_quick_run_ends_with_a_table_curves_and_the_line_to_browse_them(tmp_
 
     last = out.out.strip().splitlines()[-1]
     logdir = Path(last.partition("tensorboard --logdir ")[2])
-    assert logdir == tmp_path  # TensorBoard shows every run in it by its name
-    (run,) = (folder for folder in logdir.iterdir() if folder.is_dir())
-    assert list(run.glob("events.out.tfevents.*"))
-    assert (run / "metrics.jsonl").read_text()
-    assert (run / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert logdir.parent == tmp_path
+    assert (logdir / "curves.png").read_bytes().startswith(b"\x89PNG")
+    runs = {run.name: logged(run) for run in logdir.iterdir() if run.is_dir()}  # TensorBoard shows them by their names
+    assert set(runs) == {"tuned", "untuned", "lr 1e-3", "best of 2"}
+    steps = [point.step for point in runs["tuned"].Scalars("loss/val")]
+    for method, name in zip(rows[1:], ["untuned", "lr 1e-3", "best of 2"]):
+        run, last = runs[name], {tag: runs[name].Scalars(tag)[-1].value for tag in runs[name].Tags()["scalars"]}
+        assert set(last) <= set(runs["tuned"].Tags()["scalars"])  # in the tuned run's charts
+        assert last["loss/val"] == pytest.approx(method["val_loss"])
+        assert last["hyper/lr_scale"] == pytest.approx(method["lr"])
+        assert last["hyper/log10_weight_decay"] == pytest.approx(math.log10(method["weight_decay"]))
+        assert last["lr/applied"] == pytest.approx(
+            method["lr"] / 200
+        )  # of step 200, after 199 of a decay to zero over 200
+        assert run.Scalars("loss/val")[-1].step == steps[-1] == 200
     assert json.loads((tmp_path / "quickstart.json").read_text())["rows"] == rows
     assert "\r" not in out.err  # no bar where the output is no terminal
 

@@ -4,13 +4,16 @@ import pytest
 import torch
 
 from experiments import datasets
-from experiments.workloads import COMPARED, RUNGS, WORKLOADS, fit, train, train_tuned
+from experiments.workloads import COMPARED, FAMILIES, RUNGS, WORKLOADS, fit, train, train_tuned
 
 STEPS = 16  # a rung at step 1, 2, 4, 8 and 16
 SAME = {"seconds": 0}
 
 
-@pytest.fixture(params=WORKLOADS)
+SIZED = [pytest.param(name, marks=pytest.mark.slow if name in FAMILIES["realistic"] else ()) for name in WORKLOADS]
+
+
+@pytest.fixture(params=SIZED)
 def workload(request):
     if request.param.endswith("fashion"):
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -246,9 +247,8 @@ def bag(sparse: bool) -> nn.Module:
 
 
 def parallel() -> nn.Module:
-    with patch(
-        "torch.nn.parallel.data_parallel._get_available_device_type", return_value=None
-    ):  # without an accelerator
+    of_module = sys.modules["torch.nn.parallel.data_parallel"]  # torch.nn.parallel has a function of this name
+    with patch.object(of_module, "_get_available_device_type", return_value=None):  # without an accelerator
         return nn.DataParallel(net())
 
 

@@ -488,3 +488,10 @@ def test_a_tensor_in_the_loss_is_free_whatever_its_name(name):
 
     found = tune_run(build, {name: 0.5}, outer="sgd", outer_lr=0.4, outer_steps=30, horizons=(1.0,))
     assert float(found.values[name]) == pytest.approx(-1.75, abs=1e-3)  # θ = 0.2 · 2 + 0.8 x = −1
+
+
+def test_what_is_printed_has_the_numbers_and_not_every_step() -> None:
+    found = tune_run(quadratic, {"lr": 0.01}, outer_steps=3, horizons=(1.0,))
+    assert len(found.history) == 3
+    assert f"value={found.value:.6g}" in repr(found) and f"{float(found.values['lr']):.6g}" in repr(found)
+    assert "stopped" in repr(found) and len(repr(found)) < 400

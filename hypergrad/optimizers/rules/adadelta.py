@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple, Self
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -49,7 +49,7 @@ class Adadelta:
         return None
 
     @classmethod
-    def from_group(cls, group: Mapping[str, Any], wrt: frozenset[str]) -> Self:
+    def from_group(cls, group: Mapping[str, Any], wrt: frozenset[str]) -> Adadelta:
         return cls(bool(group["maximize"]))
 
     def _forward(self, p: Tensor, g: Tensor, s: Tensors, h: Scalars) -> _Forward:

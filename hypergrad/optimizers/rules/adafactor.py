@@ -19,7 +19,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple, Self
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -61,7 +61,7 @@ class Adafactor:
         return None
 
     @classmethod
-    def from_group(cls, group: Mapping[str, Any], wrt: frozenset[str]) -> Self:
+    def from_group(cls, group: Mapping[str, Any], wrt: frozenset[str]) -> Adafactor:
         if "d" in wrt and float(group["d"]) == 1:
             raise ValueError(
                 "Adafactor has no derivative in d at exactly 1 (RMS(U) of a vector is 1 at its first step, where clipping sets "

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple, Self
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -54,7 +54,7 @@ class Adam:
         return None if self.decoupled else "exp_avg_sq"
 
     @classmethod
-    def from_group(cls, group: Mapping[str, Any], wrt: frozenset[str]) -> Self:
+    def from_group(cls, group: Mapping[str, Any], wrt: frozenset[str]) -> Adam:
         return cls(bool(group["decoupled_weight_decay"]), bool(group["amsgrad"]), bool(group["maximize"]))
 
     def _forward(self, p: Tensor, g: Tensor, s: Tensors, h: Scalars) -> _Forward:

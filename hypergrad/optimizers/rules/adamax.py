@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple, Self
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -46,7 +46,7 @@ class Adamax:
         return "exp_inf"  # its root, here
 
     @classmethod
-    def from_group(cls, group: Mapping[str, Any], wrt: frozenset[str]) -> Self:
+    def from_group(cls, group: Mapping[str, Any], wrt: frozenset[str]) -> Adamax:
         return cls(bool(group["maximize"]))
 
     def _forward(self, p: Tensor, g: Tensor, s: Tensors, h: Scalars) -> _Forward:

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -51,7 +51,7 @@ class Lion:
         return self.decay != "coupled"
 
     @classmethod
-    def from_group(cls, group: Mapping[str, Any], wrt: frozenset[str]) -> Self:
+    def from_group(cls, group: Mapping[str, Any], wrt: frozenset[str]) -> Lion:
         if "weight_decouple" not in group:
             return cls._of_lion_pytorch(group)
         for flag in ("use_gc", "adanorm", "cautious"):
@@ -66,7 +66,7 @@ class Lion:
         return cls(decay, maximize=bool(group["maximize"]))
 
     @classmethod
-    def _of_lion_pytorch(cls, group: Mapping[str, Any]) -> Self:
+    def _of_lion_pytorch(cls, group: Mapping[str, Any]) -> Lion:
         if group["update_fn"].__module__ != "lion_pytorch.lion_pytorch":
             raise NotImplementedError("Lion with use_triton=True has no update rule: pass use_triton=False.")
         return cls(first_lr=float(group["_init_lr"]) if group["decoupled_wd"] else 1.0, lerp=False)

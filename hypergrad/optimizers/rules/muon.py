@@ -18,7 +18,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple, Self
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -58,7 +58,7 @@ class Muon:
         return None
 
     @classmethod
-    def from_group(cls, group: Mapping[str, Any], wrt: frozenset[str]) -> Self:
+    def from_group(cls, group: Mapping[str, Any], wrt: frozenset[str]) -> Muon:
         return cls(bool(group["nesterov"]), int(group["ns_steps"]), float(group["eps"]), group["adjust_lr_fn"])
 
     def slot_shapes(self, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:

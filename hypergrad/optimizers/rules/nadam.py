@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple, Self
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -62,7 +62,7 @@ class NAdam:
         return None if self.decoupled else "exp_avg_sq"
 
     @classmethod
-    def from_group(cls, group: Mapping[str, Any], wrt: frozenset[str]) -> Self:
+    def from_group(cls, group: Mapping[str, Any], wrt: frozenset[str]) -> NAdam:
         dtype = torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32
         return cls(bool(group["decoupled_weight_decay"]), bool(group["maximize"]), dtype)
 

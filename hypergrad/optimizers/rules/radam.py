@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple, Self
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -76,7 +76,7 @@ class RAdam:
         return None if self.decoupled else "exp_avg_sq"
 
     @classmethod
-    def from_group(cls, group: Mapping[str, Any], wrt: frozenset[str]) -> Self:
+    def from_group(cls, group: Mapping[str, Any], wrt: frozenset[str]) -> RAdam:
         return cls(bool(group["decoupled_weight_decay"]), bool(group["maximize"]))
 
     def _forward(self, p: Tensor, g: Tensor, s: Tensors, h: Scalars, rectified: bool) -> _Forward:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -36,7 +36,7 @@ class SGD:
         return None
 
     @classmethod
-    def from_group(cls, group: Mapping[str, Any], wrt: frozenset[str]) -> Self:
+    def from_group(cls, group: Mapping[str, Any], wrt: frozenset[str]) -> SGD:
         momentum, dampening = float(group["momentum"]), float(group["dampening"])
         if "momentum" in wrt and momentum == 0 and (dampening != 0 or group["nesterov"] or "dampening" in wrt):
             raise ValueError(
