@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -53,7 +54,7 @@ class LiveSlot:
 
     def __init__(self, tensors: Sequence[Tensor], like: Tensor):
         self.tensors, self.like = tensors, like
-        self.ends = torch.tensor([x.numel() for x in tensors]).cumsum(0).tolist()
+        self.ends = list(accumulate(x.numel() for x in tensors))
         self.shape = torch.Size([self.ends[-1] if self.ends else 0])
 
     def numel(self) -> int:
@@ -62,6 +63,8 @@ class LiveSlot:
     def __getitem__(self, key: tuple[object, slice]) -> Tensor:
         """x[..., a:b]."""
         a, b = key[1].start, key[1].stop
+        if a == 0 and b == self.shape[0]:
+            return self.joined()
         found = []
         for end, x in zip(self.ends, self.tensors, strict=True):
             start = end - x.numel()
@@ -71,7 +74,9 @@ class LiveSlot:
 
     def joined(self, dtype: torch.dtype | None = None) -> Tensor:
         """All of it, in memory of its own."""
-        out = torch.empty(self.shape, dtype=dtype or self.like.dtype, device=self.like.device)
+        if dtype is None:
+            return torch.cat([x.detach().reshape(-1).to(self.like) for x in self.tensors])
+        out = torch.empty(self.shape, dtype=dtype, device=self.like.device)
         for piece, x in zip(out.split([x.numel() for x in self.tensors]), self.tensors, strict=True):
             piece.copy_(x.detach().reshape(-1))
         return out
