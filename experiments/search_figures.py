@@ -115,7 +115,10 @@ def search_seconds(result: dict[str, Any]) -> str:
         "trial, evaluations",
         "trial, CPU seconds over a plain run's",
     )
-    return "\n\n".join([table(("score", *map(str, budgets)), body), table(heads, costs), source(result)])
+    trials = [row for row in rows if row["kind"] == "trial"]
+    ours, drawn = (sum(row[name] for row in trials) / len(trials) for name in ("score", "of_the_table"))
+    words = f"One trial by itself scores {ours:.2f}, one configuration of the table {drawn:.2f}: means over trials and problems."
+    return "\n\n".join([table(("score", *map(str, budgets)), body), words, table(heads, costs), source(result)])
 
 
 def search_seconds_figure(rows: Rows) -> Figure:

@@ -7,8 +7,8 @@ learned value is
     x = exp mean_g log(x_g / r_g)          over the groups in which r_g is not 0
 
 and stands for the run in `best_params`. lr is the scale of a short warm-up and a linear decay to zero over the run
-(`hypergrad.schedules.decay_to_zero`), and is trained so again by `Study.verify`. "hypergradient-online" begins the first trial at the
-space's own start and the next ones at random; with "hybrid-online" a sampler of Optuna chooses every start, and what has no
+(`hypergrad.schedules.decay_to_zero`), and is trained so again by `Study.verify`. "hypergradient-online" begins the first trial at
+the space's own start and the next ones at random; with "hybrid-online" a sampler of Optuna chooses every start, and what has no
 derivative.
 """
 
