@@ -140,8 +140,7 @@ def search_seconds_figure(rows: Rows) -> Figure:
         ticks = sorted({row["budget"] for row in rows if row["kind"] == "summary" and row["charge"] == charge})
         panel.set_xticks(ticks, [str(tick) for tick in ticks])
         panel.xaxis.set_minor_formatter(NullFormatter())
-        panel.set_title(f"a trial charged by {CHARGED[charge]}", fontsize=10)
-        _tidy(panel, "normalised score; bands: 95 %" if charge == "seconds" else "", "budget, plain runs")
+        _tidy(panel, f"score, a trial charged by {CHARGED[charge]}; bands: 95 %", "budget, plain runs")
     panels[0].legend(frameon=False, fontsize=9)
     return figure
 
