@@ -115,7 +115,10 @@ def search_seconds(result: dict[str, Any]) -> str:
         "trial, evaluations",
         "trial, CPU seconds over a plain run's",
     )
-    return "\n\n".join([table(("score", *map(str, budgets)), body), table(heads, costs), source(result)])
+    trials = [row for row in rows if row["kind"] == "trial"]
+    ours, drawn = (sum(row[name] for row in trials) / len(trials) for name in ("score", "of_the_table"))
+    words = f"One trial by itself scores {ours:.2f}, one configuration of the table {drawn:.2f}: means over trials and problems."
+    return "\n\n".join([table(("score", *map(str, budgets)), body), words, table(heads, costs), source(result)])
 
 
 def search_seconds_figure(rows: Rows) -> Figure:
@@ -137,8 +140,7 @@ def search_seconds_figure(rows: Rows) -> Figure:
         ticks = sorted({row["budget"] for row in rows if row["kind"] == "summary" and row["charge"] == charge})
         panel.set_xticks(ticks, [str(tick) for tick in ticks])
         panel.xaxis.set_minor_formatter(NullFormatter())
-        panel.set_title(f"a trial charged by {CHARGED[charge]}", fontsize=10)
-        _tidy(panel, "normalised score; bands: 95 %" if charge == "seconds" else "", "budget, plain runs")
+        _tidy(panel, f"score, a trial charged by {CHARGED[charge]}; bands: 95 %", "budget, plain runs")
     panels[0].legend(frameon=False, fontsize=9)
     return figure
 

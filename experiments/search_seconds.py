@@ -175,7 +175,8 @@ def rivals(item: Row, problems: dict[tuple[str, str, str], Table]) -> Row:
 
 
 def summarise(args: Args, problems: dict[tuple[str, str, str], Table], live: list[Row], theirs: list[Row]) -> list[Row]:
-    """Rows of kinds "summary", "problem", "difference" and "cost"; budgets that every study has reached."""
+    """Rows of kinds "summary", "problem" and "difference" of budgets that every study has reached; "trial", the mean score of one
+    trial beside that of one configuration of the table; "cost"."""
     rng, rows = np.random.default_rng(0), []
     of = {
         name: [
@@ -208,6 +209,11 @@ def summarise(args: Args, problems: dict[tuple[str, str, str], Table], live: lis
                     {"kind": "problem", "strategy": "hybrid-online"} | same | named | {"score": 1 - float(x.mean())}
                 )
             rows += [_difference("hybrid-online", name, b, own, found[name], rng) | same for name in RIVALS]
+    for key, table in problems.items():
+        ends = [x for r in live if (r["set"], r["space"]) == key[:2] for _, x in path(r, key[2], "promised")]
+        mean, drawn = (float(np.mean([regret([(0.0, x)], table, 0) for x in xs])) for xs in (ends, table.end))
+        named = dict(zip(("set", "space", "metric"), key, strict=True))
+        rows.append({"kind": "trial"} | named | {"score": 1 - mean, "of_the_table": 1 - drawn})
     for key in dict.fromkeys(key[:2] for key in problems):
         mine = [row for row in live if (row["set"], row["space"]) == key]
         row: Row = {

@@ -8,7 +8,7 @@ from typing import Any
 from hypergrad.core.processes import Processes
 from hypergrad.logging import Journal
 from hypergrad.online.calibration import BETWEEN, Calibration
-from hypergrad.online.plan import MOST_PRODUCT, PERIOD, Plan, Spending, as_plan, odd
+from hypergrad.online.plan import LEAST_PRODUCT, MOST_PRODUCT, PERIOD, Plan, Spending, as_plan, odd
 from hypergrad.online.validation_noise import DRAWS
 
 SMALL = 0.05
@@ -79,11 +79,11 @@ class CostBound:
         self.spending.plan = plan = Plan.made(self.cost, *found, self.every, self.fixed, *self.mean)
         self.spending.spent = plan.price(k, 1.0) * t  # the run has just begun
         self.journal.note(t, plan.sentence(), warn=False)
-        if found[0] > MOST_PRODUCT:
+        if not 0.75 * LEAST_PRODUCT <= found[0] <= MOST_PRODUCT:
             self.journal.note(
                 t,
-                f"a product took {found[0]:.2g} plain steps here, most of it Python's own time, as steps are short: the run will "
-                f"take more than {plan.cost:g} times a plain one's seconds.",
+                f"a product took {found[0]:.2g} times what a step without one does here: most of both is Python's own time, as "
+                f"steps are short, and the run will take more than {plan.cost:g} times a plain one's seconds.",
                 warn=False,
             )
         if plan.allowance(1) == 0:

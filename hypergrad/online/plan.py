@@ -15,9 +15,11 @@ then those of every s-th step of the run. With one step of three the workloads e
 (experiments/results/strides.json). s is odd: at the edge of stability weights move to and fro from one step to the next, and
 every second step would see one side alone.
 
-A product is two passes through the graph of a step: p is 2 to 3 where arithmetic rules. What is above MOST_PRODUCT is Python's
-own time, in nets whose plain step takes a millisecond or two. It is left out, since at a stride that paid for it too lr would
-be moved by tangents of a step in ten. There the bound is not kept, which is said in the log.
+A product is two passes through the graph of a step: p is 2 to 3 where arithmetic rules. In nets whose plain step takes less
+than a millisecond or two Python's own time does: the steps that a product is compared with hold the tuner's too, so that p comes
+out at 1 or less, while a product costs five plain steps and more. So p is taken to be LEAST_PRODUCT at least. It is MOST_PRODUCT
+at most: at a stride that paid for more lr would be moved by tangents of a step in ten. Outside of the two the bound is not kept,
+which is said in the log.
 
 p and v are measured once, in the first steps of a run, and rounded up to powers of 2^(1/4), so that most runs of one script have
 one plan. From there on no clock is read: a run repeats bit for bit given its plan.
@@ -34,7 +36,7 @@ PERIOD = 1000  # steps over which the cost is kept where the length of the run i
 MOST_EVERY = 5  # at most so many times the steps between readings that were asked for
 ON_READINGS = 0.25  # the share of what may be spent that goes to readings, where they can be made rarer
 STRIDE = 21  # at most
-MOST_PRODUCT = 4.0
+LEAST_PRODUCT, MOST_PRODUCT = 2.0, 4.0
 ROUND = 2**0.25
 
 
@@ -81,7 +83,7 @@ class Plan:
             >>> round(plan.product, 3), round(plan.validation, 3), plan.every, plan.stride
             (2.828, 3.364, 14, 5)
         """
-        p, v, extra = min(_rounded_up(product), MOST_PRODUCT), _rounded_up(validation), cost - 1
+        p, v, extra = min(max(_rounded_up(product), LEAST_PRODUCT), MOST_PRODUCT), _rounded_up(validation), cost - 1
         every, resting = (
             every if fixed else math.ceil(min(max(x / (ON_READINGS * extra), every), MOST_EVERY * every))
             for x in (v, v / 3)

@@ -118,7 +118,7 @@ def check_main_module() -> None:
     frame = sys._getframe()
     while frame is not None and (frame.f_code.co_filename != file or frame.f_code.co_name != "<module>"):
         frame = frame.f_back
-    if frame is None or not (source := "".join(linecache.getlines(file))):
+    if file is None or frame is None or not (source := "".join(linecache.getlines(file))):
         return
     line, body = frame.f_lineno, ast.parse(source).body
     at = [

@@ -45,7 +45,7 @@ def test_quick_mode(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(search_seconds, "STRATEGIES", dict.fromkeys(search_seconds.RIVALS, found))
     folder = str(tmp_path)
     rows: list[dict[str, Any]] = search_seconds.main(["--quick", "--out", folder, "--runs", folder])
-    assert {row["kind"] for row in rows} == {"summary", "problem", "difference", "cost"}
+    assert {row["kind"] for row in rows} == {"summary", "problem", "difference", "trial", "cost"}
     own = [row for row in rows if row["kind"] == "summary" and row["strategy"] == "hybrid-online"]
     assert {(row["charge"], row["budget"]) for row in own} >= {("promised", 4), ("evaluations", 4)}
     assert all(row["low"] <= row["score"] <= row["high"] for row in own)
