@@ -7,6 +7,7 @@ from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, strided
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -59,6 +60,13 @@ def _refuse(name: str, *args: Any, **kw: Any) -> None:
     raise ValueError(ERROR.format(f"optimizer.{name}()"))
 
 
+@contextmanager
+def _uncompiled(writes: _Writes) -> Iterator[None]:
+    """Up to torch 2.11 a compiled module whose first call is under a TorchDispatchMode is never compiled any more."""
+    with torch.compiler.set_stance("force_eager"), writes:
+        yield
+
+
 def _place(x: Tensor) -> int:
     return x.untyped_storage().data_ptr() if x.layout is strided else 0
 
@@ -79,7 +87,7 @@ def refused(
     """
     before = [p._version for p in params]
     writes = _Writes(params)
-    with _without_modes(optimizers), writes if closely else nullcontext():
+    with _without_modes(optimizers), _uncompiled(writes) if closely else nullcontext():
         yield
     if writes.found or any(p._version != old for p, old in zip(params, before, strict=True)):
         explain()
