@@ -12,7 +12,7 @@ import math
 import re
 import statistics
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from experiments import (  # noqa: E402
     whole_run_figures,
 )
 from experiments.markdown import source, table  # noqa: E402
+from experiments.price import best_of_grid  # noqa: E402
 from experiments.workloads import WORKLOADS  # noqa: E402
 
 TEXTS = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))  # whose blocks are filled
@@ -155,28 +156,30 @@ def ablation(result: Result) -> str:
 
 
 def price(result: Result) -> str:
-    head = (
-        "workload",
-        "cost",
-        "seconds over plain",
-        "ms of a plain step",
-        "products in one step of",
-        "loss",
-        "untuned",
-    )
-    body = [
-        (
-            WORKLOADS[row["workload"]].title,
-            "no bound" if row["cost"] is None else f"{row['cost']:g}",
-            f"{row['seconds']:.2f}",
-            f"{row['plain_ms']:.3g}",
-            str(row.get("plan_stride", "–")),
-            f"{row['loss']:.3f}",
-            f"{row['plain_loss']:.3f}",
-        )
-        for row in sorted(result["rows"], key=lambda row: (row.get("workload", ""), row.get("cost") or math.inf))
-        if row["kind"] == "run"
-    ]
+    """Seconds over a plain run's, and loss over L* where that is known, by workload and bound."""
+    runs = [row for row in result["rows"] if row["kind"] == "run"]
+    costs = sorted({row["cost"] for row in runs}, key=lambda cost: cost or math.inf)
+    head = ("workload", "ms of a plain step", "runs", *("no bound" if x is None else f"cost={x:g}" for x in costs))
+
+    def cell(seconds: Sequence[float], regret: float | None) -> str:
+        return f"{statistics.geometric_mean(seconds):.2f}×" + ("" if regret is None else f", {regret:.3f}")
+
+    body = []
+    for name in dict.fromkeys(row["workload"] for row in runs):
+        mine = [row for row in runs if row["workload"] == name]
+        cells = []
+        for cost in costs:
+            here = [row for row in mine if row["cost"] == cost]
+            best = best_of_grid(name, here[0]["split"]) if here else None
+            regret = None if best is None else statistics.fmean(row["loss"] for row in here) / best
+            cells.append(cell([row["seconds"] for row in here], regret) if here else "–")
+        plain = statistics.median(row["plain_ms"] for row in mine)
+        body.append((WORKLOADS[name].title, f"{plain:.2g}", str(len(mine)), *cells))
+    titles = {"main": "all twelve", "small": "all of the small family", "realistic": "both of realistic size"}
+    for family in dict.fromkeys(row["family"] for row in result["rows"] if row["kind"] == "family"):
+        rows = {row["cost"]: row for row in result["rows"] if row["kind"] == "family" and row["family"] == family}
+        cells = [cell([rows[cost]["seconds"]], rows[cost]["regret"]) if cost in rows else "–" for cost in costs]
+        body.append((titles[family], "", str(sum(row["runs"] for row in rows.values())), *cells))
     return table(head, body) + "\n\n" + source(result)
 
 
