@@ -319,7 +319,8 @@ def main(args: Args) -> list[Row]:
         todo = list(items(args))
         kept = sweep(run, todo, out / "price.jsonl")
         mine = [row for row in kept if any(item.items() <= row.items() for item in todo)] if args.quick else kept
-        rows += [*summaries(mine), *families(mine), *({"kind": "run", **row} for row in mine)]
+        rows += [*summaries(mine), *families(mine)]
+        rows += [{"kind": "run", "family": WORKLOADS[row["workload"]].family, **row} for row in mine]
     for optimizer in OPTIMIZERS:
         rows += [resting(optimizer, args.quick)] if "resting" in args.parts else []
         rows += list(bytes_of(optimizer, args.quick)) if "bytes" in args.parts else []
