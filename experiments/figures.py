@@ -127,7 +127,7 @@ def price(rows: Rows) -> Figure:
     ]
     for row in rows:
         if row["kind"] == "family" and row["family"] == "main" and row["split"] == "test":
-            title = "no bound" if row["cost"] is None else f"cost={row['cost']:g}"
+            title = "no bound" if row["cost"] is None else f"{row['cost']:g}"
             ends.append(
                 row
                 | {"kind": "summary", "method": "hypergrad", "title": title, "cost": row["seconds"], "workloads": 12}
@@ -167,10 +167,10 @@ def shootout(rows: Rows, xlabel: str = "cost in plain runs") -> Figure:
     tuned = [row for row in live if row["method"] == "hypergrad"]
     others = [row for row in live if row not in tuned]
     _points(panel, others, "o", OTHERS[0], "one live run")
-    _points(panel, tuned, "D", TUNED, "hypergrad" if len(tuned) > 1 else tuned[0]["title"] if tuned else "")
+    _points(panel, tuned, "D", TUNED, "hypergrad at cost=…" if len(tuned) > 1 else tuned[0]["title"] if tuned else "")
     for row in tuned if len(tuned) > 1 else ():
         at = (row["cost"], row["regret"])
-        panel.annotate(row["title"], at, xytext=(6, 4), textcoords="offset points", fontsize=8, color=TUNED)
+        panel.annotate(row["title"], at, xytext=(-6, -14), textcoords="offset points", fontsize=8, color=TUNED)
     _labels(panel, others, 0.75)
     _tidy(panel, "regret: test loss over that of the best of a grid of 200 (bars: 5–95 %)", xlabel)
     panel.legend(frameon=False, fontsize=8)

@@ -174,13 +174,23 @@ def price(result: Result) -> str:
             regret = None if best is None else statistics.fmean(row["loss"] for row in here) / best
             cells.append(cell([row["seconds"] for row in here], regret) if here else "–")
         plain = statistics.median(row["plain_ms"] for row in mine)
-        body.append((WORKLOADS[name].title, f"{plain:.2g}", str(len(mine)), *cells))
+        body.append((WORKLOADS[name].title, f"{plain:.3g}", str(len(mine)), *cells))
     titles = {"main": "all twelve", "small": "all of the small family", "realistic": "both of realistic size"}
     for family in dict.fromkeys(row["family"] for row in result["rows"] if row["kind"] == "family"):
         rows = {row["cost"]: row for row in result["rows"] if row["kind"] == "family" and row["family"] == family}
         cells = [cell([rows[cost]["seconds"]], rows[cost]["regret"]) if cost in rows else "–" for cost in costs]
         body.append((titles[family], "", str(sum(row["runs"] for row in rows.values())), *cells))
     return table(head, body) + "\n\n" + source(result)
+
+
+def price_bytes(result: Result) -> str:
+    head = ("optimizer", "form", "first 24 steps", "24 steps after the fiftieth")
+    rows = [row for row in result["rows"] if row["kind"] == "bytes"]
+    body = [(row["optimizer"], row["form"], f"{row['more']:.1f}", f"{row['late']:.1f}") for row in rows]
+    return (
+        "At the peak inside a step, beyond a plain loop's, in vectors as long as the weights (ResNet-18 of 5 million weights, batch "
+        "2):\n\n" + table(head, body) + "\n\n" + source(result)
+    )
 
 
 def strides(result: Result) -> str:
@@ -320,6 +330,7 @@ TABLES: dict[str, Callable[[Result], str]] = {
     "harm": harm,
     "ablation": ablation,
     "price": price,
+    "price_bytes": price_bytes,
     "strides": strides,
     "schedulers": schedulers,
     "layers": layers,
@@ -347,6 +358,8 @@ FILES = {  # of tables that are not in the file of their name
     "fashion_in_words": "fashion_mnist.json",
     "shootout_in_words": "shootout.json",
     "harm_in_words": "harm.json",
+    "price_in_words": "price.json",
+    "price_bytes": "price.json",
     "ddp_bytes_written_out": "ddp_bytes.json",
 }
 PLOTS: dict[str, tuple[str, Callable[[list[Result]], Any]]] = {

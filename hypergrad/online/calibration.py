@@ -30,10 +30,11 @@ class Calibration:
     Args:
         device: of the weights; it is waited for in the steps that are timed.
         active: False where no plan is wanted, and once it is made.
+        given: there is a plan: the same steps are taken as where it was made, but no clock is read.
     """
 
-    def __init__(self, device: torch.device, active: bool):
-        self.device, self.active = device, active
+    def __init__(self, device: torch.device, active: bool, given: bool = False):
+        self.device, self.active, self.given = device, active, given
         self.timing = False  # the present step is timed
         self.began = self.read = 0.0  # when it began, and the seconds of a validation loss in it
         self.formed: list[float] = []  # seconds of steps with products
@@ -42,6 +43,8 @@ class Calibration:
 
     def clock(self) -> float:
         """Seconds: of the processor where it computes, as other programs do not slow those; else of the clock on the wall."""
+        if self.given:
+            return 0.0
         if self.device.type == "cpu":
             return time.process_time()
         torch.get_device_module(self.device).synchronize()
@@ -81,13 +84,16 @@ class Calibration:
 
     def result(self, k: int, processes: Processes) -> tuple[float, float] | None:
         """What a product of one of k numbers, and a validation loss with its gradient, cost, in plain steps; None: not known."""
-        self.active = self.timing = False
+        self.stop()
         if not (self.formed and self.plain):
             return None
         readout = Readout(processes)
         readout.ask("seconds", torch.tensor([median(x) for x in (self.formed, self.plain, self.readings)]))
         formed, plain, reading = readout.fetch()["seconds"]
         return max(formed - plain, 0.0) / plain / max(k, 1), reading / plain
+
+    def stop(self) -> None:
+        self.active = self.timing = False
 
     def state_dict(self) -> dict[str, Any]:
         names = ("active", "timing", "formed", "plain", "readings")

@@ -19,7 +19,7 @@ class CostBound:
 
     Args:
         cost: the bound; None: none, or that of the plan.
-        plan: one that was made before; None: it is made after the first steps.
+        plan: one that was made before; it rules from the step on after which it would be made. None: it is made there.
         every: steps between validation losses that were asked for.
         fixed: they are not to be made rarer.
         total: steps of the run; None: not known.
@@ -32,10 +32,12 @@ class CostBound:
     ):  # fmt: skip
         self.cost, self.every, self.fixed, self.total, self.mean = cost, every, fixed, total, mean
         self.calibration, self.journal, self.processes = calibration, journal, processes
-        self.spending = Spending(plan)
+        self.given = plan
+        self.spending = Spending(None if calibration.active else plan)
 
     @property
     def plan(self) -> Plan | None:
+        """That which rules; None: none does yet."""
         return self.spending.plan
 
     def reads_every(self, resting: bool) -> int:
@@ -70,16 +72,20 @@ class CostBound:
         """
         self.spending.step(t - 1, k, formed, self.total)
         self.calibration.step_done(t, k, formed, searching)
-        if self.cost is None or not (self.calibration.active and self.calibration.complete):
+        if not (self.calibration.active and self.calibration.complete):
             return
-        found = self.calibration.result(k, self.processes)
-        if found is None:
-            self.journal.note(t, "what tuning costs could not be measured: it goes on without a bound.")
-            return
-        self.spending.plan = plan = Plan.made(self.cost, *found, self.every, self.fixed, *self.mean)
+        plan, found = self.given, None
+        if plan is None:
+            found = self.calibration.result(k, self.processes)
+            if found is None or self.cost is None:
+                self.journal.note(t, "what tuning costs could not be measured: it goes on without a bound.")
+                return
+            plan = Plan.made(self.cost, *found, self.every, self.fixed, *self.mean)
+        self.calibration.stop()
+        self.spending.plan = plan
         self.spending.spent = plan.price(k, 1.0) * t  # the run has just begun
         self.journal.note(t, plan.sentence(), warn=False)
-        if not 0.75 * LEAST_PRODUCT <= found[0] <= MOST_PRODUCT:
+        if found is not None and not 0.75 * LEAST_PRODUCT <= found[0] <= MOST_PRODUCT:
             self.journal.note(
                 t,
                 f"a product took {found[0]:.2g} times what a step without one does here: most of both is Python's own time, as "

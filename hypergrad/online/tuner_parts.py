@@ -123,8 +123,8 @@ def build(
     starts_are_hints = options.warm_start and forward and writer.writes_lr_from_groups()
     search = LrSearches(find(policies, LrWarmStart), starts_are_hints)
     processes = problem.processes
-    wanted = forward and options.cost is not None and options.plan is None
-    calibration = Calibration(problem.device, wanted)
+    wanted = forward and (options.cost is not None or options.plan is not None)
+    calibration = Calibration(problem.device, wanted, options.plan is not None)
     tangents = Tangents(transition, vector, problem, scaler, clip, calibration, processes)
     outer = OuterOptimizer(vector, policies, options.hyper_lr)
     counts: dict[str, int] = dict.fromkeys(COUNTED, 0)

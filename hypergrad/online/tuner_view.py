@@ -26,8 +26,8 @@ class TunerView:
 
     @property
     def plan(self) -> Plan | None:
-        """What `cost` has become; None: no bound, or not measured yet."""
-        return self._loop.bound.plan
+        """What `cost` has become, or what was given; None: no bound, or not measured yet."""
+        return self._loop.bound.plan or self._loop.bound.given
 
     @property
     def val_loss(self) -> float:

@@ -17,6 +17,7 @@ from hypergrad.online.calibration import FIRST, STEPS, Calibration
 from hypergrad.online.plan import PERIOD, STRIDE, Plan, Spending, as_plan
 from hypergrad.online.policies.phases import Phases
 from hypergrad.policies import DEFAULT, replaced
+from tests import unbounded
 
 pytestmark = pytest.mark.clock
 BOTH = {"lr": 1, "weight_decay": 1}
@@ -139,7 +140,7 @@ def test_the_stride_is_the_least_that_pays_for_the_whole_run(cost: float, k: flo
 
 
 @pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.AdamW])
-def test_hypergradients_are_those_of_every_third_step(optimizer: Any):
+def test_hypergradients_are_those_of_every_third_step(optimizer: Any, monkeypatch: pytest.MonkeyPatch):
     """By central differences of a stock loop in float64, where steps 0, 3, 6, … have the lr that is varied, and what the others
     add to the weights and to the optimizer's tensors does not depend on it."""
     stride, steps, h = 3, 12, 1e-6
@@ -181,6 +182,7 @@ def test_hypergradients_are_those_of_every_third_step(optimizer: Any):
     true = (trained(0.05 + h, moved)[0] - trained(0.05 - h, moved)[0]) / (2 * h)
     model, opt = made()
     plan = Plan(9.0, 1.0, 1.0, steps, steps, stride)
+    monkeypatch.setattr(unbounded.PLACE, unbounded.without_clock)  # it rules from the first step
     tuner = hypergrad.Tuner(
         model,
         opt,
@@ -233,8 +235,25 @@ def test_the_plan_is_made_once_and_can_be_given():
     plan = measured.tuner.plan
     assert plan is not None and plan.cost == 3.0
     assert 0 in measured.tuned[FIRST : FIRST + 20 + STEPS]
-    runs = [Run(200, plan=given).go(200) for given in (plan, plan.state_dict(), as_plan(plan.state_dict()))]
-    assert all(torch.equal(run.weights(), runs[0].weights()) for run in runs) and runs[0].tuner.plan == plan
+    for given in (plan, plan.state_dict(), as_plan(plan.state_dict())):
+        run = Run(200, plan=given)
+        assert run.tuner.plan == plan
+        run.go(200)
+        assert torch.equal(run.weights(), measured.weights()) and run.tuned == measured.tuned
+        assert run.tuner.stats["val_evaluations"] == measured.tuner.stats["val_evaluations"]
+
+
+@pytest.mark.parametrize("cost", [1.5, 2.0, 4.0])
+def test_a_run_given_its_plan_is_the_one_that_measured_it(cost: float):
+    """Whatever the clock said, and stopped and resumed before or after the plan was made."""
+    measured = Run(150, cost=cost).go(150)
+    for stop in (5, 20, 100):
+        first = Run(150, plan=measured.tuner.plan).go(stop)
+        state = copy.deepcopy([x.state_dict() for x in (first.model, first.optimizer, first.tuner)])
+        again = Run(150, plan=measured.tuner.plan)
+        for x, saved in zip((again.model, again.optimizer, again.tuner), state, strict=True):
+            x.load_state_dict(saved)
+        assert torch.equal(again.go(150 - stop).weights(), measured.weights())
 
 
 def test_a_run_repeats_given_its_plan():
