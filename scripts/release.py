@@ -6,7 +6,7 @@
     wheel         sdist and wheel are built, have every module, and README's Python runs by the wheel in a fresh environment that
                   cannot see this folder
     environments  the fast tests by every other Python in PATH that has torch, and by every .venv-*/bin/python of this folder.
-                  `python3.10 -m venv .venv-oldest` and
+                  `python3.11 -m venv .venv-oldest` and
                   `.venv-oldest/bin/pip install torch==2.10.0 -e '.[experiments,search,dev]'` make one
 
 Writes release.json: a row for each check, with `passed`, seconds, and the end of what it printed. With --only the rows of other
@@ -127,7 +127,7 @@ def has_torch(python: str) -> bool:
 
 
 def other_pythons() -> Iterator[str]:
-    for minor in range(10, 16):
+    for minor in range(11, 16):
         found = shutil.which(f"python3.{minor}")
         if found and minor != sys.version_info.minor and has_torch(found):
             yield found

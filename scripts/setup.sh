@@ -5,11 +5,11 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
 
 python=${PYTHON:-python3}
 if ! command -v "$python" >/dev/null; then
-    echo "setup: no '$python' in PATH. Install Python 3.10 or newer, or name one: PYTHON=python3.12 bash $0" >&2
+    echo "setup: no '$python' in PATH. Install Python 3.11 or newer, or name one: PYTHON=python3.12 bash $0" >&2
     exit 1
 fi
-if ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))'; then
-    echo "setup: '$python' is $("$python" --version 2>&1); hypergrad needs Python 3.10 or newer." >&2
+if ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then
+    echo "setup: '$python' is $("$python" --version 2>&1); hypergrad needs Python 3.11 or newer." >&2
     echo "       Name another one: PYTHON=python3.12 bash $0" >&2
     exit 1
 fi

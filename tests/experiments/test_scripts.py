@@ -33,7 +33,7 @@ def fake_python(clone: Path, script: str) -> str:
     ("python", "message"),
     [
         (None, "no 'no-such-python' in PATH"),
-        (OLD, "is Python 3.9.1; hypergrad needs Python 3.10 or newer"),
+        (OLD, "is Python 3.9.1; hypergrad needs Python 3.11 or newer"),
         (WITHOUT_VENV, "apt-get install python3-venv"),
     ],
     ids=["missing", "old", "without venv"],
