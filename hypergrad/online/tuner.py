@@ -91,8 +91,8 @@ class Tuner(TunerView):
             more rarely where it is dear; phases are shorter where that is not enough. Without total_steps the bound is kept in
             every thousand steps. Lr's warm start and the measuring come before there is a plan: a short run, or one with a bound
             near 1, may cost more. The plan is `tuner.plan`, and part of the state. For mode="forward".
-        plan: that of an earlier run, or the dict that its `state_dict` gave: no clock is read, and that run repeats bit for bit. It
-            rules from the step on at which it was made.
+        plan: that of an earlier run, or the dict that its `state_dict` gave: no clock is read, and that run repeats bit for bit.
+            It rules from the step on at which it was made.
         seed: of the random numbers that val_loss draws, a stream of its own; recorded with the run.
         log_dir: the run's own folder, for TensorBoard and `metrics.jsonl`; at `load_state_dict` rows of later steps are dropped.
         on_log: `on_log(metrics, step)`, called with each row of `metrics.jsonl` (tag → float) and the number of steps done; works
