@@ -99,8 +99,8 @@ def check(
     """Compare hypergradients of a loop with central finite differences of the stock optimizer, in float64.
 
     Runs the loop 4 times for every number, and 8 times more where that does not agree, as a loss with kinks (ReLU, max-pooling)
-    needs smaller steps. A tensor or net of your own in `hypers` is moved where it is, so that whatever reads it sees the move. Model,
-    optimizer, `hypers`, gradients, buffers and random numbers are left as found.
+    needs smaller steps. A tensor or net of your own in `hypers` is moved where it is, so that whatever reads it sees the move.
+    Model, optimizer, `hypers`, gradients, buffers and random numbers are left as found.
 
     Args:
         model, optimizer, loss, batches, val_loss, wrt, mode, hypers, val_steps, clip_norm, clip_value, schedules, per, ema: as in
