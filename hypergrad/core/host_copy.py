@@ -33,7 +33,7 @@ class HostCopy:
 
         given: so many of them, the first, are never written to: on the host they are kept as they are.
         """
-        if not self.pinned and all(x.device.type == "cpu" for x in tensors):
+        if not self.pinned and {x.device.type for x in tensors} <= {"cpu"} - ASYNCHRONOUS:
             self.kept = [x.detach() if i < given else x.detach().clone() for i, x in enumerate(tensors)]
             return
         if [(x.shape, x.dtype) for x in tensors] != [(x.shape, x.dtype) for x in self.kept]:

@@ -95,10 +95,10 @@ def test_bytes_over_those_of_the_weights(name: str, when: str) -> None:
     full, compact = (weights_in(run.tuner.state_dict(compact=x), run) for x in (False, True))
     assert kept <= compact <= kept + REST
     if steps > STEPS / 10:
-        more = 2 * (1 + s) + 1
-        assert kept + more <= full <= kept + more + REST
-    else:  # some of what is kept are tensors that training still has
-        assert full > 1.5 * compact
+        more = 2 * (1 + s / 2)  # and the weights of the lowest loss, where they are not the best ones
+        assert kept + more <= full <= kept + more + REST or kept + more + 1 <= full <= kept + more + 1 + REST
+    else:  # the optimizer's tensors before the first step are none
+        assert compact + 1 <= full <= compact + 1 + REST
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
