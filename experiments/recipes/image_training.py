@@ -74,6 +74,7 @@ def main(checkpoint: Path | None = None, last_epoch: int = EPOCHS, lr: float = 1
             states = {name: part.state_dict() for name, part in parts.items()}
             torch.save(states | {"epoch": epoch + 1, "random": torch.get_rng_state()}, checkpoint)
 
+    print(tuner.recipe())  # optimizer and scheduler for a plain run next time
     tuner.close()
     model.eval()
     x_test, y_test = images(data.test).tensors
