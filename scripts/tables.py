@@ -183,13 +183,16 @@ def price(result: Result) -> str:
     return table(head, body) + "\n\n" + source(result)
 
 
+BYTES = "python -m experiments.price --parts bytes --out experiments/results"
+
+
 def price_bytes(result: Result) -> str:
     head = ("optimizer", "form", "first 24 steps", "24 steps after the fiftieth")
     rows = [row for row in result["rows"] if row["kind"] == "bytes"]
     body = [(row["optimizer"], row["form"], f"{row['more']:.1f}", f"{row['late']:.1f}") for row in rows]
     return (
         "At the peak inside a step, beyond a plain loop's, in vectors as long as the weights (ResNet-18 of 5 million weights, "
-        "batch 2):\n\n" + table(head, body) + "\n\n" + source(result)
+        "batch 2):\n\n" + table(head, body) + "\n\n" + source(result | {"command": BYTES})
     )
 
 

@@ -29,10 +29,8 @@ from hypergrad.differentiate.schedule_gradients import Function
 
 RTOL = 1e-5  # agreement asked for; Richardson differences of a smooth loss reach 1e-8
 STEP = 1e-4  # of the differences, relative to the value (absolute below 1e-3)
-SMALLER = (
-    1e-2,
-    1e-4,
-)  # shares of it that are tried where the first disagrees: they cross fewer kinks of ReLU or max-pooling
+# shares of it that are tried where the first disagrees: fewer kinks of ReLU or max-pooling lie within them
+SMALLER = (1e-2, 1e-4)
 
 
 @dataclass(frozen=True)
@@ -186,7 +184,7 @@ def _compare(run: StockRun, at: Moved, ours: float, value: float) -> Row:
     found = _difference(run, at, h, value)
     if not _agrees(ours, found):
         smaller = [_difference(run, at, h * share, value) for share in SMALLER]
-        told = [d for d in smaller if d.noise <= 10 * RTOL * _scale(ours, d)]
+        told = [d for d in smaller if d.noise <= RTOL * _scale(ours, d)]
         agreeing = [d for d in told if _agrees(ours, d)]
         found = agreeing[0] if agreeing else min([found, *told], key=lambda d: d.spread + d.noise)
     scale = _scale(ours, found)
@@ -217,8 +215,8 @@ def _explain(rows: list[Row]) -> list[str]:
     if any(not row.ok and row.smooth for row in rows):
         notes.append(
             "OFF: a part of the graph was lost (.detach(), .item(), numpy, or an autograd Function whose backward is not "
-            "differentiable), or the loss is not the one that is trained. Where the loss has kinks (ReLU, max-pooling) an error "
-            "below 1e-3 may be one between the steps of the difference: try another batch, or a smooth activation."
+            "differentiable), or the loss is not the one that is trained. With many kinks (ReLU, max-pooling) it may be the "
+            "difference that is off: try other batches, or a smooth activation for this check."
         )
     if any(not row.smooth for row in rows):
         notes.append(

@@ -11,7 +11,7 @@ from hypergrad.online.calibration import BETWEEN, Calibration
 from hypergrad.online.plan import LEAST_PRODUCT, MOST_PRODUCT, PERIOD, Plan, Spending, as_plan, odd
 from hypergrad.online.validation_noise import DRAWS
 
-SMALL = 0.05
+SMALL = 0.05  # the share of what may be spent that second draws may take
 
 
 class CostBound:
@@ -75,13 +75,15 @@ class CostBound:
         if not (self.calibration.active and self.calibration.complete):
             return
         plan, found = self.given, None
-        if plan is None:
+        if plan is not None:
+            self.calibration.stop()
+        else:
             found = self.calibration.result(k, self.processes)
-            if found is None or self.cost is None:
+            if found is None:
                 self.journal.note(t, "what tuning costs could not be measured: it goes on without a bound.")
                 return
+            assert self.cost is not None  # nothing is measured without one
             plan = Plan.made(self.cost, *found, self.every, self.fixed, *self.mean)
-        self.calibration.stop()
         self.spending.plan = plan
         self.spending.spent = plan.price(k, 1.0) * t  # the run has just begun
         self.journal.note(t, plan.sentence(), warn=False)

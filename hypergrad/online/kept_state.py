@@ -1,7 +1,7 @@
 """A training state that is kept to go back to: weights, the optimizers' tensors and counts, and the model's buffers.
 
-What optimizers with a rule keep is rounded to bfloat16 (8 bits, the range of float32): moments of gradients, of which a run that
-goes on from there with another lr needs no more. Before the first step there are none, and they take no memory.
+What optimizers with a rule keep, moments of gradients, is rounded to bfloat16 (8 bits, the range of float32): half the memory.
+Before the first step there are none, and they take none.
 """
 
 from __future__ import annotations

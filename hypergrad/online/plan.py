@@ -18,8 +18,8 @@ every second step would see one side alone.
 A product is two passes through the graph of a step: p is 2 to 3 where arithmetic rules. In nets whose plain step takes less
 than a millisecond or two Python's own time does: the steps that a product is compared with hold the tuner's too, so that p comes
 out at 1 or less, while a product costs five plain steps and more. So p is taken to be LEAST_PRODUCT at least. It is MOST_PRODUCT
-at most: at a stride that paid for more lr would be moved by tangents of a step in ten. Outside of the two the bound is not kept,
-which is said in the log.
+at most: at a stride that paid for more lr would be moved by tangents of a step in ten. Well below the one, and above the other,
+the bound is not kept, which is said in the log.
 
 p and v are measured once, in the first steps of a run, and rounded up to powers of 2^(1/4), so that most runs of one script have
 one plan. From there on no clock is read: a run repeats bit for bit given its plan.

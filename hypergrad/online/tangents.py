@@ -202,13 +202,7 @@ class Tangents:
         return Comparison(self.pending, self.transition, g, active, self.clip, self.scaler is not None, readout)
 
     def push(
-        self,
-        state: State,
-        g: Tensor,
-        active: tuple[bool, ...],
-        values: Values,
-        scale: Tensor,
-        dg: Tensor | None,
+        self, state: State, g: Tensor, active: tuple[bool, ...], values: Values, scale: Tensor, dg: Tensor | None
     ) -> None:
         """Take the tangents through one step, in their memory. dg None: unknown, so they start again from zero at this step."""
         directions = self.vector.tuned
@@ -247,6 +241,7 @@ class Tangents:
             self.pending.forget_tangent()
 
     def copied(self) -> Tangent | None:
+        """The tangents in memory of their own, which later steps do not write into."""
         tangent = self.tangent
         if tangent is None:
             return None
@@ -257,7 +252,7 @@ class Tangents:
         if before is None:
             self.forget()
         self.tangent = before
-        self.tangent = self.copied()  # they may be wanted once more
+        self.tangent = self.copied()  # `before` may be wanted once more
 
     def start_again(self) -> None:
         """Tangents are zero, and the running average of the weights starts again: training goes on from other weights."""
@@ -272,7 +267,7 @@ class Tangents:
         self.counts.update({k: v for k, v in stats.items() if k in self.counts})
 
     def state_dict(self) -> dict[str, Any]:
-        tangent = self.copied()  # later steps write into the tangents
+        tangent = self.copied()
         return {
             "theta": None if tangent is None else tangent.theta,
             "slots": None if tangent is None else tangent.slots,

@@ -40,11 +40,10 @@ class Tuner(TunerView):
     Write `tuner.backward(loss)` in place of `loss.backward()`; everything else in the loop stays as it is. Every `every`
     steps the hypergradient dL/dφ of L = val_loss is formed from tangents dθ/dφ that have been carried along with every step, or
     with one step in a few, as `cost` allows (forward mode), and φ, the transformed values (log lr, log weight decay, logit
-    momentum, …), takes a step: of Adam, slowed by
-    disagreement; lr climbs by Newton's step (docs/online.md). Every number keeps within a factor of 4 of its mean so far.
-    Where the validation loss has risen by more than chance, weights go back to where it was lowest, and lr is divided by 4 (see
-    backtracking.py). In DistributedDataParallel every rank makes its tuner, and what counts is the mean over ranks
-    (docs/distributed.md).
+    momentum, …), takes a step: of Adam, slowed by disagreement; lr climbs by Newton's step (docs/online.md). Every number keeps
+    within a factor of 4 of its mean so far. Where the validation loss has risen by more than chance, weights go back to where
+    it was lowest, and lr is divided by 4 (see backtracking.py). In DistributedDataParallel every rank makes its tuner, and what
+    counts is the mean over ranks (docs/distributed.md).
 
     Args:
         model: the module that is trained, or the DistributedDataParallel module around it. Its layers may be frozen by

@@ -10,7 +10,7 @@ from torch import Tensor
 
 import hypergrad.optimizers.transition as steps
 from hypergrad.optimizers.transition import Tangent, Transition
-from tests.optimizers.test_parity import FLAGS, always, gradients, make, parameters, sometimes
+from tests.optimizers.live_optimizers import FLAGS, always, gradients, sometimes, trained
 
 
 def copied(tangent: Tangent) -> Tangent:
@@ -23,12 +23,7 @@ def copied(tangent: Tangent) -> Tangent:
 def test_in_place_and_from_live_slots(
     flags: str, taken: int, present: Callable[[int, int], bool], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    params = parameters(torch.float64, FLAGS[flags][0])
-    optimizer = make(*FLAGS[flags], params)
-    for t in range(taken):
-        for p, g in zip(params, gradients(params, t, present), strict=True):
-            p.grad = g
-        optimizer.step()
+    params, optimizer = trained(flags, torch.float64, taken, present)
     transition = Transition([optimizer], frozenset())
     grads = gradients(params, taken, present)
     g, active = transition.flatten(grads), tuple(x is not None for x in grads)

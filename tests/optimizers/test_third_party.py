@@ -17,7 +17,7 @@ from hypergrad.optimizers.rules.lion import Lion
 from hypergrad.optimizers.transition import Transition
 from tests import references
 from tests.cases import OPTIMIZERS, Case
-from tests.optimizers.test_parity import gradients, make, parameters, sometimes, step_both
+from tests.optimizers.live_optimizers import gradients, make, parameters, sometimes, step_both
 from tests.oracle import assert_matches, hypergradient
 from tests.problems import Setup
 

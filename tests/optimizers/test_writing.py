@@ -9,7 +9,7 @@ import torch
 
 from hypergrad.optimizers.transition import Transition
 from tests import references
-from tests.optimizers.test_parity import assert_equal, gradients, make, parameters, sometimes
+from tests.optimizers.live_optimizers import assert_equal, gradients, make, parameters, sometimes
 
 CASES: dict[str, tuple[Any, dict[str, Any]]] = {
     "momentum": (torch.optim.SGD, {"lr": 0.1, "momentum": 0.9, "dampening": 0.2}),

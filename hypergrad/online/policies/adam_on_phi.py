@@ -8,14 +8,7 @@ far, do not rule for long. (Kingma & Ba 2015, arXiv 1412.6980, with a weight of 
 w = (1 − β₂)/(1 − β₂ⁿ), so that s is their second moment divided by 1 − β₂ⁿ.
 
 `Population`, `tune_run` and the search move φ by the same rule, with the constants of ADAM: their steps are fewer, and no
-policies shape them. Beside these, measured were the tuner's, and Kingma & Ba's β₁ = 0.9 and β₂ = 0.999. Mean validation losses of
-`tune_run` on the four worked examples (experiments.worked_examples, five seeds), and of the members of a `Population` that begin
-at four values of lr (digits, breast cancer and diabetes, each by SGD and by AdamW, 400 steps):
-
-                     tune_run                             Population
-    ADAM             0.0827  0.261  0.175  0.343          0.206  0.325   0.051  0.068   0.498  0.476
-    the tuner's      0.0823  0.262  0.176  0.345          0.321  0.687   0.055  0.107   0.504  0.500
-    β 0.9, 0.999     0.0829  0.261  0.177  0.342          0.229  0.378   0.051  0.073   0.501  0.481
+policies shape them. experiments/results/worked_examples.json has what `tune_run` comes to with them.
 """
 
 from __future__ import annotations
