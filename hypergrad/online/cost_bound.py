@@ -40,11 +40,16 @@ class CostBound:
         """That which rules; None: none does yet."""
         return self.spending.plan
 
-    def reads_every(self, resting: bool) -> int:
-        """Steps between validation losses, while nothing is tuned or something is."""
+    def reads(self, t: int, resting: bool, searching: bool) -> bool:
+        """Whether the validation loss is read after t steps: not while lr's start is found, where there is to be a plan.
+
+        Args:
+            resting: nothing is tuned.
+            searching: lr's warm start is under way.
+        """
         if self.plan is None:
-            return self.every
-        return self.plan.resting if resting else self.plan.every
+            return t % self.every == 0 and not (searching and self.calibration.active)
+        return t % (self.plan.resting if resting else self.plan.every) == 0
 
     def averages_every(self, tuned: bool, searching: bool) -> int:
         """Steps between those whose weights go into the running average: with their tangents, where there are any."""
@@ -54,7 +59,7 @@ class CostBound:
         """Whether second draws of the validation loss (validation_noise.py) are a small part of what may be spent."""
         plan = self.plan
         if plan is None:
-            return True
+            return not self.calibration.active
         return DRAWS * plan.validation <= SMALL * plan.allowance(PERIOD if self.total is None else self.total)
 
     def products_every(self, searching: bool) -> int:

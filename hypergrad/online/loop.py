@@ -87,10 +87,11 @@ class OnlineLoop:
         if self.total is not None and self.t == self.total and not self.stepped:
             self.journal.note_once(self.t, past_the_end(self.total))
         self.starts.before_step(self.t, self.hyper.frozen)
-        gradients = StepGradients(self.transition, i, not self.tangents.resting)
-        g, active = gradients.flat, gradients.active
         pending = self.tangents.pending
         fresh = pending if pending is not None and i not in pending.stepped else None
+        left = None if fresh is None else fresh.left
+        gradients = StepGradients(self.transition, i, not self.tangents.resting, left)
+        g, active = gradients.flat, gradients.active
         if fresh is not None:
             self.tangents.average_pending()
         if (fresh or self.given_loss is not None) and len(self.stepped) == len(self.optimizers) - 1:
@@ -122,7 +123,7 @@ class OnlineLoop:
             if fresh is not None and not self.skipped:
                 fresh.used_by(i)
             return
-        state = cache(lambda: self.transition.live(read.get("counts")))
+        state = cache(lambda: self.transition.live(read.get("counts"), self.tangents.weights()))
         if self.t == 0 and not self.stepped and self.hyper.record is not None:
             self.hyper.record.starts_from(state().theta)
         loss = read["loss"][0] if "loss" in read else None
@@ -244,7 +245,7 @@ class OnlineLoop:
         self.tangents.frozen.step_done()
         self.counts |= {"steps": self.t, **self.tangents.counts}
         k, formed, search = len(self.vector.moving), not self.tangents.resting, self.starts.search
-        due = self.mode == "forward" and self.t % self.bound.reads_every(not self.vector.moving) == 0
+        due = self.mode == "forward" and self.bound.reads(self.t, not self.vector.moving, search.active)
         if due and self.hyper.take(self.t, search.active, search.coupled, self.bound.affords_second_draws()):
             assert self.hyper.record is not None
             self.recovery.go_back(self.t, self.hyper.record, self.hyper.val_loss)

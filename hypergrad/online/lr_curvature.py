@@ -35,14 +35,14 @@ class LrCurvature:
     def _along(
         self, tangent: Tangent | None, pending: Pending | None, optimizer: int | None
     ) -> tuple[Tensor, Tensor, Tensor] | None:
-        """z of every lr [m, n], g [n] and Hz [m, n] of the pending batch; None where these are not known."""
+        """z of every lr [m, n], and, times the pending batch's scale, its g [n] and Hz [m, n]; None where they are not known."""
         rows = self.vector.rows("lr", optimizer)
         if tangent is None or pending is None or pending.dg is None or pending.left is None or not rows:
             return None
         z, hz = _rows(tangent.theta, rows), _rows(pending.dg, rows)
         if optimizer is not None:
             z = z * self.transition.of_optimizer(optimizer)
-        return z, pending.left / pending.scale, hz / pending.scale
+        return z, pending.left, hz
 
     def ask_common(
         self, tangent: Tangent | None, pending: Pending | None, readout: Readout, optimizer: int | None
@@ -52,9 +52,9 @@ class LrCurvature:
         optimizer: of its lr, and its parameters, alone.
         """
         seen = self._along(tangent, pending, optimizer)
-        if seen is not None:
-            z, g, hz = seen[0].sum(0), seen[1], seen[2].sum(0)
-            readout.ask("slope and curvature", torch.stack([g @ z, hz @ z]))
+        if seen is not None and pending is not None:
+            z, g, hz = _total(seen[0]), seen[1], _total(seen[2])
+            readout.ask("slope and curvature", torch.stack([g @ z, hz @ z]) / pending.scale)
 
     def add(self, tangent: Tangent | None, pending: Pending | None, optimizer: int | None = None) -> None:
         """Add this step's batch: slope and curvature of its own loss, whatever is done to its gradient afterwards.
@@ -64,10 +64,10 @@ class LrCurvature:
         rules = zip(self.transition.rules, self.transition.optimizer_of_group, strict=True)
         signs = {bool(getattr(rule, "maximize", False)) for rule, i in rules if optimizer in (None, i)}
         seen = self._along(tangent, pending, optimizer)
-        if seen is None or len(signs) > 1:
+        if seen is None or pending is None or len(signs) > 1:
             return
         z, g, hz = seen
-        along = torch.cat([(z @ g).unsqueeze(-1), z @ hz.T], dim=1)
+        along = torch.cat([(z @ g).unsqueeze(-1), z @ hz.T], dim=1) / pending.scale
         along = -along if signs == {True} else along
         if optimizer is not None:
             along = self._among_all(along, optimizer)
@@ -115,6 +115,11 @@ class LrCurvature:
     def load_state_dict(self, state: Mapping[str, Any], like: Tensor) -> None:
         self.told = bool(state["told"])
         self.sums = None if state["sums"] is None else state["sums"].to(like)
+
+
+def _total(rows: Tensor) -> Tensor:
+    """The sum of rows [m, n]; of one row without a copy."""
+    return rows[0] if len(rows) == 1 else rows.sum(0)
 
 
 def _rows(x: Tensor, rows: Sequence[int]) -> Tensor:

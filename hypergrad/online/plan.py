@@ -6,7 +6,7 @@ of s and a reading every e steps while something is tuned, every r steps while n
 
     a step adds       k p/s + v/e  while something is tuned       v/(3 r)  while nothing is
 
-    e, r              readings take a quarter of cost − 1 at most, where they can be made rarer, 5 times as rare at most
+    e, r              readings take a quarter of cost − 1 at most, where they can be made rarer: 5 and 10 times as rare at most
     s                 the least odd number with which all phases of the run cost no more than cost − 1 a step; STRIDE at most
     phases            are shorter where that is not enough (policies/phases.py)
 
@@ -33,7 +33,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 PERIOD = 1000  # steps over which the cost is kept where the length of the run is not known
-MOST_EVERY = 5  # at most so many times the steps between readings that were asked for
+MOST_EVERY, MOST_RESTING = 5, 10  # at most so many times the steps between readings that were asked for
 ON_READINGS = 0.25  # the share of what may be spent that goes to readings, where they can be made rarer
 STRIDE = 21  # at most
 LEAST_PRODUCT, MOST_PRODUCT = 2.0, 4.0
@@ -85,8 +85,8 @@ class Plan:
         """
         p, v, extra = min(max(_rounded_up(product), LEAST_PRODUCT), MOST_PRODUCT), _rounded_up(validation), cost - 1
         every, resting = (
-            every if fixed else math.ceil(min(max(x / (ON_READINGS * extra), every), MOST_EVERY * every))
-            for x in (v, v / 3)
+            every if fixed else math.ceil(min(max(x / (ON_READINGS * extra), every), most * every))
+            for x, most in ((v, MOST_EVERY), (v / 3, MOST_RESTING))
         )
         left = extra - tuned * v / every - (1 - tuned) * v / 3 / resting
         stride = min(max(math.ceil(k * p * tuned / left), 1), STRIDE) if left > 0 else STRIDE

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from hypergrad.core.multi_tensor import norms
+from hypergrad.core.multi_tensor import equal, norms
 from hypergrad.core.readout import Readout
 from hypergrad.optimizers.transition import Transition
 
@@ -17,20 +17,25 @@ class StepGradients:
 
     Args:
         joined: also as one flat vector, which only tangents need; without them nothing is copied.
+        left: what `backward` left [n], which is that vector where they are the same; None: not known.
 
     Attributes:
         active: for each parameter, whether this optimizer will step it.
         flat: [n], 0 elsewhere; None: not joined, or there are none.
     """
 
-    def __init__(self, transition: Transition, i: int, joined: bool):
+    def __init__(self, transition: Transition, i: int, joined: bool, left: Tensor | None = None):
         self.active = tuple(
             p.grad is not None and transition.optimizer_of_group[group] == i
             for p, group in zip(transition.params, transition.group_of, strict=True)
         )
         grads = [p.grad if a else None for p, a in zip(transition.params, self.active, strict=True)]
         self.tensors = [g for g in grads if g is not None]
-        self.flat: Tensor | None = transition.flatten(grads) if joined and self.tensors else None
+        self.flat: Tensor | None = None
+        if joined and self.tensors:
+            whole = left is not None and len(self.tensors) == len(grads)
+            same = whole and equal(self.tensors, transition.split(left))
+            self.flat = left if same else transition.flatten(grads)
 
     def ask(self, readout: Readout) -> None:
         """Ask for a number that is not finite where a gradient is not, and 0 where all are."""

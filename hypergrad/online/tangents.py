@@ -17,6 +17,7 @@ from torch import Tensor
 from hypergrad.core.data_parallel import check_now
 from hypergrad.core.detached import is_cut
 from hypergrad.core.graph import Linearization, grad_or_none
+from hypergrad.core.multi_tensor import equal
 from hypergrad.core.problem import Problem
 from hypergrad.core.processes import ALONE, Processes
 from hypergrad.core.readout import Readout
@@ -92,7 +93,7 @@ class Tangents:
         scale = 1.0 if self.scaler is None else float(self.scaler.get_scale())
         if self.resting and self.counts["gradients"] and (self.processes.alone or not whole):
             if self.tangent is not None:
-                self.forget_written(self.transition.flatten(params))
+                self.forget_written(self.weights())
             self.pending = without_tangents(loss, self.pending, self.transition, scale)
             self.counts["gradients"] += 1
             if inputs is None and hypers:  # whose .grad stays as it is
@@ -109,7 +110,7 @@ class Tangents:
             self.forward.check_compiled()
         if graph.once:
             self.forward.attach()
-        self.forget_written(self.transition.flatten(params))
+        self.forget_written(self.weights())
         products = self.products_due() and (self.forward.allowed or not graph.once)
         # what has no second derivative is refused before any step
         trial = not products and self.counts["gradients"] == 0 and not graph.once and not self.forward.attached
@@ -169,6 +170,12 @@ class Tangents:
         if pending is not None and pending.dg is not None and not pending.averaged:
             pending.dg, pending.averaged = self.processes.mean_(pending.dg), True
 
+    def weights(self) -> Tensor:
+        """The present weights [n], never written to: those that were last looked at, where nothing was written since."""
+        params, left = self.transition.params, self.written.left
+        same = left is not None and equal(params, self.transition.split(left))
+        return left if same else self.transition.flatten(params)
+
     def note_read(self, leaves: Sequence[Tensor]) -> None:
         """Note which tensors in the loss are among the leaves of a loss's graph."""
         if len(self.read) < len(self.vector.hypers):
@@ -186,7 +193,7 @@ class Tangents:
         if self.tangent is None:
             self.written.forget()
         else:
-            self.written.note(self.transition.flatten(self.transition.params))
+            self.written.note(lambda: self.transition.flatten(self.transition.params))
 
     def count(self, gradients: int, hessian_products: int) -> None:
         """Count what was evaluated elsewhere, for `tuner.stats`."""

@@ -7,7 +7,7 @@ anew; for what was computed from the weights (normalising, averaging, older weig
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -28,9 +28,10 @@ class WrittenWeights:
         self.left: Tensor | None = None  # [n]; None: not known
         self.found: Tensor | None = None  # 0-d bool, until the host has read it
 
-    def note(self, theta: Tensor) -> None:
-        """These weights [n] are as they should be."""
-        self.left = theta
+    def note(self, read: Callable[[], Tensor]) -> None:
+        """The weights [n] that `read` reads are as they should be."""
+        self.left = None  # its memory is free for them
+        self.left = read()
 
     def forget(self) -> None:
         self.left = self.found = None
@@ -38,7 +39,9 @@ class WrittenWeights:
     def kept(self, theta: Tensor) -> Tensor | None:
         """Which elements of the weights [n] are as they were [n] bool; None: all are, or nothing is known."""
         left, self.left = self.left, theta
-        if left is None or left.shape != theta.shape or (theta.device.type == "cpu" and torch.equal(left, theta)):
+        if left is None or left is theta or left.shape != theta.shape:
+            return None
+        if theta.device.type == "cpu" and torch.equal(left, theta):
             return None
         same = (left == theta) | ((left != left) & (theta != theta))
         written = ~same.all()

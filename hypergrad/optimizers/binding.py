@@ -141,10 +141,16 @@ class Binding:
 
     def flatten(self, tensors: Sequence[Tensor | None]) -> Tensor:
         """One flat detached vector of tensors shaped like the parameters; None counts as zero."""
-        missing = [size for size, x in zip(self.sizes, tensors, strict=True) if x is None]
-        zero = self.params[0].new_zeros(max(missing)) if missing else self.params[0].detach()
-        pieces = zip(self.sizes, tensors, strict=True)
-        return torch.cat([zero[:size] if x is None else x.detach().reshape(-1) for size, x in pieces])
+        missing = any(x is None for x in tensors)
+        like = self.params[0].detach()
+        out = (
+            torch.zeros(sum(self.sizes), dtype=like.dtype, device=like.device)
+            if missing
+            else like.new_empty(sum(self.sizes))
+        )
+        pairs = [(to, x.detach()) for to, x in zip(self.split(out), tensors, strict=True) if x is not None]
+        multi_tensor.write([to for to, _ in pairs], [x for _, x in pairs])
+        return out
 
     def split(self, flat: Tensor) -> list[Tensor]:
         """Views of a flat vector [n] (or of one row of a tangent), shaped like the parameters."""
@@ -211,14 +217,14 @@ class Binding:
         """The present state. counts: as of `counts`."""
         return self.live(counts).copied()
 
-    def live(self, counts: Sequence[float] | None = None) -> State:
-        """The same without a copy of the optimizers' tensors: right until they step."""
+    def live(self, counts: Sequence[float] | None = None, theta: Tensor | None = None) -> State:
+        """The same without a copy of the optimizers' tensors: right until they step. theta: the weights [n], where at hand."""
         slots: dict[str, Any] = dict(self._live_slots())
         rest = {}
         for i, fallback in self.fallbacks.items():
             own, rest[i] = fallback.read()
             slots |= own
-        return State(self.flatten(self.params), slots, self.counts(counts), rest)
+        return State(self.flatten(self.params) if theta is None else theta, slots, self.counts(counts), rest)
 
     def write(self, state: State) -> None:
         """Write θ, slots and step counts into the live optimizers, in place.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
@@ -66,10 +67,12 @@ class LiveSlot:
         if a == 0 and b == self.shape[0]:
             return self.joined()
         found = []
-        for end, x in zip(self.ends, self.tensors, strict=True):
-            start = end - x.numel()
-            if start < b and end > a:
-                found.append(x.detach().reshape(-1)[max(a - start, 0) : b - start].to(self.like))
+        for i in range(bisect_right(self.ends, a), len(self.ends)):  # those before end at a or earlier
+            x = self.tensors[i]
+            start = self.ends[i] - x.numel()
+            if start >= b:
+                break
+            found.append(x.detach().reshape(-1)[max(a - start, 0) : b - start].to(self.like))
         return found[0] if len(found) == 1 else torch.cat(found) if found else self.like.new_zeros(0)
 
     def joined(self, dtype: torch.dtype | None = None) -> Tensor:

@@ -25,7 +25,7 @@ CLIPS: dict[str, type[Clip]] = {"clip_norm": ClipNorm, "clip_value": ClipValue}
 
 # A long range is cut, as a rule allocates memory for ten or so passes. On CPU that memory is then reused, not mapped each time;
 # on a device pieces are larger, as a kernel costs microseconds to launch.
-CHUNK, DEVICE_CHUNK = 2**20, 2**23
+CHUNK, DEVICE_CHUNK = 2**17, 2**23
 
 WELL_CONDITIONED_EPS = 1e-3  # from this eps on d/d(weight decay) through g/(√v + eps) at g = v = 0 is of ordinary size
 
