@@ -44,7 +44,7 @@ def test_what_is_kept_between_steps_and_at_the_peak(optimizer: str, kept: int, m
     plain = counted(optimizer)
     tuned = counted(optimizer, total_steps=1000)
     assert tuned[1] - plain[1] < kept + 0.1
-    assert tuned[0] - plain[0] < kept + 2  # what a product takes in torch
+    assert tuned[0] - plain[0] < kept + 1.6  # and what a product takes in torch
 
 
 class Loop:

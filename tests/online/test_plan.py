@@ -16,7 +16,7 @@ from hypergrad.core.processes import ALONE
 from hypergrad.online.calibration import FIRST, STEPS, Calibration
 from hypergrad.online.plan import PERIOD, STRIDE, Plan, Spending, as_plan
 from hypergrad.online.policies.phases import Phases
-from hypergrad.policies import DEFAULT, replaced
+from hypergrad.policies import DEFAULT, LrWarmStart, replaced
 from tests import unbounded
 
 pytestmark = pytest.mark.clock
@@ -112,11 +112,13 @@ def test_without_a_length_the_bound_is_kept_in_every_thousand_steps():
 
 
 def test_dear_validation_losses_are_read_more_rarely():
-    """v/e ≤ (cost − 1)/4 at e = 4 v/(cost − 1), of the loss alone at a third of it; at most 5 times as rarely."""
+    """v/e ≤ (cost − 1)/4 at e = 4 v/(cost − 1), of the loss alone at a third of it; at most 5 and 10 times as rarely."""
     plan = Plan.made(2.0, 3.0, 10.0, 10)
     assert (plan.product, plan.validation) == pytest.approx((2 ** (7 / 4), 2 ** (14 / 4)))
     assert plan.every == 46 and plan.resting == 16  # 4 · 2^(14/4) = 45.3, a third 15.1
-    assert Plan.made(2.0, 3.0, 60.0, 10).every == Plan.made(2.0, 3.0, 60.0, 10).resting == 50
+    dear = Plan.made(2.0, 3.0, 60.0, 10)  # 4 · 64 = 256, a third 85.3
+    assert (dear.every, dear.resting) == (50, 86)
+    assert Plan.made(1.5, 3.0, 60.0, 10).resting == 100
     assert Plan.made(2.0, 3.0, 60.0, 10, fixed=True).every == 10
     assert Plan.made(1.05, 3.0, 300.0, 10).allowance(1000) == 0
 
@@ -241,6 +243,28 @@ def test_the_plan_is_made_once_and_can_be_given():
         run.go(200)
         assert torch.equal(run.weights(), measured.weights()) and run.tuned == measured.tuned
         assert run.tuner.stats["val_evaluations"] == measured.tuner.stats["val_evaluations"]
+
+
+@pytest.mark.parametrize("cost", [None, 1.15, 2.0])
+def test_readings_before_there_is_a_plan(cost: float | None):
+    """Those that measure, once each; none while lr's start is found. Without a bound: as often as was asked for."""
+    run = Run(200, cost=cost, policies=replaced(DEFAULT, LrWarmStart(shortest=25)))
+    calls: dict[int, int] = {}  # by training steps done: of val_loss with its gradient
+    validate = run.tuner._loop.hyper.problem.validate
+
+    def counted(*args: Any) -> Any:
+        calls[run.tuner.stats["steps"]] = calls.get(run.tuner.stats["steps"], 0) + 1
+        return validate(*args)
+
+    run.tuner._loop.hyper.problem.validate = counted  # type: ignore[method-assign]
+    while run.tuner._loop.starts.search.active:
+        run.go(1)
+    found = run.tuner.stats["steps"]
+    assert found > 20 and list(calls) == ([] if cost else list(range(10, found, 10)))
+    while cost and run.tuner.plan is None:
+        run.go(1)
+    if cost:
+        assert calls and all(t % 10 == 0 and n == 1 for t, n in calls.items())
 
 
 @pytest.mark.parametrize("cost", [1.5, 2.0, 4.0])
