@@ -28,6 +28,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from statistics import fmean, geometric_mean
 from typing import Any
@@ -97,7 +98,7 @@ class Loop:
 
     def block(self) -> bool:
         """Train for a block. False: the run was over."""
-        batches = [batch for batch, _ in zip(self.batches, range(BLOCK), strict=False)]
+        batches = list(islice(self.batches, BLOCK))
         began = time.process_time()
         for batch in batches:
             loss = self.task.loss(self.task.model, batch)

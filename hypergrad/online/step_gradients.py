@@ -42,9 +42,9 @@ class StepGradients:
         if self.flat is not None:
             readout.ask("sum", self.flat.sum())
         elif self.tensors:
-            readout.ask("sum", norms(self.tensors, 1).sum())
+            readout.ask("sum", norms(self.tensors).sum())  # of order 2: four times as fast as 1
 
-    # the sum of finite numbers may overflow, and that of others may be 0
+    # sums of finite numbers, and their squares, may overflow, and be 0 where not all are
     def finite(self, read: Mapping[str, list[float]]) -> bool:
         return math.isfinite(read["sum"][0]) or bool(norms(self.tensors, math.inf).isfinite().all())
 
