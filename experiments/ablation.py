@@ -10,8 +10,9 @@ and seed, a summary row for each policy and suite has
     worst, worst_workload    the largest mean over a workload's runs
     lost                     runs that end without a number without the policy, and with one otherwise; the means leave them out
 
-and a row for each policy over all suites. `removable` is true where upper < 1.005, worst < 1.03 and no run is lost: without
-such a policy the method would be no worse. Seeds are below 1000, so test losses are not read.
+and a row for each policy over all suites that it was left out in. `removable` is true where upper < 1.005, worst < 1.03 and no
+run is lost: without such a policy the method would be no worse. Seeds are below 1000, so test losses are not read. For the noisy
+quadratic (see `experiments.noisy_quadratic`), which has no validation set, the loss is the one without noise.
 """
 
 from __future__ import annotations
@@ -21,14 +22,14 @@ import os
 import warnings
 from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
 from scipy.stats import t as student
 
-from experiments import results
+from experiments import noisy_quadratic, results
 from experiments.arguments import arg, command, parse
 from experiments.invariance import UNSEEN
 from experiments.robustness import CASES, Disturbed
@@ -47,9 +48,12 @@ class Suite:
     """Runs of one kind.
 
     Attributes:
+        workloads: names in WORKLOADS or QUADRATICS.
         starts: (lr, weight decay).
         steps: training steps of a run; 0: the workload's own.
         known: whether the tuner is told how many.
+        optimizer: a name in the workloads' table of optimizers, in place of the workload's own.
+        policies: those left out in it, where it is for them alone; empty: all.
     """
 
     workloads: tuple[str, ...]
@@ -58,9 +62,18 @@ class Suite:
     case: str = "undisturbed"
     steps: int = 0
     known: bool = True
+    optimizer: str = ""
+    policies: tuple[str, ...] = ()
+
+    def without(self, policies: tuple[str, ...]) -> tuple[str, ...]:
+        """Those of `policies` that are left out in it."""
+        return tuple(name for name in policies if not self.policies or name in self.policies)
 
 
+QUADRATICS = {f"p{q.p:g}_s{q.s2:g}_T{q.T}": q for q in noisy_quadratic.PROBLEMS if q.T <= 2000}
+ABOUT_OTHERS = ("MomentumStart", "LrMomentumCoupling", "WeightDecaySizing", "LrDecayCoupling")  # than lr
 FEW = ("mlp_digits", "diabetes", "friedman", "cnn_mnist1d")
+BY_SGD = ("logistic_fashion", "mlp_fashion", "cnn_mnist1d", "diabetes")
 SUITES = {
     "workloads": Suite(tuple(COMPARED), ((1e-5, 1e-5), (0.1, 1e-3))),
     "small": Suite(tuple(FAMILIES["small"]), ((1e-5, 1e-2), (1e-2, 1e-2))),
@@ -68,13 +81,22 @@ SUITES = {
     "spikes": Suite(FEW, ((1e-3, 1e-4),), case="spikes"),
     "nan": Suite(FEW, ((1e-3, 1e-4),), case="nan"),
     "shuffled": Suite(FEW, ((1e-3, 1e-4),), case="shuffled"),
-    "momentum": Suite(
-        ("logistic_fashion", "mlp_fashion", "cnn_mnist1d", "diabetes"),  # trained by SGD
+    "momentum": Suite(BY_SGD, ((1e-4, 1e-4), (0.1, 1e-4)), ("lr", "weight_decay", "momentum")),
+    "low_momentum": Suite(
+        BY_SGD,
         ((1e-4, 1e-4), (0.1, 1e-4)),
         ("lr", "weight_decay", "momentum"),
+        optimizer="SGD, momentum 0.5",
+        policies=("MomentumStart", "LrMomentumCoupling"),
     ),
     "open": Suite(FEW, ((1e-4, 1e-4), (1e-2, 1e-4)), known=False),
     "short": Suite(FEW, ((1e-4, 1e-4), (1e-2, 1e-4)), steps=120),
+    "quadratic": Suite(
+        tuple(QUADRATICS),
+        ((1e-5, 0.0), (10.0, 0.0)),
+        ("lr",),
+        policies=tuple(name for name in REMOVABLE if name not in ABOUT_OTHERS),
+    ),
 }
 
 
@@ -97,33 +119,48 @@ def items(args: Args) -> Iterator[Row]:
     for seed in range(args.seed, args.seed + args.seeds):
         for name in args.suites:
             suite = SUITES[name]
-            for left_out in (NOTHING, *args.policies):
+            left_outs = suite.without(args.policies)
+            for left_out in (NOTHING, *left_outs) if left_outs else ():
                 for workload in suite.workloads:
                     for lr, wd in suite.starts:
-                        steps = WORKLOADS[workload].length(False, args.steps or suite.steps)
+                        steps = args.steps or suite.steps or own_steps(workload)
                         yield {
                             "suite": name, "workload": workload, "seed": seed, "steps": steps,
                             "start_lr": lr, "start_weight_decay": wd, "without": left_out,
                         }  # fmt: skip
 
 
+def own_steps(workload: str) -> int:
+    return QUADRATICS[workload].T if workload in QUADRATICS else WORKLOADS[workload].steps
+
+
 def run(item: Row) -> Row:
     """One item of the sweep."""
-    suite, task = SUITES[item["suite"]], WORKLOADS[item["workload"]].build(item["seed"], False, item["steps"])
-    events = CASES[suite.case].at(task.steps)
     left_out = [] if item["without"] == NOTHING else [REMOVABLE[item["without"]]]
+    options: Row = {"cost": None, "policies": without(DEFAULT, *left_out)}  # every hypergradient is whole
+    if not SUITES[item["suite"]].known:
+        options["total_steps"] = None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # roll-backs are counted
+        return item | (run_quadratic if item["workload"] in QUADRATICS else run_workload)(item, options)
+
+
+def run_workload(item: Row, options: Row) -> Row:
+    suite, workload = SUITES[item["suite"]], WORKLOADS[item["workload"]]
+    task = replace(workload, optimizer=suite.optimizer or workload.optimizer).build(item["seed"], False, item["steps"])
+    events = CASES[suite.case].at(task.steps)
 
     def disturb(step: int, batch: Batch) -> Disturbed:
         return events[step](batch, step) if step in events else (batch, 1.0)
 
-    options: Row = {"cost": None} | ({} if suite.known else {"total_steps": None})  # every hypergradient is whole
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # roll-backs are counted
-        row = train_tuned(
-            task, item["start_lr"], item["start_weight_decay"], suite.tune, disturb, policies=without(DEFAULT, *left_out),
-            **options,
-        )  # fmt: skip
-    return item | {name: row[name] for name in ("val", "end_lr", "end_weight_decay", "rollbacks", "seconds")}
+    row = train_tuned(task, item["start_lr"], item["start_weight_decay"], suite.tune, disturb, **options)
+    return {name: row[name] for name in ("val", "end_lr", "end_weight_decay", "rollbacks", "seconds")}
+
+
+def run_quadratic(item: Row, options: Row) -> Row:
+    problem = QUADRATICS[item["workload"]]._replace(T=item["steps"])
+    _, row = noisy_quadratic.fit(problem, item["seed"], item["start_lr"], **options)
+    return {"val": row["final_loss"], "end_lr": row["end_lr"], "seconds": row["seconds"]}
 
 
 def summary(policy: str, suite: str, pairs: list[tuple[str, float | None, float | None]]) -> Row:
@@ -159,6 +196,8 @@ def summarised(args: Args, rows: list[Row]) -> list[Row]:
     for policy in args.policies:
         of_policy = []
         for suite in args.suites:
+            if not SUITES[suite].without((policy,)):
+                continue
             pairs = [
                 (item["workload"], found.get((policy, *place)), found.get((NOTHING, *place)))
                 for item in items(args)
@@ -167,7 +206,8 @@ def summarised(args: Args, rows: list[Row]) -> list[Row]:
             ]
             out.append(summary(policy, suite, pairs))
             of_policy += [(f"{suite}/{workload}", one, other) for workload, one, other in pairs]
-        out.append(summary(policy, "all", of_policy))
+        if of_policy:
+            out.append(summary(policy, "all", of_policy))
     return out
 
 

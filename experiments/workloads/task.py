@@ -23,6 +23,7 @@ VAL_BATCH = 250  # examples of one val_loss(); smaller validation sets are taken
 EVAL_BATCH = 2500  # examples of one forward pass of evaluate()
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "SGD": lambda groups, **hyper: torch.optim.SGD(groups, momentum=0.9, **hyper),
+    "SGD, momentum 0.5": lambda groups, **hyper: torch.optim.SGD(groups, momentum=0.5, **hyper),
     "AdamW": torch.optim.AdamW,
     "RMSprop": torch.optim.RMSprop,
     # the step scaled to AdamW's size, so that one lr suits both of the optimizers (arXiv 2502.16982, section 2.2)

@@ -6,6 +6,7 @@ import pytest
 
 from tests.cases import EVERY_PROBLEM_WITH, MODES, OPTIMIZERS, RESUMED_WITH, Case, case_of
 from tests.oracle import assert_matches, assert_same, hypergradient
+from tests.tiers import slow_but
 
 EVERY_OPTIMIZER = [*map(case_of, OPTIMIZERS), Case("matrices_live", "muon")]
 EVERY_PROBLEM = [
@@ -33,7 +34,10 @@ def test_every_problem_and_clipping(case: Case, mode: str) -> None:
     assert_matches(hypergradient(case, **MODES[mode]), case)
 
 
-@pytest.mark.parametrize("case", EVERY_OPTIMIZER + EVERY_PROBLEM + CLIPPED, ids=str)
+FEW = [case for case in EVERY_PROBLEM + CLIPPED if case.optimizer in ("adamw", "nadam")]
+
+
+@pytest.mark.parametrize("case", [*EVERY_OPTIMIZER, *slow_but(EVERY_PROBLEM + CLIPPED, *FEW)], ids=str)
 def test_mode_against_mode(case: Case) -> None:
     forward = hypergradient(case, mode="forward")
     for mode in ("graphs kept", "every second step", "one checkpoint"):

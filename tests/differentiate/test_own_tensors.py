@@ -16,6 +16,7 @@ from torch.nn.functional import mse_loss
 import hypergrad
 from tests.oracle import AGREE, MODES_AGREE, ROUNDING, derivative
 from tests.problems import DEVICE, randn
+from tests.tiers import slow_but
 
 STEPS = 5
 
@@ -100,7 +101,9 @@ def close(got: list[float], want: list[float]) -> bool:
 @pytest.mark.parametrize("by", READ)
 @pytest.mark.parametrize("held", HELD)
 @pytest.mark.parametrize(
-    "options", [{"mode": "unrolled"}, {"mode": "unrolled", "every": 2}, {"mode": "forward"}], ids=str
+    "options",
+    slow_but([{"mode": "unrolled"}, {"mode": "unrolled", "every": 2}, {"mode": "forward"}], {"mode": "unrolled"}),
+    ids=str,
 )
 def test_a_tensor_that_val_loss_reads_too(options: dict[str, Any], held: str, by: str) -> None:
     search = Search(HELD[held])
@@ -125,7 +128,7 @@ def test_on_the_way_and_step_by_step(mode: str) -> None:
 
 
 @pytest.mark.parametrize("held", [name for name in HELD if name != "computed from another"])
-@pytest.mark.parametrize("by", READ)
+@pytest.mark.parametrize("by", slow_but(READ, "closure"))
 def test_check_moves_what_the_user_holds(by: str, held: str) -> None:
     search = Search(HELD[held])
     before = search.alpha.detach().clone()

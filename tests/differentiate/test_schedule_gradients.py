@@ -16,6 +16,7 @@ from tests.cases import Case
 from tests.oracle import MODES_AGREE, assert_same
 from tests.problems import STEPS, Setup
 from tests.stock import Run, assert_right
+from tests.tiers import slow_but
 
 H = dict[str, Tensor]
 
@@ -77,7 +78,7 @@ RUNS: dict[str, Run] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize("name", slow_but(RUNS, *(name for name in RUNS if name not in ("Muon", "per step, AdamW"))))
 def test_matches_the_stock_loop_and_forward(name: str) -> None:
     run = RUNS[name]
     unrolled = run.hypergradient(mode="unrolled")

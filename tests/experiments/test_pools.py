@@ -79,6 +79,7 @@ def test_the_untuned_loss_is_a_mean_over_fresh_seeds():
     assert "untuned" not in (pools.summary([grid, fresh]) or {})
 
 
+@pytest.mark.slow
 def test_invariance_reads_test_losses_on_unseen_seeds_only(tmp_path, capsys):
     quick(pools, tmp_path / "pools")
     words = ("--pools", str(tmp_path / "pools"))

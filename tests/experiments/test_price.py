@@ -62,6 +62,7 @@ def test_strides_are_compared_with_one():
     assert three["seconds"] == pytest.approx(1 / 3) and (three["runs"], three["lost"]) == (3, 0)
 
 
+@pytest.mark.slow
 def test_a_quick_sweep_of_strides_keeps_its_runs(tmp_path):
     words = ["--quick", "--strides", "1", "3", "--out", str(tmp_path)]
     strides.main(parse(strides.Args, words))

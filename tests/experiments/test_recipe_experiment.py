@@ -7,6 +7,7 @@ import torch
 from experiments import recipe
 from experiments.arguments import parse
 from experiments.workloads import WORKLOADS, train
+from tests.tiers import slow_but
 
 
 def quick(out, *words):
@@ -28,7 +29,10 @@ def test_rows_are_kept_and_summarised(tmp_path):
     assert json.loads((tmp_path / "recipe.json").read_text())["rows"] == rows
 
 
-@pytest.mark.parametrize("name", ["mlp_digits", "matrix_factorisation", "muon_mnist1d"])
+@pytest.mark.parametrize(
+    "name",
+    slow_but(["mlp_digits", "matrix_factorisation", "muon_mnist1d"], "mlp_digits", "matrix_factorisation"),
+)
 def test_a_plain_run_by_a_recipe_is_the_workloads_own_with_its_numbers(name):
     """Where the recipe says lr 1e-3 and weight decay 1e-4: the plain run whose lr is set by hand in every step."""
     steps, seed = 30, 3

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import pytest
 
 from tests.integrations.runs import quiet
+from tests.tiers import slow_but
 
 ROOT = Path(__file__).parents[2]
 FRAMEWORKS = {
@@ -63,7 +64,7 @@ RECIPES = {
 }
 
 
-@pytest.mark.parametrize("name", [*list(FRAMEWORKS)[:3], pytest.param("transformers", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", slow_but(FRAMEWORKS, "skorch"))
 def test_of_another_package(name: str) -> None:
     """It finds an lr a hundred times and more above the one that it is given."""
     pytest.importorskip(name)

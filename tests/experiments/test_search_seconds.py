@@ -37,6 +37,7 @@ def test_what_was_found_is_found_when_it_is_paid() -> None:
     assert search_seconds.path(row, "nll", "seconds") == [(2.0, 0.5), (9.0, 0.25)]
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_quick_mode(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def found(table: Table, seed: int, budget: int) -> list[tuple[float, float]]:

@@ -252,6 +252,7 @@ def test_val_loss_that_logs_is_an_error_before_training() -> None:
     assert "log" not in vars(module) and trainer.callback_metrics == {}
 
 
+@pytest.mark.slow
 def test_a_compiled_module_is_refused_with_what_works() -> None:
     """Lightning then compiles training_step as a whole; a network compiled in the module trains."""
     job = Job()

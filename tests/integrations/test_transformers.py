@@ -170,6 +170,7 @@ def test_accumulated_tokens_are_divided_as_the_trainer_divides_them(tmp_path: Pa
     torch.testing.assert_close(val_loss(own.model), val_loss(model), rtol=1e-3, atol=0)
 
 
+@pytest.mark.slow
 def test_fused_attention_is_computed_by_matrix_products_where_one_is_due(tmp_path: Path) -> None:
     own, eager = (trainer(language_model(kind), tmp_path / kind) for kind in ("sdpa", "eager"))
     for each in (own, eager):

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import hypergrad
 from hypergrad import policies
+from tests.tiers import slow_but
 
 NO_WAY_BACK = policies.without(policies.DEFAULT, policies.Backtracking, policies.DivergenceGuard)
 STEPS, MIDDLE = 200, 150
@@ -84,7 +85,7 @@ REST = 0.2  # of [k]-vectors of the policies, beside 522 weights
 WHEN = {"at the start": (4, 1), "lr is tuned": (50, 1), "weight decay is tuned": (MIDDLE, 1), "nothing is": (195, 0)}
 
 
-@pytest.mark.parametrize("when", WHEN)
+@pytest.mark.parametrize("when", slow_but(WHEN, "at the start", "lr is tuned"))
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_bytes_over_those_of_the_weights(name: str, when: str) -> None:
     """The table of docs/online.md."""
@@ -101,7 +102,7 @@ def test_bytes_over_those_of_the_weights(name: str, when: str) -> None:
         assert compact + 1 <= full <= compact + 1 + REST
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("name", slow_but(OPTIMIZERS, "AdamW"))
 @pytest.mark.parametrize("middle", [MIDDLE, *(pytest.param(t, marks=pytest.mark.slow) for t in (4, 50, 195))])
 def test_goes_on_bit_for_bit_where_nothing_is_taken_back(name: str, middle: int, tmp_path: Path) -> None:
     whole, half = (Run(name, policies=NO_WAY_BACK) for _ in range(2))
@@ -112,7 +113,7 @@ def test_goes_on_bit_for_bit_where_nothing_is_taken_back(name: str, middle: int,
     assert again.tuner.recipe() == whole.tuner.recipe() and again.tuner.best_val_loss == whole.tuner.best_val_loss
 
 
-@pytest.mark.parametrize("middle", [50, *(pytest.param(t, marks=pytest.mark.slow) for t in (4, MIDDLE, 195))])
+@pytest.mark.parametrize("middle", slow_but((4, 50, MIDDLE, 195), 50))
 def test_goes_on_with_the_default_policies(middle: int, tmp_path: Path) -> None:
     """Nothing was taken back in the whole run, so it is the same."""
     whole, half = (Run(warm_start=False).train(0, last) for last in (STEPS, middle))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from experiments import ddp_bytes
 from tests.online import rank_jobs
 from tests.online.union_loops import UnionLoop, Unused, adamw, linear, mlp, norm, run
 from tests.ranks import Ranks, started
+from tests.tiers import slow_but
 
 UNION = 1e-9  # rounding of 200 steps: sums over ranks are taken in another order than over rows
 FD_RTOL = 1e-6  # central differences in float64, Richardson-extrapolated
@@ -198,8 +200,7 @@ def test_one_collective_for_products_and_one_for_numbers_a_step(ranks: Ranks) ->
         assert all(n == (3 if t % 5 == 4 else 2) for t, n in enumerate(counts) if t > 20)
 
 
-@pytest.mark.parametrize("norm", [False, True])
-@pytest.mark.parametrize("both", [False, True])
+@pytest.mark.parametrize(("norm", "both"), slow_but([*product((False, True), repeat=2)], (True, True)))
 def test_bytes_of_each_kind_of_step(ranks: Ranks, norm: bool, both: bool) -> None:
     """4 n of DistributedDataParallel for n weights, as without a tuner, 4 k n for k products where they are due, few numbers."""
     width = 64
@@ -310,10 +311,7 @@ REFUSED = {
 }
 
 
-FAST = ("inner_forward", "late", "fsdp2")
-
-
-@pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n in FAST else [pytest.mark.slow]) for n in REFUSED])
+@pytest.mark.parametrize("name", REFUSED)
 @pytest.mark.slow
 def test_refused_before_weights_change(ranks: Ranks, name: str) -> None:
     for message in ranks.errors(getattr(rank_jobs, f"refused_{name}")):

@@ -16,6 +16,7 @@ from hypergrad.core.problem import Problem
 from hypergrad.online.policies import DivergenceGuard
 from hypergrad.optimizers.transition import Transition
 from tests.online.live_loops import as_given, data, float64, mse, sgd, two_layers, validation
+from tests.tiers import slow_but
 
 __all__ = ["float64"]  # the fixture
 STEPS = 300
@@ -78,7 +79,7 @@ HARDER: dict[str, tuple[Callable[[nn.Module, int], Tensor], float]] = {
 
 
 @pytest.mark.filterwarnings("ignore:blow-up", "ignore:a loss was far above")
-@pytest.mark.parametrize("name", HARDER)
+@pytest.mark.parametrize("name", slow_but(HARDER, "noise later"))
 def test_data_that_becomes_harder_does_not_destroy_a_healthy_run(name: str) -> None:
     loss, lr = HARDER[name]
     stock, _ = ends_at(loss, lr, tuned=False)

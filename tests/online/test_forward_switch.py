@@ -16,6 +16,7 @@ from torch.nn import functional as F
 import hypergrad
 from hypergrad.core.survey import nodes_of
 from tests.online.live_loops import FD_RTOL, as_given, float64, slope
+from tests.tiers import slow_but
 
 __all__ = ["float64"]  # the fixture
 STEPS = 5
@@ -78,6 +79,7 @@ NETS: dict[str, Callable[[bool], Any]] = {
     "attention, compiled": lambda compiled: torch.compile(Attention(), backend=BACKEND) if compiled else Attention(),
 }
 COMPILED = [name for name in NETS if "compile" in name]
+FEW = slow_but(NETS, "scaled_dot_product_attention", "TransformerEncoderLayer", "a compiled layer")
 
 
 def data() -> tuple[list[tuple[Tensor, Tensor]], tuple[Tensor, Tensor]]:
@@ -103,7 +105,7 @@ def train(model: Any, opt: Any, backward: Callable[[Tensor], None]) -> None:
         opt.step()
 
 
-@pytest.mark.parametrize("name", NETS)
+@pytest.mark.parametrize("name", FEW)
 def test_hypergradients_are_those_of_the_stock_loop(name: str) -> None:
     def ends_at(x: float) -> float:
         model, opt = made(name, False, 0.05 + x)
@@ -235,7 +237,7 @@ def test_copies_and_pickles_of_the_model_have_nothing_of_the_tuner(name: str) ->
     assert size < len(file.getvalue()) + 2000  # hooks, no tuner
 
 
-@pytest.mark.parametrize("name", ["torch.compile(model)", "model.compile()"])
+@pytest.mark.parametrize("name", slow_but(["torch.compile(model)", "model.compile()"], "torch.compile(model)"))
 def test_a_layer_of_a_compiled_model_is_frozen_in_mid_run(name: str) -> None:
     def frozen_for_a_while(model: Any, opt: torch.optim.Optimizer, backward: Callable[[Tensor], None]) -> None:
         first = getattr(model, "_orig_mod", model)[0]
@@ -279,7 +281,7 @@ class Parts(nn.Module):
         return self.parts["net"](x)
 
 
-@pytest.mark.parametrize("name", NETS)
+@pytest.mark.parametrize("name", FEW)
 def test_parts_that_the_loop_calls_beside_the_model(name: str) -> None:
     def ends_at(x: float) -> float:
         model, opt = parts(False, 0.05 + x)

@@ -26,6 +26,7 @@ from tests.online.live_loops import (
     slope,
     validation,
 )
+from tests.tiers import slow_but
 
 __all__ = ["float64"]  # the fixture
 
@@ -130,19 +131,19 @@ def loop(event: Callable[[Any, int], Any], set_to_none: bool = True, accumulate:
 
 
 @pytest.mark.parametrize("event", EVENTS)
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("optimizer", slow_but(OPTIMIZERS, "sgd"))
 def test_what_is_trained_changes_in_mid_run(optimizer: str, event: str) -> None:
     matches_differences(maker("mlp", optimizer), loop(EVENTS[event]))
 
 
 @pytest.mark.parametrize("net", ["cnn, batch norm", "tied", "pieces"])
-@pytest.mark.parametrize("event", ["frozen", "norm frozen", "halves in turn"])
+@pytest.mark.parametrize("event", slow_but(["frozen", "norm frozen", "halves in turn"], "halves in turn"))
 def test_layers_of_other_nets_are_frozen_in_mid_run(net: str, event: str) -> None:
     for optimizer in OPTIMIZERS:
         matches_differences(maker(net, optimizer), loop(EVENTS[event]))
 
 
-@pytest.mark.parametrize("event", ["frozen", "halves in turn"])
+@pytest.mark.parametrize("event", slow_but(["frozen", "halves in turn"], "frozen"))
 def test_gradients_zeroed_to_zeros_let_a_frozen_layer_move_on(event: str) -> None:
     """Its gradient is 0, not None: momentum and weight decay still act."""
     for optimizer in OPTIMIZERS:
@@ -372,20 +373,20 @@ def test_group_added_in_mid_run_is_refused_and_what_the_error_says_works(advice:
 # ---- what the loop and the model are afterwards
 
 
-def test_training_and_flags_are_those_of_a_loop_without_a_tuner() -> None:
-    for net in NETS:
-        for event in EVENTS.values():
-            ends = []
-            for tuned in (False, True):
-                model, opt = maker(net, "adamw")()
-                tuner = as_given(model, opt, validation(model), every=4)
-                tuner._hyper.freeze() if tuned else tuner.close()  # tangents go on, values stay
-                loop(event)(model, opt, tuner.backward)
-                ends.append((list(model.parameters()), [(p.requires_grad, p.grad) for p in model.parameters()]))
-            (a, flags), (b, others) = ends
-            assert all(torch.equal(p, q) for p, q in zip(a, b, strict=True))
-            for (x, g), (y, h) in zip(flags, others, strict=True):
-                assert x == y and (g is None) == (h is None) and (g is None or torch.equal(g, h))
+@pytest.mark.parametrize("net", slow_but(NETS, "mlp"))
+def test_training_and_flags_are_those_of_a_loop_without_a_tuner(net: str) -> None:
+    for event in EVENTS.values():
+        ends = []
+        for tuned in (False, True):
+            model, opt = maker(net, "adamw")()
+            tuner = as_given(model, opt, validation(model), every=4)
+            tuner._hyper.freeze() if tuned else tuner.close()  # tangents go on, values stay
+            loop(event)(model, opt, tuner.backward)
+            ends.append((list(model.parameters()), [(p.requires_grad, p.grad) for p in model.parameters()]))
+        (a, flags), (b, others) = ends
+        assert all(torch.equal(p, q) for p, q in zip(a, b, strict=True))
+        for (x, g), (y, h) in zip(flags, others, strict=True):
+            assert x == y and (g is None) == (h is None) and (g is None or torch.equal(g, h))
 
 
 def frozen_run() -> tuple[Any, Any, hypergrad.Tuner]:

@@ -27,6 +27,7 @@ from tests.online.live_loops import (
     two_layers,
     validation,
 )
+from tests.tiers import slow_but
 
 __all__ = ["float64"]  # the fixture
 VALUE = 0.1  # some elements of a gradient are larger, some are smaller
@@ -54,8 +55,7 @@ OPTIMIZERS = {
 }
 
 
-@pytest.mark.parametrize("accumulate", [1, 2])
-@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize(("accumulate", "scaled"), slow_but([(1, False), (1, True), (2, False), (2, True)], (2, True)))
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_clipping_by_value_is_differentiated(name: str, scaled: bool, accumulate: int) -> None:
     def make() -> tuple[Any, Any]:

@@ -35,7 +35,7 @@ def counted(optimizer: str, **options: Any) -> tuple[float, float]:
     [
         # tangents, averages, two good states (slots in half as much), the start, the record, the weights as a step left them,
         # and the last gradient with its tangent, which may be added to
-        ("AdamW", 3 + 2 + 4 + 1 + 1 + 1 + 2),
+        pytest.param("AdamW", 3 + 2 + 4 + 1 + 1 + 1 + 2, marks=pytest.mark.slow),
         ("SGD with momentum", 2 + 2 + 3 + 1 + 1 + 1 + 2),
     ],
 )

@@ -18,6 +18,7 @@ from hypergrad.online.plan import PERIOD, STRIDE, Plan, Spending, as_plan
 from hypergrad.online.policies.phases import Phases
 from hypergrad.policies import DEFAULT, LrWarmStart, replaced
 from tests import unbounded
+from tests.tiers import slow_but
 
 pytestmark = pytest.mark.clock
 BOTH = {"lr": 1, "weight_decay": 1}
@@ -267,7 +268,7 @@ def test_readings_before_there_is_a_plan(cost: float | None):
         assert calls and all(t % 10 == 0 and n == 1 for t, n in calls.items())
 
 
-@pytest.mark.parametrize("cost", [1.5, 2.0, 4.0])
+@pytest.mark.parametrize("cost", slow_but([1.5, 2.0, 4.0], 1.5))
 def test_a_run_given_its_plan_is_the_one_that_measured_it(cost: float):
     """Whatever the clock said, and stopped and resumed before or after the plan was made."""
     measured = Run(150, cost=cost).go(150)
@@ -286,7 +287,7 @@ def test_a_run_repeats_given_its_plan():
     assert 0 < sum(map(bool, one.tuned)) <= 2 * 15  # 95 / 3.3 = 28
 
 
-@pytest.mark.parametrize("stop", [5, 15, 25, 60, 95])
+@pytest.mark.parametrize("stop", slow_but([5, 15, 25, 60, 95], 15, 60))
 @pytest.mark.parametrize("options", [{"plan": PLAN}, {"cost": 20.0}], ids=["plan", "cost"])
 def test_a_resumed_run_has_the_same_plan(stop: int, options: dict[str, Any]):
     """cost=20: whatever the clock says, products are formed in every step once the plan is made."""

@@ -6,6 +6,7 @@ import copy
 import json
 import math
 from collections.abc import Callable
+from functools import cache
 from types import SimpleNamespace
 from typing import Any
 
@@ -19,6 +20,7 @@ from torch.optim import lr_scheduler as torchs
 import hypergrad
 from hypergrad import policies
 from hypergrad.online.settled_values import MOST, SettledValues
+from tests.tiers import slow_but
 
 STEPS = 420
 NO_WAY_BACK = policies.without(policies.DEFAULT, policies.Backtracking, policies.DivergenceGuard)
@@ -52,6 +54,9 @@ SCHEDULERS: dict[str, Callable[[Optimizer, float], torchs.LRScheduler]] = {
         opt, 0.03 * factor, total_steps=STEPS + 1, cycle_momentum=False
     ),
 }
+
+
+TWO_GROUPS = "AdamW, two groups"
 
 
 class Script:
@@ -103,6 +108,12 @@ class Script:
         return names
 
 
+@cache
+def to_the_end(name: str) -> Script:
+    """A whole run, which several tests look at."""
+    return Script(OPTIMIZERS[name]).train(STEPS)
+
+
 def OPTIMIZERS_OF(script: Script, model: nn.Sequential) -> list[Optimizer]:
     """Of a model, with the param groups of the script's."""
     places = {id(p): name for name, p in script.model.named_parameters()}
@@ -117,9 +128,9 @@ def made(names: dict[str, Any], what: str, n: int) -> list[Any]:
     return [names[what]] if n == 1 else [names[f"{what}_{i + 1}"] for i in range(n)]
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("name", slow_but(OPTIMIZERS, TWO_GROUPS))
 def test_printed_code_makes_the_optimizer_and_its_lr_at_every_step(name: str) -> None:
-    script = Script(OPTIMIZERS[name]).train(STEPS)
+    script = to_the_end(name)
     recipe, n = script.tuner.recipe(), len(script.optimizers)
     names = script.pasted()
     optimizers, schedulers = made(names, "optimizer", n), made(names, "scheduler", n)
@@ -207,10 +218,10 @@ def test_what_lr_was_before_a_cut_is_forgotten() -> None:
     assert any("rolled back once" in doubt for doubt in script.tuner.recipe().doubts)
 
 
-@pytest.mark.parametrize("middle", [200, *(pytest.param(t, marks=pytest.mark.slow) for t in (30, 399))])
+@pytest.mark.parametrize("middle", slow_but((30, 200, 399), 200))
 def test_resumed_run_gives_the_same_recipe(middle: int) -> None:
-    whole, half, again = (Script(OPTIMIZERS["AdamW, two groups"]) for _ in range(3))
-    whole.train(STEPS)
+    whole = to_the_end(TWO_GROUPS)
+    half, again = (Script(OPTIMIZERS[TWO_GROUPS]) for _ in range(2))
     half.train(middle)
     for name in ("model", "tuner"):
         getattr(again, name).load_state_dict(copy.deepcopy(getattr(half, name).state_dict()))
@@ -221,7 +232,7 @@ def test_resumed_run_gives_the_same_recipe(middle: int) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:CosineAnnealingLR has eta_min")
-@pytest.mark.parametrize("name", SCHEDULERS)
+@pytest.mark.parametrize("name", slow_but(SCHEDULERS, "StepLR"))
 def test_beside_a_scheduler_the_shape_stays_the_users(name: str) -> None:
     """Made with what the recipe says, the scheduler writes the lr of the tuned run's shape at the recipe's scale."""
     script = Script(OPTIMIZERS["SGD"], SCHEDULERS[name]).train(STEPS)
@@ -281,7 +292,7 @@ DOUBTS: dict[str, tuple[dict[str, Any], int, list[str]]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", DOUBTS)
+@pytest.mark.parametrize("name", slow_but(DOUBTS, "nothing moved", "short", "before weight decay's turn"))
 def test_doubts(name: str) -> None:
     options, steps, said = DOUBTS[name]
     recipe = Script(OPTIMIZERS["SGD"], **options).train(steps).tuner.recipe()

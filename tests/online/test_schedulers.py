@@ -27,6 +27,7 @@ from tests.online.live_loops import (  # noqa: F401
     two_layers,
     validation,
 )
+from tests.tiers import slow_but
 
 WARM_UP = 4
 
@@ -70,7 +71,7 @@ def written_by(make: Callable[[Any], Any]) -> list[list[float]]:
     return seen
 
 
-@pytest.mark.parametrize("first", ["tuner", "scheduler"])
+@pytest.mark.parametrize("first", slow_but(["tuner", "scheduler"], "scheduler"))
 @pytest.mark.parametrize("name", SCHEDULERS)
 def test_hypergradient_is_that_of_scaling_all_that_is_written(name: str, first: str) -> None:
     """The oracle has no scheduler: it repeats the recorded learning rates, times a factor."""

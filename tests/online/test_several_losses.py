@@ -15,6 +15,7 @@ import hypergrad
 from experiments.gan import fit
 from tests.online.live_loops import FD_RTOL, STEPS, Backward, as_given, data, float64, mse, slope, two_layers
 from tests.online.test_tuner_several_optimizers import LOOPS, in_turn, make, tuned
+from tests.tiers import slow_but
 
 __all__ = ["float64"]  # the fixture
 
@@ -50,7 +51,7 @@ def found(turns: tuple[int, ...], start: float, alone: int | None = None) -> lis
 
 
 @pytest.mark.parametrize("turns", [(0, 1), (1, 0), (0, 0, 0, 0, 0, 1), (1, 1, 1, 0)])
-@pytest.mark.parametrize("start", [1e-8, 1e-3])
+@pytest.mark.parametrize("start", slow_but([1e-8, 1e-3], 1e-8))
 def test_lr_of_each_is_what_its_own_loss_calls_for(turns: tuple[int, ...], start: float) -> None:
     together = found(turns, start)
     for i in range(2):

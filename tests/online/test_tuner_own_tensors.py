@@ -17,6 +17,7 @@ from torch import Tensor, nn
 import hypergrad
 from hypergrad import Hyperparameter
 from tests.online.live_loops import FD_RTOL, STEPS, as_given, data, float64, mse, sgd, slope, two_layers
+from tests.tiers import slow_but
 
 __all__ = ["float64"]  # the fixture
 
@@ -246,7 +247,7 @@ FREE = {"alpha": sgd(), "eps": sgd(), "rho": sgd(), "d": sgd(), "betas": sgd(), 
 
 
 @pytest.mark.parametrize("total", [None, STEPS])
-@pytest.mark.parametrize("name", FREE)
+@pytest.mark.parametrize("name", slow_but(FREE, "alpha", "betas", "momentum"))
 def test_a_tensor_of_the_loss_is_free_whatever_its_name(name: str, total: int | None) -> None:
     """It moves as one called otherwise, below 0 and above 1 too, at the same steps, from the same weights."""
     paths = []

@@ -16,6 +16,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, ExponentialLR, LambdaLR,
 
 import hypergrad
 from tests.online.live_loops import data, float64, mse, sgd, two_layers, validation
+from tests.tiers import slow_but
 
 __all__ = ["float64"]  # the fixture
 MIDDLE = 7
@@ -179,7 +180,7 @@ def of_a_plain_run(schedule: Callable[[Any], Any] | None, lr: float, decay: floa
 
 @pytest.mark.parametrize("tuner_first", [True, False])
 @pytest.mark.parametrize("total", [None, 60])
-@pytest.mark.parametrize("name", ["none", "lambda", "cosine"])
+@pytest.mark.parametrize("name", slow_but(["none", "lambda", "cosine"], "lambda"))
 def test_states_without_the_tuners_are_gone_on_with_as_by_a_tuner_made_afterwards(
     name: str, total: int | None, tuner_first: bool
 ) -> None:
@@ -279,7 +280,7 @@ def replaying(mode: str, **kw: Any) -> tuple[nn.Module, Any, hypergrad.Tuner]:
 
 
 @pytest.mark.parametrize("mode", ["unrolled", "implicit", "forward"])
-@pytest.mark.parametrize("middle", [0, 2, 4, 6])
+@pytest.mark.parametrize("middle", slow_but([0, 2, 4, 6], 2))
 def test_modes_that_replay_go_on_from_a_state(mode: str, middle: int) -> None:
     batches = data()[0]
     parts = replaying(mode)

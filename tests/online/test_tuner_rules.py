@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import hypergrad
 from tests.references import Lamb, Lion, third_party
+from tests.tiers import slow_but
 
 STEPS = 300
 Optimizers = list[torch.optim.Optimizer]
@@ -96,7 +97,7 @@ def test_a_learning_rate_typed_far_too_small_is_found(name: str) -> None:
     assert all(bool(torch.isfinite(x).all()) for x in (*model.parameters(), *tuner.values.values()))
 
 
-@pytest.mark.parametrize("name", MAKE)
+@pytest.mark.parametrize("name", slow_but(MAKE, "nadam", "adafactor", "lamb", "muon and adamw"))
 def test_frozen_it_trains_bit_identically(name: str) -> None:
     plain, tuned = (train(MAKE[name], 30, frozen) for frozen in (None, True))
     assert all(torch.equal(a, b) for a, b in zip(plain[1].parameters(), tuned[1].parameters(), strict=True))

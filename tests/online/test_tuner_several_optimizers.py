@@ -14,6 +14,7 @@ from torch.optim.lr_scheduler import ExponentialLR, LambdaLR
 
 import hypergrad
 from tests.online.live_loops import FD_RTOL, STEPS, as_given, data, float64, groups, mse, slope, two_layers, validation
+from tests.tiers import slow_but
 
 __all__ = ["float64"]  # the fixture
 Loop = Callable[[nn.Sequential, list[Any], Callable[[Tensor], None], Any], None]
@@ -134,7 +135,7 @@ def tuned(loop: Loop, wrt: tuple[str, ...] = ("lr", "weight_decay"), **options: 
     return tuner
 
 
-@pytest.mark.parametrize("name", LOOPS)
+@pytest.mark.parametrize("name", slow_but(LOOPS, "plain", "in turn", "accumulated, clipped", "scaled and clipped"))
 def test_several_optimizers_have_the_hypergradients_of_finite_differences(name: str) -> None:
     loop, options = LOOPS[name]
     tuner = tuned(loop, **options)

@@ -21,13 +21,18 @@ from tests.optimizers.live_optimizers import (
     step_both,
     trained,
 )  # fmt: skip
+from tests.tiers import slow_but
+
+WAYS: dict[str, tuple[torch.dtype, int, Callable[[int, int], bool]]] = {
+    f"{dtype}, {'live' if live else 'fresh'}, {present.__name__}": (dtype, live, present)
+    for dtype, live, present in product((torch.float32, torch.float64), (0, 4), (always, sometimes))
+}
 
 
-@pytest.mark.parametrize("present", [always, sometimes])
-@pytest.mark.parametrize("live", [0, 4], ids=["fresh", "live"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("way", slow_but(WAYS, "torch.float32, live, sometimes", "torch.float64, fresh, always"))
 @pytest.mark.parametrize("flags", FLAGS)
-def test_rule_is_torch(flags: str, dtype: torch.dtype, live: int, present: Callable[[int, int], bool]) -> None:
+def test_rule_is_torch(flags: str, way: str) -> None:
+    dtype, live, present = WAYS[way]
     params, optimizer = trained(flags, dtype, live, present)
     transition = Transition([optimizer], frozenset())
     state = transition.read()

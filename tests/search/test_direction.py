@@ -10,6 +10,7 @@ import pytest
 
 from hypergrad.search import Float, NoTrialCompleted, Run, Trial, hyperopt_objective, optimize
 from tests.search.problems import SMALL, SPACE, bowl, quadratic, reporting_bowl
+from tests.tiers import slow_but
 
 pytest.importorskip("optuna")
 pytest.importorskip("sklearn")
@@ -60,7 +61,10 @@ STRATEGIES: dict[str, tuple[Any, Any, Any, int | None]] = {
 }
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
+FEW = ("random", "grid", "tpe", "asha", "hyperband", "cma", "hypergradient", "hypergradient-online")
+
+
+@pytest.mark.parametrize("strategy", slow_but(STRATEGIES, *FEW))
 def test_maximising_a_score_is_minimising_minus_the_score(strategy: str) -> None:
     """The same trials, with the same values of the other sign."""
     package = {"cma": "cmaes", "hyperopt": "hyperopt"}.get(strategy)

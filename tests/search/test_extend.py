@@ -15,6 +15,7 @@ from hypergrad.search import Categorical, Float, Int, Trial, optimize
 from hypergrad.search.storage import NAME, open_storage
 from tests.search.problems import SPACE as BOWL
 from tests.search.problems import quadratic, reporting_bowl
+from tests.tiers import slow_but
 
 pytest.importorskip("sklearn")
 
@@ -42,7 +43,7 @@ def reporting(p: dict[str, Any], trial: Trial) -> float:
 
 
 @pytest.mark.parametrize(
-    "strategy", ["random", "tpe", pytest.param("gp", marks=pytest.mark.slow), "cma", "hyperopt", "asha", "hyperband"]
+    "strategy", slow_but(["random", "tpe", "gp", "cma", "hyperopt", "asha", "hyperband"], "tpe", "asha")
 )
 def test_a_study_goes_on_over_a_wider_space(strategy: str, tmp_path: Path) -> None:
     """Trials before keep number, values, loss and reports; those after use what is new, and are kept as any others are."""

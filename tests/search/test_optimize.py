@@ -31,6 +31,7 @@ from tests.search.problems import (
     quadratic,
     reporting_bowl,
 )
+from tests.tiers import slow_but
 
 pytest.importorskip("optuna")
 pytest.importorskip("sklearn")
@@ -58,7 +59,7 @@ def needs(strategy: str) -> None:
         pytest.importorskip(package)
 
 
-@pytest.mark.parametrize("strategy", FOUND)
+@pytest.mark.parametrize("strategy", slow_but(FOUND, *(name for name in FOUND if name != "gp")))
 def test_a_strategy_finds_the_bottom(strategy: str) -> None:
     needs(strategy)
     objective, trials, bound = FOUND[strategy]
@@ -450,7 +451,7 @@ def of_lists(p: dict[str, Any]) -> float:
     return len(p["sizes"]) + 2 * isinstance(p["sizes"], tuple) + (p["net"] == {"value": 3}) + p["x"]
 
 
-@pytest.mark.parametrize("strategy", [*FOUND, "hybrid", "hybrid-online"])
+@pytest.mark.parametrize("strategy", slow_but([*FOUND, "hybrid", "hybrid-online"], "grid", "tpe", "hybrid-online"))
 def test_lists_and_dicts_are_choices(strategy: str, tmp_path: Path) -> None:
     """The objective gets each as it was written, and so does who reads the study."""
     needs(strategy)

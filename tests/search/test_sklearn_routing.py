@@ -22,6 +22,7 @@ from sklearn.svm import LinearSVC
 
 from hypergrad.search import Float, HypergradSearchCV
 from hypergrad.search.sklearn import MLPRegressor, search_cv
+from tests.tiers import slow_but
 
 X, Y = load_diabetes(return_X_y=True)
 FLOWERS = load_iris(return_X_y=True)
@@ -146,6 +147,9 @@ with config_context(enable_metadata_routing=True):  # in which alone requests ca
     }
 
 
+FEW = slow_but(CASES, *(name for name in CASES if name not in ("mlp", "classes, weights and groups", "routing")))
+
+
 @pytest.fixture
 def case(request: pytest.FixtureRequest) -> Iterator[Case]:
     case = CASES[request.param]
@@ -166,7 +170,7 @@ def said(case: Case) -> Any:
     return pytest.warns(UserWarning, match="does not support sample_weight") if case.warns else nullcontext()
 
 
-@pytest.mark.parametrize("case", CASES, indirect=True)
+@pytest.mark.parametrize("case", FEW, indirect=True)
 def test_scores_losses_and_slopes_are_those_of_gridsearchcv(case: Case) -> None:
     with said(case):
         ours = search(case, return_train_score=True).fit(*case.data, **case.params)
@@ -187,7 +191,7 @@ def test_scores_losses_and_slopes_are_those_of_gridsearchcv(case: Case) -> None:
     assert slopes[values.index(at)] == pytest.approx((high - low) / (ends[1] - ends[0]), rel=SLOPE)
 
 
-@pytest.mark.parametrize("case", CASES, indirect=True)
+@pytest.mark.parametrize("case", FEW, indirect=True)
 def test_what_is_fitted_on_all_data_is_gridsearchcvs(case: Case) -> None:
     with said(case):
         ours = search(case).fit(*case.data, **case.params)
