@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from hypergrad.core.graph import Linearization
@@ -34,14 +33,13 @@ def gradient_tangent(
             extra = [None if x is None else x * slope[j] for x in extra] + [None] * n_others
         if extra is not None or tangent is not None:
             jobs.append((j, extra))
-    rows: dict[int, Tensor] = {}
+    dg: Tensor | None = None
     nothing: list[Tensor | None] = [None] * len(transition.params)
     for i, (j, extra) in enumerate(jobs):
         z = nothing if tangent is None else transition.split(tangent.theta[j])
-        rows[j] = transition.flatten(lin.jvp(z, extra, retain=retain or i + 1 < len(jobs)))
-    if not rows:
-        return None, 0
-    if len(directions) == 1:
-        return rows[0].unsqueeze(0), len(jobs)
-    zero = torch.zeros_like(next(iter(rows.values())))
-    return torch.stack([rows.get(j, zero) for j in range(len(directions))]), len(jobs)
+        product = lin.jvp(z, extra, retain=retain or i + 1 < len(jobs))
+        if dg is None:  # not before, as the first product takes memory of its own
+            dg = transition.params[0].detach().new_zeros(len(directions), sum(transition.sizes))
+        transition.flatten(product, out=dg[j])
+        del product
+    return dg, len(jobs)

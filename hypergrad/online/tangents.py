@@ -173,8 +173,9 @@ class Tangents:
     def weights(self) -> Tensor:
         """The present weights [n], never written to: those that were last looked at, where nothing was written since."""
         params, left = self.transition.params, self.written.left
-        same = left is not None and equal(params, self.transition.split(left))
-        return left if same else self.transition.flatten(params)
+        if left is not None and equal(params, self.transition.split(left)):
+            return left
+        return self.transition.flatten(params)
 
     def note_read(self, leaves: Sequence[Tensor]) -> None:
         """Note which tensors in the loss are among the leaves of a loss's graph."""

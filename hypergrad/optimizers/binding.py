@@ -139,17 +139,17 @@ class Binding:
         mine = [self.optimizer_of_group[group] == i for group in self.group_of]
         return torch.cat([p.new_full((size,), float(m)) for size, m in zip(self.sizes, mine, strict=True)]).detach()
 
-    def flatten(self, tensors: Sequence[Tensor | None]) -> Tensor:
-        """One flat detached vector of tensors shaped like the parameters; None counts as zero."""
-        missing = any(x is None for x in tensors)
-        like = self.params[0].detach()
-        out = (
-            torch.zeros(sum(self.sizes), dtype=like.dtype, device=like.device)
-            if missing
-            else like.new_empty(sum(self.sizes))
+    def flatten(self, tensors: Sequence[Tensor | None], out: Tensor | None = None) -> Tensor:
+        """One flat detached vector [n], in the memory of `out`, of tensors shaped like the parameters; None counts as zero."""
+        if out is None:
+            like = self.params[0]
+            out = torch.empty(sum(self.sizes), dtype=like.dtype, device=like.device)
+        pairs = list(zip(self.split(out), tensors, strict=True))
+        for piece in (piece for piece, x in pairs if x is None):
+            piece.zero_()
+        multi_tensor.write(
+            [piece for piece, x in pairs if x is not None], [x.detach() for _, x in pairs if x is not None]
         )
-        pairs = [(to, x.detach()) for to, x in zip(self.split(out), tensors, strict=True) if x is not None]
-        multi_tensor.write([to for to, _ in pairs], [x for _, x in pairs])
         return out
 
     def split(self, flat: Tensor) -> list[Tensor]:
