@@ -15,14 +15,21 @@ if [ $# -gt 0 ] && [ "$1" != --all ]; then
     pyright
     exec python -m pytest -q "$@"
 fi
-pyright & # on one core, beside the examples on the other
+pyright & # beside the examples, and beside the fast tests as far as it takes longer
 types=$!
-examples=0
-python -m pytest -q --durations=0 --durations-min=5 --doctest-modules --doctest-ignore-import-errors hypergrad || examples=$?
-wait "$types"
-[ "$examples" -eq 0 ]
+python -m pytest -q --durations=0 --durations-min=5 --doctest-modules --doctest-ignore-import-errors hypergrad || {
+    wait "$types"
+    exit 1
+}
 # loadgroup: tests of one group (those that start Ray, see tests/conftest.py) run one after the other
 if [ "${1:-}" = --all ]; then
+    wait "$types"
     exec python -m pytest -q -n 2 --dist loadgroup "${@:2}"
 fi
-exec python -m pytest -q -n 2 --dist loadgroup -m "not slow"
+tests=0
+python -m pytest -q -n 2 --dist loadgroup -m "not slow" || tests=$?
+wait "$types" || {
+    echo "pyright found errors: its lines are above" >&2
+    exit 1
+}
+exit "$tests"
