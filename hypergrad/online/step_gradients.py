@@ -33,9 +33,10 @@ class StepGradients:
         self.tensors = [g for g in grads if g is not None]
         self.flat: Tensor | None = None
         if joined and self.tensors:
-            whole = left is not None and len(self.tensors) == len(grads)
-            same = whole and equal(self.tensors, transition.split(left))
-            self.flat = left if same else transition.flatten(grads)
+            if left is not None and len(self.tensors) == len(grads) and equal(self.tensors, transition.split(left)):
+                self.flat = left
+            else:
+                self.flat = transition.flatten(grads)
 
     def ask(self, readout: Readout) -> None:
         """Ask for a number that is not finite where a gradient is not, and 0 where all are."""

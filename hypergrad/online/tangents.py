@@ -17,7 +17,6 @@ from torch import Tensor
 from hypergrad.core.data_parallel import check_now
 from hypergrad.core.detached import is_cut
 from hypergrad.core.graph import Linearization, grad_or_none
-from hypergrad.core.multi_tensor import equal
 from hypergrad.core.problem import Problem
 from hypergrad.core.processes import ALONE, Processes
 from hypergrad.core.readout import Readout
@@ -171,11 +170,8 @@ class Tangents:
             pending.dg, pending.averaged = self.processes.mean_(pending.dg), True
 
     def weights(self) -> Tensor:
-        """The present weights [n], never written to: those that were last looked at, where nothing was written since."""
-        params, left = self.transition.params, self.written.left
-        if left is not None and equal(params, self.transition.split(left)):
-            return left
-        return self.transition.flatten(params)
+        """The present weights [n], never written to."""
+        return self.written.weights(self.transition)
 
     def note_read(self, leaves: Sequence[Tensor]) -> None:
         """Note which tensors in the loss are among the leaves of a loss's graph."""

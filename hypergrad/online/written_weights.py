@@ -12,7 +12,9 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
+from hypergrad.core.multi_tensor import equal
 from hypergrad.core.readout import Readout
+from hypergrad.optimizers.transition import Transition
 
 SAID = (
     "weights were written between two steps by something other than the optimizer (tuner.stats['written_weights']): tangents of "
@@ -27,6 +29,12 @@ class WrittenWeights:
     def __init__(self) -> None:
         self.left: Tensor | None = None  # [n]; None: not known
         self.found: Tensor | None = None  # 0-d bool, until the host has read it
+
+    def weights(self, transition: Transition) -> Tensor:
+        """The present weights [n], never written to: those that were last looked at, where nothing was written since."""
+        if self.left is not None and equal(transition.params, transition.split(self.left)):
+            return self.left
+        return transition.flatten(transition.params)
 
     def note(self, read: Callable[[], Tensor]) -> None:
         """The weights [n] that `read` reads are as they should be."""
