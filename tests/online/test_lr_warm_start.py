@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 import hypergrad
+from hypergrad.online.policies.lr_warm_start import LrSearch, LrWarmStart
 from tests.online.live_loops import CURVATURES, Bowl, data, mse, two_layers, validation
 
 
@@ -49,6 +50,34 @@ def test_momentum_is_foreseen(momentum):
         tuner = loop(model, torch.optim.SGD(model.parameters(), lr=1e-5, momentum=m), tune=("lr",))
         effective.append(tuner.values["lr"].item() / (1 - m))
     assert 0.2 < effective[1] / effective[0] < 5
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.5, 0.9])
+@pytest.mark.parametrize("first", [1e-3, 1e-2, 0.03, 0.1, 0.3])
+def test_a_first_step_not_far_below_the_best_is_no_hint_either(first: float, momentum: float) -> None:
+    """½ θ², every batch the same: one step by g goes to the minimum at lr/(1 − m) = 1 in the long run.
+
+    lr passes it before the fewest observations are made, and comes down again while what it did stays in z.
+    """
+    search, lr, theta, tangent = LrSearch(LrWarmStart(), True), first, 1.0, 0.0
+    buffer = buffer_tangent = 0.0
+    while search.active:
+        if tangent:
+            lr *= search.observe(theta * tangent, tangent**2, momentum)
+        buffer, buffer_tangent = momentum * buffer + theta, momentum * buffer_tangent + tangent
+        theta, tangent = theta - lr * buffer, tangent - lr * (buffer_tangent + buffer)
+    assert 0.1 < lr / (1 - momentum) < 1
+
+
+def test_what_a_larger_lr_has_done_is_not_taken_for_a_smaller_ones() -> None:
+    """lr 1, 2, 4, 8, of which nothing is seen; then batches that would have z half as large: 4 was best, half of it is 2."""
+    search = LrSearch(LrWarmStart(shortest=8), True)
+    for _ in range(3):
+        search.observe(0.0, 0.0, 0.0)
+    assert search.lr == 8
+    found = [search.lr * search.observe(0.5, 1.0, 0.0) for _ in range(5)]
+    assert found == [4, 2, 2, 2, 2]
+    assert not search.active
 
 
 def test_groups_keep_their_ratio():

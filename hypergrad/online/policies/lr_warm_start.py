@@ -12,8 +12,12 @@ that made z_s, the lr that was best in hindsight is
 
     ℓ* = Σ (b_s − a_s)/e_s / Σ b_s/e_s²
 
-It ends when lr has come to share · ℓ*, or after `longest` observations. Momentum m acts late: of its final effect Σ lr/(1 − m)
-the steps so far have had the share ρ, and the lr that would have gone as far in the long run is e = ρ·lr.
+It ends when lr has come to share · ℓ*, or after `longest` observations.
+
+While lr doubles, its last value has made most of z. When lr comes down again, z stays, and what made it is the largest lr so far:
+taken for the work of the present one, it would call for a smaller lr at every observation, without end. Momentum m acts late:
+of its final effect Σ lr/(1 − m) the steps so far have had the share ρ, and the lr that would have gone as far in the long run is
+e = ρ · max lr.
 """
 
 from __future__ import annotations
@@ -55,6 +59,7 @@ class LrSearch:
     def __init__(self, policy: LrWarmStart | None, active: bool):
         self.policy, self.active = policy or LrWarmStart(), active and policy is not None
         self.lr = 1.0  # of the last step, in units of the first
+        self.largest = 0.0  # lr so far
         self.numerator = self.denominator = 0.0
         self.observed = 0
         self.coupled = False  # what the loss calls for is not what the run does: other optimizers move it too
@@ -78,7 +83,8 @@ class LrSearch:
         p, m = self.policy, momentum
         self.velocity = m * self.velocity + self.lr
         self.effect, self.whole_effect = self.effect + self.velocity, self.whole_effect + self.lr / (1 - m)
-        e = self.lr * self.effect / self.whole_effect
+        self.largest = max(self.largest, self.lr)
+        e = self.largest * self.effect / self.whole_effect
         self.numerator += (b - a) / e
         self.denominator += b / e**2
         self.observed += 1
