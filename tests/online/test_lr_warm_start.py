@@ -80,6 +80,19 @@ def test_what_a_larger_lr_has_done_is_not_taken_for_a_smaller_ones() -> None:
     assert not search.active
 
 
+@pytest.mark.parametrize("b", [(3.0, -1.0, -1.5, -0.2), (-1.0, -2.0, 3.1)])
+def test_a_curvature_that_signs_at_random_would_give_stops_no_search(b: tuple[float, ...]) -> None:
+    """√(Σ b²) is the root mean square of Σ ±b over random signs, at e = 1. Terms of one sign sum to more, and stop a search."""
+    assert 0 < sum(b) < math.sqrt(sum(x**2 for x in b))
+    for signs, stops in ((b, False), (tuple(map(abs, b)), True)):
+        search = LrSearch(LrWarmStart(shortest=1), True)
+        for x in signs:
+            search.lr = 1.0
+            factor = search.observe(0.0, x, 0.0)
+        assert (factor < 1) is stops
+        assert search.active is not stops
+
+
 def test_groups_keep_their_ratio():
     model = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 1))
     optimizer = torch.optim.SGD(

@@ -12,7 +12,9 @@ that made z_s, the lr that was best in hindsight is
 
     ℓ* = Σ (b_s − a_s)/e_s / Σ b_s/e_s²
 
-It ends when lr has come to share · ℓ*, or after `longest` observations.
+It ends when lr has come to share · ℓ*, or after `longest` observations. Where curvature changes its sign from batch to batch, as
+in narrow nets with BatchNorm, ℓ* counts only if the lower sum is at least what its terms x_s = b_s/e_s² reach with signs at
+random, √(Σ x_s²), as those of positive sign always do. Otherwise lr goes on growing.
 
 While lr doubles, its last value has made most of z. When lr comes down again, z stays, and what made it is the largest lr so far:
 taken for the work of the present one, it would call for a smaller lr at every observation, without end. Momentum m acts late:
@@ -60,7 +62,7 @@ class LrSearch:
         self.policy, self.active = policy or LrWarmStart(), active and policy is not None
         self.lr = 1.0  # of the last step, in units of the first
         self.largest = 0.0  # lr so far
-        self.numerator = self.denominator = 0.0
+        self.numerator = self.denominator = self.squares = 0.0
         self.observed = 0
         self.coupled = False  # what the loss calls for is not what the run does: other optimizers move it too
         # of lr under momentum: now, so far, and in the end, of the steps so far
@@ -87,8 +89,10 @@ class LrSearch:
         e = self.largest * self.effect / self.whole_effect
         self.numerator += (b - a) / e
         self.denominator += b / e**2
+        self.squares += (b / e**2) ** 2
         self.observed += 1
-        best = p.share * self.numerator / self.denominator if self.denominator > 0 else math.inf
+        known = self.denominator > 0 and self.denominator**2 >= self.squares
+        best = p.share * self.numerator / self.denominator if known else math.inf
         if self.coupled:
             best = min(best, p.coupled)
         lr = min(p.growth * self.lr, max(best, self.lr / p.growth))
