@@ -87,11 +87,12 @@ class LrSearch:
         self.effect, self.whole_effect = self.effect + self.velocity, self.whole_effect + self.lr / (1 - m)
         self.largest = max(self.largest, self.lr)
         e = self.largest * self.effect / self.whole_effect
+        x = b / e**2
         self.numerator += (b - a) / e
-        self.denominator += b / e**2
-        self.squares += (b / e**2) ** 2
+        self.denominator += x
+        self.squares += x * x
         self.observed += 1
-        known = self.denominator > 0 and self.denominator**2 >= self.squares
+        known = self.denominator > 0 and self.denominator * self.denominator >= self.squares
         best = p.share * self.numerator / self.denominator if known else math.inf
         if self.coupled:
             best = min(best, p.coupled)
