@@ -93,6 +93,15 @@ def test_a_curvature_that_signs_at_random_would_give_stops_no_search(b: tuple[fl
         assert search.active is not stops
 
 
+def test_steps_that_lead_uphill_say_nothing_of_lr() -> None:
+    """Slope 2 and curvature 1 along z: the loss is least at −1 times z, and lr stays. Then half of what is best by all."""
+    search = LrSearch(LrWarmStart(shortest=1), True)
+    assert [search.observe(2.0, 1.0, 0.0) for _ in range(8)] == [1] * 8
+    assert search.active
+    assert search.observe(-23.0, 1.0, 0.0) == pytest.approx(8 / 9)  # of all slopes −7, curvatures 9: least at 1 + 7/9
+    assert not search.active
+
+
 def test_groups_keep_their_ratio():
     model = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 1))
     optimizer = torch.optim.SGD(

@@ -14,7 +14,8 @@ that made z_s, the lr that was best in hindsight is
 
 It ends when lr has come to share · ℓ*, or after `longest` observations. Where curvature changes its sign from batch to batch, as
 in narrow nets with BatchNorm, ℓ* counts only if the lower sum is at least what its terms x_s = b_s/e_s² reach with signs at
-random, √(Σ x_s²), as those of positive sign always do. Otherwise lr goes on growing.
+random, √(Σ x_s²), as those of positive sign always do. Otherwise lr goes on growing. ℓ* ≤ 0 says that z leads uphill from the
+first weights on (momentum of another run, noise), which no lr mends: lr stays as it is.
 
 While lr doubles, its last value has made most of z. When lr comes down again, z stays, and what made it is the largest lr so far:
 taken for the work of the present one, it would call for a smaller lr at every observation, without end. Momentum m acts late:
@@ -93,10 +94,11 @@ class LrSearch:
         self.squares += x * x
         self.observed += 1
         known = self.denominator > 0 and self.denominator * self.denominator >= self.squares
-        best = p.share * self.numerator / self.denominator if known else math.inf
+        uphill = known and self.numerator <= 0
+        best = p.share * self.numerator / self.denominator if known and not uphill else math.inf
         if self.coupled:
             best = min(best, p.coupled)
-        lr = min(p.growth * self.lr, max(best, self.lr / p.growth))
+        lr = self.lr if uphill else min(p.growth * self.lr, max(best, self.lr / p.growth))
         self.active = self.observed < p.longest and not (self.observed >= p.shortest and self.lr >= best)
         factor, self.lr = lr / self.lr, lr
         return factor
