@@ -9,7 +9,7 @@ from typing import Any
 from hypergrad.online.loop import OnlineLoop
 
 NO_RECORD = {"best": math.inf, "step": 0, "theta": None, "buffers": [], "last": [], "start": None}
-VERSION = 5  # of the layout below; a state of another one is refused
+VERSION = 6  # of the layout below; a state of another one is refused
 
 
 def state_of(loop: OnlineLoop) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 import hypergrad
+from hypergrad.online.policies.lr_warm_start import LrSearch, LrWarmStart
 from tests.online.live_loops import CURVATURES, Bowl, data, mse, two_layers, validation
 
 
@@ -49,6 +50,56 @@ def test_momentum_is_foreseen(momentum):
         tuner = loop(model, torch.optim.SGD(model.parameters(), lr=1e-5, momentum=m), tune=("lr",))
         effective.append(tuner.values["lr"].item() / (1 - m))
     assert 0.2 < effective[1] / effective[0] < 5
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.5, 0.9])
+@pytest.mark.parametrize("first", [1e-3, 1e-2, 0.03, 0.1, 0.3])
+def test_a_first_step_not_far_below_the_best_is_no_hint_either(first: float, momentum: float) -> None:
+    """½ θ², every batch the same: one step by g goes to the minimum at lr/(1 − m) = 1 in the long run.
+
+    lr passes it before the fewest observations are made, and comes down again while what it did stays in z.
+    """
+    search, lr, theta, tangent = LrSearch(LrWarmStart(), True), first, 1.0, 0.0
+    buffer = buffer_tangent = 0.0
+    while search.active:
+        if tangent:
+            lr *= search.observe(theta * tangent, tangent**2, momentum)
+        buffer, buffer_tangent = momentum * buffer + theta, momentum * buffer_tangent + tangent
+        theta, tangent = theta - lr * buffer, tangent - lr * (buffer_tangent + buffer)
+    assert 0.1 < lr / (1 - momentum) < 1
+
+
+def test_what_a_larger_lr_has_done_is_not_taken_for_a_smaller_ones() -> None:
+    """lr 1, 2, 4, 8, of which nothing is seen; then batches that would have z half as large: 4 was best, half of it is 2."""
+    search = LrSearch(LrWarmStart(shortest=8), True)
+    for _ in range(3):
+        search.observe(0.0, 0.0, 0.0)
+    assert search.lr == 8
+    found = [search.lr * search.observe(0.5, 1.0, 0.0) for _ in range(5)]
+    assert found == [4, 2, 2, 2, 2]
+    assert not search.active
+
+
+@pytest.mark.parametrize("b", [(3.0, -1.0, -1.5, -0.2), (-1.0, -2.0, 3.1)])
+def test_a_curvature_that_signs_at_random_would_give_stops_no_search(b: tuple[float, ...]) -> None:
+    """√(Σ b²) is the root mean square of Σ ±b over random signs, at e = 1. Terms of one sign sum to more, and stop a search."""
+    assert 0 < sum(b) < math.sqrt(sum(x**2 for x in b))
+    for signs, stops in ((b, False), (tuple(map(abs, b)), True)):
+        search = LrSearch(LrWarmStart(shortest=1), True)
+        for x in signs:
+            search.lr = 1.0
+            factor = search.observe(0.0, x, 0.0)
+        assert (factor < 1) is stops
+        assert search.active is not stops
+
+
+def test_steps_that_lead_uphill_say_nothing_of_lr() -> None:
+    """Slope 2 and curvature 1 along z: the loss is least at −1 times z, and lr stays. Then half of what is best by all."""
+    search = LrSearch(LrWarmStart(shortest=1), True)
+    assert [search.observe(2.0, 1.0, 0.0) for _ in range(8)] == [1] * 8
+    assert search.active
+    assert search.observe(-23.0, 1.0, 0.0) == pytest.approx(8 / 9)  # of all slopes −7, curvatures 9: least at 1 + 7/9
+    assert not search.active
 
 
 def test_groups_keep_their_ratio():

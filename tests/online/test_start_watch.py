@@ -100,7 +100,7 @@ def test_a_search_is_undone_where_losses_rise_above_the_first_by_more_than_those
 
 
 class Patterns:
-    """A ResNet-18 of width 2 on noisy patterns: curvature along its first steps is negative, and lr goes on growing."""
+    """A ResNet-18 of width 2 on noisy patterns: the sign of curvature along its first steps changes, and lr goes on growing."""
 
     def __init__(self, seed: int, total: int):
         torch.manual_seed(seed)
@@ -129,11 +129,11 @@ class Patterns:
 
 
 @pytest.mark.parametrize("total", [200, 20_000])  # without and with a warm-up of 200 steps under way
-@pytest.mark.parametrize("seed", [2, 3, 7, 9])
+@pytest.mark.parametrize("seed", [1, 9, 12, 16])
 @pytest.mark.slow
 def test_a_search_that_runs_away_ends_with_an_lr_that_trains(seed: int, total: int) -> None:
     run = Patterns(seed, total)
-    assert run.tuner.stats["rollbacks"] <= 2
+    assert 1 <= run.tuner.stats["rollbacks"] <= 2
     assert 1e-3 < float(run.tuner.values["lr"]) < 1
     assert sum(run.losses[-20:]) / 20 < sum(run.losses[:5]) / 5
 

@@ -12,8 +12,15 @@ that made z_s, the lr that was best in hindsight is
 
     ℓ* = Σ (b_s − a_s)/e_s / Σ b_s/e_s²
 
-It ends when lr has come to share · ℓ*, or after `longest` observations. Momentum m acts late: of its final effect Σ lr/(1 − m)
-the steps so far have had the share ρ, and the lr that would have gone as far in the long run is e = ρ·lr.
+It ends when lr has come to share · ℓ*, or after `longest` observations. Where curvature changes its sign from batch to batch, as
+in narrow nets with BatchNorm, ℓ* counts only if the lower sum is at least what its terms x_s = b_s/e_s² reach with signs at
+random, √(Σ x_s²), as those of positive sign always do. Otherwise lr goes on growing. ℓ* ≤ 0 says that z leads uphill from the
+first weights on (momentum of another run, noise), which no lr mends: lr stays as it is.
+
+While lr doubles, its last value has made most of z. When lr comes down again, z stays, and what made it is the largest lr so far:
+taken for the work of the present one, it would call for a smaller lr at every observation, without end. Momentum m acts late:
+of its final effect Σ lr/(1 − m) the steps so far have had the share ρ, and the lr that would have gone as far in the long run is
+e = ρ · max lr.
 """
 
 from __future__ import annotations
@@ -55,7 +62,8 @@ class LrSearch:
     def __init__(self, policy: LrWarmStart | None, active: bool):
         self.policy, self.active = policy or LrWarmStart(), active and policy is not None
         self.lr = 1.0  # of the last step, in units of the first
-        self.numerator = self.denominator = 0.0
+        self.largest = 0.0  # lr so far
+        self.numerator = self.denominator = self.squares = 0.0
         self.observed = 0
         self.coupled = False  # what the loss calls for is not what the run does: other optimizers move it too
         # of lr under momentum: now, so far, and in the end, of the steps so far
@@ -78,14 +86,19 @@ class LrSearch:
         p, m = self.policy, momentum
         self.velocity = m * self.velocity + self.lr
         self.effect, self.whole_effect = self.effect + self.velocity, self.whole_effect + self.lr / (1 - m)
-        e = self.lr * self.effect / self.whole_effect
+        self.largest = max(self.largest, self.lr)
+        e = self.largest * self.effect / self.whole_effect
+        x = b / e**2
         self.numerator += (b - a) / e
-        self.denominator += b / e**2
+        self.denominator += x
+        self.squares += x * x
         self.observed += 1
-        best = p.share * self.numerator / self.denominator if self.denominator > 0 else math.inf
+        known = self.denominator > 0 and self.denominator * self.denominator >= self.squares
+        uphill = known and self.numerator <= 0
+        best = p.share * self.numerator / self.denominator if known and not uphill else math.inf
         if self.coupled:
             best = min(best, p.coupled)
-        lr = min(p.growth * self.lr, max(best, self.lr / p.growth))
+        lr = self.lr if uphill else min(p.growth * self.lr, max(best, self.lr / p.growth))
         self.active = self.observed < p.longest and not (self.observed >= p.shortest and self.lr >= best)
         factor, self.lr = lr / self.lr, lr
         return factor
