@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -54,6 +54,18 @@ def clipping(clip_norm: float | None, clip_value: float | None) -> tuple[str | N
                 raise ValueError(f"{name} must be a positive number, got {m}.")
             return name, float(m)
     return None, 0.0
+
+
+def of_no_effect(values: Values, scheduled: Collection[str], wrt: Sequence[str]) -> str | None:
+    """A sentence where every lr is 0, so that no other number of the optimizer has an effect; None: it is not so."""
+    found = [x for x in values.get("lr", ()) if x is not None]
+    others = [name for name in wrt if name in values and name != "lr"]
+    if "lr" in scheduled or not others or not found or any(torch.as_tensor(x).ne(0).any() for x in found):
+        return None
+    return (
+        f"lr is 0 in every param group: weights do not move, and the derivatives in {', '.join(others)} are 0. A scheduler's "
+        "warm-up may begin there: set the lr of the steps that you mean, or pass schedules={'lr': ...}."
+    )
 
 
 def granularity(per: str | Mapping[str, str], names: Sequence[str]) -> dict[str, str]:

@@ -12,7 +12,15 @@ from hypergrad.core.data_parallel import processes_of
 from hypergrad.core.loss_tensors import LossTensors
 from hypergrad.core.problem import Problem
 from hypergrad.core.restore import Rng
-from hypergrad.differentiate.arguments import Optimizers, as_optimizers, check_names, clipping, granularity
+from hypergrad.core.user_warnings import warn_user
+from hypergrad.differentiate.arguments import (
+    Optimizers,
+    as_optimizers,
+    check_names,
+    clipping,
+    granularity,
+    of_no_effect,
+)
 from hypergrad.differentiate.compile.compiled import compiled
 from hypergrad.differentiate.eager import EagerStepper
 from hypergrad.differentiate.modes import MODES, OPTIONS
@@ -173,7 +181,11 @@ def hypergradient(
         stepper: Stepper = compiled(trajectory, mode) if compile else EagerStepper(trajectory)
         result = run(trajectory, stepper, **mode_options)
         result.stats |= stepper.stats()
-        return result
+    useless = None if mode == "implicit" else of_no_effect(values, scheduled.functions, names)
+    if useless:
+        result.stats["warnings"].append(useless)
+        warn_user(useless)
+    return result
 
 
 def _choose(

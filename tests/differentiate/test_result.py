@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -182,3 +185,28 @@ def test_what_is_printed_has_the_numbers_and_not_every_weight() -> None:
     assert "value=10.125, gradients={'lr': [-22.5]}" in repr(result)
     assert "initial=[<(1, 100), norm 4.05>]" in repr(result)
     assert len(repr(result)) < 500
+
+
+@pytest.mark.parametrize("mode", ["unrolled", "forward"])
+def test_lr_of_0_is_said(mode: str) -> None:
+    """Weights do not move, so weight decay does nothing: a derivative of 0 that is right, and not what was meant."""
+    model = torch.nn.Linear(3, 1)
+    x, y = torch.randn(8, 3), torch.randn(8, 1)
+    groups = [{"params": [model.weight]}, {"params": [model.bias]}]
+
+    def loss(*_: Any) -> torch.Tensor:
+        return ((model(x) - y) ** 2).mean()
+
+    def stats(lr: float, wrt: tuple[str, ...], **options: Any) -> list[str]:
+        opt = torch.optim.SGD(groups, lr=0.0, weight_decay=0.1)
+        opt.param_groups[1]["lr"] = lr
+        found = hypergrad.hypergradient(model, opt, loss, [0] * 2, loss, wrt=wrt, mode=mode, **options)
+        return found.stats["warnings"]
+
+    with pytest.warns(UserWarning, match="lr is 0 in every param group"):
+        (said,) = stats(0.0, ("lr", "weight_decay"))
+    assert "weight_decay" in said
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert not stats(0.1, ("weight_decay",)) and not stats(0.0, ("lr",))
+        assert not stats(0.0, ("weight_decay",), schedules={"lr": lambda t, h: 0.1})
