@@ -5,16 +5,19 @@
 "hybrid-online": Optuna's TPE chooses the discrete entries and the starting values, and a Tuner moves lr and weight
 decay while each of its trials trains. "tpe": TPE chooses all of it, and trains with lr decaying linearly to zero.
 Both have the same budget in gradient evaluations (of a batch, whatever its size), that of some plain runs; trials
-that end beyond it do not count. The best trial by validation loss is trained again, from another seed, for its test
+that end beyond it do not count. Beside it both are compared after as many CPU seconds ("at equal seconds"): those that TPE's
+searches took. The best trial by validation loss is trained again, from another seed, for its test
 loss. All runs of a case pass as many examples through the model.
 """
 
 from __future__ import annotations
 
 import statistics
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -131,13 +134,17 @@ def run(item: Row) -> Row:
     case = CASES[item["case"]]
     make = partial(build, case, item["share"], "val")
     plain = item["share"] * case.examples / (64 if "batch" in case.space else case.batch)
-    limit = item["budget"] * plain
+    limit, marks = item["budget"] * plain, list[float]()
+
+    def begun(p: dict[str, Any], trial: search.Trial) -> search.Run:
+        marks.append(time.process_time())
+        return make(p, trial)
 
     def trained(p: dict[str, Any], trial: search.Trial) -> float:
-        return train(make(p, trial), trial, decay=True)
+        return train(begun(p, trial), trial, decay=True)
 
     def objective(p: dict[str, Any], trial: search.Trial) -> Any:
-        return trained(p, trial) if item["strategy"] == "tpe" else make(p, trial)
+        return trained(p, trial) if item["strategy"] == "tpe" else begun(p, trial)
 
     study = search.optimize(
         objective,
@@ -147,6 +154,7 @@ def run(item: Row) -> Row:
         seed=item["seed"],
         progress=False,
     )
+    marks.append(time.process_time())
     spent, within = 0.0, []
     for each in study.trials:
         spent += each.cost.gradient_evaluations
@@ -156,8 +164,22 @@ def run(item: Row) -> Row:
     again = search.Trial(0, best.params, 10_000 + item["seed"])
     torch.manual_seed(again.seed)
     test = train(build(case, item["share"], "test", best.params, again), again, decay=True)
-    chosen = {f"best_{name}": value for name, value in best.params.items()}
+    # in the order in which they were run: to the beginning of the next, or the end
+    paths = {"trial_seconds": [b - a for a, b in pairwise(marks)], "trial_vals": [each.value for each in study.trials]}
+    chosen = paths | {f"best_{name}": value for name, value in best.params.items()}
     return item | {"val": best.value, "test": test, "trials": len(within), "gradient_evaluations": limit} | chosen
+
+
+def at_equal_seconds(row: Row, rival: Row) -> Row:
+    """The best validation loss of a search after as many CPU seconds as another has taken for its budget, over that one's."""
+    limit = sum(rival["trial_seconds"][: rival["trials"]])
+    spent = list(accumulate(row["trial_seconds"]))
+    found = [val for val, s in zip(row["trial_vals"], spent, strict=True) if s <= limit and val is not None]
+    return {
+        "seconds": spent[row["trials"] - 1],
+        "trials_at_equal_seconds": len(found),
+        "val_over_tpe_at_equal_seconds": min(found) / rival["val"] if found else None,
+    }
 
 
 def main(argv: list[str] | None = None) -> list[Row]:
@@ -173,6 +195,8 @@ def main(argv: list[str] | None = None) -> list[Row]:
     for row in rows:
         rival = next(r for r in rows if r["strategy"] == "tpe" and (r["case"], r["seed"]) == (row["case"], row["seed"]))
         row |= {f"{part}_over_tpe": row[part] / rival[part] for part in ("val", "test")}
+        row |= at_equal_seconds(row, rival)
+    rows = [{name: x for name, x in row.items() if not name.startswith("trial_")} for row in rows]
     results.write(Path(args.out) / "discrete.json", command(args), rows, one_line_a_row=True)
     for case in args.cases:
         for strategy in STRATEGIES:
