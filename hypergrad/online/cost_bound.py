@@ -51,9 +51,9 @@ class CostBound:
             return t % self.every == 0 and not (searching and self.calibration.active)
         return t % (self.plan.resting if resting else self.plan.every) == 0
 
-    def averages_every(self, tuned: bool, searching: bool) -> int:
+    def averages_every(self, tuned: bool) -> int:
         """Steps between those whose weights go into the running average: with their tangents, where there are any."""
-        return self.products_every(searching) if tuned else odd(self.every)
+        return 1 if tuned else odd(self.every)
 
     def affords_second_draws(self) -> bool:
         """Whether second draws of the validation loss (validation_noise.py) are a small part of what may be spent."""

@@ -90,7 +90,7 @@ class OnlineLoop:
         pending = self.tangents.pending
         fresh = pending if pending is not None and i not in pending.stepped else None
         left = None if fresh is None else fresh.left
-        gradients = StepGradients(self.transition, i, not self.tangents.resting, left)
+        gradients = StepGradients(self.transition, i, bool(self.vector.moving), left)
         g, active = gradients.flat, gradients.active
         if fresh is not None:
             self.tangents.average_pending()
@@ -139,7 +139,7 @@ class OnlineLoop:
                 else:
                     self.recovery.act(self.t, verdict, loss)
                 return
-        steps = self.bound.averages_every(bool(self.vector.moving), self.starts.search.active)
+        steps = self.bound.averages_every(bool(self.vector.moving))
         if self.mode == "forward" and g is not None:
             self.tangents.forget_written(state().theta)
         if not self.stepped and self.t % steps == 0:
@@ -177,13 +177,14 @@ class OnlineLoop:
         """Tangents through the step; in the first steps what they show of the starts."""
         tangents = self.tangents
         dg = None if comparison is None else comparison.tangent(read, len(self.vector.moving))
+        dg = tangents.without_product() if (without := tangents.resting) else dg
         scale = getattr(self.optimizers[i], "grad_scale", None)  # fused optimizers unscale by themselves
         if scale is not None:
             g, dg = g / scale, None if dg is None else dg / scale
         if dg is None:
             tuning = bool(self.vector.moving) and not self.hyper.frozen
             self.unknown.note(i, self.t, None if fresh is None else comparison, tuning)
-        else:
+        elif not without:
             self.unknown.known(i)
         if fresh is not None and dg is not None and (self.apart or not fresh.stepped):
             tangents.curvature.add(tangents.tangent, fresh, i if self.apart else None)

@@ -72,7 +72,7 @@ class Tangents:
 
     @property
     def resting(self) -> bool:
-        """Whether this step is a plain one: nothing is tuned, or tangents stay as they are in it."""
+        """Whether the backward pass of this step is a plain one: nothing is tuned, or it is one without a product."""
         return not self.vector.moving or (self.skipping and self.tangent is not None)
 
     # ---- the gradient stage
@@ -162,6 +162,11 @@ class Tangents:
         if not self.processes.alone:
             self.pending = found(new, self.transition)
         return None
+
+    def without_product(self) -> Tensor:
+        """What the tangent of the gradient [k, n] is taken for in a step without a product: 0."""
+        assert self.tangent is not None
+        return torch.zeros_like(self.tangent.theta)
 
     def average_pending(self) -> None:
         """Make the tangent of the gradient that waits the mean of the processes': one collective a step."""
