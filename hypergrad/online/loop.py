@@ -123,7 +123,8 @@ class OnlineLoop:
             if fresh is not None and not self.skipped:
                 fresh.used_by(i)
             return
-        state = cache(lambda: self.transition.live(read.get("counts"), self.tangents.weights()))
+        theta = self.tangents.written.weights
+        state = cache(lambda: self.transition.live(read.get("counts"), theta(self.transition)))
         if self.t == 0 and not self.stepped and self.hyper.record is not None:
             self.hyper.record.starts_from(state().theta)
         loss = read["loss"][0] if "loss" in read else None

@@ -10,9 +10,10 @@ of s and a reading every e steps while something is tuned, every r steps while n
     s                 the least odd number with which all phases of the run cost no more than cost − 1 a step; STRIDE at most
     phases            are shorter where that is not enough (policies/phases.py)
 
-In steps without a product tangents stay as they are, as if those steps did not depend on weights or numbers: hypergradients are
-then those of every s-th step of the run. With one step of three the workloads ended as well as with every step
-(experiments/results/strides.json). s is odd: at the edge of stability weights move to and fro from one step to the next, and
+In steps without a product the tangent of the gradient, H z, is taken for 0, and tangents are taken through the step all the same:
+lr and weight decay act in every step, and only what curvature does to their effect is left to the steps with products. Where
+tangents stood still in between instead, the noise that lr puts into the weights was missed, and lr went up to ten times too far
+(experiments/results/online_tuning_log.md, tenth session; strides.json). s is odd: at the edge of stability weights move to and fro from one step to the next, and
 every second step would see one side alone.
 
 A product is two passes through the graph of a step: p is 2 to 3 where arithmetic rules. In nets whose plain step takes less

@@ -92,7 +92,7 @@ class Tangents:
         scale = 1.0 if self.scaler is None else float(self.scaler.get_scale())
         if self.resting and self.counts["gradients"] and (self.processes.alone or not whole):
             if self.tangent is not None:
-                self.forget_written(self.weights())
+                self.forget_written(self.written.weights(self.transition))
             self.pending = without_tangents(loss, self.pending, self.transition, scale)
             self.counts["gradients"] += 1
             if inputs is None and hypers:  # whose .grad stays as it is
@@ -109,7 +109,7 @@ class Tangents:
             self.forward.check_compiled()
         if graph.once:
             self.forward.attach()
-        self.forget_written(self.weights())
+        self.forget_written(self.written.weights(self.transition))
         products = self.products_due() and (self.forward.allowed or not graph.once)
         # what has no second derivative is refused before any step
         trial = not products and self.counts["gradients"] == 0 and not graph.once and not self.forward.attached
@@ -173,10 +173,6 @@ class Tangents:
         pending = self.pending
         if pending is not None and pending.dg is not None and not pending.averaged:
             pending.dg, pending.averaged = self.processes.mean_(pending.dg), True
-
-    def weights(self) -> Tensor:
-        """The present weights [n], never written to."""
-        return self.written.weights(self.transition)
 
     def note_read(self, leaves: Sequence[Tensor]) -> None:
         """Note which tensors in the loss are among the leaves of a loss's graph."""
