@@ -10,11 +10,11 @@ of s and a reading every e steps while something is tuned, every r steps while n
     s                 the least odd number with which all phases of the run cost no more than cost − 1 a step; STRIDE at most
     phases            are shorter where that is not enough (policies/phases.py)
 
-In steps without a product the tangent of the gradient, H z, is taken for 0, and tangents are taken through the step all the same:
-lr and weight decay act in every step, and only what curvature does to their effect is left to the steps with products. Where
-tangents stood still in between instead, the noise that lr puts into the weights was missed, and lr went up to ten times too far
-(experiments/results/online_tuning_log.md, tenth session; strides.json). s is odd: at the edge of stability weights move to and fro from one step to the next, and
-every second step would see one side alone.
+In steps without a product the tangent of the gradient, H z, is taken for 0, and tangents are taken through the step all the
+same: lr and weight decay act in every step, and only what curvature does to their effect is left to the steps with products.
+Where tangents stood still in between instead, the noise that lr puts into the weights was missed, and lr went up to ten times
+too far (experiments/results/online_tuning_log.md, tenth session; strides.json). s is odd: at the edge of stability weights move
+to and fro from one step to the next, and every second step would see one side alone.
 
 A product is two passes through the graph of a step: p is 2 to 3 where arithmetic rules. In nets whose plain step takes less
 than a millisecond or two Python's own time does: the steps that a product is compared with hold the tuner's too, so that p comes

@@ -84,11 +84,12 @@ class Tuner(TunerView):
         warm_start: take lr's start (unless given by Hyperparameter(start=…)) as a hint only, and find it from slope and
             curvature along the first steps. Momentum, if it is tuned too and not given, then begins at 0.9 (where a lower one
             was typed, only in runs of 400 steps or more).
-        cost: a bound on the seconds of a run, over those of a plain one; None: none. What a Hessian product and a validation loss
-            cost is measured in twelve steps, once lr's start is found, and becomes a plan (see plan.py): products are formed in
-            one step of so many (in between the tangent of the gradient is taken for 0), and val_loss is read more rarely where it
-            is dear; phases are shorter where that is not enough. Without total_steps the bound is kept in every thousand steps. Lr's warm start and the measuring come before there is a plan: a short run, or one with a bound
-            near 1, may cost more. The plan is `tuner.plan`, and part of the state. For mode="forward".
+        cost: a bound on the seconds of a run, over those of a plain one; None: none. What a Hessian product and a validation
+            loss cost is measured in twelve steps, once lr's start is found, and becomes a plan (see plan.py): products are
+            formed in one step of so many (in between the tangent of the gradient is taken for 0), and val_loss is read more
+            rarely where it is dear; phases are shorter where that is not enough. Without total_steps the bound is kept in every
+            thousand steps. Lr's warm start and the measuring come before there is a plan: a short run, or one with a bound near
+            1, may cost more. The plan is `tuner.plan`, and part of the state. For mode="forward".
         plan: that of an earlier run, or the dict that its `state_dict` gave: no clock is read, and that run repeats bit for bit.
             It rules from the step on at which it was made.
         seed: of the random numbers that val_loss draws, a stream of its own; recorded with the run.
