@@ -1,10 +1,11 @@
 """What does tuning cost, in seconds and bytes, and what is it worth at that price?
 
-    python -m experiments.price [--costs 1.15 1.5 2 3] [--workloads cnn_fashion] [--family realistic] [--seed 0] [--quick]
+    python -m experiments.price [--costs 1.15 1.5 2 3] [--workloads cnn_fashion] [--family realistic] [--form open] [--quick]
 
 kind "run": a tuned run with `Tuner(cost=...)` and a plain run of the same workload, start and seed, by turns in blocks of 50
 steps in one process on one thread: CPU seconds of the one over those of the other, each as a whole, with all that happens in it
-(the measuring of the first steps, readings of the validation loss), and the loss at its end. `cost` null: no bound.
+(the measuring of the first steps, readings of the validation loss), and the loss at its end. `cost` null: no bound. `form`
+"open": without `total_steps`; "scheduler": lr decays by a CosineAnnealingLR of the loop's own, in both runs; else "default".
 
 kind "summary": the geometric means over workloads, and of loss over L* (the best of a grid of plain runs, pools.json), where it
 is known; those of workloads whose plain step takes less than 2 ms apart, since there Python's share rules.
@@ -69,6 +70,7 @@ class Args:
     starts: tuple = arg((1e-5, 0.1), "learning rates; weight decay is 1e-4", quick=(1e-3,))
     seed: int = arg(0, "the first of the seeds; test losses are read from 1000 on")
     seeds: int = arg(1, "runs of each start")
+    form: str = arg("default", "default, open or scheduler")
     steps: int = arg(0, "training steps of a run; 0: the workload's own", quick=60)
     parts: tuple = arg(
         ("run", "resting", "bytes"), "kinds of rows that are made; the others stay as the result has them"
@@ -88,10 +90,13 @@ class Loop:
         self.task, self.seconds = task, 0.0
         began = time.process_time()
         self.optimizers = task.make_optimizers(item["start_lr"], item["start_weight_decay"])
+        shaped = self.optimizers if item["form"] == "scheduler" else ()
+        self.schedulers = [torch.optim.lr_scheduler.CosineAnnealingLR(opt, task.steps) for opt in shaped]
+        total = None if item["form"] == "open" else task.steps
         self.tuner: hypergrad.Tuner | None = None
         if tuned:
             self.tuner = hypergrad.Tuner(
-                task.model, self.optimizers, task.val_loss, total_steps=task.steps, seed=task.seed, cost=item["cost"]
+                task.model, self.optimizers, task.val_loss, total_steps=total, seed=task.seed, cost=item["cost"]
             )
         self.seconds += time.process_time() - began
         self.batches = task.batches()
@@ -105,8 +110,8 @@ class Loop:
             for opt in self.optimizers:
                 opt.zero_grad()
             loss.backward() if self.tuner is None else self.tuner.backward(loss)
-            for opt in self.optimizers:
-                opt.step()
+            for stepping in (*self.optimizers, *self.schedulers):
+                stepping.step()
         self.seconds += time.process_time() - began
         return bool(batches)
 
@@ -142,7 +147,7 @@ def items(args: Args) -> Iterator[Row]:
                 for lr in args.starts:
                     yield {
                         "workload": name, "cost": cost or None, "start_lr": lr, "start_weight_decay": 1e-4, "seed": seed,
-                        "steps": WORKLOADS[name].length(False, args.steps),
+                        "form": args.form, "steps": WORKLOADS[name].length(False, args.steps),
                     }  # fmt: skip
 
 
@@ -312,6 +317,8 @@ def bytes_of(optimizer: str, quick: bool) -> Iterator[Row]:
 
 def main(args: Args) -> list[Row]:
     torch.set_num_threads(1)
+    if args.form not in ("default", "open", "scheduler"):
+        raise SystemExit(f"--form: default, open or scheduler, not {args.form}")
     out = Path(args.out)
     before = results.load("price.json", out) or {"rows": []}
     parts = {"summary": "run", "family": "run"}  # kinds whose part has another name
@@ -320,7 +327,8 @@ def main(args: Args) -> list[Row]:
         todo = list(items(args))
         kept = sweep(run, todo, out / "price.jsonl")
         mine = [row for row in kept if any(item.items() <= row.items() for item in todo)] if args.quick else kept
-        rows += [*summaries(mine), *families(mine)]
+        default = [row for row in mine if row["form"] == "default"]
+        rows += [*summaries(default), *families(default)]
         rows += [{"kind": "run", "family": WORKLOADS[row["workload"]].family, **row} for row in mine]
     for optimizer in OPTIMIZERS:
         rows += [resting(optimizer, args.quick)] if "resting" in args.parts else []

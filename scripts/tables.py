@@ -165,8 +165,9 @@ def price(result: Result) -> str:
         return f"{statistics.geometric_mean(seconds):.2f}×" + ("" if regret is None else f", {regret:.3f}")
 
     body = []
-    for name in dict.fromkeys(row["workload"] for row in runs):
-        mine = [row for row in runs if row["workload"] == name]
+    forms = {"default": "", "open": ", without `total_steps`", "scheduler": ", beside a scheduler"}
+    for name, form in dict.fromkeys((row["workload"], row["form"]) for row in runs):
+        mine = [row for row in runs if (row["workload"], row["form"]) == (name, form)]
         cells = []
         for cost in costs:
             here = [row for row in mine if row["cost"] == cost]
@@ -174,7 +175,7 @@ def price(result: Result) -> str:
             regret = None if best is None else statistics.fmean(row["loss"] for row in here) / best
             cells.append(cell([row["seconds"] for row in here], regret) if here else "–")
         plain = statistics.median(row["plain_ms"] for row in mine)
-        body.append((WORKLOADS[name].title, f"{plain:.3g}", str(len(mine)), *cells))
+        body.append((WORKLOADS[name].title + forms[form], f"{plain:.3g}", str(len(mine)), *cells))
     titles = {"main": "all twelve", "small": "all of the small family", "realistic": "both of realistic size"}
     for family in dict.fromkeys(row["family"] for row in result["rows"] if row["kind"] == "family"):
         rows = {row["cost"]: row for row in result["rows"] if row["kind"] == "family" and row["family"] == family}
@@ -299,7 +300,7 @@ def price_in_words(result: Result) -> str:
     def of(cost: float) -> str:
         found = {
             name: statistics.geometric_mean(
-                row["seconds"] for row in runs if (row["workload"], row["cost"]) == (name, cost)
+                row["seconds"] for row in runs if (row["workload"], row["cost"], row["form"]) == (name, cost, "default")
             )
             for name in names
         }
