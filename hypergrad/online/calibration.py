@@ -1,7 +1,8 @@
 """Measures, once in a run, what tuning costs: seconds of a product and of a validation loss, in plain steps.
 
-In twelve steps, once lr's start is found, products are formed in every third one (why an odd number says plan.py). Whole steps
-are timed, with all that the user's loop does in them; medians leave out what a loop does now and then, such as an evaluation.
+In twelve steps, once lr's start is found, products are formed in every third one (why an odd number says plan.py). The other
+eight are plain steps but for the tangents, which are taken through them (TANGENTS). Whole steps are timed, with all that the
+user's loop does in them; medians leave out what a loop does now and then, such as an evaluation.
 No clock is read after that.
 """
 
@@ -18,6 +19,7 @@ import torch
 
 from hypergrad.core.processes import Processes
 from hypergrad.core.readout import Readout
+from hypergrad.online.plan import TANGENTS
 
 FIRST = 10  # the earliest step of which one is timed
 STEPS = 12
@@ -89,8 +91,9 @@ class Calibration:
             return None
         readout = Readout(processes)
         readout.ask("seconds", torch.tensor([median(x) for x in (self.formed, self.plain, self.readings)]))
-        formed, plain, reading = readout.fetch()["seconds"]
-        return max(formed - plain, 0.0) / plain / max(k, 1), reading / plain
+        formed, without, reading = readout.fetch()["seconds"]
+        plain = without / (1 + k * TANGENTS)
+        return max(formed - without, 0.0) / plain / max(k, 1), reading / plain
 
     def stop(self) -> None:
         self.active = self.timing = False

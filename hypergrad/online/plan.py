@@ -1,10 +1,11 @@
 """What tuning may cost, in seconds, and what follows from it: in which steps products are formed, how often val_loss is read.
 
 The unit is the plain training step. With p the seconds that a Hessian product of one number adds to a step, v those of the
-validation loss with its gradient (a forward pass alone is about v/3), k numbers that are tuned in the mean, a product in one step
-of s and a reading every e steps while something is tuned, every r steps while nothing is,
+validation loss with its gradient (a forward pass alone is about v/3), k numbers that are tuned in the mean, τ what a number's
+tangents add to a step, a product in one step of s and a reading every e steps while something is tuned, every r steps while
+nothing is,
 
-    a step adds       k p/s + v/e  while something is tuned       v/(3 r)  while nothing is
+    a step adds       k p/s + v/e + k τ  while something is tuned       v/(3 r)  while nothing is
 
     e, r              readings take a quarter of cost − 1 at most, where they can be made rarer: 5 and 10 times as rare at most
     s                 the least odd number with which all phases of the run cost no more than cost − 1 a step; STRIDE at most
@@ -38,6 +39,8 @@ MOST_EVERY, MOST_RESTING = 5, 10  # at most so many times the steps between read
 ON_READINGS = 0.25  # the share of what may be spent that goes to readings, where they can be made rarer
 STRIDE = 21  # at most
 LEAST_PRODUCT, MOST_PRODUCT = 2.0, 4.0
+# what a number's tangents add to a step without a product, in plain steps: 0.1 to 0.2 in the nets of `experiments.price`
+TANGENTS = 0.15
 ROUND = 2**0.25
 
 
@@ -52,6 +55,7 @@ class Plan:
         every: steps between readings while something is tuned.
         resting: the same while nothing is.
         stride: products are formed in one step of so many, once lr's start is found.
+        tangents: what those of one number add to a step without a product, in plain steps.
     """
 
     cost: float
@@ -60,6 +64,7 @@ class Plan:
     every: int
     resting: int
     stride: int = 1
+    tangents: float = 0.0
 
     @staticmethod
     def made(
@@ -70,6 +75,7 @@ class Plan:
         fixed: bool = False,
         k: float = 1.0,
         tuned: float = 0.9,
+        tangents: float = 0.0,
     ) -> Plan:
         """The plan for what was measured.
 
@@ -89,10 +95,10 @@ class Plan:
             every if fixed else math.ceil(min(max(x / (ON_READINGS * extra), every), most * every))
             for x, most in ((v, MOST_EVERY), (v / 3, MOST_RESTING))
         )
-        left = extra - tuned * v / every - (1 - tuned) * v / 3 / resting
+        left = extra - tuned * (v / every + k * tangents) - (1 - tuned) * v / 3 / resting
         stride = min(max(math.ceil(k * p * tuned / left), 1), STRIDE) if left > 0 else STRIDE
         stride = odd(stride)
-        return Plan(cost, p, v, every if fixed else max(every, stride), resting, stride)
+        return Plan(cost, p, v, every if fixed else max(every, stride), resting, stride, tangents)
 
     def price(self, k: float, formed: float | None = None) -> float:
         """What a step in which k numbers are tuned adds, in plain steps.
@@ -100,7 +106,8 @@ class Plan:
         Args:
             formed: 1 where products are formed in it, 0 where not; None: in the mean.
         """
-        return k * self.product * (1 / self.stride if formed is None else formed) + self.validation / self.every
+        products = self.product * (1 / self.stride if formed is None else formed)
+        return k * (products + self.tangents) + self.validation / self.every
 
     def allowance(self, steps: int) -> float:
         """What may be spent on steps in which something is tuned in so many steps, in plain steps; 0: nothing."""
@@ -132,7 +139,7 @@ def as_plan(x: Plan | Mapping[str, Any] | None) -> Plan | None:
             f"plan must be a tuner's `plan`, or the dict of its state_dict(), with {', '.join(sorted(names))}; got {x!r}."
         )
     whole = {name: int(x[name]) for name in ("every", "resting", "stride")}
-    return Plan(float(x["cost"]), float(x["product"]), float(x["validation"]), **whole)
+    return Plan(float(x["cost"]), float(x["product"]), float(x["validation"]), **whole, tangents=float(x["tangents"]))
 
 
 def odd(n: int) -> int:
