@@ -171,7 +171,8 @@ def trained(loop: Loop, device: str) -> tuple[Run, int, int]:
     """A run, the most waits of a step, and of one with a hyperparameter step in it; those of the user's losses left out.
 
     Not counted: the first step, which sizes lr and reads while it does. Where weight decay is sized, once or twice in a run, and
-    where a validation loss that may have risen is read again, there is one wait more.
+    where a validation loss that may have risen is read again, there is one wait more, and where training goes back to where it
+    was lowest, as counters on the device are read then.
     """
     run, plain, hyper = loop.build(device), 0, 0
     every, hyper_steps, of_decay = run.tuner._loop.every, run.tuner._hyper, WeightDecaySizing.sized
@@ -180,9 +181,11 @@ def trained(loop: Loop, device: str) -> tuple[Run, int, int]:
         DEVICE.clear()
         sizing = mock.patch.object(WeightDecaySizing, "sized", autospec=True, side_effect=of_decay)
         again = mock.patch.object(hyper_steps, "_read_both", wraps=hyper_steps._read_both)
-        with sizing as sized, again as read_again:
+        recovery = run.tuner._loop.recovery
+        going_back = mock.patch.object(recovery, "go_back", wraps=recovery.go_back)
+        with sizing as sized, again as read_again, going_back as back:
             run.step(t)
-        waits = sum(DEVICE.waits.values()) - sized.call_count - read_again.call_count
+        waits = sum(DEVICE.waits.values()) - sized.call_count - read_again.call_count - back.call_count
         if (t + 1) % every == 0:
             hyper = max(hyper, waits)
         elif t > 0:
