@@ -33,7 +33,7 @@ from experiments.workloads import FAMILIES, WORKLOADS, train_tuned
 
 Row = dict[str, Any]
 STARTS = {"main": ((1e-5, 1e-5), (0.1, 1e-3)), "small": ((1e-5, 1e-2),)}  # (lr, weight decay)
-FREE = {"cost": 1000.0, "product": 1.0, "validation": 1.0, "every": 10, "resting": 10, "tangents": 0.0}  # a plan that leaves nothing out
+FREE = {"cost": 1000.0, "product": 1.0, "validation": 1.0, "every": 10, "resting": 10}  # a plan that leaves nothing out
 
 
 @dataclass

@@ -134,12 +134,14 @@ def as_plan(x: Plan | Mapping[str, Any] | None) -> Plan | None:
     if x is None or isinstance(x, Plan):
         return x
     names = {f.name for f in fields(Plan)}
-    if not isinstance(x, Mapping) or set(x) != names:
+    if not isinstance(x, Mapping) or not names - {"tangents"} <= set(x) <= names:  # older ones have no tangents
         raise TypeError(
             f"plan must be a tuner's `plan`, or the dict of its state_dict(), with {', '.join(sorted(names))}; got {x!r}."
         )
     whole = {name: int(x[name]) for name in ("every", "resting", "stride")}
-    return Plan(float(x["cost"]), float(x["product"]), float(x["validation"]), **whole, tangents=float(x["tangents"]))
+    return Plan(
+        float(x["cost"]), float(x["product"]), float(x["validation"]), **whole, tangents=float(x.get("tangents", 0))
+    )
 
 
 def odd(n: int) -> int:
