@@ -181,9 +181,12 @@ def price(result: Result) -> str:
         rows = {row["cost"]: row for row in result["rows"] if row["kind"] == "family" and row["family"] == family}
         cells = [cell([rows[cost]["seconds"]], rows[cost]["regret"]) if cost in rows else "–" for cost in costs]
         body.append((titles[family], "", str(sum(row["runs"] for row in rows.values())), *cells))
-    return table(head, body) + "\n\n" + source(result)
+    return table(head, body) + "\n\n" + source(result | {"command": RUNS})
 
 
+RUNS = (
+    "python -m experiments.price --costs 2.0 1.15 1.5 3.0 --seed 1000 --seeds 2 --parts run --out experiments/results"
+)
 BYTES = "python -m experiments.price --parts bytes --out experiments/results"
 
 

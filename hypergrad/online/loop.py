@@ -177,15 +177,14 @@ class OnlineLoop:
     ) -> None:
         """Tangents through the step; in the first steps what they show of the starts."""
         tangents = self.tangents
-        dg = None if comparison is None else comparison.tangent(read, len(self.vector.moving))
-        dg = tangents.without_product() if (without := tangents.resting) else dg
+        dg = tangents.of_gradient(comparison, read)
         scale = getattr(self.optimizers[i], "grad_scale", None)  # fused optimizers unscale by themselves
         if scale is not None:
             g, dg = g / scale, None if dg is None else dg / scale
         if dg is None:
             tuning = bool(self.vector.moving) and not self.hyper.frozen
             self.unknown.note(i, self.t, None if fresh is None else comparison, tuning)
-        elif not without:
+        elif not tangents.resting:
             self.unknown.known(i)
         if fresh is not None and dg is not None and (self.apart or not fresh.stepped):
             tangents.curvature.add(tangents.tangent, fresh, i if self.apart else None)

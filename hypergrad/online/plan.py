@@ -13,8 +13,8 @@ nothing is,
 
 In steps without a product the tangent of the gradient, H z, is taken for 0, and tangents are taken through the step all the
 same: lr and weight decay act in every step, and only what curvature does to their effect is left to the steps with products.
-Where tangents stood still in between instead, the noise that lr puts into the weights was missed, and lr went up to ten times
-too far (experiments/results/online_tuning_log.md, tenth session; strides.json). s is odd: at the edge of stability weights move
+Where tangents were not updated in between instead, the noise that lr puts into the weights was missed, and lr went far too
+high (experiments/results/online_tuning_log.md, tenth session; strides.json). s is odd: at the edge of stability weights move
 to and fro from one step to the next, and every second step would see one side alone.
 
 A product is two passes through the graph of a step: p is 2 to 3 where arithmetic rules. In nets whose plain step takes less

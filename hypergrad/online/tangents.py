@@ -163,11 +163,6 @@ class Tangents:
             self.pending = found(new, self.transition)
         return None
 
-    def without_product(self) -> Tensor:
-        """What the tangent of the gradient [k, n] is taken for in a step without a product: 0."""
-        assert self.tangent is not None
-        return torch.zeros_like(self.tangent.theta)
-
     def average_pending(self) -> None:
         """Make the tangent of the gradient that waits the mean of the processes': one collective a step."""
         pending = self.pending
@@ -205,6 +200,12 @@ class Tangents:
         if self.pending is None or self.pending.left is None:
             return None
         return Comparison(self.pending, self.transition, g, active, self.clip, self.scaler is not None, readout)
+
+    def of_gradient(self, comparison: Comparison | None, read: Mapping[str, list[float]]) -> Tensor | None:
+        """The tangent of the gradient that a step is taken with [k, n]: 0 in one without a product; None: not known."""
+        if self.resting and self.tangent is not None:
+            return torch.zeros_like(self.tangent.theta)
+        return None if comparison is None else comparison.tangent(read, len(self.vector.moving))
 
     def push(
         self, state: State, g: Tensor, active: tuple[bool, ...], values: Values, scale: Tensor, dg: Tensor | None

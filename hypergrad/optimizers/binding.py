@@ -144,12 +144,11 @@ class Binding:
         if out is None:
             like = self.params[0]
             out = torch.empty(sum(self.sizes), dtype=like.dtype, device=like.device)
-        pairs = list(zip(self.split(out), tensors, strict=True))
-        for piece in (piece for piece, x in pairs if x is None):
-            piece.zero_()
-        multi_tensor.write(
-            [piece for piece, x in pairs if x is not None], [x.detach() for _, x in pairs if x is not None]
-        )
+        if any(x is None for x in tensors):
+            out.zero_()
+        pairs = zip(self.split(out), tensors, strict=True)
+        given = [(piece, x.detach()) for piece, x in pairs if x is not None]
+        multi_tensor.write([piece for piece, _ in given], [x for _, x in given])
         return out
 
     def split(self, flat: Tensor) -> list[Tensor]:
