@@ -15,6 +15,8 @@ kind "family": the same of a whole family, with the regret of its best and of it
 kind "resting": a ResNet-18 of 5 million weights on images of 32×32: steps in which nothing is tuned and no validation loss read,
 over plain steps, less 1: median of 7 turns of 4 steps.
 
+kind "tangents": the same of steps in which one number is tuned and no product is formed.
+
 kind "bytes": the largest sum of tensors alive at once (counted at every operation, inside the backward pass too; not what a
 kernel takes for itself) in 24 tuned steps, less that of 24 plain ones, of the same net with a batch of 2, in units of 4 n
 bytes, n its number of weights; "late" is the same in the 24 steps after the fiftieth.
@@ -73,7 +75,7 @@ class Args:
     form: str = arg("default", "default, open or scheduler")
     steps: int = arg(0, "training steps of a run; 0: the workload's own", quick=60)
     parts: tuple = arg(
-        ("run", "resting", "bytes"), "kinds of rows that are made; the others stay as the result has them"
+        ("run", "resting", "tangents", "bytes"), "kinds of rows that are made; the others stay as the result has them"
     )
     out: str = arg("runs/price", "folder of finished runs and result", quick="runs/price_quick")
     quick: bool = arg(False, "a few steps: a test of the machinery")
@@ -229,15 +231,24 @@ def stepper(model: nn.Module, loss: Callable[[], Tensor], optimizer: str, **opti
     return step
 
 
-def resting(optimizer: str, quick: bool) -> Row:
-    """Seconds of steps in which nothing is tuned."""
+NOTHING_TUNED: Row = {
+    "every": 10**6,
+    "policies": replaced(without(DEFAULT, LrWarmStart), Phases(step_share=0.0, longest_share=0.0, last_share=0.0)),
+}
+# one number, without products and readings once the plan rules
+NO_PRODUCTS: Row = {"tune": "lr", "warm_start": False, "plan": hypergrad.Plan(2.0, 2.0, 1.0, 10**6, 10**6, 10**6)}
+WITHOUT: dict[str, tuple[Row, int]] = {"resting": (NOTHING_TUNED, 2), "tangents": (NO_PRODUCTS, 30)}  # and steps before
+
+
+def steps_without(kind: str, optimizer: str, quick: bool) -> Row:
+    """Seconds of steps of a kind in WITHOUT."""
     width, batch = (4, 2) if quick else (WIDTH, 16)
-    policies = replaced(without(DEFAULT, LrWarmStart), Phases(step_share=0.0, longest_share=0.0, last_share=0.0))
+    options, before = WITHOUT[kind]
     (one, loss), (other, other_loss) = net(width, batch), net(width, batch)
     plain = stepper(one, loss, optimizer)
-    tuned = stepper(other, other_loss, optimizer, total_steps=10**6, every=10**6, policies=policies)
+    tuned = stepper(other, other_loss, optimizer, total_steps=10**6, **options)
     seconds: dict[str, list[float]] = {"plain": [], "tuned": []}
-    for step in (plain, tuned, plain, tuned):
+    for step in (plain, plain, *[tuned] * before):
         step()
     for _ in range(2 if quick else 7):
         for name, step in (("plain", plain), ("tuned", tuned)):
@@ -248,7 +259,7 @@ def resting(optimizer: str, quick: bool) -> Row:
     more = statistics.median(b / a for a, b in zip(seconds["plain"], seconds["tuned"], strict=True)) - 1
     n = sum(p.numel() for p in one.parameters())
     return {
-        "kind": "resting",
+        "kind": kind,
         "optimizer": optimizer,
         "weights": n,
         "batch": batch,
@@ -331,7 +342,7 @@ def main(args: Args) -> list[Row]:
         rows += [*summaries(default), *families(default)]
         rows += [{"kind": "run", "family": WORKLOADS[row["workload"]].family, **row} for row in mine]
     for optimizer in OPTIMIZERS:
-        rows += [resting(optimizer, args.quick)] if "resting" in args.parts else []
+        rows += [steps_without(kind, optimizer, args.quick) for kind in WITHOUT if kind in args.parts]
         rows += list(bytes_of(optimizer, args.quick)) if "bytes" in args.parts else []
     results.write(out / "price.json", command(args), rows, one_line_a_row=True)
     for row in rows:

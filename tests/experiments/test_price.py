@@ -36,7 +36,9 @@ def test_a_quick_price_has_every_kind_of_row(tmp_path):
     args = parse(price.Args, ["--quick", "--workloads", "diabetes", "--out", str(tmp_path)])
     rows = price.main(args)
     kinds = [row["kind"] for row in rows]
-    assert {"summary", "run", "resting", "bytes"} == set(kinds) and kinds.count("bytes") == 2 * len(price.FORMS)
+    assert {"summary", "run", "resting", "tangents", "bytes"} == set(kinds) and kinds.count("bytes") == 2 * len(
+        price.FORMS
+    )
     (run,) = (row for row in rows if row["kind"] == "run")
     assert run["seconds"] > 0 and run["loss"] > 0 and run["split"] == "val" and "test" not in run
     assert json.loads((tmp_path / "price.json").read_text())["rows"] == rows
