@@ -26,6 +26,7 @@ class HostCopy:
 
     def __init__(self, device: torch.device) -> None:
         self.pinned, self.kept = device.type in ASYNCHRONOUS, list[Tensor]()
+        self.given = False  # to others, who keep them: never overwritten from then on
         self.arrived: torch.cuda.Event | None = None  # after the last write from a GPU
 
     def write(self, tensors: Sequence[Tensor], given: int = 0) -> None:
@@ -36,9 +37,11 @@ class HostCopy:
         if not self.pinned and {x.device.type for x in tensors} <= {"cpu"} - ASYNCHRONOUS:
             self.kept = [x.detach() if i < given else x.detach().clone() for i, x in enumerate(tensors)]
             return
-        if [(x.shape, x.dtype) for x in tensors] != [(x.shape, x.dtype) for x in self.kept]:
-            self.read()  # no copy into the memory that is given up is pending
+        if self.given or [(x.shape, x.dtype) for x in tensors] != [(x.shape, x.dtype) for x in self.kept]:
+            if not self.given:
+                self.read()  # no copy into the memory that is given up is pending
             self.kept = [torch.empty(x.shape, dtype=x.dtype, pin_memory=self.pinned) for x in tensors]
+            self.given = False
         for kept, x in zip(self.kept, tensors, strict=True):
             kept.copy_(x.detach(), non_blocking=self.pinned)
         devices = {x.device for x in tensors if x.device.type in ASYNCHRONOUS}
@@ -50,6 +53,11 @@ class HostCopy:
             self.arrived.synchronize()
             self.arrived = None
         return self.kept
+
+    def give(self) -> list[Tensor]:
+        """The values, on the host, for a state that others keep: later writes take other memory."""
+        self.given = True
+        return list(self.read())
 
 
 def _event(device: torch.device) -> torch.cuda.Event:

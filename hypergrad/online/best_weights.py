@@ -117,7 +117,7 @@ class BestWeights:
 
     def state_dict(self) -> dict[str, Any]:
         numbers = {name: getattr(self, name) for name in _NUMBERS}
-        return numbers | {"recent": list(self.recent), "tensors": list(self.copy.read())}
+        return numbers | {"recent": list(self.recent), "tensors": self.copy.give()}
 
     def load_state_dict(self, state: Mapping[str, Any] | None) -> None:
         """None: nothing was read yet, as in the state of a tuner with keep_best=False."""

@@ -7,39 +7,58 @@ Before the first step there are none, and they take none.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from hypergrad.core.host_copy import HostCopy
 from hypergrad.core.problem import Problem, Saved
 from hypergrad.optimizers.binding import State
 from hypergrad.optimizers.traced.packing import packed, unpacked
 from hypergrad.optimizers.transition import Transition
 
 
-@dataclass
 class KeptState:
-    """Its tensors are never written to."""
+    """Its tensors are never written to. θ and the slots lie in host memory: a device's is the model's.
 
-    state: State
-    buffers: list[Saved]
+    Args:
+        state: none of its tensors is written to later.
+        buffers: the model's.
+    """
+
+    def __init__(self, state: State, buffers: list[Saved]):
+        tensors = [state.theta, *state.slots.values()]
+        self.host, self.devices = HostCopy(state.theta.device), [x.device for x in tensors]
+        self.host.write(tensors, given=len(tensors))
+        self.names, self.counts, self.rest, self.buffers = tuple(state.slots), state.counts, state.rest, buffers
 
     @staticmethod
     def of(state: State, problem: Problem, transition: Transition) -> KeptState:
-        """Of a state of the live optimizers, as `transition.live` reads it: its weights are not copied."""
+        """Of a state of the live optimizers, as `transition.live` reads it: on a CPU its weights are not copied."""
         made_in_constructor = any(getattr(rule, "first", {}) for rule in transition.rules)
         if any(state.counts) or made_in_constructor or transition.fallbacks:
             return KeptState(state.copied(torch.bfloat16), problem.read_buffers())
         nothing = state.theta.new_zeros(1)  # nobody reads them when they are written back
-        slots = {name: nothing.expand(x.numel()) for name, x in state.slots.items()}
-        return KeptState(replace(state, slots=slots), problem.read_buffers())
+        return KeptState(replace(state, slots=dict.fromkeys(state.slots, nothing)), problem.read_buffers())
+
+    @property
+    def state(self) -> State:
+        """Where the model is; waits for a device."""
+        theta, *slots = (x.to(device) for x, device in zip(self.host.read(), self.devices, strict=True))
+        return State(theta, dict(zip(self.names, slots, strict=True)), self.counts, self.rest)
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors are not copied."""
-        rest = [[i, packed(x)] for i, x in self.state.rest.items()]
-        return vars(self.state) | {"rest": rest, "buffers": values_of(self.buffers)}
+        theta, *slots = self.host.give()
+        return {
+            "theta": theta,
+            "slots": dict(zip(self.names, slots, strict=True)),
+            "counts": self.counts,
+            "rest": [[i, packed(x)] for i, x in self.rest.items()],
+            "buffers": values_of(self.buffers),
+        }
 
     @staticmethod
     def from_state_dict(saved: Mapping[str, Any], problem: Problem, transition: Transition) -> KeptState:

@@ -348,3 +348,20 @@ def test_a_copy_from_a_device_is_waited_for_where_it_is_used() -> None:
         kept.read()
         kept.read()
         assert [e.waited for e in events] == [0, 1]  # what came later includes what came before
+
+
+def test_what_was_given_to_a_state_is_not_overwritten() -> None:
+    with (
+        mock.patch.object(host_copy, "ASYNCHRONOUS", {"cpu"}),
+        mock.patch.object(host_copy, "_event", lambda _: Event()),
+    ):
+        kept = host_copy.HostCopy(torch.device("cpu"))
+        kept.pinned = False  # which takes a GPU
+        kept.write([torch.ones(3)])
+        for i in (2.0, 3.0):
+            (held,) = kept.give()
+            kept.write([torch.full((3,), i)])
+            assert held.tolist() == [i - 1] * 3 and kept.read()[0].tolist() == [i] * 3
+        memory = kept.read()[0].data_ptr()
+        kept.write([torch.zeros(3)])  # of its own: written over
+        assert kept.read()[0].data_ptr() == memory

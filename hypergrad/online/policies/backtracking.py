@@ -31,13 +31,13 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from statistics import fmean, median, stdev
 from typing import Any
 
-import torch
 from torch import Tensor
 
+from hypergrad.core.host_copy import HostCopy
 from hypergrad.core.problem import Problem, Saved
 from hypergrad.online.kept_state import KeptState, as_buffers, values_of
 from hypergrad.online.policies.policy import Policy
@@ -84,18 +84,26 @@ class LossRecord:
         self._begin()
 
     def _begin(self) -> None:
-        self.best, self.theta, self.buffers, self.step = math.inf, None, list[Saved](), 0
+        self.best, self.buffers, self.step = math.inf, list[Saved](), 0
+        self.lowest = HostCopy(
+            self.problem.device
+        )  # the weights [n] of that reading; those of the start are there alone
         self.last: list[float] = []
         self.wait = self.policy.wait
         if self.start is not None:
-            self.best, self.theta, self.buffers = self.before, self.start.state.theta, self.start.buffers
+            self.best, self.buffers = self.before, self.start.buffers
+
+    @property
+    def theta(self) -> Tensor | None:
+        """The weights [n] where the loss was lowest; waits for a device."""
+        for theta in self.lowest.read()[:1]:
+            return theta.to(self.problem.device)
+        return None if self.start is None else self.start.state.theta
 
     def starts_from(self, theta: Tensor) -> None:
         """The first step starts from weights theta [n], never written to: they may have been loaded since this was made."""
         if self.start is not None:
-            if not torch.equal(theta, self.start.state.theta):
-                self.start = KeptState.of(self.transition.live(), self.problem, self.transition)
-            self.start = replace(self.start, state=replace(self.start.state, theta=theta))  # one copy, with others
+            self.start = KeptState.of(self.transition.live(theta=theta), self.problem, self.transition)
             self._begin()
 
     def read(self, t: int, loss: float, theta: Tensor, phase: Sequence[int], read_both: ReadBoth) -> bool:
@@ -106,7 +114,10 @@ class LossRecord:
         """
         if not math.isfinite(loss):
             return False
-        if t > self.until:
+        if t > self.until and self.start is not None:
+            if not self.lowest.kept:
+                self.lowest = self.start.host
+                self.lowest.given = True
             self.start = None
         if self.phase != list(phase):
             if self.phase:
@@ -118,16 +129,14 @@ class LossRecord:
             self.second.append(abs(x - 2 * y + z) / (0.6745 * math.sqrt(6)))
         self.wait -= 1
         if loss < self.best:
-            self.best, self.theta, self.buffers, self.step = loss, theta, self.problem.read_buffers(), t
+            self.best, self.buffers, self.step = loss, self.problem.read_buffers(), t
+            self.lowest.write([theta], given=1)
             return False
         sigma = median(self.second) if self.second else 0.0
-        if (
-            self.theta is None
-            or loss - self.best <= max(self.policy.sigmas * sigma, self._least(self.best))
-            or self.wait > 0
-        ):
+        rise = max(self.policy.sigmas * sigma, self._least(self.best))
+        if loss - self.best <= rise or self.wait > 0 or (theta_then := self.theta) is None:
             return False
-        now, then = read_both(self.theta)
+        now, then = read_both(theta_then)
         if not all(map(math.isfinite, [*now, *then])):  # nothing is known of it
             self.wait = self.policy.wait
             return False
@@ -160,7 +169,7 @@ class LossRecord:
             "until": self.until,
             "best": self.best,
             "step": self.step,
-            "theta": self.theta,
+            "theta": next(iter(self.lowest.give()), None),
             "buffers": values_of(self.buffers),
             "last": list(self.last),
             "second": list(self.second),
@@ -173,7 +182,9 @@ class LossRecord:
         self.before, self.until, self.best = float(state["before"]), float(state["until"]), float(state["best"])
         self.step, self.wait, self.phase = int(state["step"]), int(state["wait"]), list(state["phase"])
         self.last, self.second = list(state["last"]), deque(state["second"], maxlen=self.policy.recent)
-        self.theta = None if state["theta"] is None else state["theta"].to(self.transition.params[0], copy=True)
+        self.lowest.write(
+            [] if state["theta"] is None else [state["theta"].to(self.transition.params[0], copy=True)], 1
+        )
         self.buffers = as_buffers(state["buffers"], self.problem)
         old = state["start"]
         self.start = None if old is None else KeptState.from_state_dict(old, self.problem, self.transition)
