@@ -353,7 +353,7 @@ def test_a_copy_from_a_device_is_waited_for_where_it_is_used() -> None:
 def test_what_was_given_to_a_state_is_not_overwritten() -> None:
     with (
         mock.patch.object(host_copy, "ASYNCHRONOUS", {"cpu"}),
-        mock.patch.object(host_copy, "_event", lambda _: Event()),
+        mock.patch.object(host_copy, "_event", return_value=Event()),
     ):
         kept = host_copy.HostCopy(torch.device("cpu"))
         kept.pinned = False  # which takes a GPU
