@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import mse_loss
@@ -43,6 +44,7 @@ def storages(tensors: list[Tensor]) -> set[int]:
     return {(x.host if isinstance(x, OnDevice) else x).untyped_storage().data_ptr() for x in tensors}
 
 
+@pytest.mark.slow
 def test_weights_to_go_back_to_lie_on_the_host() -> None:
     """AdamW with one number tuned at a time: on the device the tangents of weights and both moments, the running average of the
     weights and its tangent, and the weights that the last step left. On the host two good states (moments in 16 bits), the

@@ -185,6 +185,7 @@ def test_whole_runs(ranks: Ranks, tmp_path: Path) -> None:
     assert_same(rank_jobs.tuned_run(alone=True), one, UNION)
 
 
+@pytest.mark.slow
 def test_a_process_group_of_one(ranks: Ranks) -> None:
     """Each rank trains in DistributedDataParallel over itself alone."""
     one, other = ranks(rank_jobs.group_of_one)
