@@ -219,7 +219,7 @@ def strides(result: Result) -> str:
             f"{row['worst']:.3f}",
             f"{row['seconds']:.2f}",
         )
-        for row in result["rows"]
+        for row in sorted(result["rows"], key=lambda row: (row["stride"], row["family"]))
         if row["kind"] == "summary" and row["stride"] > 1
     ]
     return table(head, body) + "\n\n" + source(result)
