@@ -27,7 +27,7 @@ class HostCopy:
     def __init__(self, device: torch.device) -> None:
         self.pinned, self.kept = device.type in ASYNCHRONOUS, list[Tensor]()
         self.given = False  # to others, who keep them: never overwritten from then on
-        self.arrived: torch.cuda.Event | None = None  # after the last write from a GPU
+        self.arrived = list[torch.cuda.Event]()  # after the last write, one for each GPU
 
     def write(self, tensors: Sequence[Tensor], given: int = 0) -> None:
         """Keep these values in place of the last ones. From a GPU they arrive in the order of its current stream.
@@ -40,19 +40,27 @@ class HostCopy:
         if self.given or [(x.shape, x.dtype) for x in tensors] != [(x.shape, x.dtype) for x in self.kept]:
             if not self.given:
                 self.read()  # no copy into the memory that is given up is pending
-            self.kept = [torch.empty(x.shape, dtype=x.dtype, pin_memory=self.pinned) for x in tensors]
+            self.kept = [torch.empty(x.shape, dtype=x.dtype, device="cpu", pin_memory=self.pinned) for x in tensors]
             self.given = False
         for kept, x in zip(self.kept, tensors, strict=True):
             kept.copy_(x.detach(), non_blocking=self.pinned)
-        devices = {x.device for x in tensors if x.device.type in ASYNCHRONOUS}
-        self.arrived = _event(devices.pop()) if devices else None
+        self.arrived = [_event(device) for device in {x.device for x in tensors if x.device.type in ASYNCHRONOUS}]
 
     def read(self) -> list[Tensor]:
         """The values, on the host, which the next `write` may overwrite. Waits until they are there."""
-        if self.arrived is not None:
-            self.arrived.synchronize()
-            self.arrived = None
+        for event in self.arrived:
+            event.synchronize()
+        self.arrived = []
         return self.kept
+
+    def back(self, i: int, device: torch.device) -> Tensor:
+        """The i-th of them where it came from. Waits, on the host, until it is there."""
+        return self.read()[i].to(device, non_blocking=self.pinned)
+
+    def first_alone(self) -> HostCopy:
+        """Itself, without the other tensors, whose memory is free."""
+        self.kept = self.kept[:1]
+        return self
 
     def give(self) -> list[Tensor]:
         """The values, on the host, for a state that others keep: later writes take other memory."""

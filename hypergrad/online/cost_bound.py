@@ -8,7 +8,18 @@ from typing import Any
 from hypergrad.core.processes import Processes
 from hypergrad.logging import Journal
 from hypergrad.online.calibration import BETWEEN, Calibration
-from hypergrad.online.plan import LEAST_PRODUCT, MOST_PRODUCT, PERIOD, TANGENTS, Plan, Spending, as_plan, odd
+from hypergrad.online.plan import (
+    EARLY,
+    LEAST_PRODUCT,
+    MOST_PRODUCT,
+    PERIOD,
+    TANGENTS,
+    Plan,
+    Spending,
+    as_plan,
+    early_every,
+    odd,
+)
 from hypergrad.online.validation_noise import DRAWS
 
 SMALL = 0.05  # the share of what may be spent that second draws may take
@@ -48,8 +59,10 @@ class CostBound:
             searching: lr's warm start is under way.
         """
         if self.plan is None:
-            return t % self.every == 0 and not (searching and self.calibration.active)
-        return t % (self.plan.resting if resting else self.plan.every) == 0
+            early = self.total is not None and t < EARLY * self.total
+            every = early_every(self.every, self.fixed, self.total) if early else self.every
+            return t % every == 0 and not (searching and self.calibration.active)
+        return t % (self.plan.resting if resting else self.plan.every_at(t, self.total)) == 0
 
     def averages_every(self, tuned: bool) -> int:
         """Steps between those whose weights go into the running average: with their tangents, where there are any."""
@@ -88,7 +101,7 @@ class CostBound:
                 self.journal.note(t, "what tuning costs could not be measured: it goes on without a bound.")
                 return
             assert self.cost is not None  # nothing is measured without one
-            plan = Plan.made(self.cost, *found, self.every, self.fixed, *self.mean, TANGENTS)
+            plan = Plan.made(self.cost, *found, self.every, self.fixed, *self.mean, TANGENTS, self.total)
         self.spending.plan = plan
         self.spending.spent = plan.price(k, 1.0) * t  # the run has just begun
         self.journal.note(t, plan.sentence(), warn=False)

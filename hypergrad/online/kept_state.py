@@ -45,8 +45,8 @@ class KeptState:
 
     @property
     def state(self) -> State:
-        """Where the model is; waits for a device."""
-        theta, *slots = (x.to(device) for x, device in zip(self.host.read(), self.devices, strict=True))
+        """Where the model is; waits for what a device had still to send."""
+        theta, *slots = (self.host.back(i, device) for i, device in enumerate(self.devices))
         return State(theta, dict(zip(self.names, slots, strict=True)), self.counts, self.rest)
 
     def state_dict(self) -> dict[str, Any]:

@@ -8,6 +8,8 @@ nothing is,
     a step adds       k p/s + v/e + k τ  while something is tuned       v/(3 r)  while nothing is
 
     e, r              readings take a quarter of cost − 1 at most, where they can be made rarer: 5 and 10 times as rare at most
+    e, early          in the first EARLY of a run of T steps, where lr is tuned, T/READINGS at most, so that lr has some steps
+                      in a short run too
     s                 the least odd number with which all phases of the run cost no more than cost − 1 a step; STRIDE at most
     phases            are shorter where that is not enough (policies/phases.py)
 
@@ -36,6 +38,7 @@ from typing import Any
 
 PERIOD = 1000  # steps over which the cost is kept where the length of the run is not known
 MOST_EVERY, MOST_RESTING = 5, 10  # at most so many times the steps between readings that were asked for
+EARLY, READINGS = 0.3, 60  # a share of a run of known length in which one reading comes in 1/60 of its steps at least
 ON_READINGS = 0.25  # the share of what may be spent that goes to readings, where they can be made rarer
 STRIDE = 21  # at most
 LEAST_PRODUCT, MOST_PRODUCT = 2.0, 4.0
@@ -57,6 +60,7 @@ class Plan:
         resting: the same while nothing is.
         stride: products are formed in one step of so many, once lr's start is found.
         tangents: what those of one number add to a step without a product, in plain steps.
+        early: steps between readings in the first EARLY of the run; 0: as `every`.
     """
 
     cost: float
@@ -66,6 +70,7 @@ class Plan:
     resting: int
     stride: int = 1
     tangents: float = 0.0
+    early: int = 0
 
     @staticmethod
     def made(
@@ -77,6 +82,7 @@ class Plan:
         k: float = 1.0,
         tuned: float = 0.9,
         tangents: float = 0.0,
+        total: int | None = None,
     ) -> Plan:
         """The plan for what was measured.
 
@@ -85,6 +91,7 @@ class Plan:
             fixed: they are not to be made rarer.
             k: numbers that are tuned at once, in the mean.
             tuned: the share of the run in which something is.
+            total: its steps, if known.
 
         Example:
             >>> plan = Plan.made(2.0, 2.7, 3.0, 10)
@@ -96,19 +103,26 @@ class Plan:
             every if fixed else math.ceil(min(max(x / (ON_READINGS * extra), every), most * every))
             for x, most in ((v, MOST_EVERY), (v / 3, MOST_RESTING))
         )
-        left = extra - tuned * (v / every + k * tangents) - (1 - tuned) * v / 3 / resting
+        early, soon = early_every(every, fixed, total), min(EARLY, tuned)
+        readings = v * (soon / early + (tuned - soon) / every)
+        left = extra - readings - tuned * k * tangents - (1 - tuned) * v / 3 / resting
         stride = min(max(math.ceil(k * p * tuned / left), 1), STRIDE) if left > 0 else STRIDE
         stride = odd(stride)
-        return Plan(cost, p, v, every if fixed else max(every, stride), resting, stride, tangents)
+        return Plan(cost, p, v, every if fixed else max(every, stride), resting, stride, tangents, early)
 
-    def price(self, k: float, formed: float | None = None) -> float:
+    def every_at(self, t: int, total: int | None) -> int:
+        """Steps between readings after t steps of a run, while something is tuned."""
+        return self.early if self.early and total is not None and t < EARLY * total else self.every
+
+    def price(self, k: float, formed: float | None = None, every: int = 0) -> float:
         """What a step in which k numbers are tuned adds, in plain steps.
 
         Args:
             formed: 1 where products are formed in it, 0 where not; None: in the mean.
+            every: steps between readings; 0: the plan's.
         """
         products = self.product * (1 / self.stride if formed is None else formed)
-        return k * (products + self.tangents) + self.validation / self.every
+        return k * (products + self.tangents) + self.validation / (every or self.every)
 
     def allowance(self, steps: int) -> float:
         """What may be spent on steps in which something is tuned in so many steps, in plain steps; 0: nothing."""
@@ -119,7 +133,8 @@ class Plan:
         where = "every step" if self.stride == 1 else f"one step of {self.stride}"
         return (
             f"plan for cost={self.cost:g}: a product of one number costs {self.product:.2g} plain steps, val_loss with its "
-            f"gradient {self.validation:.2g}: products are formed in {where}, val_loss is read every {self.every} steps."
+            f"gradient {self.validation:.2g}: products are formed in {where}, val_loss is read every {self.every} steps"
+            f"{f', at first every {self.early}' if 0 < self.early < self.every else ''}."
         )
 
     def state_dict(self) -> dict[str, Any]:
@@ -134,15 +149,25 @@ def as_plan(x: Plan | Mapping[str, Any] | None) -> Plan | None:
     """
     if x is None or isinstance(x, Plan):
         return x
-    names = {f.name for f in fields(Plan)}
-    if not isinstance(x, Mapping) or not names - {"tangents"} <= set(x) <= names:  # older ones have no tangents
+    names, newer = {f.name for f in fields(Plan)}, {"tangents", "early"}  # which older ones have not
+    if not isinstance(x, Mapping) or not names - newer <= set(x) <= names:
         raise TypeError(
             f"plan must be a tuner's `plan`, or the dict of its state_dict(), with {', '.join(sorted(names))}; got {x!r}."
         )
-    whole = {name: int(x[name]) for name in ("every", "resting", "stride")}
+    whole = {name: int(x.get(name, 0)) for name in ("every", "resting", "stride", "early")}
     return Plan(
         float(x["cost"]), float(x["product"]), float(x["validation"]), **whole, tangents=float(x.get("tangents", 0))
     )
+
+
+def early_every(every: int, fixed: bool, total: int | None) -> int:
+    """Steps between readings in the first EARLY of a run.
+
+    Args:
+        every: in the rest of it; fixed: as the user wants it.
+        total: steps of the run; None: not known.
+    """
+    return every if fixed or total is None else min(every, max(total // READINGS, 1))
 
 
 def odd(n: int) -> int:
@@ -169,6 +194,6 @@ class Spending:
     def step(self, t: int, k: int, formed: bool, total: int | None) -> None:
         """Training step t, the first is 0, was taken with k numbers tuned; formed: with products."""
         if self.plan is not None and k:
-            self.spent += self.plan.price(k, float(formed))
+            self.spent += self.plan.price(k, float(formed), self.plan.every_at(t, total))
         if total is None and (t + 1) % PERIOD == 0:
             self.spent = 0.0

@@ -136,6 +136,25 @@ def test_a_tuner_tells_where_its_first_step_starts_from() -> None:
     )
 
 
+@pytest.mark.parametrize("loaded", [False, True])
+def test_running_statistics_to_start_again_from_are_those_before_the_first_batch(loaded: bool) -> None:
+    """A first batch that is not finite spoils what BatchNorm has in mind; what a run starts again from has not seen it."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3), nn.Linear(3, 1))
+    opt = torch.optim.SGD(model.parameters(), lr=0.1, weight_decay=1e-3)
+    tuner = hypergrad.Tuner(model, opt, lambda: model(torch.randn(8, 2)).square().mean(), total_steps=100)
+    if loaded:  # the same weights
+        opt.load_state_dict(opt.state_dict())
+    before = [b.clone() for b in model.buffers()]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the step is passed over
+        tuner.backward(model(torch.full((8, 2), float("nan"))).mean())
+        opt.step()
+    record = tuner._hyper.record
+    assert record is not None and record.start is not None
+    assert all(torch.equal(a.value, b) for a, b in zip(record.start.buffers, before, strict=True))
+
+
 class Run:
     """A net that can fit its training rows, whose labels are random."""
 

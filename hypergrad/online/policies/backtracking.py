@@ -35,6 +35,7 @@ from dataclasses import dataclass
 from statistics import fmean, median, stdev
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from hypergrad.core.host_copy import HostCopy
@@ -85,9 +86,7 @@ class LossRecord:
 
     def _begin(self) -> None:
         self.best, self.buffers, self.step = math.inf, list[Saved](), 0
-        self.lowest = HostCopy(
-            self.problem.device
-        )  # the weights [n] of that reading; those of the start are there alone
+        self.lowest = HostCopy(self.problem.device)  # the weights [n] of that reading, where it is not the start's
         self.last: list[float] = []
         self.wait = self.policy.wait
         if self.start is not None:
@@ -95,15 +94,19 @@ class LossRecord:
 
     @property
     def theta(self) -> Tensor | None:
-        """The weights [n] where the loss was lowest; waits for a device."""
-        for theta in self.lowest.read()[:1]:
-            return theta.to(self.problem.device)
-        return None if self.start is None else self.start.state.theta
+        """The weights [n] where the loss was lowest; waits for what a device had still to send."""
+        kept = self.lowest if self.lowest.kept or self.start is None else self.start.host
+        return kept.back(0, self.problem.device) if kept.kept else None
 
     def starts_from(self, theta: Tensor) -> None:
         """The first step starts from weights theta [n], never written to: they may have been loaded since this was made."""
         if self.start is not None:
-            self.start = KeptState.of(self.transition.live(theta=theta), self.problem, self.transition)
+            made, self.start = (
+                self.start,
+                KeptState.of(self.transition.live(theta=theta), self.problem, self.transition),
+            )
+            if torch.equal(made.host.read()[0], self.start.host.read()[0]):
+                self.start.buffers = made.buffers  # the first forward pass has changed them since
             self._begin()
 
     def read(self, t: int, loss: float, theta: Tensor, phase: Sequence[int], read_both: ReadBoth) -> bool:
@@ -116,8 +119,7 @@ class LossRecord:
             return False
         if t > self.until and self.start is not None:
             if not self.lowest.kept:
-                self.lowest = self.start.host
-                self.lowest.given = True
+                self.lowest = self.start.host.first_alone()
             self.start = None
         if self.phase != list(phase):
             if self.phase:
@@ -152,11 +154,11 @@ class LossRecord:
 
     def go(self) -> int:
         """Write the weights back; the step that they are from."""
-        step, theta, buffers = self.step, self.theta, self.buffers
+        step, buffers = self.step, self.buffers
         if self.start is not None:
             step, buffers = 0, self.start.buffers
             self.transition.write(self.start.state)
-        elif theta is not None:
+        elif (theta := self.theta) is not None:
             self.transition.load(theta)
         self.problem.write_buffers(buffers)
         self._begin()
