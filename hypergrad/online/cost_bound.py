@@ -8,18 +8,7 @@ from typing import Any
 from hypergrad.core.processes import Processes
 from hypergrad.logging import Journal
 from hypergrad.online.calibration import BETWEEN, Calibration
-from hypergrad.online.plan import (
-    EARLY,
-    LEAST_PRODUCT,
-    MOST_PRODUCT,
-    PERIOD,
-    TANGENTS,
-    Plan,
-    Spending,
-    as_plan,
-    early_every,
-    odd,
-)
+from hypergrad.online.plan import LEAST_PRODUCT, MOST_PRODUCT, PERIOD, TANGENTS, Plan, Spending, as_plan, odd
 from hypergrad.online.validation_noise import DRAWS
 
 SMALL = 0.05  # the share of what may be spent that second draws may take
@@ -59,9 +48,7 @@ class CostBound:
             searching: lr's warm start is under way.
         """
         if self.plan is None:
-            early = self.total is not None and t < EARLY * self.total
-            every = early_every(self.every, self.fixed, self.total) if early else self.every
-            return t % every == 0 and not (searching and self.calibration.active)
+            return t % self.every == 0 and not (searching and self.calibration.active)
         return t % (self.plan.resting if resting else self.plan.every_at(t, self.total)) == 0
 
     def averages_every(self, tuned: bool) -> int:

@@ -8,8 +8,8 @@ nothing is,
     a step adds       k p/s + v/e + k τ  while something is tuned       v/(3 r)  while nothing is
 
     e, r              readings take a quarter of cost − 1 at most, where they can be made rarer: 5 and 10 times as rare at most
-    e, early          in the first EARLY of a run of T steps, where lr is tuned, T/READINGS at most, so that lr has some steps
-                      in a short run too
+    early             e in the first EARLY of a run of T steps, where lr is tuned: T/READINGS at most, but LEAST_EARLY at least,
+                      so that lr has some steps in a short run too
     s                 the least odd number with which all phases of the run cost no more than cost − 1 a step; STRIDE at most
     phases            are shorter where that is not enough (policies/phases.py)
 
@@ -38,7 +38,7 @@ from typing import Any
 
 PERIOD = 1000  # steps over which the cost is kept where the length of the run is not known
 MOST_EVERY, MOST_RESTING = 5, 10  # at most so many times the steps between readings that were asked for
-EARLY, READINGS = 0.3, 60  # a share of a run of known length in which one reading comes in 1/60 of its steps at least
+EARLY, READINGS, LEAST_EARLY = 0.3, 60, 5
 ON_READINGS = 0.25  # the share of what may be spent that goes to readings, where they can be made rarer
 STRIDE = 21  # at most
 LEAST_PRODUCT, MOST_PRODUCT = 2.0, 4.0
@@ -167,7 +167,7 @@ def early_every(every: int, fixed: bool, total: int | None) -> int:
         every: in the rest of it; fixed: as the user wants it.
         total: steps of the run; None: not known.
     """
-    return every if fixed or total is None else min(every, max(total // READINGS, 1))
+    return every if fixed or total is None else min(every, max(total // READINGS, LEAST_EARLY))
 
 
 def odd(n: int) -> int:

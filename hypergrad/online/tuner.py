@@ -68,7 +68,7 @@ class Tuner(TunerView):
             cost the same for any number.
         horizon: steps of a window that is replayed (mode="unrolled"), or terms of the series (mode="implicit").
         every: training steps between hyperparameter steps (mode="unrolled": each window ends in one); None is 10, or more where
-            `cost` needs it, but in the first 30 % of a run of T steps T/60 at most (mode="forward").
+            `cost` needs it, but in the first 30 % of a run of T steps with a plan no more than the larger of T/60 and 5.
         hyper_lr: step size on φ: 0.1 is about 10 % of a positive hyperparameter's value; lr may climb by 7 such steps at once.
         total_steps: number of training steps, if known: lr is then its tuned scale times a warm-up and linear decay to zero, or
             times a scheduler's shape; lr, momentum, … are tuned over the first 30 % of the run, or on while lr climbs, to 80 % at

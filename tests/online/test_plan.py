@@ -243,7 +243,7 @@ def test_the_plan_is_made_once_and_can_be_given():
 
 @pytest.mark.parametrize("cost", [None, 1.15, 2.0])
 def test_readings_before_there_is_a_plan(cost: float | None):
-    """Those that measure, once each; none while lr's start is found. Without a bound: every third step of 200 // 60."""
+    """Those that measure, once each; none while lr's start is found. Without a bound: as often as was asked for."""
     run = Run(200, cost=cost, policies=replaced(DEFAULT, LrWarmStart(shortest=25)))
     calls: dict[int, int] = {}  # by training steps done: of val_loss with its gradient
     validate = run.tuner._loop.hyper.problem.validate
@@ -256,20 +256,20 @@ def test_readings_before_there_is_a_plan(cost: float | None):
     while run.tuner._loop.starts.search.active:
         run.go(1)
     found = run.tuner.stats["steps"]
-    assert 20 < found < 60 and list(calls) == ([] if cost else list(range(3, found, 3)))
+    assert found > 20 and list(calls) == ([] if cost else list(range(10, found, 10)))
     while cost and run.tuner.plan is None:
         run.go(1)
     if cost:
-        assert calls and all(t % (3 if t < 60 else 10) == 0 and n == 1 for t, n in calls.items())
+        assert calls and all(t % 10 == 0 and n == 1 for t, n in calls.items())
 
 
 def test_readings_are_more_frequent_in_the_first_three_tenths_of_a_short_run():
-    """At least one in a sixtieth of its steps, whatever they cost; not where `every` was given, or the length is not known."""
+    """One in a sixtieth of its steps, or in 5, whatever they cost; not where `every` was given, or the length is not known."""
     dear = Plan.made(2.0, 2.0, 16.0, 10, tuned=0.9, total=300)
     assert (dear.early, dear.every) == (5, 50)
     assert [dear.every_at(t, 300) for t in (0, 89, 90, 299)] == [5, 5, 50, 50]
     assert dear.every_at(0, None) == 50
-    assert Plan.made(2.0, 2.0, 16.0, 10, total=1500).early == 25
+    assert [Plan.made(2.0, 2.0, 16.0, 10, total=total).early for total in (120, 360, 1500)] == [5, 6, 25]
     assert Plan.made(2.0, 2.0, 16.0, 10, total=10_000).early == 50
     assert Plan.made(2.0, 2.0, 1.0, 10, total=1500).early == 10
     assert Plan.made(2.0, 2.0, 16.0, 10, fixed=True, total=300).early == 10
@@ -285,9 +285,11 @@ def test_readings_are_more_frequent_in_the_first_three_tenths_of_a_short_run():
     assert spending.spent == pytest.approx(90 * 16 / 5 + 180 * 16 / 50)
 
 
-@pytest.mark.parametrize("options", [{}, {"cost": None}, {"every": 10}])
-def test_a_short_run_reads_as_often_as_its_plan_says(options: dict[str, Any]):
-    run = Run(120, **options)
+@pytest.mark.parametrize("given", [False, True])
+def test_a_short_run_reads_as_often_as_its_plan_says(given: bool):
+    """Once in 5 steps from the plan on to 30 % of 200 steps, then once in 20; a plan with `every` alone: once in 20."""
+    plan = Plan(2.0, 2.0, 2.0, every=20, resting=20, stride=3, early=0 if given else 5)
+    run = Run(200, plan=plan, policies=replaced(DEFAULT, LrWarmStart(shortest=10)))
     times = []
     validate = run.tuner._loop.hyper.problem.validate
 
@@ -296,11 +298,14 @@ def test_a_short_run_reads_as_often_as_its_plan_says(options: dict[str, Any]):
         return validate(*args)
 
     run.tuner._loop.hyper.problem.validate = noted  # type: ignore[method-assign]
-    run.go(120)
-    early = [t for t in times if t < 36]
-    assert all(t % (10 if "every" in options else 2) == 0 for t in early)
-    if options.get("cost", 1) is None:
-        assert sorted(set(early)) == list(range(2, 36, 2)) and 40 in times and 42 not in times
+    while run.tuner._loop.bound.plan is None:
+        run.go(1)
+    begun = run.tuner.stats["steps"] + 1
+    assert begun < 50
+    times.clear()
+    run.go(161 - begun)
+    early = [t for t in range(begun, 60) if t % (20 if given else 5) == 0]
+    assert sorted(set(times)) == [*early, *range(60, 161, 20)]
 
 
 @pytest.mark.parametrize("cost", slow_but([1.5, 2.0, 4.0], 1.5))
