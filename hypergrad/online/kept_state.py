@@ -21,7 +21,7 @@ from hypergrad.optimizers.transition import Transition
 
 
 class KeptState:
-    """Its tensors are never written to. θ and the slots lie in host memory: a device's is the model's.
+    """Its tensors are never written to. θ and the slots lie in host memory, so that a device's is left to the model.
 
     Args:
         state: none of its tensors is written to later.

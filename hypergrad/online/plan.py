@@ -38,6 +38,7 @@ from typing import Any
 
 PERIOD = 1000  # steps over which the cost is kept where the length of the run is not known
 MOST_EVERY, MOST_RESTING = 5, 10  # at most so many times the steps between readings that were asked for
+# in this share of a run of T steps val_loss is read once in T/60 steps at least, or in 5 where that is less
 EARLY, READINGS, LEAST_EARLY = 0.3, 60, 5
 ON_READINGS = 0.25  # the share of what may be spent that goes to readings, where they can be made rarer
 STRIDE = 21  # at most

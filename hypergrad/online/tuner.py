@@ -68,7 +68,7 @@ class Tuner(TunerView):
             cost the same for any number.
         horizon: steps of a window that is replayed (mode="unrolled"), or terms of the series (mode="implicit").
         every: training steps between hyperparameter steps (mode="unrolled": each window ends in one); None is 10, or more where
-            `cost` needs it, but in the first 30 % of a run of T steps with a plan no more than the larger of T/60 and 5.
+            `cost` needs it; then, in the first 30 % of a run of T steps, no more than T/60, or 5 where that is less than 5.
         hyper_lr: step size on φ: 0.1 is about 10 % of a positive hyperparameter's value; lr may climb by 7 such steps at once.
         total_steps: number of training steps, if known: lr is then its tuned scale times a warm-up and linear decay to zero, or
             times a scheduler's shape; lr, momentum, … are tuned over the first 30 % of the run, or on while lr climbs, to 80 % at
@@ -87,7 +87,7 @@ class Tuner(TunerView):
         cost: a bound on the seconds of a run, over those of a plain one; None: none. What a Hessian product and a validation
             loss cost is measured in twelve steps, once lr's start is found, and becomes a plan (see plan.py): products are
             formed in one step of so many (in between the tangent of the gradient is taken for 0), and val_loss is read more
-            rarely where it is dear; phases are shorter where that is not enough. Without total_steps the bound is kept in every
+            rarely where it is costly; phases are shorter where that is not enough. Without total_steps the bound is kept in every
             thousand steps. Lr's warm start and the measuring come before there is a plan: a short run, or one with a bound near
             1, may cost more. The plan is `tuner.plan`, and part of the state. For mode="forward".
         plan: that of an earlier run, or the dict that its `state_dict` gave: no clock is read, and that run repeats bit for bit.

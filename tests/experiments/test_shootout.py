@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from experiments import figures, pools, rivals, searches, shootout
+from experiments import figures, pools, results, rivals, searches, shootout
 from experiments.arguments import parse
 from experiments.workloads import RUNGS, WORKLOADS
 
@@ -139,6 +139,16 @@ def test_the_small_family_stands_beside_its_own_grid(tmp_path):
     assert (tmp_path / "shootout_small.json").is_file()
     with pytest.raises(SystemExit, match="muon_mnist1d"):
         quick(shootout, tmp_path, "--workloads", "muon_mnist1d")
+
+
+def test_the_committed_result_has_every_method_whose_runs_are_kept():
+    """A call with some of the methods takes the others' rows from `shootout.jsonl`: without that file they would be gone."""
+    rows = results.load("shootout.json")["rows"]
+    kept = (results.FOLDER / "shootout.jsonl").read_text(encoding="utf-8").splitlines()
+    methods = {json.loads(line)["method"] for line in kept}
+    assert methods == {*rivals.METHODS, shootout.TPE} - {"clarke"}
+    assert methods <= {row["method"] for row in rows if row["kind"] == "summary"}
+    assert len(kept) == sum(row["kind"] == "run" for row in rows)
 
 
 def test_optuna_reports_its_best_trial_by_validation():

@@ -138,7 +138,7 @@ def test_a_tuner_tells_where_its_first_step_starts_from() -> None:
 
 @pytest.mark.parametrize("loaded", [False, True])
 def test_running_statistics_to_start_again_from_are_those_before_the_first_batch(loaded: bool) -> None:
-    """A first batch that is not finite spoils what BatchNorm has in mind; what a run starts again from has not seen it."""
+    """A first batch that is not finite makes BatchNorm's running statistics NaN; a run does not start again from those."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3), nn.Linear(3, 1))
     opt = torch.optim.SGD(model.parameters(), lr=0.1, weight_decay=1e-3)

@@ -101,12 +101,10 @@ class LossRecord:
     def starts_from(self, theta: Tensor) -> None:
         """The first step starts from weights theta [n], never written to: they may have been loaded since this was made."""
         if self.start is not None:
-            made, self.start = (
-                self.start,
-                KeptState.of(self.transition.live(theta=theta), self.problem, self.transition),
-            )
-            if torch.equal(made.host.read()[0], self.start.host.read()[0]):
-                self.start.buffers = made.buffers  # the first forward pass has changed them since
+            before = self.start
+            self.start = KeptState.of(self.transition.live(theta=theta), self.problem, self.transition)
+            if torch.equal(before.host.read()[0], self.start.host.read()[0]):
+                self.start.buffers = before.buffers  # the first forward pass has changed them since
             self._begin()
 
     def read(self, t: int, loss: float, theta: Tensor, phase: Sequence[int], read_both: ReadBoth) -> bool:
@@ -136,9 +134,12 @@ class LossRecord:
             return False
         sigma = median(self.second) if self.second else 0.0
         rise = max(self.policy.sigmas * sigma, self._least(self.best))
-        if loss - self.best <= rise or self.wait > 0 or (theta_then := self.theta) is None:
+        if loss - self.best <= rise or self.wait > 0:
             return False
-        now, then = read_both(theta_then)
+        lowest = self.theta
+        if lowest is None:
+            return False
+        now, then = read_both(lowest)
         if not all(map(math.isfinite, [*now, *then])):  # nothing is known of it
             self.wait = self.policy.wait
             return False
