@@ -88,7 +88,7 @@ class CostBound:
                 self.journal.note(t, "what tuning costs could not be measured: it goes on without a bound.")
                 return
             assert self.cost is not None  # nothing is measured without one
-            plan = Plan.made(self.cost, *found, self.every, self.fixed, *self.mean, TANGENTS, self.total)
+            plan = Plan.made(self.cost, *found, self.every, self.fixed, *self.mean, TANGENTS, self.total, t)
         self.spending.plan = plan
         self.spending.spent = plan.price(k, 1.0) * t  # the run has just begun
         self.journal.note(t, plan.sentence(), warn=False)

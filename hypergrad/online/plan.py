@@ -8,8 +8,8 @@ nothing is,
     a step adds       k p/s + v/e + k τ  while something is tuned       v/(3 r)  while nothing is
 
     e, r              readings take a quarter of cost − 1 at most, where they can be made rarer: 5 and 10 times as rare at most
-    early             e in the first EARLY of a run of T steps, where lr is tuned: T/READINGS at most, but LEAST_EARLY at least,
-                      so that lr has some steps in a short run too
+    early             e in the first EARLY of a run of known length, where lr is tuned: so small that READINGS come from the plan
+                      on, but LEAST_EARLY at least, so that lr has some steps in a short run too
     s                 the least odd number with which all phases of the run cost no more than cost − 1 a step; STRIDE at most
     phases            are shorter where that is not enough (policies/phases.py)
 
@@ -38,8 +38,8 @@ from typing import Any
 
 PERIOD = 1000  # steps over which the cost is kept where the length of the run is not known
 MOST_EVERY, MOST_RESTING = 5, 10  # at most so many times the steps between readings that were asked for
-# in this share of a run of T steps val_loss is read once in T/60 steps at least, or in 5 where that is less
-EARLY, READINGS, LEAST_EARLY = 0.3, 60, 5
+# a share of a run, the readings that come in it at least once there is a plan, and the least steps between them
+EARLY, READINGS, LEAST_EARLY = 0.3, 9, 5
 ON_READINGS = 0.25  # the share of what may be spent that goes to readings, where they can be made rarer
 STRIDE = 21  # at most
 LEAST_PRODUCT, MOST_PRODUCT = 2.0, 4.0
@@ -84,6 +84,7 @@ class Plan:
         tuned: float = 0.9,
         tangents: float = 0.0,
         total: int | None = None,
+        done: int = 0,
     ) -> Plan:
         """The plan for what was measured.
 
@@ -93,6 +94,7 @@ class Plan:
             k: numbers that are tuned at once, in the mean.
             tuned: the share of the run in which something is.
             total: its steps, if known.
+            done: those that are done.
 
         Example:
             >>> plan = Plan.made(2.0, 2.7, 3.0, 10)
@@ -104,7 +106,7 @@ class Plan:
             every if fixed else math.ceil(min(max(x / (ON_READINGS * extra), every), most * every))
             for x, most in ((v, MOST_EVERY), (v / 3, MOST_RESTING))
         )
-        early, soon = early_every(every, fixed, total), min(EARLY, tuned)
+        early, soon = early_every(every, fixed, total, done), min(EARLY, tuned)
         readings = v * (soon / early + (tuned - soon) / every)
         left = extra - readings - tuned * k * tangents - (1 - tuned) * v / 3 / resting
         stride = min(max(math.ceil(k * p * tuned / left), 1), STRIDE) if left > 0 else STRIDE
@@ -161,14 +163,16 @@ def as_plan(x: Plan | Mapping[str, Any] | None) -> Plan | None:
     )
 
 
-def early_every(every: int, fixed: bool, total: int | None) -> int:
+def early_every(every: int, fixed: bool, total: int | None, done: int) -> int:
     """Steps between readings in the first EARLY of a run.
 
     Args:
         every: in the rest of it; fixed: as the user wants it.
-        total: steps of the run; None: not known.
+        total: steps of the run; None: not known. done: those that are done.
     """
-    return every if fixed or total is None else min(every, max(total // READINGS, LEAST_EARLY))
+    if fixed or total is None:
+        return every
+    return min(every, max(math.floor((EARLY * total - done) / READINGS), LEAST_EARLY))
 
 
 def odd(n: int) -> int:

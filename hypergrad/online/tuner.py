@@ -68,7 +68,7 @@ class Tuner(TunerView):
             cost the same for any number.
         horizon: steps of a window that is replayed (mode="unrolled"), or terms of the series (mode="implicit").
         every: training steps between hyperparameter steps (mode="unrolled": each window ends in one); None is 10, or more where
-            `cost` needs it; then, in the first 30 % of a run of T steps, no more than T/60, or 5 where that is less than 5.
+            `cost` needs it; then, in the first 30 % of total_steps, so many that there are nine readings, but 5 at least.
         hyper_lr: step size on φ: 0.1 is about 10 % of a positive hyperparameter's value; lr may climb by 7 such steps at once.
         total_steps: number of training steps, if known: lr is then its tuned scale times a warm-up and linear decay to zero, or
             times a scheduler's shape; lr, momentum, … are tuned over the first 30 % of the run, or on while lr climbs, to 80 % at

@@ -264,12 +264,13 @@ def test_readings_before_there_is_a_plan(cost: float | None):
 
 
 def test_readings_are_more_frequent_in_the_first_three_tenths_of_a_short_run():
-    """One in a sixtieth of its steps, or in 5, whatever they cost; not where `every` was given, or the length is not known."""
-    dear = Plan.made(2.0, 2.0, 16.0, 10, tuned=0.9, total=300)
+    """Nine from the plan on, one in 5 steps at most, whatever they cost; not where `every` or no length was given."""
+    dear = Plan.made(2.0, 2.0, 16.0, 10, tuned=0.9, total=300, done=45)
     assert (dear.early, dear.every) == (5, 50)
     assert [dear.every_at(t, 300) for t in (0, 89, 90, 299)] == [5, 5, 50, 50]
     assert dear.every_at(0, None) == 50
-    assert [Plan.made(2.0, 2.0, 16.0, 10, total=total).early for total in (120, 360, 1500)] == [5, 6, 25]
+    made = [Plan.made(2.0, 2.0, 16.0, 10, total=total, done=45) for total in (120, 360, 600, 1500)]
+    assert [plan.early for plan in made] == [5, 7, 15, 45]
     assert Plan.made(2.0, 2.0, 16.0, 10, total=10_000).early == 50
     assert Plan.made(2.0, 2.0, 1.0, 10, total=1500).early == 10
     assert Plan.made(2.0, 2.0, 16.0, 10, fixed=True, total=300).early == 10
