@@ -263,7 +263,8 @@ class OnlineLoop:
             self.tangents.forget(also_pending=True)
 
     def _choose_products(self) -> None:
-        self.tangents.skipping = self.t % self.bound.products_every(self.starts.search.active) != 0
+        self.tangents.stride = self.bound.products_every(self.starts.search.active)
+        self.tangents.skipping = self.t % self.tangents.stride != 0
 
     def choose_what_is_tuned(self) -> bool:
         """Tune what is tuned after so many steps. True where that is a change."""

@@ -31,6 +31,7 @@ from hypergrad.online.gradient_tangent import gradient_tangent
 from hypergrad.online.hyper_vector import HyperVector
 from hypergrad.online.lr_curvature import LrCurvature
 from hypergrad.online.plain_backward import without_tangents
+from hypergrad.online.product_weight import is_heavy, weighted
 from hypergrad.online.tangent_cap import TangentCap
 from hypergrad.online.weight_average import WeightAverage
 from hypergrad.online.written_weights import WrittenWeights
@@ -51,15 +52,14 @@ class Tangents:
         calibration: Calibration,
         processes: Processes = ALONE,
     ):
-        self.processes = processes
+        self.processes, self.calibration = processes, calibration
         self.transition, self.vector, self.model = transition, vector, problem.model
         self.scaler, self.clip = scaler, clip  # clip: its name and threshold
-        self.calibration = calibration
         self.frozen = FrozenLayers(problem.model, transition.params)
         self.tangent: Tangent | None = None  # None: zero
         self.average = WeightAverage(transition)
         self.pending: Pending | None = None
-        self.skipping = False  # the present step is one without a product
+        self.stride, self.skipping = 1, False  # products come in one step of so many; the present one is without
         self.curvature, self.written = LrCurvature(vector), WrittenWeights()
         self.counts = {"gradients": 0, "hessian_products": 0, "capped": 0, "nonfinite_products": 0}
         self.cap = TangentCap(vector, self.counts, processes)
@@ -172,8 +172,7 @@ class Tangents:
     def note_read(self, leaves: Sequence[Tensor]) -> None:
         """Note which tensors in the loss are among the leaves of a loss's graph."""
         if len(self.read) < len(self.vector.hypers):
-            found = {id(x) for x in leaves}
-            self.read |= {name for name, x in self.vector.hypers.items() if id(x) in found}
+            self.read |= {name for name, x in self.vector.hypers.items() if any(x is leaf for leaf in leaves)}
 
     def forget_written(self, theta: Tensor) -> None:
         """Tangents of elements of the weights [n] that were written by hand are zero."""
@@ -223,6 +222,8 @@ class Tangents:
             if name not in self.tangent.slots:
                 self.tangent.slots[name] = state.theta.new_zeros(len(directions), x.numel())
         seeds, _ = directions.seeds(0, scale[self.vector.moving].to(state.theta))
+        if self.stride > 1 and not self.resting and is_heavy(values):
+            dg = weighted(dg, self.stride, self.transition, (state, g, active, values), self.tangent, seeds)
         self.tangent = self.transition.jvp(state, g, active, values, self.tangent, dg, seeds, in_place=True)
         self.frozen.trained(active)
         self.tangent = self.cap.bound(self.tangent, torch.linalg.vector_norm(state.theta), dg)

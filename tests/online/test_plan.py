@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -196,6 +197,47 @@ def test_hypergradients_with_products_in_every_third_step(
     assert tuner.stats["hessian_products"] == steps // stride - 1  # the first tangent is 0
     assert tuner.stats["capped"] == 0
     assert tuner.hypergradients[name].item() == pytest.approx(true, rel=1e-6)
+
+
+@pytest.mark.parametrize("momentum", [0.9, 0.95])
+def test_products_stand_for_the_steps_without_one_where_momentum_is_heavy(
+    momentum: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """dL/dlr by a recursion written out for a quadratic ½ θᵀHθ in numpy: z and its velocity, with c from the definition."""
+    stride, steps, lr, m = 3, 13, 0.01, momentum
+    h = np.array([40.0, 1.0, 0.1, 0.01])
+    theta, velocity = np.array([0.1, 1.0, 1.0, 1.0]), np.zeros(4)
+    z, dv, weights = np.zeros(4), np.zeros(4), []
+    for t in range(steps):
+        g, q = h * theta, h * z
+        u = -lr * q
+        c = float(np.clip(-(z @ u) / (u @ u), 1, stride)) if u.any() and m > 0.9 else 1.0
+        weights += [c] if t % stride == 0 and t else []
+        velocity = m * velocity + g
+        dv = m * dv + (c * q if t % stride == 0 else 0)
+        z = z - lr * dv - velocity
+        theta = theta - lr * velocity
+    true = (h * theta) @ z
+    assert any(1 < c < stride for c in weights) == (m > 0.9)
+
+    model = nn.Linear(4, 1, bias=False, dtype=torch.float64)
+    model.weight.data.copy_(torch.tensor([[0.1, 1.0, 1.0, 1.0]], dtype=torch.float64))
+    root = torch.diag(torch.tensor(h).sqrt())
+
+    def loss() -> torch.Tensor:
+        return 0.5 * model(root).square().sum()
+
+    opt = torch.optim.SGD(model.parameters(), lr=lr, momentum=m)
+    monkeypatch.setattr(unbounded.PLACE, unbounded.without_clock)  # it rules from the first step
+    plan = Plan(9.0, 1.0, 1.0, steps, steps, stride)
+    options = {"every": steps, "average": False, "warm_start": False, "plan": plan}
+    tuner = hypergrad.Tuner(model, opt, loss, ("lr",), **options)
+    for _ in range(steps):
+        opt.zero_grad()
+        tuner.backward(loss())
+        opt.step()
+    assert tuner.stats["capped"] == 0
+    assert tuner.hypergradients["lr"].item() == pytest.approx(true, rel=1e-9)
 
 
 # ---- what is measured

@@ -1,0 +1,75 @@
+"""Where velocity remembers long, a product stands for the steps without one too: it is weighted, as far as that is stable.
+
+With products in one step of s, and H z taken for 0 in the steps between (plan.py), tangents lose by curvature an s-th of what
+they should. With a momentum of 0.9 that does no harm. With a larger one tangents grow until curvature stops them, which then
+takes s times as long: what noise adds to the weights is counted for too long, lr is moved far down, and momentum, if it is
+tuned, to 1 (Fashion-MNIST from 37 starts: the log, twelfth session). So in groups where momentum, or β₁, is above HEAVY
+
+    dg = c H z        c = min(max(−zᵀu/uᵀu, 1), s)        u = what H z itself adds to z in this step
+
+for each number. s would make up for the steps between, and −zᵀu/uᵀu is the c with the smallest |z + c u|, so that in directions
+of large curvature, where s is too much, tangents shrink and do not swing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hypergrad.optimizers.binding import State, Values
+from hypergrad.optimizers.group_values import part_of
+from hypergrad.optimizers.rule import Tensors
+from hypergrad.optimizers.transition import Tangent, Transition
+
+HEAVY = 0.9  # momentum above this
+
+
+def is_heavy(values: Values) -> bool:
+    """Whether a group's momentum, or its β₁, is above HEAVY.
+
+    Args:
+        values: numbers of the param groups; None where a group has none.
+
+    Example:
+        >>> is_heavy({"lr": [0.1], "momentum": [0.9]}), is_heavy({"betas": [None, (0.95, 0.999)]})
+        (False, True)
+    """
+    found = [
+        part_of(x, name, part)
+        for name, part in (("momentum", "momentum"), ("betas", "beta1"))
+        for x in values.get(name, [])
+    ]
+    return any(x is not None and x > HEAVY for x in found)
+
+
+def weighted(
+    dg: Tensor,
+    stride: int,
+    transition: Transition,
+    step: tuple[State, Tensor, tuple[bool, ...], Values],
+    tangent: Tangent,
+    seeds: Sequence[Tensors],
+) -> Tensor:
+    """c times the tangent of the gradient [k, n].
+
+    Args:
+        stride: s.
+        step: state, gradient, active optimizers and values of the step that it is for.
+        tangent: dθ/dφ and ds/dφ before it.
+        seeds: tangents of the groups' scalars in it, for their shapes.
+    """
+    nothing = [{name: torch.zeros_like(x[:1]) for name, x in group.items()} for group in seeds]
+    weights: list[Any] = []
+    for j in range(len(dg)):  # a number at a time: memory for one
+        zero = Tangent(*_zeros(tangent))
+        u = transition.jvp(*step, zero, dg[j : j + 1], nothing, in_place=True).theta[0]
+        weights.append(-(tangent.theta[j] @ u) / (u @ u))
+    c = torch.stack(weights).nan_to_num(1.0).clamp(1.0, float(stride))
+    return dg * c.unsqueeze(-1)
+
+
+def _zeros(tangent: Tangent) -> tuple[Tensor, Tensors]:
+    return torch.zeros_like(tangent.theta[:1]), {name: torch.zeros_like(x[:1]) for name, x in tangent.slots.items()}
