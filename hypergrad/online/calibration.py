@@ -1,7 +1,7 @@
 """Measures, once in a run, what tuning costs: seconds of a product and of a validation loss, in plain steps.
 
 In twelve steps, once lr's start is found, products are formed in every third one (why an odd number says plan.py). The other
-eight are plain steps but for the tangents, which are taken through them (TANGENTS). Whole steps are timed, with all that the
+eight are plain steps but for the tangents, which are taken through them (plan.py). Whole steps are timed, with all that the
 user's loop does in them; medians leave out what a loop does now and then, such as an evaluation.
 No clock is read after that.
 """
@@ -19,7 +19,6 @@ import torch
 
 from hypergrad.core.processes import Processes
 from hypergrad.core.readout import Readout
-from hypergrad.online.plan import TANGENTS
 
 FIRST = 10  # the earliest step of which one is timed
 STEPS = 12
@@ -33,10 +32,11 @@ class Calibration:
         device: of the weights; it is waited for in the steps that are timed.
         active: False where no plan is wanted, and once it is made.
         given: there is a plan: the same steps are taken as where it was made, but no clock is read.
+        tangents: what those of one number add to a step without a product, in plain steps.
     """
 
-    def __init__(self, device: torch.device, active: bool, given: bool = False):
-        self.device, self.active, self.given = device, active, given
+    def __init__(self, device: torch.device, active: bool, given: bool = False, tangents: float = 0.15):
+        self.device, self.active, self.given, self.tangents = device, active, given, tangents
         self.timing = False  # the present step is timed
         self.began = self.read = 0.0  # when it began, and the seconds of a validation loss in it
         self.formed: list[float] = []  # seconds of steps with products
@@ -92,7 +92,7 @@ class Calibration:
         readout = Readout(processes)
         readout.ask("seconds", torch.tensor([median(x) for x in (self.formed, self.plain, self.readings)]))
         formed, without, reading = readout.fetch()["seconds"]
-        plain = without / (1 + k * TANGENTS)
+        plain = without / (1 + k * self.tangents)
         return max(formed - without, 0.0) / plain / max(k, 1), reading / plain
 
     def stop(self) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 from hypergrad.core.processes import Processes
 from hypergrad.logging import Journal
 from hypergrad.online.calibration import BETWEEN, Calibration
-from hypergrad.online.plan import LEAST_PRODUCT, MOST_PRODUCT, PERIOD, TANGENTS, Plan, Spending, as_plan, odd
+from hypergrad.online.plan import LEAST_PRODUCT, MOST_PRODUCT, PERIOD, Plan, Spending, as_plan, odd
 from hypergrad.online.validation_noise import DRAWS
 
 SMALL = 0.05  # the share of what may be spent that second draws may take
@@ -88,7 +88,8 @@ class CostBound:
                 self.journal.note(t, "what tuning costs could not be measured: it goes on without a bound.")
                 return
             assert self.cost is not None  # nothing is measured without one
-            plan = Plan.made(self.cost, *found, self.every, self.fixed, *self.mean, TANGENTS, self.total, t)
+            tangents = self.calibration.tangents
+            plan = Plan.made(self.cost, *found, self.every, self.fixed, *self.mean, tangents, self.total, t)
         self.spending.plan = plan
         self.spending.spent = plan.price(k, 1.0) * t  # the run has just begun
         self.journal.note(t, plan.sentence(), warn=False)

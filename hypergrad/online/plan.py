@@ -17,7 +17,8 @@ In steps without a product the tangent of the gradient, H z, is taken for 0, and
 same: lr and weight decay act in every step, and only what curvature does to their effect is left to the steps with products.
 Where tangents were not updated in between instead, the noise that lr puts into the weights was missed, and lr went far too
 high (experiments/results/online_tuning_log.md, tenth session; strides.json). s is odd: at the edge of stability weights move
-to and fro from one step to the next, and every second step would see one side alone.
+to and fro from one step to the next, and every second step would see one side alone. Where momentum is above 0.9 products are
+weighted (product_weight.py).
 
 A product is two passes through the graph of a step: p is 2 to 3 where arithmetic rules. In nets whose plain step takes less
 than a millisecond or two Python's own time does: the steps that a product is compared with hold the tuner's too, so that p comes
@@ -43,9 +44,6 @@ EARLY, READINGS, LEAST_EARLY = 0.3, 9, 5
 ON_READINGS = 0.25  # the share of what may be spent that goes to readings, where they can be made rarer
 STRIDE = 21  # at most
 LEAST_PRODUCT, MOST_PRODUCT = 2.0, 4.0
-# what a number's tangents add to a step without a product, in plain steps; on a ResNet-18 of 5 M weights 0.14 with SGD and
-# momentum, 0.20 with AdamW (price.json, kind "tangents")
-TANGENTS = 0.15
 ROUND = 2**0.25
 
 
@@ -161,6 +159,21 @@ def as_plan(x: Plan | Mapping[str, Any] | None) -> Plan | None:
     return Plan(
         float(x["cost"]), float(x["product"]), float(x["validation"]), **whole, tangents=float(x.get("tangents", 0))
     )
+
+
+def tangents_price(slots: int) -> float:
+    """What a number's tangents add to a step without a product, in plain steps.
+
+    On a ResNet-18 of 5 M weights 0.14 with SGD and momentum, 0.20 with AdamW (price.json, kind "tangents").
+
+    Args:
+        slots: tensors that the optimizer keeps beside the weights.
+
+    Example:
+        >>> tangents_price(1), tangents_price(2)
+        (0.15, 0.2)
+    """
+    return (2 + max(slots, 1)) / 20
 
 
 def early_every(every: int, fixed: bool, total: int | None, done: int) -> int:
