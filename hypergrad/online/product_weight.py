@@ -3,12 +3,14 @@
 With products in one step of s, and H z taken for 0 in the steps between (plan.py), tangents lose by curvature an s-th of what
 they should. With a momentum of 0.9 that does no harm. With a larger one tangents grow until curvature stops them, which then
 takes s times as long: what noise adds to the weights is counted for too long, lr is moved far down, and momentum, if it is
-tuned, to 1 (Fashion-MNIST from 37 starts: the log, twelfth session). So in groups where momentum, or β₁, is above HEAVY
+tuned, to 1 (Fashion-MNIST from 37 starts: the log, twelfth session). So where momentum, or β₁, of a group is above HEAVY
 
-    dg = c H z        c = min(max(−zᵀu/uᵀu, 1), s)        u = what H z itself adds to z in this step
+    dg = c H z        c = min(max(−zᵀu/uᵀu, 1), s)        u = v (1 − mˢ)/(1 − m)
 
-for each number. s would make up for the steps between, and −zᵀu/uᵀu is the c with the smallest |z + c u|, so that in directions
-of large curvature, where s is too much, tangents shrink and do not swing.
+for each number, m being the largest momentum or β₁, v what H z itself adds to z in this step, and so u what it has added, through
+velocity, when the next product comes. s would make up for the steps between, and −zᵀu/uᵀu is the c with the smallest |z + c u|:
+in directions of large curvature, where s is too much, tangents shrink and do not swing. It takes the optimizer's part of a step
+once more in steps with products, and memory for the tangents of one number more, after the backward pass.
 """
 
 from __future__ import annotations
@@ -27,22 +29,19 @@ from hypergrad.optimizers.transition import Tangent, Transition
 HEAVY = 0.9  # momentum above this
 
 
-def is_heavy(values: Values) -> bool:
-    """Whether a group's momentum, or its β₁, is above HEAVY.
+def heaviest(values: Values) -> float:
+    """The largest momentum or β₁ of a group; 0 where there is none.
 
     Args:
         values: numbers of the param groups; None where a group has none.
 
     Example:
-        >>> is_heavy({"lr": [0.1], "momentum": [0.9]}), is_heavy({"betas": [None, (0.95, 0.999)]})
-        (False, True)
+        >>> heaviest({"lr": [0.1], "momentum": [0.9]}), heaviest({"betas": [None, (0.95, 0.999)]}), heaviest({})
+        (0.9, 0.95, 0.0)
     """
-    found = [
-        part_of(x, name, part)
-        for name, part in (("momentum", "momentum"), ("betas", "beta1"))
-        for x in values.get(name, [])
-    ]
-    return any(x is not None and x > HEAVY for x in found)
+    names = ("momentum", "momentum"), ("betas", "beta1")
+    found = [part_of(x, name, part) for name, part in names for x in values.get(name, [])]
+    return max((float(x) for x in found if x is not None), default=0.0)
 
 
 def weighted(
@@ -65,9 +64,11 @@ def weighted(
     weights: list[Any] = []
     for j in range(len(dg)):  # a number at a time: memory for one
         zero = Tangent(*_zeros(tangent))
-        u = transition.jvp(*step, zero, dg[j : j + 1], nothing, in_place=True).theta[0]
-        weights.append(-(tangent.theta[j] @ u) / (u @ u))
-    c = torch.stack(weights).nan_to_num(1.0).clamp(1.0, float(stride))
+        v = transition.jvp(*step, zero, dg[j : j + 1], nothing, in_place=True).theta[0]
+        weights.append(-(tangent.theta[j] @ v) / (v @ v))
+    m = min(heaviest(step[3]), 1 - 1e-9)
+    c = torch.stack(weights) * ((1 - m) / (1 - m**stride))
+    c = c.nan_to_num(1.0).clamp(1.0, float(stride))
     return dg * c.unsqueeze(-1)
 
 

@@ -31,7 +31,7 @@ from hypergrad.online.gradient_tangent import gradient_tangent
 from hypergrad.online.hyper_vector import HyperVector
 from hypergrad.online.lr_curvature import LrCurvature
 from hypergrad.online.plain_backward import without_tangents
-from hypergrad.online.product_weight import is_heavy, weighted
+from hypergrad.online.product_weight import HEAVY, heaviest, weighted
 from hypergrad.online.tangent_cap import TangentCap
 from hypergrad.online.weight_average import WeightAverage
 from hypergrad.online.written_weights import WrittenWeights
@@ -222,7 +222,7 @@ class Tangents:
             if name not in self.tangent.slots:
                 self.tangent.slots[name] = state.theta.new_zeros(len(directions), x.numel())
         seeds, _ = directions.seeds(0, scale[self.vector.moving].to(state.theta))
-        if self.stride > 1 and not self.resting and is_heavy(values):
+        if self.stride > 1 and not self.resting and heaviest(values) > HEAVY:
             dg = weighted(dg, self.stride, self.transition, (state, g, active, values), self.tangent, seeds)
         self.tangent = self.transition.jvp(state, g, active, values, self.tangent, dg, seeds, in_place=True)
         self.frozen.trained(active)

@@ -210,7 +210,7 @@ def test_products_stand_for_the_steps_without_one_where_momentum_is_heavy(
     z, dv, weights = np.zeros(4), np.zeros(4), []
     for t in range(steps):
         g, q = h * theta, h * z
-        u = -lr * q
+        u = -lr * q * sum(m**i for i in range(stride))  # in the weights when the next product comes
         c = float(np.clip(-(z @ u) / (u @ u), 1, stride)) if u.any() and m > 0.9 else 1.0
         weights += [c] if t % stride == 0 and t else []
         velocity = m * velocity + g
