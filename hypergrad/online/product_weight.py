@@ -1,11 +1,11 @@
-"""Where velocity remembers long, a product stands for the steps without one too: it is weighted, as far as that is stable.
+"""Where momentum is large, a product stands for the steps without one too: it is weighted, as far as that is stable.
 
 With products in one step of s, and H z taken for 0 in the steps between (plan.py), tangents lose by curvature an s-th of what
 they should. With a momentum of 0.9 that does no harm. With a larger one tangents grow until curvature stops them, which then
 takes s times as long: what noise adds to the weights is counted for too long, lr is moved far down, and momentum, if it is
 tuned, to 1 (Fashion-MNIST from 37 starts: the log, twelfth session). So where momentum, or β₁, of a group is above HEAVY
 
-    dg = c H z        c = min(max(−zᵀu/uᵀu, 1), s)        u = v (1 − mˢ)/(1 − m)
+    dg = c H z        c = min(max(−zᵀu/uᵀu, 1), s)        u = v (1 + m + … + mˢ⁻¹)
 
 for each number, m being the largest momentum or β₁, v what H z itself adds to z in this step, and so u what it has added, through
 velocity, when the next product comes. s would make up for the steps between, and −zᵀu/uᵀu is the c with the smallest |z + c u|:
@@ -16,7 +16,6 @@ once more in steps with products, and memory for the tangents of one number more
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -61,16 +60,12 @@ def weighted(
         seeds: tangents of the groups' scalars in it, for their shapes.
     """
     nothing = [{name: torch.zeros_like(x[:1]) for name, x in group.items()} for group in seeds]
-    weights: list[Any] = []
+    weights: list[Tensor] = []
     for j in range(len(dg)):  # a number at a time: memory for one
-        zero = Tangent(*_zeros(tangent))
+        zero = Tangent.zeros(step[0], 1)
         v = transition.jvp(*step, zero, dg[j : j + 1], nothing, in_place=True).theta[0]
         weights.append(-(tangent.theta[j] @ v) / (v @ v))
-    m = min(heaviest(step[3]), 1 - 1e-9)
-    c = torch.stack(weights) * ((1 - m) / (1 - m**stride))
+    m = heaviest(step[3])
+    c = torch.stack(weights) / sum(m**i for i in range(stride))
     c = c.nan_to_num(1.0).clamp(1.0, float(stride))
     return dg * c.unsqueeze(-1)
-
-
-def _zeros(tangent: Tangent) -> tuple[Tensor, Tensors]:
-    return torch.zeros_like(tangent.theta[:1]), {name: torch.zeros_like(x[:1]) for name, x in tangent.slots.items()}

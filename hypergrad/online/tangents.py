@@ -172,7 +172,8 @@ class Tangents:
     def note_read(self, leaves: Sequence[Tensor]) -> None:
         """Note which tensors in the loss are among the leaves of a loss's graph."""
         if len(self.read) < len(self.vector.hypers):
-            self.read |= {name for name, x in self.vector.hypers.items() if any(x is leaf for leaf in leaves)}
+            found = {id(x) for x in leaves}
+            self.read |= {name for name, x in self.vector.hypers.items() if id(x) in found}
 
     def forget_written(self, theta: Tensor) -> None:
         """Tangents of elements of the weights [n] that were written by hand are zero."""
@@ -289,7 +290,7 @@ class Tangents:
         def here(x: Any) -> Any:
             return None if x is None else x.to(like, copy=True)
 
-        self.tangent = None
+        self.tangent = self.pending = None
         self.written.forget()
         if state["theta"] is not None:
             self.tangent = Tangent(here(state["theta"]), {name: here(x) for name, x in state["slots"].items()})
@@ -297,4 +298,3 @@ class Tangents:
         self.average.theta, self.average.tangent = here(state["average"]), here(state["average_tangent"])
         self.curvature.load_state_dict(state["curvature"], like)
         self.cap.load(state["hit"])
-        self.pending = None
