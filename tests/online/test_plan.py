@@ -199,17 +199,16 @@ def test_hypergradients_with_products_in_every_third_step(
     assert tuner.hypergradients[name].item() == pytest.approx(true, rel=1e-6)
 
 
-@pytest.mark.parametrize("momentum", [0.9, 0.95])
-def test_products_stand_for_the_steps_without_one_where_momentum_is_heavy(
-    momentum: float, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """dL/dlr by a recursion written out for a quadratic ½ θᵀHθ in numpy: z and its velocity, with c from the definition."""
-    stride, steps, lr, m = 3, 13, 0.01, momentum
-    h = np.array([40.0, 1.0, 0.1, 0.01])
-    theta, velocity = np.array([0.1, 1.0, 1.0, 1.0]), np.zeros(4)
+H = np.array([40.0, 1.0, 0.1, 0.01])  # of the quadratic ½ θᵀHθ, diagonal
+STARTS = {"SGD": np.array([0.1, 1.0, 1.0, 1.0]), "AdamW": np.array([0.02, 30.0, 30.0, 30.0])}
+
+
+def by_sgd(lr: float, m: float, stride: int, steps: int) -> tuple[float, list[float]]:
+    """dL/dlr of SGD with momentum, and c of every product, by a recursion: z and its velocity."""
+    theta, velocity = STARTS["SGD"].copy(), np.zeros(4)
     z, dv, weights = np.zeros(4), np.zeros(4), []
     for t in range(steps):
-        g, q = h * theta, h * z
+        g, q = H * theta, H * z
         u = -lr * q * sum(m**i for i in range(stride))  # in the weights when the next product comes
         c = float(np.clip(-(z @ u) / (u @ u), 1, stride)) if u.any() and m > 0.9 else 1.0
         weights += [c] if t % stride == 0 and t else []
@@ -217,17 +216,54 @@ def test_products_stand_for_the_steps_without_one_where_momentum_is_heavy(
         dv = m * dv + (c * q if t % stride == 0 else 0)
         z = z - lr * dv - velocity
         theta = theta - lr * velocity
-    true = (h * theta) @ z
-    assert any(1 < c < stride for c in weights) == (m > 0.9)
+    return float((H * theta) @ z), weights
+
+
+def by_adamw(lr: float, m: float, stride: int, steps: int) -> tuple[float, list[float]]:
+    """The same of AdamW with β = (m, 0.99) and a weight decay of 0.1."""
+    beta, decay = 0.99, 0.1
+    theta, first, second = STARTS["AdamW"].copy(), np.zeros(4), np.zeros(4)
+    z, d1, d2, weights = np.zeros(4), np.zeros(4), np.zeros(4), []
+    for t in range(steps):
+        g, q = H * theta, H * z
+        first, second = m * first + (1 - m) * g, beta * second + (1 - beta) * g**2
+        one, two = 1 - m ** (t + 1), 1 - beta ** (t + 1)
+        below = np.sqrt(second / two) + 1e-8
+
+        def moved(d1: np.ndarray, d2: np.ndarray) -> np.ndarray:
+            """What tangents of the moments make of that of first / one / below."""
+            return d1 / one / below - first / one / below**2 * d2 / two / (2 * np.sqrt(second / two))  # noqa: B023
+
+        u = -lr * moved((1 - m) * q, 2 * (1 - beta) * g * q) * sum(m**i for i in range(stride))
+        c = float(np.clip(-(z @ u) / (u @ u), 1, stride)) if u.any() and m > 0.9 else 1.0
+        weights += [c] if t % stride == 0 and t else []
+        dg = c * q if t % stride == 0 else 0 * q
+        d1, d2 = m * d1 + (1 - m) * dg, beta * d2 + 2 * (1 - beta) * g * dg
+        z = (1 - lr * decay) * z - decay * theta - first / one / below - lr * moved(d1, d2)
+        theta = (1 - lr * decay) * theta - lr * first / one / below
+    return float((H * theta) @ z), weights
+
+
+@pytest.mark.parametrize("momentum", [0.9, 0.95])
+@pytest.mark.parametrize("optimizer", ["SGD", "AdamW"])
+def test_products_stand_for_the_steps_without_one_where_momentum_is_heavy(
+    optimizer: str, momentum: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """dL/dlr by recursions written out in numpy, with c from the definition."""
+    stride, steps, lr = 3, 13, {"SGD": 0.01, "AdamW": 0.03}[optimizer]
+    true, weights = {"SGD": by_sgd, "AdamW": by_adamw}[optimizer](lr, momentum, stride, steps)
+    assert any(1 < c < stride for c in weights) == (momentum > 0.9)
 
     model = nn.Linear(4, 1, bias=False, dtype=torch.float64)
-    model.weight.data.copy_(torch.tensor([[0.1, 1.0, 1.0, 1.0]], dtype=torch.float64))
-    root = torch.diag(torch.tensor(h).sqrt())
+    model.weight.data.copy_(torch.tensor(STARTS[optimizer]))
+    root = torch.diag(torch.tensor(H).sqrt())
 
     def loss() -> torch.Tensor:
         return 0.5 * model(root).square().sum()
 
-    opt = torch.optim.SGD(model.parameters(), lr=lr, momentum=m)
+    opt: torch.optim.Optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=momentum)
+    if optimizer == "AdamW":
+        opt = torch.optim.AdamW(model.parameters(), lr=lr, betas=(momentum, 0.99), weight_decay=0.1)
     monkeypatch.setattr(unbounded.PLACE, unbounded.without_clock)  # it rules from the first step
     plan = Plan(9.0, 1.0, 1.0, steps, steps, stride)
     options = {"every": steps, "average": False, "warm_start": False, "plan": plan}
