@@ -7,7 +7,7 @@ nothing is,
 
     a step adds       k p/s + v/e + k τ  while something is tuned       v/(3 r)  while nothing is
 
-    e, r              readings take a quarter of cost − 1 at most, where they can be made rarer: 5 and 10 times as rare at most
+    e, r              readings take a quarter of cost − 1 at most, where they can be made rarer: 5 and 20 times as rare at most
     early             e in the first EARLY of a run of known length, where lr is tuned: so small that READINGS come from the plan
                       on, but LEAST_EARLY at least, so that lr has some steps in a short run too
     s                 the least odd number with which all phases of the run cost no more than cost − 1 a step; STRIDE at most
@@ -39,7 +39,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 PERIOD = 1000  # steps over which the cost is kept where the length of the run is not known
-MOST_EVERY, MOST_RESTING = 5, 10  # at most so many times the steps between readings that were asked for
+MOST_EVERY, MOST_RESTING = 5, 20  # at most so many times the steps between readings that were asked for
 # a share of a run, the readings that come in it at least once there is a plan, and the least steps between them
 EARLY, READINGS, LEAST_EARLY = 0.3, 9, 5
 # in plain steps: 0.01 to 0.03 on a ResNet-18 of 5 M weights (price.json, kind "resting"), 0.036 on a GPT of 0.5 M

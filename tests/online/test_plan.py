@@ -120,7 +120,8 @@ def test_dear_validation_losses_are_read_more_rarely():
     assert plan.every == 46 and plan.resting == 16  # 4 · 2^(14/4) = 45.3, a third 15.1
     dear = Plan.made(2.0, 3.0, 60.0, 10)  # 4 · 64 = 256, a third 85.3
     assert (dear.every, dear.resting) == (50, 86)
-    assert Plan.made(1.5, 3.0, 60.0, 10).resting == 100
+    assert Plan.made(1.5, 3.0, 60.0, 10).resting == 171  # ⌈64 / 3 / (0.25 · 0.5)⌉
+    assert Plan.made(1.15, 3.0, 60.0, 10).resting == 200
     assert Plan.made(2.0, 3.0, 60.0, 10, fixed=True).every == 10
     assert Plan.made(1.05, 3.0, 300.0, 10).allowance(1000) == 0
 
