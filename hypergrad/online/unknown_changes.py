@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from hypergrad.logging import Journal
-from hypergrad.online.gradient_changes import Comparison
+from hypergrad.online.gradient_changes import Comparison, multiple_of, norm_error
 from hypergrad.optimizers.clip import TORCH_EPS
 
 PATIENCE = 20  # such steps in a row
@@ -30,10 +30,11 @@ _REPLACE = (
 
 
 class Scaling(NamedTuple):
-    """g = c r: the factor and the threshold that it would come from; None: it is no multiple."""
+    """g = c r: the factor, and the threshold that it would come from with its relative error."""
 
     factor: float
     threshold: float
+    error: float
 
 
 class UnknownChanges:
@@ -107,11 +108,10 @@ class UnknownChanges:
 
 
 def scaling(g: Tensor, ref: Tensor, norm: Tensor) -> Scaling | None:
-    c = (g @ ref) / (ref @ ref)
-    off, size = (g - c * ref).abs(), 256 * torch.finfo(g.dtype).eps * c.abs()
-    if not bool((off <= size * (ref.abs() + ref.abs().amax())).all()):  # False for NaN
+    c, _, near = multiple_of(g, ref)
+    if not near:
         return None
-    return Scaling(float(c), float(c * (norm + TORCH_EPS)))
+    return Scaling(float(c), float(c * (norm + TORCH_EPS)), norm_error(ref))
 
 
 def clamped_at(g: Tensor, ref: Tensor) -> float | None:
@@ -129,7 +129,7 @@ def _cause(before: Scaling | None, now: Scaling | None, clamp: float | None) -> 
             "they are no multiple of what was left, nor clipped by value. Change them by a hook on each parameter "
             "(p.register_hook), which is differentiated, or change the loss; clipping must be over all parameters at once."
         )
-    if before is not None and _alike(before.threshold, now.threshold):
+    if before is not None and _alike(before.threshold, now.threshold, now.error):
         return f"their norm was clipped. Pass clip_norm={now.threshold:.6g}."
     if before is not None and _alike(before.factor, now.factor):
         by = f"{now.factor:.6g}"
@@ -142,5 +142,5 @@ def _cause(before: Scaling | None, now: Scaling | None, clamp: float | None) -> 
     )
 
 
-def _alike(a: float, b: float) -> bool:
-    return abs(a - b) <= _SAME * abs(b)
+def _alike(a: float, b: float, error: float = 0.0) -> bool:
+    return abs(a - b) <= (_SAME + error) * abs(b)

@@ -259,3 +259,59 @@ def test_clipping_between_two_backward_calls_is_said_with_when_to_clip() -> None
             tuner.backward(mse(model, (x[rows], y[rows])) / 2)
             clip_grad_norm_(model.parameters(), 0.01)
         opt.step()
+
+
+# ---- many weights, in float32
+
+
+def clip_by_exact_norm(parameters: list[Tensor], most: float) -> None:
+    """A loop's own clipping, of the norm in float64."""
+    grads = [p.grad for p in parameters if p.grad is not None]
+    norm = sum(g.double().square().sum() for g in grads).sqrt().item()  # type: ignore[union-attr]
+    for g in grads:
+        g.mul_(most / (norm + 1e-6))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("clip", [clip_grad_norm_, clip_by_exact_norm])
+def test_clipping_is_known_where_sums_over_all_weights_are_inexact(clip: Callable[..., Any]) -> None:
+    """25 million weights, two SGD steps: dL/dlr by differences of the same steps written out in float64."""
+    width, most, lr = 5000, 0.5, 0.1
+    torch.manual_seed(0)
+    first = nn.Linear(width, width, bias=False)
+    x = torch.randn(3, 2, width) / width**0.5
+    start, y = first.weight.detach().clone(), torch.full((3, 2, width), 0.3)
+
+    def loss_of(weight: Tensor, t: int) -> Tensor:
+        return (torch.tanh(x[t].to(weight) @ weight.T) - y[t].to(weight)).square().sum()
+
+    def by_hand(lr: float) -> float:
+        theta = start.double()
+        for t in range(2):
+            theta.requires_grad_()
+            (g,) = torch.autograd.grad(loss_of(theta, t), theta)
+            theta = theta.detach() - lr * g * min(1.0, most / (g.norm().item() + 1e-6))
+        return loss_of(theta, 2).item()
+
+    true = (by_hand(lr + 1e-4) - by_hand(lr - 1e-4)) / 2e-4
+    opt = torch.optim.SGD(first.parameters(), lr=lr)
+    tuner = hypergrad.Tuner(
+        first,
+        opt,
+        lambda: loss_of(first.weight, 2),
+        ("lr",),
+        every=2,
+        clip_norm=most,
+        cost=None,
+        average=False,
+        warm_start=False,
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for t in range(2):
+            opt.zero_grad()
+            tuner.backward(loss_of(first.weight, t))
+            clip(list(first.parameters()), most)
+            opt.step()
+    assert tuner.stats["changed_gradients"] == 0
+    assert tuner.hypergradients["lr"].item() == pytest.approx(true, rel=1e-3)
