@@ -7,8 +7,8 @@ from typing import Any
 
 from hypergrad.core.processes import Processes
 from hypergrad.logging import Journal
-from hypergrad.online.calibration import BETWEEN, Calibration
-from hypergrad.online.plan import LEAST_PRODUCT, MOST_PRODUCT, PERIOD, Plan, Spending, as_plan, odd
+from hypergrad.online.calibration import BETWEEN, SHORT, Calibration, Measured
+from hypergrad.online.plan import MOST_PRODUCT, PERIOD, Plan, Spending, as_plan, odd, rounded_up
 from hypergrad.online.validation_noise import DRAWS
 
 SMALL = 0.05  # the share of what may be spent that second draws may take
@@ -88,24 +88,31 @@ class CostBound:
                 self.journal.note(t, "what tuning costs could not be measured: it goes on without a bound.")
                 return
             assert self.cost is not None  # nothing is measured without one
-            tangents = self.calibration.tangents
-            plan = Plan.made(self.cost, *found, self.every, self.fixed, *self.mean, tangents, self.total, t)
+            plan = self._plan_for(self.cost, found, t)
         self.spending.plan = plan
         self.spending.spent = plan.price(k, 1.0) * t  # the run has just begun
         self.journal.note(t, plan.sentence(), warn=False)
-        if found is not None and not 0.75 * LEAST_PRODUCT <= found[0] <= MOST_PRODUCT:
-            self.journal.note(
-                t,
-                f"a product took {found[0]:.2g} times what a step without one does here: most of both is Python's own time, as "
-                f"steps are short, and the run will take more than {plan.cost:g} times a plain one's seconds.",
-                warn=False,
+        if found is not None and (found.seconds < SHORT or found.product > MOST_PRODUCT):
+            why = (
+                f"a plain step takes {1000 * found.seconds:.2g} ms here, most of which is Python's own time"
+                if found.seconds < SHORT
+                else f"a product takes {found.product:.2g} times what a plain step does here"
             )
+            more = f"{why}: the run will take more than {plan.cost:g} times a plain one's seconds."
+            self.journal.note(t, more, warn=False)
         if plan.allowance(1) == 0:
             self.journal.note(
                 t,
                 f"cost={plan.cost:g} cannot be kept: reading the validation loss once in {plan.resting} steps costs more by "
                 "itself. Nothing is tuned any more. Give val_loss a smaller batch, or read it more rarely (every=...).",
             )
+
+    def _plan_for(self, cost: float, found: Measured, t: int) -> Plan:
+        """t: steps done."""
+        tangents = found.tangents if found.seconds < SHORT else rounded_up(found.tangents)
+        return Plan.made(
+            cost, found.product, found.validation, self.every, self.fixed, *self.mean, tangents, self.total, t
+        )
 
     def state_dict(self) -> dict[str, Any]:
         plan = self.plan

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import weakref
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -19,18 +20,25 @@ def check_free(optimizers: Sequence[torch.optim.Optimizer]) -> None:
 
 
 def attach(
-    tuner: Any, optimizers: Sequence[torch.optim.Optimizer], before: str, after: str, loaded: str
+    tuner: Any,
+    optimizers: Sequence[torch.optim.Optimizer],
+    before: str,
+    after: str,
+    loaded: str,
+    within: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> Callable[[], object]:
     """Call `tuner.before(i)` and `tuner.after(i)` around every step of optimizer i, and `tuner.loaded(i)` after its
     `load_state_dict`. Returns what takes the hooks off.
 
     The hooks are also taken off when the tuner is gone.
+
+    within: gives the context in which `before` and `after` are called; it must not keep the tuner alive.
     """
     me, handles = weakref.ref(tuner), []
     for i, opt in enumerate(optimizers):
-        handles.append(opt.register_step_pre_hook(_before(me, before, i)))
-        handles.append(opt.register_step_post_hook(_after(me, after, i)))
-        handles.append(opt.register_load_state_dict_post_hook(_after(me, loaded, i)))
+        handles.append(opt.register_step_pre_hook(_before(me, before, i, within)))
+        handles.append(opt.register_step_post_hook(_after(me, after, i, within)))
+        handles.append(opt.register_load_state_dict_post_hook(_after(me, loaded, i, nullcontext)))
         _TUNED[opt] = me
     return weakref.finalize(tuner, _detach, handles, [weakref.ref(opt) for opt in optimizers])
 
@@ -51,7 +59,7 @@ def _detach(handles: Sequence[Any], optimizers: Sequence[weakref.ref[Any]]) -> N
             _TUNED.pop(ref(), None)
 
 
-def _before(me: weakref.ref[Any], method: str, i: int) -> Any:
+def _before(me: weakref.ref[Any], method: str, i: int, within: Callable[[], AbstractContextManager[None]]) -> Any:
     """A hook that calls `method(i)` of the tuner before a step. A closure given to `step` is called first, once."""
     tried = False  # whether a step with a closure has been taken
 
@@ -63,21 +71,21 @@ def _before(me: weakref.ref[Any], method: str, i: int) -> Any:
             return None
         changed = _closure(optimizer, args, kwargs, keep=not tried)
         tried = tried or changed is not None
-        with torch.no_grad():
+        with torch.no_grad(), within():
             getattr(tuner, method)(i)
         return changed
 
     return hook
 
 
-def _after(me: weakref.ref[Any], method: str, i: int) -> Any:
+def _after(me: weakref.ref[Any], method: str, i: int, within: Callable[[], AbstractContextManager[None]]) -> Any:
     """A hook that calls `method(i)` of the tuner after a step, or after a state was loaded."""
 
     @torch.compiler.disable
     def hook(optimizer: Any, *_: Any) -> None:
         tuner = me()
         if tuner is not None and not _within_its_own_step(optimizer):
-            with torch.no_grad():
+            with torch.no_grad(), within():
                 getattr(tuner, method)(i)
 
     return hook

@@ -10,7 +10,8 @@ nothing is,
     e, r              readings take a quarter of cost − 1 at most, where they can be made rarer: 5 and 20 times as rare at most
     early             e in the first EARLY of a run of known length, where lr is tuned: so small that READINGS come from the plan
                       on, but LEAST_EARLY at least, so that lr has some steps in a short run too
-    s                 the least odd number with which all phases of the run cost no more than cost − 1 a step; STRIDE at most
+    s                 the least odd number with which all phases of the run cost no more than cost − 1 a step; STRIDE at most, and
+                      4 p/τ about, as rarer products are no help where tangents are the dearer part
     phases            are shorter where that is not enough (policies/phases.py), or where ALWAYS is not left over: what a tuner
                       adds to every step of a run, whatever is due
 
@@ -21,14 +22,15 @@ high (experiments/results/online_tuning_log.md, tenth session; strides.json). s 
 to and fro from one step to the next, and every second step would see one side alone. Where momentum is above 0.9 products are
 weighted (product_weight.py).
 
-A product is two passes through the graph of a step: p is 2 to 3 where arithmetic rules. In nets whose plain step takes less
-than a millisecond or two Python's own time does: the steps that a product is compared with hold the tuner's too, so that p comes
-out at 1 or less, while a product costs five plain steps and more. So p is taken to be LEAST_PRODUCT at least. It is MOST_PRODUCT
-at most: at a stride that paid for more lr would be moved by tangents of a step in ten. Well below the one, and above the other,
-the bound is not kept, which is said in the log.
+A product is two passes through the graph of a step: p is 2 to 3 where arithmetic rules, and taken to be LEAST_PRODUCT at least.
+It is MOST_PRODUCT at most: at a stride that paid for more lr would be moved by tangents of a step in ten. τ is 0.1 to 0.4 in
+such nets, and more than 1 where a step is little more than the optimizer's, as with large layers on small batches. In nets whose
+plain step takes less than 2 ms (calibration.py) Python's own time rules: τ is not measured there but taken to be what it is in
+larger nets (`tangents_price`), as else next to nothing would be tuned. There, and where p is larger than MOST_PRODUCT, the bound
+is not kept, and a note in the log says so.
 
-p and v are measured once, in the first steps of a run, and rounded up to powers of 2^(1/4), so that most runs of one script have
-one plan. From there on no clock is read: a run repeats bit for bit given its plan.
+p, v and τ are measured once, in the first steps of a run, and rounded up to powers of 2^(1/4), so that most runs of one script
+have one plan. From there on no clock is read: a run repeats bit for bit given its plan.
 """
 
 from __future__ import annotations
@@ -46,6 +48,7 @@ EARLY, READINGS, LEAST_EARLY = 0.3, 9, 5
 ALWAYS = 0.04
 ON_READINGS = 0.25  # the share of what may be spent that goes to readings, where they can be made rarer
 STRIDE = 21  # at most
+DEARER = 4  # tangents may cost so many times the products, and no more, before these are formed less rarely
 LEAST_PRODUCT, MOST_PRODUCT = 2.0, 4.0
 ROUND = 2**0.25
 
@@ -102,7 +105,7 @@ class Plan:
             >>> round(plan.product, 3), round(plan.validation, 3), plan.every, plan.stride
             (2.828, 3.364, 14, 5)
         """
-        p, v, extra = min(max(_rounded_up(product), LEAST_PRODUCT), MOST_PRODUCT), _rounded_up(validation), cost - 1
+        p, v, extra = min(max(rounded_up(product), LEAST_PRODUCT), MOST_PRODUCT), rounded_up(validation), cost - 1
         every, resting = (
             every if fixed else math.ceil(min(max(x / (ON_READINGS * extra), every), most * every))
             for x, most in ((v, MOST_EVERY), (v / 3, MOST_RESTING))
@@ -110,8 +113,8 @@ class Plan:
         early, soon = early_every(every, fixed, total, done), min(EARLY, tuned)
         readings = v * (soon / early + (tuned - soon) / every)
         left = extra - readings - tuned * k * tangents - (1 - tuned) * v / 3 / resting
-        stride = min(max(math.ceil(k * p * tuned / left), 1), STRIDE) if left > 0 else STRIDE
-        stride = odd(stride)
+        most = STRIDE if tangents <= 0 else min(STRIDE, math.ceil(DEARER * p / tangents))
+        stride = odd(min(max(math.ceil(k * p * tuned / left), 1), most) if left > 0 else most)
         return Plan(cost, p, v, every if fixed else max(every, stride), resting, stride, tangents, early)
 
     def every_at(self, t: int, total: int | None) -> int:
@@ -136,8 +139,9 @@ class Plan:
         """What follows from it."""
         where = "every step" if self.stride == 1 else f"one step of {self.stride}"
         return (
-            f"plan for cost={self.cost:g}: a product of one number costs {self.product:.2g} plain steps, val_loss with its "
-            f"gradient {self.validation:.2g}: products are formed in {where}, val_loss is read every {self.every} steps"
+            f"plan for cost={self.cost:g}: a product of one number costs {self.product:.2g} plain steps, its tangents "
+            f"{self.tangents:.2g} in every step, val_loss with its gradient {self.validation:.2g}: products are formed in "
+            f"{where}, val_loss is read every {self.every} steps"
             f"{f', at first every {self.early}' if 0 < self.early < self.every else ''}."
         )
 
@@ -196,7 +200,7 @@ def odd(n: int) -> int:
     return n + 1 - n % 2
 
 
-def _rounded_up(x: float) -> float:
+def rounded_up(x: float) -> float:
     return float(ROUND ** math.ceil(math.log(max(x, 1e-3), ROUND)))
 
 

@@ -204,7 +204,8 @@ class Tuner(TunerView):
         for note in parts.notes:
             self._journal.note(0, note)
         leave_uncompiled(Tuner, "backward", "step", "close")
-        self._detach = attach(self._loop, self.optimizers, "before_step", "after_step", "after_load")
+        timed = self._loop.bound.calibration.time_own
+        self._detach = attach(self._loop, self.optimizers, "before_step", "after_step", "after_load", timed)
 
     # ---- what a loop calls
 

@@ -17,6 +17,7 @@ from hypergrad.core.processes import ALONE
 from hypergrad.online.calibration import FIRST, STEPS, Calibration
 from hypergrad.online.plan import PERIOD, STRIDE, Plan, Spending, as_plan
 from hypergrad.online.policies.phases import Phases
+from hypergrad.online.tangents import Tangents
 from hypergrad.policies import DEFAULT, LrWarmStart, replaced
 from tests import unbounded
 from tests.tiers import slow_but
@@ -139,6 +140,12 @@ def test_the_stride_is_the_least_that_pays_for_the_whole_run(cost: float, k: flo
     assert more(plan.stride) <= cost - 1 or plan.stride == STRIDE
     assert plan.every >= plan.stride  # a hyperparameter step has new tangents
     assert plan.stride % 2 == 1 and (plan.stride == 1 or more(plan.stride - 2) > cost - 1)
+
+
+@pytest.mark.parametrize(("tangents", "stride"), [(0.1, 21), (1.0, 9), (2.0, 5), (5.0, 3), (10.0, 1)])
+def test_products_are_not_left_out_where_tangents_are_dearer(tangents: float, stride: int):
+    """Nothing can pay for them all: a product of 2 in s steps is a quarter of its tangents' price, or the rarest there is."""
+    assert Plan.made(1.1, 1.9, 1.0, 10, tangents=tangents).stride == stride
 
 
 # ---- tangents by strides
@@ -281,28 +288,68 @@ def test_products_stand_for_the_steps_without_one_where_momentum_is_heavy(
 
 
 class Scripted(Calibration):
-    """With a clock that is set by hand."""
+    """With a clock that is set by hand, and takes `each` seconds to look at."""
 
-    now = 0.0
+    now_, each = 0.0, 0.0
 
     def clock(self) -> float:
-        return self.now
+        self.now_ += self.each
+        return self.now_
+
+    def train(self, unit: float) -> None:
+        """A plain step takes 4 units, the tuner 1.5 before the optimizer's step and 0.5 after it, and 50 more once; two products
+        7; a validation loss 10."""
+        for t in range(100):
+            formed = not self.timing or t % 3 == 0
+            self.now_ += unit * (3.0 + (50.0 if t == 23 else 0.0) + (7.0 if formed else 0.0))
+            with self.time_own():
+                self.now_ += 1.5 * unit
+            self.now_ += unit  # the optimizer's step
+            with self.time_own():
+                self.now_ += 0.25 * unit
+                if t % 7 == 6:
+                    with self.time_reading():
+                        self.now_ += 10.0 * unit
+                self.step_done(t + 1, 2, formed, searching=t < 20)
+                self.now_ += 0.25 * unit
 
 
-def test_seconds_are_told_apart():
-    """A step without a product takes 5 s, which is 1.3 plain ones, and 50 more at one; products 7 s more, of two numbers; a
-    validation loss 10."""
+@pytest.mark.parametrize("each", [0.0, 0.7])
+def test_seconds_are_told_apart(each: float):
+    """Whatever a look at the clock takes: the tuner adds 2/4 of a plain step, 0.04 of which in every step, for two numbers."""
     stopwatch = Scripted(torch.device("cpu"), True)
-    for t in range(100):
-        formed = not stopwatch.timing or t % 3 == 0
-        stopwatch.now += 5.0 + (50.0 if t == 23 else 0.0) + (7.0 if formed else 0.0)
-        if t % 7 == 6:
-            with stopwatch.time_reading():
-                stopwatch.now += 10.0
-        stopwatch.step_done(t + 1, 2, formed, searching=t < 20)
+    stopwatch.each = each
+    stopwatch.train(1.0)
     assert not stopwatch.timing and (len(stopwatch.plain), len(stopwatch.formed)) == (8, 4) and stopwatch.complete
-    assert stopwatch.result(2, ALONE) == pytest.approx((1.3 * 7 / 5 / 2, 1.3 * 10 / 5))
+    found = stopwatch.result(2, ALONE)
+    assert found == pytest.approx((7 / 4 / 2, 10 / 4, (2 / 4 - 0.04) / 2, 4.0), rel=1e-9)
     assert not stopwatch.active
+
+
+def test_tangents_are_not_measured_where_steps_are_short():
+    """Steps of 4e-4 s: with the tuner's part 6e-4, which is taken for 1 + 2 · 0.15 plain ones."""
+    stopwatch = Scripted(torch.device("cpu"), True)
+    stopwatch.train(1e-4)
+    plain = 6e-4 / 1.3
+    assert stopwatch.result(2, ALONE) == pytest.approx((7e-4 / plain / 2, 1e-3 / plain, 0.15, plain))
+
+
+def test_a_tuner_times_what_it_does_around_the_step(monkeypatch: pytest.MonkeyPatch):
+    """Tangents that take 30 s, in a plain step of 3 s: 10 − 0.04, rounded up to a power of 2^(1/4)."""
+    clock, push = [0.0], Tangents.push
+
+    def slow(self: Tangents, *args: Any) -> None:
+        clock[0] += 30.0
+        push(self, *args)
+
+    monkeypatch.setattr(Tangents, "push", slow)
+    monkeypatch.setattr(Calibration, "clock", lambda _: clock[0])
+    run = Run(200, cost=2.0)
+    while run.tuner.plan is None:
+        clock[0] += 3.0
+        run.step()
+    assert run.tuner.plan.tangents == pytest.approx(2 ** (14 / 4))
+    assert run.tuner.plan.stride == 1  # 4 · 2 / 11.3
 
 
 def test_the_plan_is_made_once_and_can_be_given():
