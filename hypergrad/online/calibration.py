@@ -30,7 +30,7 @@ SHORT = 2e-3  # seconds: in plain steps below that Python's own time rules
 class Measured(NamedTuple):
     """In plain steps: a product of one number; a validation loss with its gradient; what one number's tangents add to a step.
 
-    seconds: of a plain step. Where it is below SHORT, `tangents` is the one that was given, not measured.
+    seconds: of a plain step. Below SHORT tangents are the given ones, not measured, and so a part of what is taken for plain.
     """
 
     product: float
@@ -138,10 +138,12 @@ class Calibration:
         medians = [median(x) for x in (self.formed, self.plain, self.readings, self.around or [0.0])]
         readout.ask("seconds", torch.tensor(medians, dtype=torch.float64))
         formed, without, reading, around = readout.fetch()["seconds"]
-        plain, tangents = without - around, max(around / max(without - around, 1e-9) - self.always, 0.0) / max(k, 1)
-        if plain < SHORT:
+        plain = seconds = without - around
+        if seconds < SHORT:
             plain, tangents = without / (1 + k * self.tangents), self.tangents
-        return Measured(max(formed - without, 0.0) / plain / max(k, 1), reading / plain, tangents, plain)
+        else:
+            tangents = max(around / plain - self.always, 0.0) / max(k, 1)
+        return Measured(max(formed - without, 0.0) / plain / max(k, 1), reading / plain, tangents, seconds)
 
     def stop(self) -> None:
         self.active = self.timing = False
