@@ -303,7 +303,9 @@ def test_the_cost_is_in_gradients_of_a_plain_run(mode):
             opt.step()
         return rows[-1]["run/cost_over_plain"]
 
-    if mode == "forward":  # the gradient, a product in all steps but the first, and a validation loss in one of ten, once two
+    if (
+        mode == "forward"
+    ):  # the gradient, a product in all steps but the first, and a validation loss in one of ten, once two
         assert cost(1) == pytest.approx(1 + 2 * 0.99 + 0.11)
         assert cost(4) == pytest.approx(1 + 2 * 0.99 + 0.11 / 4)
     else:
