@@ -45,13 +45,14 @@ def _summaries(rows: Rows, strategy: str) -> dict[int, dict[str, Any]]:
 
 
 def search_benchmark(result: dict[str, Any]) -> str:
-    """Mean score 1 − regret of every strategy at every budget."""
+    """Mean score 1 − regret of every strategy that was measured, at every budget."""
     rows = result["rows"]
     budgets = sorted({row["budget"] for row in rows if row["kind"] == "summary"})
     body = []
     for strategy, name in NAMES.items():
         at = _summaries(rows, strategy)
-        body.append((name, *(f"{at[b]['score']:.3f}" if b in at else "–" for b in budgets)))
+        if at:
+            body.append((name, *(f"{at[b]['score']:.3f}" if b in at else "–" for b in budgets)))
     return table(("strategy", *map(str, budgets)), body) + "\n\n" + source(result)
 
 

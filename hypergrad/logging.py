@@ -59,11 +59,12 @@ class Recorder:
         return self._writer
 
     def go_on(self, step: int) -> None:
-        """A run goes on after so many steps."""
+        """A run goes on after so many steps; so do the lines of `begin`, where this folder has its rows."""
         if self._writer is not None:
             self._writer.close()
         self._writer, self.waiting = None, []
         self.rows.go_on(step)
+        self.starts = {tag: x for tag, x in self.rows.last.items() if tag.startswith("start/")} or self.starts
 
     def begin(self, values: Mapping[str, float]) -> None:
         """Record the values, hyper/…, from which tuning starts: at step 0, and as a horizontal line in each chart.

@@ -1,7 +1,8 @@
 """Hooks of mkdocs.yml: what docs/ links to outside of itself becomes a page of the site.
 
 README is its home; CONTRIBUTING and CHANGELOG are pages; code, logs and folders that a page links to are shown under source/. So
-one link serves a code host and the site, and `mkdocs build --strict` finds those that lead nowhere.
+one link serves a code host and the site, and `mkdocs build --strict` finds those that lead nowhere. A link to a recipe that
+stands alone on its line has the file below it in the site.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
 PAGES = {"README.md": "index.md", "CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md"}
 LINK = re.compile(r"(?<=\]\()([^)\s#]+)(?=(?:#[^)\s]*)?\))")  # its path, without an anchor
+RECIPE = re.compile(r"^\[[\w.]+\]\(\.\./(experiments/recipes/\w+\.py)\)$", re.MULTILINE)
 LANGUAGES = {".py": "python", ".sh": "bash", ".toml": "toml", ".yml": "yaml"}
 
 
@@ -38,9 +40,11 @@ def on_files(files: Files, config: Any) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
-    """Links of a page of docs/ lead to where those pages are."""
+    """Links of a page of docs/ lead to where those pages are, and recipes stand below their links."""
     path = DOCS / page.file.src_uri
-    return relinked(markdown, path) if path.is_file() else markdown
+    if not path.is_file():
+        return markdown
+    return relinked(RECIPE.sub(r'\g<0>\n\n``` { .python }\n--8<-- "\1"\n```', markdown), path)
 
 
 def place(path: Path) -> str:

@@ -237,7 +237,7 @@ def schedulers(result: Result) -> str:
 
 
 def layers(result: Result) -> str:
-    head = ("layer", "comes out", "error, unrolled", "error, forward", "what is said")
+    head = ("layer", "comes out", "error, unrolled", "error, forward", "message")
     body = []
     for row in result["rows"]:
         errors = ("–" if row[mode] is None else f"{row[mode]:.0e}" for mode in ("unrolled", "forward"))

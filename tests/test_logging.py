@@ -160,12 +160,13 @@ def test_no_step_is_there_twice_after_kills(tmp_path, kills):
 
     def rows(folder, name="metrics.jsonl"):
         found = [json.loads(line) for line in (folder / name).read_text().splitlines()]
-        return [{tag: x for tag, x in row.items() if not tag.startswith(("run/ms", "start/"))} for row in found]
+        return [{tag: x for tag, x in row.items() if not tag.startswith("run/ms")} for row in found]
 
     assert rows(tmp_path / "run") == rows(tmp_path / "whole")
+    assert all("start/log10_lr_scale" in row for row in rows(tmp_path / "run") if "loss/val" in row)
     readers = events(tmp_path / "whole"), events(tmp_path / "run")
     for tag in readers[0].Tags()["scalars"]:
-        if not tag.startswith(("run/ms", "start/")):
+        if not tag.startswith("run/ms"):
             whole, run = (once(reader.Scalars(tag)) for reader in readers)
             assert run == whole, tag
     for tag in ("notes/text_summary", "recipe/text_summary"):
@@ -270,6 +271,45 @@ def test_noise_bands_hold_the_mean_and_the_cost_counts_products(folder):
         assert last[f"tangent/{x}"] > 0
     assert last["run/steps_passed_over"] == 1
     assert 1 < last["run/cost_over_plain"] < 20  # six numbers are tuned at once
+
+
+@pytest.mark.parametrize("mode", ["forward", "unrolled", "implicit"])
+def test_the_cost_is_in_gradients_of_a_plain_run(mode):
+    """Which accumulates as many as the tuned one; modes that replay steps count a step's own gradient too."""
+
+    def cost(accumulated):
+        torch.manual_seed(0)
+        model, rows = nn.Linear(3, 1), []
+        opt = torch.optim.SGD(model.parameters(), lr=0.01)
+        x, y = torch.randn(20, 3), torch.randn(20, 1)
+
+        def loss(model, batch):
+            return ((model(batch[0]) - batch[1]) ** 2).mean()
+
+        def val_loss():
+            return loss(model, (x, y))
+
+        made = hypergrad.Tuner(
+            model, opt, val_loss, "lr", loss=loss, mode=mode, every=10, horizon=10, warm_start=False, cost=None,
+            on_log=lambda row, t: rows.append(row),
+        )  # fmt: skip
+        for _ in range(100):
+            if mode != "forward":
+                made.step((x, y))
+                continue
+            opt.zero_grad()
+            for _ in range(accumulated):
+                made.backward(loss(model, (x, y)) / accumulated)
+            opt.step()
+        return rows[-1]["run/cost_over_plain"]
+
+    if (
+        mode == "forward"
+    ):  # the gradient, a product in all steps but the first, and a validation loss in one of ten, once two
+        assert cost(1) == pytest.approx(1 + 2 * 0.99 + 0.11)
+        assert cost(4) == pytest.approx(1 + 2 * 0.99 + 0.11 / 4)
+    else:
+        assert cost(1) > 2
 
 
 def test_hparams_are_in_the_same_run(folder):

@@ -33,6 +33,15 @@ def test_every_mode_has_one_signature() -> None:
         assert inspect.signature(mode).return_annotation == "Result"
 
 
+def test_signatures_are_short_enough_to_read() -> None:
+    """help() shows every default in full."""
+    things = [getattr(m, name) for m in (hypergrad, hypergrad.policies, hypergrad.search) for name in m.__all__]
+    for thing in things:
+        if inspect.isfunction(thing) or (inspect.isclass(thing) and not issubclass(thing, Exception)):
+            defaults = [p.default for p in inspect.signature(thing).parameters.values()]
+            assert all(len(repr(x)) <= 60 for x in defaults if x is not inspect.Parameter.empty), thing
+
+
 def returning(thing: object) -> Iterator[Any]:
     """The functions of a public thing that give something back: itself, its methods, its properties."""
     members = [thing] if inspect.isfunction(thing) else []

@@ -80,3 +80,12 @@ def test_links_to_code_lead_to_pages_of_the_site(site: Path) -> None:
     (link,) = set(re.findall(r'href="([^"]*hypergrad/online/policies[^"]*)"', page))
     listing = (site / "online" / link / "index.html").resolve().read_text(encoding="utf-8")
     assert "newton_climb.py" in listing
+
+
+@pytest.mark.slow
+def test_recipes_are_shown_below_their_links(site: Path) -> None:
+    page = html.unescape(re.sub(r"<[^>]*>", "", (site / "recipes/index.html").read_text(encoding="utf-8")))
+    for path in (ROOT / "experiments/recipes").glob("*.py"):
+        if path.stem != "__init__" and not path.stem.endswith("_digits"):
+            first = path.read_text(encoding="utf-8").partition("\n")[0]
+            assert first in page, path

@@ -20,6 +20,7 @@ class Rows:
             takes the first to say it for the one that began the run.
         said: rows of sentences that a run which goes on would say again.
         has_scalars: whether a row of numbers is there.
+        last: the last row of numbers of a run that goes on; empty: none.
     """
 
     def __init__(self, folder: Path):
@@ -28,6 +29,7 @@ class Rows:
         self.hidden_from = 0
         self.said: list[dict[str, Any]] = []
         self.has_scalars = False
+        self.last: dict[str, Any] = {}
 
     def open(self) -> None:
         """Before the first row: put an earlier run's aside."""
@@ -44,7 +46,8 @@ class Rows:
         lines = self.file.read_text(encoding="utf-8").splitlines() if self.file.exists() else []
         kept = [row for row in map(_parsed, lines) if row is not None and row["step"] <= step]
         self.said = [row for row in kept if row["step"] == step and _is_text(row)]
-        self.has_scalars = not all(map(_is_text, kept))
+        numbers = [row for row in kept if not _is_text(row)]
+        self.has_scalars, self.last = bool(numbers), numbers[-1] if numbers else {}
         self.of_another, self.hidden_from = False, step + 1
         if lines:
             draft = self.file.with_name(self.file.name + ".tmp")

@@ -18,7 +18,7 @@ try:
     from accelerate.scheduler import AcceleratedScheduler
     from accelerate.utils import extract_model_from_parallel
 except ImportError as error:
-    raise ImportError("this needs accelerate: pip install 'torch-hypergrad[accelerate]'.") from error
+    raise ImportError("this needs accelerate: pip install 'accelerate>=1'.") from error
 
 REFUSED = (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
 

@@ -22,7 +22,7 @@ else:
         try:
             from pytorch_lightning import Callback, LightningModule, Trainer
         except ImportError as error:
-            raise ImportError("this needs Lightning: pip install 'torch-hypergrad[lightning]'.") from error
+            raise ImportError("this needs Lightning: pip install 'lightning>=2.2'.") from error
 
 CLIPS = {"norm": "clip_norm", "value": "clip_value"}  # gradient_clip_algorithm → the tuner's argument
 

@@ -20,7 +20,7 @@ from hypergrad.online.tuner import Tuner
 try:
     from skorch.callbacks import Callback, GradientNormClipping
 except ImportError as error:
-    raise ImportError("this needs skorch: pip install 'torch-hypergrad[skorch]'.") from error
+    raise ImportError("this needs skorch: pip install 'skorch>=1'.") from error
 
 
 class TunerCallback(Callback):

@@ -19,7 +19,7 @@ try:
     from accelerate.utils import is_compiled_module
     from transformers import TrainerCallback
 except ImportError as error:
-    raise ImportError("this needs Transformers: pip install 'torch-hypergrad[transformers]'.") from error
+    raise ImportError("this needs Transformers: pip install 'transformers>=5' 'accelerate>=1'.") from error
 
 if TYPE_CHECKING:
     from transformers import Trainer

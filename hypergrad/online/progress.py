@@ -24,6 +24,7 @@ class Progress:
         counts: what happened, for `tuner.stats`.
         settled: follows the values.
         recipe: what a plain run should use, after so many steps.
+        replays: whether a step's own gradient is not among the counted ones, which are those of replayed steps.
     """
 
     def __init__(
@@ -35,8 +36,9 @@ class Progress:
         counts: Mapping[str, int],
         settled: SettledValues,
         recipe: Callable[[int], Recipe],
+        replays: bool,
     ):
-        self.writer, self.settled, self.recipe = writer, settled, recipe
+        self.writer, self.settled, self.recipe, self.replays = writer, settled, recipe, replays
         self.journal, self.outer, self.vector, self.best, self.counts = journal, outer, outer.vector, best, counts
         self.losses: list[float] = []  # of the training steps since the last row
 
@@ -86,7 +88,7 @@ class Progress:
         return row
 
     def _diagnosis(self, sizes: Mapping[int, float]) -> dict[str, float]:
-        """Whether the hypergradients dL/dφ are to be believed, and what they cost so far in gradients per training step."""
+        """Whether the hypergradients dL/dφ are to be believed, and what they cost so far, in gradients of a plain run."""
         mean, noise, row, counts = self.outer.smoothed(), self.outer.noise(), {}, self.counts
         names = tagged(self.vector.labels)
         for j in self.vector.moving:
@@ -94,7 +96,7 @@ class Progress:
                 band = {"": mean[j], "_low": mean[j] - noise[j], "_high": mean[j] + noise[j]}
                 row |= {f"val_hypergradient/{names[j]}{end}": float(x) for end, x in band.items()}
         row |= {f"tangent/{names[j]}": size for j, size in sizes.items()}
-        row["run/cost_over_plain"] = gradient_evaluations(counts) / max(counts["steps"], 1)
+        row["run/cost_over_plain"] = cost_over_plain(counts, self.replays)
         row["run/rollbacks"] = counts["rollbacks"]
         row["run/backtracks"] = counts["backtracks"]
         row["run/steps_passed_over"] = counts["nonfinite_steps"] + counts["spikes"]
@@ -123,3 +125,20 @@ def gradient_evaluations(stats: Mapping[str, int]) -> int:
     without its gradient, as in the last tenth of a run, is not counted; a second reading (see backtracking.py) counts as one.
     """
     return stats["gradients"] + 2 * stats["hessian_products"] + stats["val_evaluations"]
+
+
+def cost_over_plain(stats: Mapping[str, int], replays: bool = False) -> float:
+    """Gradient evaluations over those of a plain run, which takes one gradient a call of `tuner.backward`.
+
+    Args:
+        replays: of mode="unrolled" and "implicit", where a step takes one gradient that `stats` does not count.
+
+    Example:
+        A hundred steps of four accumulated gradients each; 50 Hessian-vector products, 20 validation losses.
+
+        >>> cost_over_plain({"steps": 100, "gradients": 400, "hessian_products": 50, "val_evaluations": 20})
+        1.3
+    """
+    own = stats["steps"] if replays else stats["gradients"]
+    extra = own if replays else 0
+    return (gradient_evaluations(stats) + extra) / max(own, 1)

@@ -129,10 +129,10 @@ def _scheduled(each: OptimizerRecipe, name: str, scheduler: str, total: int | No
             f"{scheduler} = hypergrad.schedules.scheduler({name}, total_steps={total})  # .step() after every {name}.step()"
         ]
     if each.shape == YOURS:
-        lines = [f"# lr's shape stays that of your own scheduler, made of {name} as before"]
+        lines = [f"# {scheduler}: your own, as it is, made of {name}"]
         for kind, numbers in each.schedulers.items():
-            given = ", ".join(f"{key}={x!r}" for key, x in numbers.items())
-            lines += [f"#   {kind}, with {given}"] if given else [f"#   {kind}"]
+            if numbers:
+                lines.append(f"#   but {kind} with {', '.join(f'{key}={x!r}' for key, x in numbers.items())}")
         return lines
     return [f"# lr stays as it is: {name} was tuned without total_steps"] if each.shape == CONSTANT else []
 

@@ -158,6 +158,7 @@ class ReplayWindow:
         values, scale = loop.used.values, loop.used.slopes
         trajectory = self._trajectory([batch], [self._with_clip(values)], per_step=False)
         result = implicit(trajectory, EagerStepper(trajectory), look_back=self.horizon)
+        loop.tangents.count(result.stats["gradient_evaluations"], result.stats["hessian_products"])
         shares = torch.stack([result.gradients[e.name][e.index] for e in loop.vector.entries])
         gradient = on_host(shares) * scale
         loop.hyper.move(loop.t, float(result.value), gradient, self.read_at)

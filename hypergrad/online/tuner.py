@@ -97,8 +97,8 @@ class Tuner(TunerView):
         on_log: `on_log(metrics, step)`, called with each row of `metrics.jsonl` (tag → float) and the number of steps done; works
             without a log_dir too. For other loggers: docs/integrations.md. What it raises is raised by `optimizer.step()`.
         keep_best: keep the weights and buffers at the best validation loss so far, one copy, in host memory: see `best`.
-        policies: the rules of the online method, with their constants: `hypergrad.policies.DEFAULT`, or that list with some
-            left out (`hypergrad.policies.without`) or changed (`replaced`). docs/online.md tells what each is for.
+        policies: the rules of the online method, with their constants; None: `hypergrad.policies.DEFAULT`. Or that list with
+            some left out (`hypergrad.policies.without`) or changed (`replaced`). docs/online.md tells what each is for.
 
     Attributes:
         values: name → tensor [n_groups] ([n_groups, 2] for betas). lr's is its scale: lr over its shape, which is that of a
@@ -153,7 +153,7 @@ class Tuner(TunerView):
         seed: int = 0,
         log_dir: str | Path | None = None,
         keep_best: bool = True,
-        policies: Sequence[Policy] = DEFAULT,
+        policies: Sequence[Policy] | None = None,
         on_log: Callable[[dict[str, float], int], object] | None = None,
     ):
         check_objects(model, val_loss, scaler, on_log)
@@ -167,7 +167,7 @@ class Tuner(TunerView):
         given.check_movable()
         tensors = given.leaves
         check_names_to_tune(written, tensors)
-        policies = check(policies)
+        policies = check(DEFAULT if policies is None else policies)
         check_free(self.optimizers)
         processes = processes_of(model, self.optimizers)
         self.hypers = given.given

@@ -144,7 +144,7 @@ def build(
         best.read(0, before)
     settled = SettledValues(writer, counts)
     recipe = partial(recipe_of, problem.model, writer, settled, counts)
-    progress = Progress(journal, outer, writer, best, counts, settled, recipe)
+    progress = Progress(journal, outer, writer, best, counts, settled, recipe, replays=not forward)
     hyper = HyperSteps(
         problem, outer, tangents, progress, val_loss, options.average, options.seed, best, record, counts
     )

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from hypergrad.core.shown import shown
 from hypergrad.online.loop import OnlineLoop
 from hypergrad.online.plan import Plan
 from hypergrad.online.recipe import Recipe
@@ -19,6 +20,31 @@ class TunerView:
 
     model: torch.nn.Module
     _loop: OnlineLoop
+
+    def __repr__(self) -> str:
+        """What is tuned and its present values, of tensors in the loss the shape; steps done; the best validation loss.
+
+        Example:
+            >>> import hypergrad
+            >>> model, y = torch.nn.Linear(3, 1), torch.full((64, 1), 0.5)
+            >>> sgd = torch.optim.SGD(model.parameters(), lr=0.1, weight_decay=1e-4)
+            >>> hypergrad.Tuner(model, sgd, lambda: (0 * model(y.expand(64, 3)) - y).square().mean(), total_steps=1000)
+            Tuner(lr=0.1, weight_decay=0.0001; 0 of 1,000 steps; best validation loss 0.25 after step 0)
+        """
+        total, hypers = self._loop.total, self._loop.vector.hypers
+        tuned: list[str] = []
+        for name, x in self.values.items():
+            if name in hypers:  # the user's own, maybe on a GPU, which is not waited for
+                tuned.append(f"{name} of shape {tuple(x.shape)}")
+            else:
+                tuned.append(f"{name}={shown(x[0] if x.shape == (1,) else x)}")
+        parts = [
+            ", ".join(tuned),
+            f"{self._loop.t:,} steps" if total is None else f"{self._loop.t:,} of {total:,} steps",
+        ]
+        if self.best_step >= 0:
+            parts.append(f"best validation loss {self.best_val_loss:.4g} after step {self.best_step:,}")
+        return f"Tuner({'; '.join(parts)})"
 
     @property
     def stats(self) -> dict[str, int]:

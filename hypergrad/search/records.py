@@ -70,7 +70,8 @@ def table_row(each: Record, names: list[str]) -> dict[str, Any]:
         names: of the space's entries.
     """
     cost = {unit: getattr(each.cost, unit) for unit in ("seconds", "epochs", "gradient_evaluations")}
-    head: dict[str, Any] = {"trial": each.number, "state": each.state, "value": each.value}
+    head: dict[str, Any] = {"trial": each.number, "value": each.value}
     params = {name: each.params.get(name) for name in names}
     notes = {f"note {name}": value for name, value in each.notes.items()}
-    return head | params | cost | notes | {"retries": each.retries, "error": each.error}
+    error = None if each.error is None else each.error.partition("\n")[0]
+    return head | params | {"state": each.state} | cost | notes | {"retries": each.retries, "error": error}

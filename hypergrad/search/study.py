@@ -15,6 +15,7 @@ from hypergrad.search.plots import plot
 from hypergrad.search.records import Record, record, table_row
 from hypergrad.search.space import Space, Values
 from hypergrad.search.storage import sign_of
+from hypergrad.search.table import Table
 from hypergrad.search.training import result_of
 
 
@@ -94,8 +95,12 @@ class Study:
         return Cost.total(each.cost for each in self.trials)
 
     def table(self) -> Any:
-        """A row a trial: a pandas.DataFrame where pandas is installed, else a list of dicts."""
-        rows = [table_row(each, list(self.space)) for each in self.trials]
+        """A row a trial: a pandas.DataFrame where pandas is installed, else a list of dicts that prints as a table.
+
+        `print(study.table().to_string())` shows every column, with pandas and without: the trial's number, its value, its
+        hyperparameters; then state, cost, notes, retries, and the first line of an error.
+        """
+        rows = Table(table_row(each, list(self.space)) for each in self.trials)
         try:
             import pandas
         except ImportError:

@@ -228,6 +228,20 @@ def test_recording_makes_no_step_wait_longer(name: str, tmp_path: Path) -> None:
     assert (plain, hyper) == (loop.waits, loop.waits + 1)
 
 
+def test_printing_a_tuner_waits_no_longer_than_reading_its_values() -> None:
+    weights = torch.zeros(64, 5)
+    with stand_in(), quiet():
+        for loop in (Loop(sgd), Loop(tensor_lr)):
+            loop = replace(loop, options={"hypers": {"weights": weights.to(NAME)}, "mode": "forward"})
+            tuner = loop.build(NAME).tuner
+            DEVICE.clear()
+            assert tuner.values["lr"].numel() > 0
+            reading = DEVICE.waits.total()
+            DEVICE.clear()
+            assert "weights of shape (64, 5)" in repr(tuner)
+            assert DEVICE.waits.total() == reading
+
+
 @pytest.mark.parametrize("name", ["AdamW", "accumulated", "two optimizers", "cosine", "AdamW, fused"])
 def test_a_run_that_goes_on_from_a_state_is_the_unbroken_one(name: str) -> None:
     found = []

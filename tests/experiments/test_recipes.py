@@ -105,9 +105,9 @@ def test_ddp_training_ends_alike_on_both_ranks(tmp_path: Path) -> None:
 
 
 def test_every_recipe_is_tested_and_shown() -> None:
-    """Each on its page, from its own file."""
+    """Each on its page, which the site shows it on: below a link that stands alone on its line."""
     files = {path.stem for path in (ROOT / "experiments/recipes").glob("*.py")} - {"__init__"}
     assert files == {*RECIPES, "ddp_training", *(f"{name}_digits" for name in FRAMEWORKS)}
     page = (ROOT / "docs/recipes.md").read_text(encoding="utf-8")
-    shown = re.findall(r'^--8<-- "experiments/recipes/(\w+)\.py"$', page, re.MULTILINE)
+    shown = re.findall(r"^\[(\w+)\.py\]\(\.\./experiments/recipes/\1\.py\)$", page, re.MULTILINE)
     assert sorted(shown) == sorted([*RECIPES, "ddp_training"])

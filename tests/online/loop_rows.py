@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from tests.online.live_loops import FD_RTOL, Backward, as_given, slope
 
-SUPPORTED, AS_PLAIN, SAID, REFUSED, UNSEEN = "supported", "trains as plain", "said", "refused", "not seen"
+SUPPORTED, AS_PLAIN, SAID, REFUSED, UNSEEN = "supported", "trains as plain", "warning", "refused", "not seen"
 N = 6  # training steps
 
 
@@ -51,7 +51,7 @@ class Row:
         build: the loop, from scratch.
         status: supported: hypergradients are the finite differences, and a frozen tuner changes no bit;
             trains as plain: the latter alone, where precision is too low for differences;
-            said: the latter, and a warning says what hypergradients do not know;
+            warning: the latter, and a warning says what hypergradients do not know;
             refused: an error, before any weight changes;
             not seen: it trains as plain, but hypergradients are off and nothing tells: part of what the next step depends on
             is in no graph.

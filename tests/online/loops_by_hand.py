@@ -160,7 +160,7 @@ def federated() -> Live:
 
 WRITTEN = r"weights were written between two steps .*stats\['written_weights'\]"
 CHANGED = r"gradients were changed between tuner.backward and optimizer.step .*stats\['changed_gradients'\]"
-CONSTANT = "right: what is written is a constant; said once"
+CONSTANT = "right: what is written is a constant; one warning"
 RESTART = "hypergradients look back no further than the last such step"
 BY_HAND: dict[str, Row] = {
     "weights clamped after every step (WGAN)": Row(then(clamped), SUPPORTED, CONSTANT, WRITTEN),

@@ -109,6 +109,18 @@ def test_a_state_of_other_policies_is_refused() -> None:
         assert repr(tuner.state_dict()) == before
 
 
+def test_a_tuner_prints_what_it_has_done() -> None:
+    tuner = trained(40)
+    values = ", ".join(f"{name}={tuner.values[name].item():.6g}" for name in ("lr", "weight_decay", "momentum"))
+    best = f"best validation loss {tuner.best_val_loss:.4g} after step {tuner.best_step}"
+    assert repr(tuner) == f"Tuner({values}; 40 of 120 steps; {best})"
+    model = nn.Linear(3, 1)
+    groups = [{"params": [model.weight]}, {"params": [model.bias], "lr": 0.5}]
+    sgd, x, scale = torch.optim.SGD(groups, lr=0.25), torch.randn(8, 3), torch.ones(1, 3)
+    tuner = hypergrad.Tuner(model, sgd, lambda: model(scale * x).mean(), "lr", {"scale": scale}, keep_best=False)
+    assert repr(tuner) == "Tuner(lr=[0.25, 0.5], scale of shape (1, 3); 0 steps)"
+
+
 def test_stats_are_a_copy_that_nothing_reads() -> None:
     tuner = trained(0)
     tuner.stats["hyper_steps"] = 10**6

@@ -238,7 +238,9 @@ def test_beside_a_scheduler_the_shape_stays_the_users(name: str) -> None:
     script = Script(OPTIMIZERS["SGD"], SCHEDULERS[name]).train(STEPS)
     (made,) = script.tuner.recipe().optimizers
     assert made.shape == "your scheduler's" and list(made.schedulers) == [name]
-    assert "hypergrad.schedules" not in str(script.tuner.recipe()) and f"#   {name}" in str(script.tuner.recipe())
+    code = script.tuner.recipe().code()
+    assert "hypergrad.schedules" not in code and "# scheduler: your own, as it is, made of optimizer" in code
+    assert (f"#   but {name} with" in code) == bool(made.schedulers[name])
     names, lr = script.pasted(), made.groups[0]["lr"]
     typed = 0.03 / 25 if name == "OneCycleLR" else 1e-3
     factor = lr / typed
@@ -251,6 +253,17 @@ def test_beside_a_scheduler_the_shape_stays_the_users(name: str) -> None:
             assert optimizer.param_groups[0]["lr"] == pytest.approx(lr * script.shapes[t][0], rel=1e-3)
         optimizer.step()
         scheduler.step()
+
+
+def test_a_scheduler_of_schedulers_is_told_as_one() -> None:
+    """Those inside are named where a number in them changes, as absolute learning rates do."""
+
+    def nested(optimizer: Optimizer, _: float) -> torchs.SequentialLR:
+        warm = torchs.LinearLR(optimizer, 0.1, total_iters=10)
+        return torchs.SequentialLR(optimizer, [warm, torchs.CosineAnnealingLR(optimizer, STEPS)], milestones=[10])
+
+    code = Script(OPTIMIZERS["SGD"], nested).train(40).tuner.recipe().code()
+    assert code.endswith("\n# scheduler: your own, as it is, made of optimizer")
 
 
 def test_without_total_steps_lr_is_constant_and_what_is_not_tuned_stays() -> None:

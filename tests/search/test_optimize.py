@@ -338,12 +338,16 @@ def test_the_table_has_a_row_a_trial_with_or_without_pandas(monkeypatch: pytest.
     rows = study.table()
     assert [row["trial"] for row in rows] == list(range(6))
     assert all(row["note twice"] == 2 * row["k"] for row in rows)
+    first, *others = str(rows).splitlines()
+    assert first.split()[:6] == ["trial", "value", "lr", "k", "kind", "state"] and len(others) == 6
+    assert str(rows) == rows.to_string() and "gradient_evaluations" not in first  # nothing was counted
     monkeypatch.undo()
     pandas = pytest.importorskip("pandas")
     table = study.table()
     assert isinstance(table, pandas.DataFrame) and list(table["trial"]) == list(range(6))
-    assert list(table.columns[:6]) == ["trial", "state", "value", "lr", "k", "kind"]
+    assert list(table.columns[:6]) == ["trial", "value", "lr", "k", "kind", "state"]
     assert table["value"].min() == study.best_value
+    assert all("\n" not in str(error) for error in table["error"])
 
 
 def test_verify_trains_the_best_again_and_shows_validation_beside_test() -> None:
