@@ -26,7 +26,7 @@ DDP, FROZEN = "online/test_distributed.py::", "online/test_frozen_layers.py::"
 LOSSES, CHANGED = "online/test_several_losses.py::", "online/test_gradients_changed.py::"
 TUNER_OWN = "online/test_tuner_own_tensors.py::"
 RUNNING, RESUMED = "online/test_refused_while_running.py::", "online/test_resume_anywhere.py::"
-ACCUMULATION = "online/test_accumulation.py::"
+ACCUMULATION, MISPLACED = "online/test_accumulation.py::", "online/test_misplaced_calls.py::"
 
 FURTHER: tuple[Listed, ...] = (
     # ---- processes
@@ -71,6 +71,12 @@ FURTHER: tuple[Listed, ...] = (
            CHANGED + "test_gradients_changed_at_twenty_steps_in_a_row_are_an_error_that_names_the_cause"),
     Listed("loss.backward() at every step", REFUSED, "at the 20th; `tuner.backward(loss)`",
            CHANGED + "test_a_backward_that_was_never_replaced_is_an_error_at_the_twentieth_step"),
+    Listed("loss.backward() at every second step", SAID, "twice; `tuner.backward(loss)`",
+           MISPLACED + "test_every_step_by_loss_backward_is_counted"),
+    Listed("optimizer.step() called again without a backward", SAID, "differentiated as it is; `tuner.stats['repeated_steps']`",
+           MISPLACED + "test_a_step_called_again_is_said_once_and_counted"),
+    Listed("zero_grad between tuner.backward and optimizer.step", SAID, "at the 20th in a row; before backward, or after the step",
+           MISPLACED + "test_gradients_emptied_before_the_step_are_said_at_the_twentieth_in_a_row"),
     # ---- tensors in the loss
     Listed("tensors that the validation loss reads too (DARTS, learned augmentation)", SUPPORTED, "`hypers=`",
            TUNER_OWN + "test_backward"),
