@@ -152,6 +152,7 @@ class Comparison:
     ):
         self.pending, self.scaled, self.g = pending, scaled, g
         self.clip, self.threshold = clip
+        self.clipped: bool | None = None  # see `note_clipping`
         assert pending.left is not None
         part = self.left = pending.left
         if not all(active):
@@ -169,6 +170,8 @@ class Comparison:
         if self.clip == "clip_value":
             off = (g - part.clamp(-self.threshold, self.threshold)).abs()
             readout.ask("clamped", (off <= self.rtol * part.abs()).all())  # False for NaN
+            if scaled:
+                readout.ask("unscaled", ((g - part).abs() <= self.rtol * part.abs()).all())
             return
         square = part @ part
         self.c = (g @ part) / square
@@ -182,6 +185,25 @@ class Comparison:
         """Of two equal vectors keep one."""
         if read["same"][0] == 1 and self.part is self.left:
             self.pending.left = self.left = self.part = self.ref = self.g
+
+    def note_clipping(self, read: Mapping[str, list[float]]) -> None:
+        """Whether gradients above the threshold were clipped; None: there are none, or they were changed in another way.
+
+        The norm is that of the parameters that step, which is no larger than that of all: those of several optimizers may be
+        clipped together, or each by itself.
+        """
+        same = read["same"][0] == 1
+        if "clamped" in read:
+            clamped, same = bool(read["clamped"][0]), same or bool(read.get("unscaled", [0.0])[0])
+            self.clipped = None if clamped == same else clamped
+        elif self.clip == "clip_norm":
+            square, c, _, near = read["scaling"]
+            if not (near == 1 and 0 < square < math.inf):
+                return
+            if not (same or (self.scaled and abs(c - 1) < self.rtol)):
+                self.clipped = True if c < 1 else None
+            elif math.sqrt(square) > self.threshold * (1 + max(1e-3, 4 * self.rtol)):
+                self.clipped = False
 
     def tangent(self, read: Mapping[str, list[float]], k: int) -> Tensor | None:
         """The tangent of the gradients as the optimizer will see them [k, n]; None where that is not known.
@@ -197,7 +219,7 @@ class Comparison:
             return dg
         if "clamped" in read:
             if not read["clamped"][0]:
-                return None
+                return dg / self.pending.scale if read.get("unscaled", [0.0])[0] else None
             return torch.where(self.ref.abs() > self.threshold, 0, dg / self.pending.scale)
         if "scaling" not in read:
             return None

@@ -76,4 +76,5 @@ class StepReading:
         read = readout.fetch()
         if comparison is not None:
             comparison.keep_one(read)
+            comparison.note_clipping(read)
         return comparison, read

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from hypergrad.logging import Journal
 from hypergrad.online.gradient_changes import Comparison
+from hypergrad.online.told_clipping import ToldClipping
 from hypergrad.optimizers.clip import TORCH_EPS
 
 PATIENCE = 20  # such steps in a row
@@ -63,6 +64,7 @@ class UnknownChanges:
         self.last: dict[int, Scaling | None] = {}
         self.plain: dict[int, int] = {}  # steps whose gradients came from elsewhere
         self.late: dict[int, deque[int]] = {}  # the last steps that were not known, while something was tuned
+        self.told = ToldClipping(journal)
         self.emptied: dict[
             int, tuple[int, int]
         ] = {}  # steps in a row whose gradients were emptied, and the last of them
@@ -92,10 +94,11 @@ class UnknownChanges:
             self.note_plain(i, t, tuning)
         elif comparison is not None and not known:
             self._note_changed(i, t, comparison, tuning)
-        elif resting:
+        elif resting or comparison is None:
             self.in_a_row.setdefault(i, 0)
         else:
             self.in_a_row[i] = 0
+            self.told.note(t, comparison)
 
     def note_repeated(self, t: int) -> None:
         """Step t is taken with the gradients of an earlier one once more."""

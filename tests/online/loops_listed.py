@@ -65,6 +65,8 @@ FURTHER: tuple[Listed, ...] = (
     Listed("an optimizer that steps in the backward pass", SUPPORTED, "",
            ACCUMULATION + "test_an_optimizer_that_steps_in_the_backward_pass"),
     Listed("clip_grad_value_", SUPPORTED, "`clip_value=`", CHANGED + "test_clipping_by_value_is_differentiated"),
+    Listed("clip_norm= or clip_value= of a loop that does not clip", SAID, "at the 20th step with gradients above it",
+           "online/test_told_clipping.py::test_a_loop_that_was_said_to_clip_and_does_not_is_told_at_the_twentieth_step"),
     Listed("clipping by norm and by value", REFUSED, "one of them",
            CHANGED + "test_both_clippings_are_refused_before_anything_is_done"),
     Listed("gradients changed at every step in a way that is not known", REFUSED, "at the 20th; the error names the cause",
@@ -75,7 +77,7 @@ FURTHER: tuple[Listed, ...] = (
            MISPLACED + "test_every_step_by_loss_backward_is_counted"),
     Listed("optimizer.step() called again without a backward", SAID, "differentiated as it is; `tuner.stats['repeated_steps']`",
            MISPLACED + "test_a_step_called_again_is_said_once_and_counted"),
-    Listed("zero_grad between tuner.backward and optimizer.step", SAID, "at the 20th in a row; before backward, or after the step",
+    Listed("zero_grad between tuner.backward and optimizer.step", SAID, "at the 20th in a row; before backward or after the step",
            MISPLACED + "test_gradients_emptied_before_the_step_are_said_at_the_twentieth_in_a_row"),
     # ---- tensors in the loss
     Listed("tensors that the validation loss reads too (DARTS, learned augmentation)", SUPPORTED, "`hypers=`",
