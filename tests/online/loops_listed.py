@@ -100,6 +100,10 @@ FURTHER: tuple[Listed, ...] = (
     # ---- states
     Listed("killed and resumed anywhere, rolled back afterwards", SUPPORTED, "bit for bit",
            RESUMED + "test_run_killed_after_any_step_ends_bit_equal"),
+    Listed("the tuner's state_dict loaded beside other weights", SAID, "at the next step; load model and optimizer too",
+           "online/test_loaded_weights.py::test_a_state_beside_other_weights_is_said_once_at_the_first_step"),
+    Listed("a state_dict of a run with another total_steps", SAID, "goes on at the new length",
+           "online/test_loaded_weights.py::test_a_state_of_a_run_of_another_length_is_said"),
     Listed("a copy or pickle of a tuner", REFUSED, "a new Tuner with its state_dict",
            "online/test_tuner_resume.py::test_tuner_is_not_copied_and_what_the_error_says_to_do_goes_on"),
     Listed("Adam on one number, a start that leads nowhere", SUPPORTED, "the start is undone",
