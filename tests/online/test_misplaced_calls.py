@@ -132,6 +132,18 @@ def test_optimizers_in_turn_and_gradients_left_to_accumulate_are_no_steps_called
     assert tuner.stats["repeated_steps"] == tuner.stats["plain_steps"] == tuner.stats["changed_gradients"] == 0
 
 
+def test_a_tuner_does_not_hold_gradients_that_were_cleared() -> None:
+    model = two_layers()
+    opt = sgd()(model)
+    tuner = as_given(model, opt, validation(model), tune=("lr",), every=1000)
+    backward(model, opt, tuner, 0)
+    opt.step()
+    (_, ref, _), *_ = tuner._loop.stepped_with.last.values()
+    assert ref() is not None
+    opt.zero_grad()
+    assert ref() is None
+
+
 # ---- steps by loss.backward()
 
 
