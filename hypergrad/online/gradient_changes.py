@@ -183,6 +183,7 @@ class Comparison:
     ):
         self.pending, self.scaled, self.g = pending, scaled, g
         self.clip, self.threshold = clip
+        self.clipped: bool | None = None  # see `note_clipping`
         assert pending.left is not None
         part = self.left = pending.left
         if not all(active):
@@ -200,15 +201,37 @@ class Comparison:
         if self.clip == "clip_value":
             off = (g - part.clamp(-self.threshold, self.threshold)).abs()
             readout.ask("clamped", (off <= self.rtol * part.abs()).all())  # False for NaN
+            if scaled:
+                readout.ask("unscaled", ((g - part).abs() <= self.rtol * part.abs()).all())
             return
         self.c, largest, near = multiple_of(g, part)
         self.norm = total_norm(self.ref, transition.sizes)
-        readout.ask("scaling", torch.stack([largest, self.c, self.norm, near.to(g.dtype)]))
+        own = self.norm if part is self.ref else total_norm(part, transition.sizes)  # of the parameters that step
+        readout.ask("scaling", torch.stack([largest, self.c, self.norm, near.to(g.dtype), own]))
 
     def keep_one(self, read: Mapping[str, list[float]]) -> None:
         """Of two equal vectors keep one."""
         if read["same"][0] == 1 and self.part is self.left:
             self.pending.left = self.left = self.part = self.ref = self.g
+
+    def note_clipping(self, read: Mapping[str, list[float]]) -> None:
+        """Whether gradients above the threshold were clipped; None: there are none, or they were changed in another way.
+
+        The norm is that of the parameters that step, which is no larger than that of all: those of several optimizers may be
+        clipped together, or each by itself.
+        """
+        same = read["same"][0] == 1
+        if "clamped" in read:
+            clamped, same = bool(read["clamped"][0]), same or bool(read.get("unscaled", [0.0])[0])
+            self.clipped = None if clamped == same else clamped
+        elif self.clip == "clip_norm":
+            largest, c, _, near, own = read["scaling"]
+            if not (near == 1 and 0 < largest < math.inf):
+                return
+            if not (same or (self.scaled and abs(c - 1) < self.rtol)):
+                self.clipped = True if c < 1 else None
+            elif own > self.threshold * (1 + max(1e-3, 4 * self.rtol, norm_error(self.part))):
+                self.clipped = False
 
     def tangent(self, read: Mapping[str, list[float]], k: int) -> Tensor | None:
         """The tangent of the gradients as the optimizer will see them [k, n]; None where that is not known.
@@ -224,7 +247,7 @@ class Comparison:
             return dg
         if "clamped" in read:
             if not read["clamped"][0]:
-                return None
+                return dg / self.pending.scale if read.get("unscaled", [0.0])[0] else None
             return torch.where(self.ref.abs() > self.threshold, 0, dg / self.pending.scale)
         if "scaling" not in read:
             return None
@@ -237,7 +260,7 @@ class Comparison:
 
     def _through_scaling(self, numbers: Sequence[float], dg: Tensor, changed: bool) -> Tensor | None:
         """J dg for a gradient g = c·ref; a norm is that of the whole ref."""
-        largest, c, n, near = numbers
+        largest, c, n, near, _ = numbers
         if not (0 < largest < math.inf and near == 1):
             return None
         if self.scaled and abs(c - 1) < self.rtol:

@@ -8,8 +8,7 @@ after the step     values put back → every so many steps a hyperparameter step
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from functools import cache
 from typing import Any
 
@@ -18,7 +17,7 @@ from torch import Tensor
 from hypergrad.online.accumulation import check_mean
 from hypergrad.online.cost_bound import CostBound
 from hypergrad.online.first_step_checks import FirstStepChecks
-from hypergrad.online.gradient_changes import Comparison, Pending
+from hypergrad.online.gradient_changes import Comparison, Pending, reached
 from hypergrad.online.hyper_step import HyperSteps
 from hypergrad.online.notes import notes, past_the_end
 from hypergrad.online.other_state import OtherState
@@ -26,8 +25,9 @@ from hypergrad.online.param_groups import ParamGroupWriter
 from hypergrad.online.policies.phases import Phases
 from hypergrad.online.recovery import Recovery
 from hypergrad.online.starts import Starts
-from hypergrad.online.step_gradients import StepGradients
+from hypergrad.online.step_gradients import StepGradients, drop_gradients
 from hypergrad.online.step_reading import StepReading
+from hypergrad.online.stepped_gradients import SteppedGradients
 from hypergrad.online.tuner_arguments import check_groups
 from hypergrad.online.unknown_changes import UnknownChanges
 from hypergrad.online.used_values import UsedValues
@@ -73,6 +73,7 @@ class OnlineLoop:
         self.given_loss: Tensor | None = None  # of a whole step that `tuner.step` takes
         self.reading = StepReading(self.tangents, starts.search, self.other, mode == "forward")
         self.unknown = UnknownChanges(hyper.journal, hyper.counts)
+        self.stepped_with = SteppedGradients(self.transition)
         self.known: dict[tuple[str, int], float] = {}  # what tensors on the device among the groups' numbers hold
         self.used = UsedValues(self.vector)
         self.choose_what_is_tuned()
@@ -117,11 +118,13 @@ class OnlineLoop:
         self.writer.write(i, self.t, self.hyper.frozen and self.total is None and not self.hyper.moved, self.known)
         self.transition.refresh()
         if self.void and pending is None:  # judged at another optimizer's step
-            self._drop_gradients(i)
+            drop_gradients(self.transition, i)
             return
         if self.skipped or not gradients.tensors:
             if fresh is not None and not self.skipped:
                 fresh.used_by(i)
+                if i in reached(self.transition, fresh.has):
+                    self.unknown.note_emptied(i, self.t)
             return
         theta = self.tangents.written.weights
         state = cache(lambda: self.transition.live(read.get("counts"), theta(self.transition)))
@@ -134,7 +137,7 @@ class OnlineLoop:
             undone = not self.stepped and self.starts.undoes(verdict, state, loss, gradients.zero(read))
             if undone or verdict != "good":
                 self.void = True
-                self._drop_gradients(i)
+                drop_gradients(self.transition, i)
                 if undone:
                     self.recovery.undo_start(self.t, *self.starts.undo(self.t))
                 else:
@@ -148,10 +151,14 @@ class OnlineLoop:
         values = self._use(i)
         if self.mode != "forward":
             return
+        again = fresh is None and self.stepped_with.again(i)
         if g is not None:
-            self._push(i, state(), g, active, values, read, fresh, comparison)
-        elif fresh is None:
-            self.unknown.note(i, self.t, None, False)
+            again = self._push(i, state(), g, active, values, read, fresh, comparison, again)
+        elif fresh is None and not again:
+            self.unknown.note_plain(i, self.t, False)
+        self.stepped_with.about_to(i, fresh is not None or again, gradients.tensors)
+        if again:
+            self.unknown.note_repeated(self.t)
         if fresh is not None:
             if loss is not None and not self.stepped:
                 self.hyper.progress.note_training_loss(loss)
@@ -174,18 +181,23 @@ class OnlineLoop:
         read: Mapping[str, list[float]],
         fresh: Pending | None,
         comparison: Comparison | None,
-    ) -> None:
-        """Tangents through the step; in the first steps what they show of the starts."""
+        again: bool,
+    ) -> bool:
+        """Tangents through the step; in the first steps what they show of the starts.
+
+        again: whether it is seen that the gradients are those of an earlier step. Returns whether they are.
+        """
         tangents = self.tangents
         dg = tangents.of_gradient(comparison, read)
+        if again and comparison is None and dg is None:  # of a step without a product
+            dg = g.new_zeros(len(self.vector.moving), len(g))
+        again = again or (fresh is None and dg is not None and not tangents.resting)
         scale = getattr(self.optimizers[i], "grad_scale", None)  # fused optimizers unscale by themselves
         if scale is not None:
             g, dg = g / scale, None if dg is None else dg / scale
-        if dg is None:
-            tuning = bool(self.vector.moving) and not self.hyper.frozen
-            self.unknown.note(i, self.t, None if fresh is None else comparison, tuning)
-        elif not tangents.resting:
-            self.unknown.known(i)
+        tuning = bool(self.vector.moving) and not self.hyper.frozen
+        ours = again or fresh is not None
+        self.unknown.note(i, self.t, ours, dg is not None, comparison, tangents.resting, tuning)
         if fresh is not None and dg is not None and (self.apart or not fresh.stepped):
             tangents.curvature.add(tangents.tangent, fresh, i if self.apart else None)
         search = self.starts.search
@@ -200,25 +212,11 @@ class OnlineLoop:
         self.starts.make_small(i, self.t, state, push_again)
         search.stepped(i, self.t)
         self.starts.size_decay(i, self.t, state, g, active, values, self.hyper.frozen)
+        return again
 
     def _use(self, i: int) -> Values:
         """Note the values of this step as optimizer i uses them, and dx/dφ."""
         return self.used.note(i, self.transition.values(self.known), self.writer.slopes(self.t))
-
-    def _drop_gradients(self, i: int) -> None:
-        """Make optimizer i do nothing. The others' gradients stay until they step: a GradScaler wants to see them."""
-        for p, group in zip(self.transition.params, self.transition.group_of, strict=True):
-            if self.transition.optimizer_of_group[group] == i:
-                p.grad = None
-
-    @contextmanager
-    def whole_step(self, loss: Tensor) -> Iterator[None]:
-        """While the optimizers take a step whose loss did not come through `Tangents.backward`."""
-        self.given_loss = loss
-        try:
-            yield
-        finally:
-            self.given_loss = None
 
     # ---- after the step
 
@@ -231,6 +229,7 @@ class OnlineLoop:
         if self.skipped:
             return
         self.stepped.add(i)
+        self.stepped_with.stepped(i)
         try:
             if len(self.stepped) == len(self.optimizers):
                 self._end_step()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from hypergrad.online.loaded_weights import LoadedWeights
 from hypergrad.online.other_state import OtherState
 from hypergrad.online.written_weights import WrittenWeights
 
@@ -32,4 +33,5 @@ def notes(
         of_tangents: the counts of `Tangents`.
     """
     found = [NOT_FINITE] if of_tangents["nonfinite_products"] else []
-    return [*found, *filter(None, (WrittenWeights.said(read, counts), other.said(read)))]
+    said = (WrittenWeights.said(read, counts), other.said(read), LoadedWeights.said(read))
+    return [*found, *filter(None, said)]

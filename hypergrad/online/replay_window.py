@@ -99,9 +99,12 @@ class ReplayWindow:
                 for opt in loop.optimizers:
                     scaler.unscale_(opt)
             _CLIPS[clip](loop.transition.params, threshold)
-        with loop.whole_step(loss.detach()):
+        loop.given_loss = loss.detach()
+        try:
             for opt in loop.optimizers:
                 opt.step() if scaler is None else scaler.step(opt)
+        finally:
+            loop.given_loss = None
         if scaler is not None:
             scaler.update()
 

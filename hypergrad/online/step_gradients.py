@@ -51,3 +51,10 @@ class StepGradients:
 
     def zero(self, read: Mapping[str, list[float]]) -> bool:
         return read["sum"][0] == 0 and not bool(norms(self.tensors, math.inf).any())
+
+
+def drop_gradients(transition: Transition, i: int) -> None:
+    """Make optimizer i do nothing. The others' gradients stay until they step: a GradScaler wants to see them."""
+    for p, group in zip(transition.params, transition.group_of, strict=True):
+        if transition.optimizer_of_group[group] == i:
+            p.grad = None

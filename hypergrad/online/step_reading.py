@@ -8,6 +8,7 @@ from torch import Tensor
 from hypergrad.core.readout import Readout
 from hypergrad.online.accumulation import ask_whether_mean
 from hypergrad.online.gradient_changes import Comparison, Pending
+from hypergrad.online.loaded_weights import LoadedWeights
 from hypergrad.online.lr_searches import LrSearches
 from hypergrad.online.other_state import OtherState
 from hypergrad.online.step_gradients import StepGradients
@@ -25,6 +26,7 @@ class StepReading:
     def __init__(self, tangents: Tangents, search: LrSearches, other: OtherState, forward: bool):
         self.tangents, self.search, self.other, self.forward = tangents, search, other, forward
         self.transition = tangents.transition
+        self.loaded = LoadedWeights(self.transition)
 
     def take(
         self,
@@ -61,6 +63,7 @@ class StepReading:
                 readout.ask_own(name, torch.stack([x.reshape(()) for x in tensors.values()]))
         tangents.cap.ask(readout)
         tangents.written.ask(readout)
+        self.loaded.ask(readout)
         if self.forward:
             self.other.ask(t, readout)
         if loss is not None:
@@ -76,4 +79,5 @@ class StepReading:
         read = readout.fetch()
         if comparison is not None:
             comparison.keep_one(read)
+            comparison.note_clipping(read)
         return comparison, read

@@ -277,6 +277,7 @@ class Tuner(TunerView):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a state. Raises ValueError, before anything is written, where it is of another version, model, list of
-        policies or choice of hyperparameters."""
+        policies or choice of hyperparameters. Another total_steps is warned of, and so are, at the next step, weights other
+        than those it was saved beside: model and optimizer have states of their own, to be loaded in any order."""
         load_state(self._loop, state)
         self._window.reset()

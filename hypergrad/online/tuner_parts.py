@@ -51,6 +51,7 @@ COUNTED = (
     "hessian_products",
     "plain_steps",
     "changed_gradients",
+    "repeated_steps",
     "written_weights",
     "nonfinite_steps",
     "spikes",

@@ -6,10 +6,11 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from hypergrad.online.loaded_weights import said_of_length
 from hypergrad.online.loop import OnlineLoop
 
 NO_RECORD = {"best": math.inf, "step": 0, "theta": None, "buffers": [], "last": [], "start": None}
-VERSION = 6  # of the layout below; a state of another one is refused
+VERSION = 7  # of the layout below; a state of another one is refused
 
 
 def state_of(loop: OnlineLoop) -> dict[str, Any]:
@@ -18,6 +19,8 @@ def state_of(loop: OnlineLoop) -> dict[str, Any]:
     return {
         "version": VERSION,
         "sizes": list(loop.transition.sizes),
+        "weights": loop.reading.loaded.sizes(),
+        "total_steps": loop.total,
         "policy names": loop.outer.names,
         "stats": {**loop.counts, **loop.tangents.counts},
         "vector": loop.vector.state_dict(),
@@ -61,12 +64,15 @@ def load_state(loop: OnlineLoop, state: Mapping[str, Any]) -> None:
     hyper.load_state_dict(state["hyper steps"])
     hyper.progress.load_state_dict(state["progress"])
     loop.journal.go_on(loop.t)
+    loop.reading.loaded.expect(state["weights"], bool(loop.counts["written_weights"]))
     if hyper.best is not None:
         hyper.best.load_state_dict(state["best"])
     if hyper.record is not None and state["backtracking"] is not None:
         hyper.record.load_state_dict(state["backtracking"])
     loop.follow_phase()  # another one than the state's where total_steps is another
     loop.problem.processes.check_same("the state of a Tuner", (loop.t, loop.vector.value.tolist()))
+    if said := said_of_length(state["total_steps"], loop.total):
+        loop.journal.note_once(loop.t, said)
 
 
 def _check(loop: OnlineLoop, state: Mapping[str, Any]) -> None:

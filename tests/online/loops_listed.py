@@ -26,7 +26,7 @@ DDP, FROZEN = "online/test_distributed.py::", "online/test_frozen_layers.py::"
 LOSSES, CHANGED = "online/test_several_losses.py::", "online/test_gradients_changed.py::"
 TUNER_OWN = "online/test_tuner_own_tensors.py::"
 RUNNING, RESUMED = "online/test_refused_while_running.py::", "online/test_resume_anywhere.py::"
-ACCUMULATION = "online/test_accumulation.py::"
+ACCUMULATION, MISPLACED = "online/test_accumulation.py::", "online/test_misplaced_calls.py::"
 
 FURTHER: tuple[Listed, ...] = (
     # ---- processes
@@ -65,12 +65,20 @@ FURTHER: tuple[Listed, ...] = (
     Listed("an optimizer that steps in the backward pass", SUPPORTED, "",
            ACCUMULATION + "test_an_optimizer_that_steps_in_the_backward_pass"),
     Listed("clip_grad_value_", SUPPORTED, "`clip_value=`", CHANGED + "test_clipping_by_value_is_differentiated"),
+    Listed("clip_norm= or clip_value= of a loop that does not clip", SAID, "at the 20th step with gradients above it",
+           "online/test_told_clipping.py::test_a_loop_that_was_said_to_clip_and_does_not_is_told_at_the_twentieth_step"),
     Listed("clipping by norm and by value", REFUSED, "one of them",
            CHANGED + "test_both_clippings_are_refused_before_anything_is_done"),
     Listed("gradients changed at every step in a way that is not known", REFUSED, "at the 20th; the error names the cause",
            CHANGED + "test_gradients_changed_at_twenty_steps_in_a_row_are_an_error_that_names_the_cause"),
     Listed("loss.backward() at every step", REFUSED, "at the 20th; `tuner.backward(loss)`",
            CHANGED + "test_a_backward_that_was_never_replaced_is_an_error_at_the_twentieth_step"),
+    Listed("loss.backward() at every second step", SAID, "twice; `tuner.backward(loss)`",
+           MISPLACED + "test_every_step_by_loss_backward_is_counted"),
+    Listed("optimizer.step() called again without a backward", SAID, "differentiated as it is; `tuner.stats['repeated_steps']`",
+           MISPLACED + "test_a_step_called_again_is_said_once_and_counted"),
+    Listed("zero_grad between tuner.backward and optimizer.step", SAID, "at the 20th in a row; before backward or after the step",
+           MISPLACED + "test_gradients_emptied_before_the_step_are_said_at_the_twentieth_in_a_row"),
     # ---- tensors in the loss
     Listed("tensors that the validation loss reads too (DARTS, learned augmentation)", SUPPORTED, "`hypers=`",
            TUNER_OWN + "test_backward"),
@@ -92,6 +100,10 @@ FURTHER: tuple[Listed, ...] = (
     # ---- states
     Listed("killed and resumed anywhere, rolled back afterwards", SUPPORTED, "bit for bit",
            RESUMED + "test_run_killed_after_any_step_ends_bit_equal"),
+    Listed("the tuner's state_dict loaded beside other weights", SAID, "at the next step; load model and optimizer too",
+           "online/test_loaded_weights.py::test_a_state_beside_other_weights_is_said_once_at_the_first_step"),
+    Listed("a state_dict of a run with another total_steps", SAID, "goes on at the new length",
+           "online/test_loaded_weights.py::test_a_state_of_a_run_of_another_length_is_said"),
     Listed("a copy or pickle of a tuner", REFUSED, "a new Tuner with its state_dict",
            "online/test_tuner_resume.py::test_tuner_is_not_copied_and_what_the_error_says_to_do_goes_on"),
     Listed("Adam on one number, a start that leads nowhere", SUPPORTED, "the start is undone",

@@ -254,7 +254,10 @@ def test_clipping_between_two_backward_calls_is_said_with_when_to_clip() -> None
     opt = sgd()(model)
     tuner = as_given(model, opt, validation(model), tune=("lr",), clip_norm=0.01)
     x, y = data()[0][0]
-    with pytest.warns(UserWarning, match="clips, once a step, after its last backward"):
+    with pytest.warns(
+        UserWarning,
+        match="not clipped as clip_norm=0.01 says: clip at that threshold, once a step, after its last backward",
+    ):
         for rows in torch.arange(6).chunk(2):
             tuner.backward(mse(model, (x[rows], y[rows])) / 2)
             clip_grad_norm_(model.parameters(), 0.01)
