@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from hypergrad.core.processes import Processes
@@ -11,6 +11,9 @@ from hypergrad.online.calibration import BETWEEN, SHORT, Calibration, Measured
 from hypergrad.online.plan import MOST_PRODUCT, PERIOD, Plan, Spending, as_plan, odd, rounded_up
 from hypergrad.online.validation_noise import DRAWS
 
+# What these do at a given lr/(1 − momentum), or in Adam at a given lr, is to say how late a gradient acts: with gradients taken
+# for constants, as in steps without a product, sooner is always better. All else that they do passes through curvature.
+DELAYS = frozenset({"momentum", "betas"})
 SMALL = 0.05  # the share of what may be spent that second draws may take
 
 
@@ -62,9 +65,14 @@ class CostBound:
             return not self.calibration.active
         return DRAWS * plan.validation <= SMALL * plan.allowance(PERIOD if self.total is None else self.total)
 
-    def products_every(self, searching: bool) -> int:
-        """Products are formed in one step of so many, while numbers are tuned. searching: lr's warm start is under way."""
-        if searching:
+    def products_every(self, searching: bool, names: Collection[str]) -> int:
+        """Products are formed in one step of so many, while numbers are tuned: in every one where one of DELAYS is.
+
+        Args:
+            searching: lr's warm start is under way.
+            names: of what is tuned now.
+        """
+        if searching or (self.plan is not None and not DELAYS.isdisjoint(names)):
             return 1
         return self.plan.stride if self.plan is not None else BETWEEN if self.calibration.timing else 1
 

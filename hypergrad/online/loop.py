@@ -252,7 +252,6 @@ class OnlineLoop:
         if self.t == self.total:
             self.hyper.progress.say_end(self.t)
         self.bound.step_done(self.t, k, formed, search.active)
-        self._choose_products()
         self.follow_phase()
 
     def follow_phase(self) -> None:
@@ -260,9 +259,11 @@ class OnlineLoop:
         if self.choose_what_is_tuned():
             self.starts.begin_phase()
             self.tangents.forget(also_pending=True)
+        self._choose_products()
 
     def _choose_products(self) -> None:
-        self.tangents.stride = self.bound.products_every(self.starts.search.active)
+        names = {self.vector.entries[j].name for j in self.vector.moving}
+        self.tangents.stride = self.bound.products_every(self.starts.search.active, names)
         self.tangents.skipping = self.t % self.tangents.stride != 0
 
     def choose_what_is_tuned(self) -> bool:
@@ -296,4 +297,3 @@ class OnlineLoop:
         self.stepped, self.void = set(state["stepped"]), bool(state["void"])
         self.unknown.load_state_dict(state["unknown changes"])
         self.bound.load_state_dict(state["cost bound"])
-        self._choose_products()

@@ -18,7 +18,7 @@ from hypergrad.online.calibration import FIRST, STEPS, Calibration
 from hypergrad.online.plan import PERIOD, STRIDE, Plan, Spending, as_plan
 from hypergrad.online.policies.phases import Phases
 from hypergrad.online.tangents import Tangents
-from hypergrad.policies import DEFAULT, LrWarmStart, replaced
+from hypergrad.policies import DEFAULT, Backtracking, LrWarmStart, replaced, without
 from tests import unbounded
 from tests.tiers import slow_but
 
@@ -282,6 +282,37 @@ def test_products_stand_for_the_steps_without_one_where_momentum_is_heavy(
         opt.step()
     assert tuner.stats["capped"] == 0
     assert tuner.hypergradients["lr"].item() == pytest.approx(true, rel=1e-9)
+
+
+@pytest.mark.parametrize(("name", "k"), [("momentum", 2), ("betas", 3)])
+def test_products_come_in_every_step_while_momentum_is_tuned(name: str, k: int):
+    """Of lr and momentum, or lr, β₁ and β₂; in one step of 3 once weight decay is tuned."""
+    torch.manual_seed(0)
+    x, y = torch.randn(64, 5), torch.randn(64, 1)
+    model = nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 1))
+    opt: torch.optim.Optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    if name == "momentum":
+        opt = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.5, weight_decay=1e-4)
+    tuner = hypergrad.Tuner(
+        model,
+        opt,
+        lambda: mse_loss(model(x[32:]), y[32:]),
+        ("lr", name, "weight_decay"),
+        total_steps=300,
+        warm_start=False,
+        plan=Plan(9.0, 2.0, 1.0, 10, 10, 3),
+        policies=without(DEFAULT, Backtracking),
+    )
+    formed = []
+    for _ in range(300):
+        before = tuner.stats["hessian_products"]
+        opt.zero_grad()
+        tuner.backward(mse_loss(model(x[:32]), y[:32]))
+        opt.step()
+        formed.append(tuner.stats["hessian_products"] - before)
+    assert formed[40:90] == [k] * 50
+    assert sorted(formed[120:240]) == [0] * 80 + [1] * 40
+    assert formed[270:] == [0] * 30
 
 
 # ---- what is measured
