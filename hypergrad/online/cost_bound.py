@@ -36,6 +36,7 @@ class CostBound:
         self.cost, self.every, self.fixed, self.total, self.mean = cost, every, fixed, total, mean
         self.calibration, self.journal, self.processes = calibration, journal, processes
         self.given = plan
+        self.capped = 0  # steps in which tangents had met the cap when the present phase began
         self.spending = Spending(None if calibration.active else plan)
 
     @property
@@ -65,16 +66,25 @@ class CostBound:
             return not self.calibration.active
         return DRAWS * plan.validation <= SMALL * plan.allowance(PERIOD if self.total is None else self.total)
 
-    def products_every(self, searching: bool, names: Collection[str]) -> int:
-        """Products are formed in one step of so many, while numbers are tuned: in every one where one of DELAYS is.
+    def begin_phase(self, capped: int) -> None:
+        """Other numbers are tuned from here on. capped: steps so far in which tangents met the cap (tangent_cap.py)."""
+        self.capped = capped
+
+    def products_every(self, searching: bool, names: Collection[str], capped: int) -> int:
+        """Products are formed in one step of so many, while numbers are tuned.
+
+        In every one where one of DELAYS is tuned, and for the rest of a phase in which tangents met the cap: what bounds them
+        is curvature, and at the edge of stability a product in one step of a few does not.
 
         Args:
             searching: lr's warm start is under way.
             names: of what is tuned now.
+            capped: as of `begin_phase`.
         """
-        if searching or (self.plan is not None and not DELAYS.isdisjoint(names)):
-            return 1
-        return self.plan.stride if self.plan is not None else BETWEEN if self.calibration.timing else 1
+        if searching or self.plan is None:
+            self.capped = capped
+            return 1 if searching or not self.calibration.timing else BETWEEN
+        return 1 if capped > self.capped or not DELAYS.isdisjoint(names) else self.plan.stride
 
     def step_done(self, t: int, k: int, formed: bool, searching: bool) -> None:
         """t steps are done, the last with k numbers tuned.
@@ -127,9 +137,11 @@ class CostBound:
         return {
             "plan": None if plan is None else plan.state_dict(),
             "spent": self.spending.spent,
+            "capped": self.capped,
             "calibration": self.calibration.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.spending = Spending(as_plan(state["plan"]), float(state["spent"]))
+        self.capped = int(state["capped"])
         self.calibration.load_state_dict(state["calibration"])

@@ -259,11 +259,12 @@ class OnlineLoop:
         if self.choose_what_is_tuned():
             self.starts.begin_phase()
             self.tangents.forget(also_pending=True)
+            self.bound.begin_phase(self.counts["capped"])
         self._choose_products()
 
     def _choose_products(self) -> None:
         names = {self.vector.entries[j].name for j in self.vector.moving}
-        self.tangents.stride = self.bound.products_every(self.starts.search.active, names)
+        self.tangents.stride = self.bound.products_every(self.starts.search.active, names, self.counts["capped"])
         self.tangents.skipping = self.t % self.tangents.stride != 0
 
     def choose_what_is_tuned(self) -> bool:
