@@ -73,8 +73,8 @@ class CostBound:
     def products_every(self, searching: bool, names: Collection[str], capped: int) -> int:
         """Products are formed in one step of so many, while numbers are tuned.
 
-        In every one where one of DELAYS is tuned, and for the rest of a phase in which tangents met the cap: what bounds them
-        is curvature, and at the edge of stability a product in one step of a few does not.
+        In every one where one of DELAYS is tuned, and for the rest of a phase without lr in which tangents met the cap: what
+        bounds them is curvature, and at the edge of stability a product in one step of a few does not. (lr is moved down there.)
 
         Args:
             searching: lr's warm start is under way.
@@ -84,7 +84,8 @@ class CostBound:
         if searching or self.plan is None:
             self.capped = capped
             return 1 if searching or not self.calibration.timing else BETWEEN
-        return 1 if capped > self.capped or not DELAYS.isdisjoint(names) else self.plan.stride
+        unbounded = capped > self.capped and "lr" not in names
+        return 1 if unbounded or not DELAYS.isdisjoint(names) else self.plan.stride
 
     def step_done(self, t: int, k: int, formed: bool, searching: bool) -> None:
         """t steps are done, the last with k numbers tuned.

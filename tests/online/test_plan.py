@@ -315,17 +315,16 @@ def test_products_come_in_every_step_while_momentum_is_tuned(name: str, k: int):
     assert formed[270:] == [0] * 30
 
 
-@pytest.mark.parametrize("hit", [40, 150])
-def test_products_come_in_every_step_once_tangents_have_met_the_cap(hit: int):
-    """To the end of the phase: lr's ends before step 90, weight decay's at 270."""
+def test_products_come_in_every_step_once_tangents_of_weight_decay_have_met_the_cap():
+    """To the end of its phase, at step 270; not in lr's, which ends before step 90."""
     run = Run(300, plan=Plan(9.0, 2.0, 1.0, 10, 10, 3), warm_start=False, policies=without(DEFAULT, Backtracking))
-    run.go(hit)
-    run.tuner._loop.tangents.counts["capped"] += 1
-    run.go(300 - hit)
-    at = {40: range(45, 85), 150: range(155, 265)}[hit]
-    assert [run.tuned[t] for t in at] == [1] * len(at)
-    others = {40: range(150, 240), 150: range(30, 84)}[hit]
-    assert [run.tuned[t] for t in others] == [float(t % 3 == 0) for t in others]
+    counts = run.tuner._loop.tangents.counts
+    for more in (40, 110, 150):  # a hit in lr's phase, and one in that of weight decay
+        run.go(more)
+        counts["capped"] += 1
+    in_threes = [*range(30, 84), *range(100, 148)]
+    assert [run.tuned[t] for t in in_threes] == [float(t % 3 == 0) for t in in_threes]
+    assert run.tuned[155:265] == [1] * 110
 
 
 # ---- what is measured
