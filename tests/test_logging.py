@@ -93,19 +93,21 @@ def test_a_run_that_goes_on_has_no_start(tmp_path):
         made = hypergrad.Tuner(
             model, opt, lambda: ((model(x) - y) ** 2).mean(), "lr", every=2, log_dir=tmp_path / folder
         )
-        return made, opt, lambda: ((model(x) - y) ** 2).mean()
+        return (made, model, opt), lambda: ((model(x) - y) ** 2).mean()
 
-    state = None
+    states = None
     for folder in ("first", "second"):
-        made, opt, loss = tuner(folder)
-        if state is not None:
-            made.load_state_dict(state)
+        parts, loss = tuner(folder)
+        made, _, opt = parts
+        if states is not None:
+            for part, state in zip(parts, states, strict=True):
+                part.load_state_dict(state)
         for _ in range(4):
             opt.zero_grad()
             made.backward(loss())
             opt.step()
         made.close()
-        state = made.state_dict()
+        states = [part.state_dict() for part in parts]
     first, second = ((tmp_path / x / "metrics.jsonl").read_text().splitlines() for x in ("first", "second"))
     steps = [[row["step"] for row in map(json.loads, lines) if "hyper/lr_scale" in row] for lines in (first, second)]
     assert steps == [[0, 2, 4], [6, 8]]

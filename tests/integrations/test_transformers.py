@@ -221,7 +221,8 @@ def test_a_checkpoint_is_gone_on_with_for_more_steps(tmp_path: Path) -> None:
     """From the phase of weight decay back into that of lr."""
     trainer(language_model(), tmp_path, max_steps=20, save_strategy="steps", save_steps=17).train()
     own = trainer(language_model(), tmp_path, max_steps=60)
-    own.train(resume_from_checkpoint=str(tmp_path / "checkpoint-17"))
+    with pytest.warns(UserWarning, match="a run with total_steps=20, this tuner has total_steps=60"):
+        own.train(resume_from_checkpoint=str(tmp_path / "checkpoint-17"))
     assert own.tuner.stats["steps"] == own.tuner._loop.total == 60
 
 
