@@ -20,6 +20,7 @@ import torch
 
 from hypergrad.core.processes import Processes
 from hypergrad.core.readout import Readout
+from hypergrad.online.plan import ALWAYS
 
 FIRST = 10  # the earliest step of which one is timed
 STEPS = 12
@@ -47,13 +48,10 @@ class Calibration:
         active: False where no plan is wanted, and once it is made.
         given: there is a plan: the same steps are taken as where it was made, but no clock is read.
         tangents: what those of one number add to a step without a product, in plain steps, where these are short.
-        always: what a tuner adds to every step, in plain steps, whatever is tuned.
     """
 
-    def __init__(
-        self, device: torch.device, active: bool, given: bool = False, tangents: float = 0.15, always: float = 0.04
-    ):
-        self.device, self.active, self.given, self.tangents, self.always = device, active, given, tangents, always
+    def __init__(self, device: torch.device, active: bool, given: bool = False, tangents: float = 0.15):
+        self.device, self.active, self.given, self.tangents = device, active, given, tangents
         self.timing = False  # the present step is timed
         self.looks, self.look = 0, 0.0  # at the clock so far, and the seconds that each takes
         self.began = self.read = 0.0  # when the present step began, and the seconds of a validation loss in it
@@ -135,14 +133,14 @@ class Calibration:
         if not (self.formed and self.plain):
             return None
         readout = Readout(processes)
-        medians = [median(x) for x in (self.formed, self.plain, self.readings, self.around or [0.0])]
+        medians = [median(x) for x in (self.formed, self.plain, self.readings, self.around)]
         readout.ask("seconds", torch.tensor(medians, dtype=torch.float64))
         formed, without, reading, around = readout.fetch()["seconds"]
         plain = seconds = without - around
         if seconds < SHORT:
             plain, tangents = without / (1 + k * self.tangents), self.tangents
         else:
-            tangents = max(around / plain - self.always, 0.0) / max(k, 1)
+            tangents = max(around / plain - ALWAYS, 0.0) / max(k, 1)
         return Measured(max(formed - without, 0.0) / plain / max(k, 1), reading / plain, tangents, seconds)
 
     def stop(self) -> None:
@@ -154,7 +152,7 @@ class Calibration:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.active, self.timing = bool(state["active"]) and self.active, bool(state["timing"])
-        self.formed, self.plain, self.readings = (list(state[name]) for name in ("formed", "plain", "readings"))
-        self.around = list(state.get("around", ()))  # older states have none
+        names = ("formed", "plain", "around", "readings")
+        self.formed, self.plain, self.around, self.readings = (list(state[name]) for name in names)
         self.read = self.own = 0.0
         self.began = self.entered = self.now() if self.timing else 0.0

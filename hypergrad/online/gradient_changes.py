@@ -135,8 +135,7 @@ def _spread(flags: Tensor, sizes: Sequence[int]) -> Tensor:
 def multiple_of(g: Tensor, ref: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Whether g = c ref [n].
 
-    c is that of the largest element, which is as exact as numbers are. A quotient of sums over all n is not: in float32 it was
-    off by 400 times the precision at 38 million elements.
+    c is that of the largest element, which is as exact as numbers are. A quotient of sums over all n is not: roundings add up.
 
     Returns:
         c; the largest |ref|; whether the other elements have that c too, False for NaN. Each 0-d.
@@ -155,7 +154,8 @@ def multiple_of(g: Tensor, ref: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def norm_error(ref: Tensor) -> float:
     """By how much two norms of a vector [n], summed in different orders, may differ, over the norm.
 
-    It was 0.5 √n and, at 100 million elements, 1.6 √n times the precision of float32, in which half precision is summed too.
+    n roundings of either sign add up to about √n times the precision of float32, in which half precision is summed too; some
+    kernels sum block by block, and come out a few times as far off.
     """
     sums = torch.promote_types(ref.dtype, torch.float32)
     return 4 * math.sqrt(len(ref)) * torch.finfo(sums).eps

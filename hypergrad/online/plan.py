@@ -23,11 +23,11 @@ to and fro from one step to the next, and every second step would see one side a
 weighted (product_weight.py).
 
 A product is two passes through the graph of a step: p is 2 to 3 where arithmetic rules, and taken to be LEAST_PRODUCT at least.
-It is MOST_PRODUCT at most: at a stride that paid for more lr would be moved by tangents of a step in ten. τ is 0.1 to 0.4 in
-such nets, and more than 1 where a step is little more than the optimizer's, as with large layers on small batches. In nets whose
-plain step takes less than 2 ms (calibration.py) Python's own time rules: τ is not measured there but taken to be what it is in
-larger nets (`tangents_price`), as else next to nothing would be tuned. There, and where p is larger than MOST_PRODUCT, the bound
-is not kept, and a note in the log says so.
+It is MOST_PRODUCT at most: at a stride that paid for more lr would be moved by tangents of a step in ten. τ is 0 to 0.3 in such
+nets (price.json), and more than 1 where a step is little more than the optimizer's, as with large layers on small batches. In
+nets whose plain step takes less than 2 ms (calibration.py) Python's own time rules: τ is not measured there but taken to be what
+it is in larger nets (`tangents_price`), as else next to nothing would be tuned. There, and where p is larger than MOST_PRODUCT,
+the bound is not kept, and a note in the log says so.
 
 p, v and τ are measured once, in the first steps of a run, and rounded up to powers of 2^(1/4), so that most runs of one script
 have one plan. From there on no clock is read: a run repeats bit for bit given its plan.
@@ -44,11 +44,11 @@ PERIOD = 1000  # steps over which the cost is kept where the length of the run i
 MOST_EVERY, MOST_RESTING = 5, 20  # at most so many times the steps between readings that were asked for
 # a share of a run, the readings that come in it at least once there is a plan, and the least steps between them
 EARLY, READINGS, LEAST_EARLY = 0.3, 9, 5
-# in plain steps: 0.01 to 0.03 on a ResNet-18 of 5 M weights (price.json, kind "resting"), 0.036 on a GPT of 0.5 M
+# in plain steps: 0.01 to 0.03 on a ResNet-18 of 5 M weights (price.json, kind "resting"), 0.036 on a GPT (exploratory: the log)
 ALWAYS = 0.04
 ON_READINGS = 0.25  # the share of what may be spent that goes to readings, where they can be made rarer
 STRIDE = 21  # at most
-DEARER = 4  # tangents may cost so many times the products, and no more, before these are formed less rarely
+DEARER = 4  # products are not made so rare that tangents cost more than so many times what they do
 LEAST_PRODUCT, MOST_PRODUCT = 2.0, 4.0
 ROUND = 2**0.25
 

@@ -18,9 +18,8 @@ class SteppedGradients:
     def __init__(self, transition: Transition):
         self.transition = transition
         self.places: dict[int, int] = {}  # optimizer → the parameter that stands for all; of the step under way
-        self.last: dict[
-            int, tuple[int, TensorWeakRef, int]
-        ] = {}  # optimizer → that of its last step, gradient, version
+        # optimizer → that of its last step, gradient, version
+        self.last: dict[int, tuple[int, TensorWeakRef, int]] = {}
 
     def again(self, i: int) -> bool:
         """Whether optimizer i is about to step with them once more."""

@@ -27,7 +27,7 @@ from hypergrad.online.loop import OnlineLoop
 from hypergrad.online.lr_searches import LrSearches
 from hypergrad.online.outer_optimizer import OuterOptimizer
 from hypergrad.online.param_groups import ParamGroupWriter
-from hypergrad.online.plan import ALWAYS, Plan, tangents_price
+from hypergrad.online.plan import Plan, tangents_price
 from hypergrad.online.policies.backtracking import Backtracking
 from hypergrad.online.policies.divergence_guard import DivergenceGuard
 from hypergrad.online.policies.lr_warm_start import LrWarmStart
@@ -126,7 +126,7 @@ def build(
     processes = problem.processes
     wanted = forward and (options.cost is not None or options.plan is not None)
     price = tangents_price(len(transition.slot_names))
-    calibration = Calibration(problem.device, wanted, options.plan is not None, price, ALWAYS)
+    calibration = Calibration(problem.device, wanted, options.plan is not None, price)
     tangents = Tangents(transition, vector, problem, scaler, clip, calibration, processes)
     outer = OuterOptimizer(vector, policies, options.hyper_lr)
     counts: dict[str, int] = dict.fromkeys(COUNTED, 0)

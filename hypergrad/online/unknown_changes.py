@@ -1,6 +1,6 @@
 """Gradients that are changed at every step in a way not known, or never come from `tuner.backward`: nothing can be tuned
 then, so it is an error, which names the cause. Where they are known in some steps only, are stepped with twice, or are emptied
-before the step, that is said.
+before the step, a warning says so.
 
 g is the gradient as the optimizer sees it, r as `backward` left it (of the parameters that step), c = gᵀr/rᵀr, N = ‖r‖ of all:
 
@@ -66,9 +66,8 @@ class UnknownChanges:
         self.plain: dict[int, int] = {}  # steps whose gradients came from elsewhere
         self.late: dict[int, deque[int]] = {}  # the last steps that were not known, while something was tuned
         self.told = ToldClipping(journal)
-        self.emptied: dict[
-            int, tuple[int, int]
-        ] = {}  # steps in a row whose gradients were emptied, and the last of them
+        # steps in a row whose gradients were emptied, and the last of them
+        self.emptied: dict[int, tuple[int, int]] = {}
 
     def state_dict(self) -> dict[str, Any]:
         return {"in a row": [list(pair) for pair in self.in_a_row.items()]}
@@ -119,7 +118,7 @@ class UnknownChanges:
         self.journal.note_once(
             t,
             "the gradients were changed between tuner.backward and optimizer.step in a way hypergrad does not know: "
-            f"tangents start again from zero there (tuner.stats['changed_gradients']). {_pass(comparison)}",
+            f"tangents start again from zero there (tuner.stats['changed_gradients']). {_what_to_pass(comparison)}",
         )
         n = self.in_a_row[i] = self.in_a_row.get(i, 0) + 1
         if tuning and n >= PATIENCE - 1:
@@ -173,7 +172,7 @@ class UnknownChanges:
             )
 
 
-def _pass(comparison: Comparison) -> str:
+def _what_to_pass(comparison: Comparison) -> str:
     scaler = "scaler=... if it has a GradScaler."
     if comparison.clip is None:
         return f"Pass clip_norm=... or clip_value=... if the loop clips, once a step, after its last backward; {scaler}"

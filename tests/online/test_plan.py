@@ -115,7 +115,7 @@ def test_without_a_length_the_bound_is_kept_in_every_thousand_steps():
 
 
 def test_dear_validation_losses_are_read_more_rarely():
-    """v/e ≤ (cost − 1)/4 at e = 4 v/(cost − 1), of the loss alone at a third of it; at most 5 and 10 times as rarely."""
+    """v/e ≤ (cost − 1)/4 at e = 4 v/(cost − 1), of the loss alone at a third of it; at most 5 and 20 times as rarely."""
     plan = Plan.made(2.0, 3.0, 10.0, 10)
     assert (plan.product, plan.validation) == pytest.approx((2 ** (7 / 4), 2 ** (14 / 4)))
     assert plan.every == 46 and plan.resting == 16  # 4 · 2^(14/4) = 45.3, a third 15.1
